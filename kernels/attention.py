@@ -1,0 +1,66 @@
+"""Attention over packed sequences: items of any length laid end to end, no padding, no mask.
+
+Every item attends to itself only. Queries and keys have separate spans, so that a rank which owns a part of the
+queries can attend to all keys. Heads are equal in number for q, k and v; there is no causality here (the text encoder
+has its own, grouped, causal attention).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3dit.kernels.dispatch import op
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Where the items of a packed sequence stand: lengths on the host, their running sum (items + 1) on the device."""
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Spans":
+        """Make the spans of items with these lengths, in tokens."""
+        total = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(lengths, total.to(device))
+
+
+@op
+def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    """softmax(q·kᵀ / sqrt(D))·v within each item, fp32 inside.
+
+    q (N, H, D) · k, v (M, H, D) · spans whose lengths sum to N and M -> (N, H, D), dtype of q.
+    """
+    out = []
+    for qi, ki, vi in _items(q, k, v, q_span, k_span):
+        scores = torch.einsum("nhd,mhd->hnm", qi.float(), ki.float()) * q.shape[-1] ** -0.5
+        out.append(torch.einsum("hnm,mhd->nhd", scores.softmax(-1), vi.float()))
+    return torch.cat(out).to(q.dtype)
+
+
+def _items(
+    q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans
+) -> zip:  # type: ignore[type-arg]
+    """Cut the packed tensors into items."""
+    lengths = q_span.lengths, k_span.lengths
+    return zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    """torch's own attention: one call where all items have one length (a free view), else one call an item."""
+    if len(set(q_span.lengths)) == 1 == len(set(k_span.lengths)):
+        batch = len(q_span.lengths)
+        parts = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1)
+    out = torch.empty_like(q)
+    for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
+        one = (x.transpose(0, 1)[None] for x in (qi, ki, vi))
+        oi.copy_(F.scaled_dot_product_attention(*one)[0].transpose(0, 1))
+    return out
+
+
+for _device in ("cpu", "cuda", "mps"):
+    attention.on(_device, "torch")(_sdpa)

@@ -1,0 +1,205 @@
+"""The S3-DiT: one stream of image and caption tokens through blocks that share their weights between both.
+
+The story of a pass: embed patches, refine the image tokens (modulated by the time), join them with the caption tokens
+(embedded and refined without the time, so once a request, in `context`), run the main blocks, read the velocity off
+the image tokens. A block is a sandwich: RMSNorm before and after each of attention and feed-forward, the first scaled
+by (1 + s), the second gated by tanh(g).
+
+Parameter names are the official ones, odd ones included. The modules hold weights and shapes; what runs is in
+`s3dit.kernels`. Weights may be of a narrower dtype than the tokens (see `linear.py`).
+
+Source: official `src/zimage/transformer.py` and diffusers' `transformer_z_image.py`. The published models have one
+patch size (2 × 2 pixels of latents, 1 frame), which is the only one here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3dit.config import TransformerConfig
+from s3dit.kernels.attention import Spans, attention
+from s3dit.kernels.norm import gated_residual, qk_norm_rope, rms_norm_modulate
+from s3dit.kernels.swiglu import swiglu
+from s3dit.layers import RMSNorm, rope_table
+from s3dit.layout import Layout
+from s3dit.linear import Linear
+
+# The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
+PATCH = "2-1"
+FREQUENCIES = 256
+# Official `Attention` builds its query and key norms with this, whatever `norm_eps` says.
+QK_EPS = 1e-5
+
+
+class TimestepEmbedder(nn.Module):
+    """t (R,) -> (R, out): cosines and sines of 128 frequencies, then two linears with SiLU between."""
+
+    def __init__(self, out: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, 1024), nn.SiLU(), Linear(1024, out))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed t (R,) fp32, already scaled by t_scale -> (R, out) of dtype."""
+        half = FREQUENCIES // 2
+        # parity: everything in fp32 and in this order; one ulp of the argument moves the picture by 1e-6.
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None].float() * frequencies[None]
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
+
+
+class Attention(nn.Module):
+    """Self-attention of packed tokens, with per-head RMSNorm and rotation of queries and keys."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.n_heads
+        self.to_q = Linear(dim, dim, bias=False)
+        self.to_k = Linear(dim, dim, bias=False)
+        self.to_v = Linear(dim, dim, bias=False)
+        self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
+        self.norm_q = RMSNorm(config.head_dim, QK_EPS)
+        self.norm_k = RMSNorm(config.head_dim, QK_EPS)
+
+    def forward(self, x: Tensor, rope: Tensor, spans: Spans) -> Tensor:
+        """Mix x (N, dim) within each item; rope (N, head_dim / 2, 2) -> (N, dim)."""
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS)
+        return self.to_out[0](attention(q, k, v, spans, spans).flatten(1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, dim) -> (N, dim)."""
+        return self.w2(swiglu(self.w1(x), self.w3(x)))
+
+
+class Block(nn.Module):
+    """Sandwich-normed attention and feed-forward; `modulated` blocks read scale and gate from the time embedding."""
+
+    def __init__(self, config: TransformerConfig, *, modulated: bool) -> None:
+        super().__init__()
+        dim, self.eps = config.dim, config.norm_eps
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.attention_norm1 = RMSNorm(dim, self.eps)
+        self.ffn_norm1 = RMSNorm(dim, self.eps)
+        self.attention_norm2 = RMSNorm(dim, self.eps)
+        self.ffn_norm2 = RMSNorm(dim, self.eps)
+        if modulated:
+            self.adaLN_modulation = nn.Sequential(Linear(config.adaln_dim, 4 * dim))
+
+    def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor) -> Tensor:
+        """x (N, dim), time (R, adaln_dim) with one row an item or one for all, row (N,) -> (N, dim)."""
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).chunk(4, dim=-1)  # (R, dim) each
+        normed = rms_norm_modulate(x, self.attention_norm1.weight, scale_msa, row, self.eps)
+        mixed = self.attention(normed, rope, spans)
+        x = gated_residual(x, mixed, self.attention_norm2.weight, gate_msa, row, self.eps)
+        normed = rms_norm_modulate(x, self.ffn_norm1.weight, scale_mlp, row, self.eps)
+        return gated_residual(x, self.feed_forward(normed), self.ffn_norm2.weight, gate_mlp, row, self.eps)
+
+
+class PlainBlock(Block):
+    """The same sandwich without modulation: caption (and vision) refiners, which do not depend on the time."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config, modulated=False)
+
+    def forward(self, x: Tensor, rope: Tensor, spans: Spans) -> Tensor:  # type: ignore[override]
+        """x (N, dim) -> (N, dim)."""
+        x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, spans))
+        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without weights, scaled by (1 + s) of the time, then a linear to patches."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = Linear(config.dim, config.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor, row: Tensor) -> Tensor:
+        """x (n, dim) -> patches (n, patch_dim)."""
+        scale = 1.0 + self.adaLN_modulation(time)
+        scale = scale if len(scale) == 1 else scale[row]
+        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What no step changes: the layout, the refined caption tokens (N_text, dim) and the rotary tables."""
+
+    layout: Layout
+    text: Tensor
+    image_rope: Tensor
+    whole_rope: Tensor
+
+
+class Transformer(nn.Module):
+    """The velocity of the flow; see the module's docstring."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.all_x_embedder = nn.ModuleDict({PATCH: Linear(config.patch_dim, dim)})
+        self.all_final_layer = nn.ModuleDict({PATCH: FinalLayer(config)})
+        self.noise_refiner = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_refiner_layers))
+        self.context_refiner = nn.ModuleList(PlainBlock(config) for _ in range(config.n_refiner_layers))
+        self.t_embedder = TimestepEmbedder(config.adaln_dim)
+        self.cap_embedder = nn.Sequential(RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, dim))
+        self.x_pad_token = nn.Parameter(torch.empty(1, dim))
+        self.cap_pad_token = nn.Parameter(torch.empty(1, dim))
+        if config.siglip_feat_dim is not None:
+            vision = config.siglip_feat_dim
+            self.siglip_embedder = nn.Sequential(RMSNorm(vision, config.norm_eps), Linear(vision, dim))
+            self.siglip_refiner = nn.ModuleList(PlainBlock(config) for _ in range(config.n_refiner_layers))
+            self.siglip_pad_token = nn.Parameter(torch.empty(1, dim))
+        self.layers = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_layers))
+
+    def context(self, layout: Layout, text: Tensor) -> Context:
+        """Do everything that no step changes.
+
+        text (n, cap_feat_dim): features of the real caption tokens of all items, end to end, in the dtype that the
+        pass is to compute in.
+        """
+        config = self.config
+        tokens = layout.text.fill(self.cap_embedder(text), self.cap_pad_token)
+        rope = rope_table(layout.text.positions, config.axes_dims, config.rope_theta)
+        for block in self.context_refiner:
+            tokens = block(tokens, rope, layout.text.spans)
+        return Context(
+            layout=layout,
+            text=tokens,
+            image_rope=rope_table(layout.image.positions, config.axes_dims, config.rope_theta),
+            whole_rope=rope_table(layout.whole.positions, config.axes_dims, config.rope_theta),
+        )
+
+    def forward(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+        """The velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
+
+        x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ->
+        (n, patch_dim), dtype of the context's tokens.
+        """
+        layout, dtype = context.layout, context.text.dtype
+        time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
+        image = layout.image.fill(self.all_x_embedder[PATCH](x.to(dtype)), self.x_pad_token)
+        for block in self.noise_refiner:
+            image = block(image, context.image_rope, layout.image.spans, time, layout.image.row)
+        tokens = torch.cat((image, context.text))[layout.gather]
+        whole = layout.whole
+        for block in self.layers:
+            tokens = block(tokens, context.whole_rope, whole.spans, time, whole.row)
+        return self.all_final_layer[PATCH](tokens[whole.real], time, whole.row[whole.real])
