@@ -61,7 +61,8 @@ class Attention(nn.Module):
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
-        return x + h
+        # parity: in this order, because the sum takes the memory layout of its first term.
+        return h + x
 
 
 class MidBlock(nn.Module):
@@ -178,6 +179,9 @@ class Autoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        # Channels last is 1.03x to 1.4x faster on AVX2 in fp32, 2.1x in bf16 with AMX, and what tensor cores read.
+        # parity: torch.contiguous_format gives diffusers' fp32 bits; channels last rounds 1e-6 apart.
+        self.memory_format = torch.channels_last
 
     @property
     def factor(self) -> int:
@@ -228,14 +232,14 @@ class Autoencoder(nn.Module):
         wide = torch.promote_types(weight.dtype, torch.float32)
         rows, columns = x.shape[2] // cell, x.shape[3] // cell
         if tile is not None and tile < SMALLEST_TILE:
-            raise ValueError(f"tile is {tile} latent cells; needed at least {SMALLEST_TILE}; take a larger tile, or None")
+            raise ValueError(f"tile is {tile} latent cells; needed {SMALLEST_TILE} or more, or None for no tiles")
         if tile is None or max(rows, columns) <= tile:
-            return run(_laid_out(x.to(weight))).to(wide).contiguous()
+            return run(x.to(weight, memory_format=self.memory_format)).to(wide).contiguous()
         result: Tensor | None = None
         for top, height, fade_y in _feathers(rows, tile, out_cell):
             for left, width, fade_x in _feathers(columns, tile, out_cell):
                 part = x[:, :, top * cell : (top + height) * cell, left * cell : (left + width) * cell]
-                done = run(_laid_out(part.to(weight))).to(wide)
+                done = run(part.to(weight, memory_format=self.memory_format)).to(wide)
                 if result is None:
                     result = done.new_zeros(*done.shape[:2], rows * out_cell, columns * out_cell)
                 done = done * fade_y.to(done)[:, None] * fade_x.to(done)
@@ -243,10 +247,6 @@ class Autoencoder(nn.Module):
                 result[:, :, y : y + done.shape[2], z : z + done.shape[3]] += done
         assert result is not None
         return result
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _feathers(cells: int, tile: int, out_cell: int) -> list[tuple[int, int, Tensor]]:
