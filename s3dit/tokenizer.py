@@ -1,0 +1,187 @@
+"""From a prompt to the ids that the text encoder reads: Qwen's byte-level BPE, inside Qwen's chat template.
+
+The template is a constant: a single user turn that asks for an answer, no system turn, thinking left open. A template
+in the model's folder is not executed. Special tokens typed by a user are parsed as special, and a prompt that is too
+long is cut from the right, closing tags and all: both as the official pipeline does.
+
+Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same
+BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces.
+
+Nothing is padded: the text encoder is causal, so padding changes no feature of a real token.
+
+Source: the official repository's prompt format; Qwen2's tokenizer files (regex, NFC, byte-level alphabet, the 26
+added tokens of Qwen3).
+"""
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from s3dit.weights.checkpoint import CheckpointError
+
+TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+TURN = ("<|im_start|>", "<|im_end|>")
+
+# How Qwen2 cuts text before any merge: English clitics, words with the mark before them, single digits, runs of
+# marks, line breaks, spaces.
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Qwen3's added tokens have the ids 151643 to 151668 in this order; the first fourteen are special.
+ADDED = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *(f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad", "vision") for end in ("start", "end")),
+    *(f"<|{kind}_pad|>" for kind in ("vision", "image", "video")),
+    "<tool_call>",
+    "</tool_call>",
+    *(f"<|fim_{part}|>" for part in ("prefix", "middle", "suffix", "pad")),
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+FIRST_ADDED, SPECIAL = 151643, 14
+
+
+class Tokenizer:
+    """The tokenizer of a model folder, `tokenizer/` in the official layout."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read the files of a folder; raises CheckpointError when they are missing, broken or not of this family."""
+        folder = Path(folder)
+        readers: dict[str, Callable[[Path], Callable[[str], list[int]]]] = {
+            "tokenizer.json": _json,
+            "vocab.json": _vocabulary,
+            "tokenizer.model": _sentencepiece,
+        }
+        for file, reader in readers.items():
+            if (folder / file).is_file():
+                self._ids = reader(folder)
+                return
+        raise CheckpointError(
+            f"{folder}: no tokenizer in it; needed tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
+            "download the tokenizer folder of the model"
+        )
+
+    def encode(self, prompt: str, max_length: int = 512) -> list[int]:
+        """Ids of one prompt in the chat template, at most `max_length` of them; no padding.
+
+        Warns, with the number of ids, when the end was cut off. Raises TypeError for anything but a str, ValueError for
+        a max_length below 1 or text that is not Unicode (a lone surrogate).
+        """
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt is a {type(prompt).__name__}; needed a str; encode several prompts one by one")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; needed at least 1; 512 is usual")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ValueError("prompt holds half of a surrogate pair; needed Unicode text; decode it as UTF-8 or UTF-16")
+        ids = self._ids(TEMPLATE.format(prompt))
+        if len(ids) > max_length:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens, the last {len(ids) - max_length} were cut off; "
+                f"shorten it, or raise max_sequence_length above {max_length}",
+                stacklevel=2,
+            )
+        return ids[:max_length]
+
+
+def _json(folder: Path) -> Callable[[str], list[int]]:
+    """From tokenizer.json, without the padding and truncation that somebody may have saved in it."""
+    path = folder / "tokenizer.json"
+    tokenizer = _sound(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return _checked(tokenizer, path)
+
+
+def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
+    """The same BPE as tokenizer.json describes, from vocab.json and merges.txt."""
+    path, merges = folder / "vocab.json", folder / "merges.txt"
+    if not merges.is_file():
+        raise CheckpointError(f"{merges}: missing; needed beside vocab.json; download it")
+    tokenizer = tokenizers.Tokenizer(_sound(path, lambda: models.BPE.from_file(str(path), str(merges))))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    added = _added(folder / "tokenizer_config.json")
+    tokenizer.add_tokens(list(added.values()))
+    for number, token in added.items():
+        found = tokenizer.token_to_id(token.content)
+        if found != number:
+            raise CheckpointError(
+                f"{path}: {token.content} gets id {found}, needed {number}; the vocabulary is not the one its added "
+                "tokens belong to; download the tokenizer folder again"
+            )
+    return _checked(tokenizer, path)
+
+
+def _added(path: Path) -> dict[int, AddedToken]:
+    """Added tokens by id, in order: of tokenizer_config.json where it lists them, else the official ones."""
+    listed: Any = None
+    if path.is_file():
+        config = _sound(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+        listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
+    if listed is None:
+        return {
+            FIRST_ADDED + i: AddedToken(token, normalized=False, special=i < SPECIAL) for i, token in enumerate(ADDED)
+        }
+    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
+    try:
+        tokens = {
+            int(number): AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
+            for number, token in listed.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: added_tokens_decoder is broken; needed id -> {{content, …}}; download the file again"
+        ) from None
+    return dict(sorted(tokens.items()))
+
+
+def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
+    """From a SentencePiece model; imported here because few models have one."""
+    import sentencepiece
+
+    path = folder / "tokenizer.model"
+    processor = _sound(path, lambda: sentencepiece.SentencePieceProcessor(model_file=str(path)))
+    absent = [token for token in TURN if not processor.is_user_defined(processor.piece_to_id(token))]
+    if absent:
+        raise CheckpointError(
+            f"{path}: {' and '.join(absent)} are not user-defined pieces; needed the tokenizer of a Qwen chat model"
+        )
+    return lambda text: list(processor.encode(text))
+
+
+def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
+    """Text to ids, after making sure that the vocabulary knows the template's special tokens."""
+    absent = [token for token in TURN if tokenizer.token_to_id(token) is None]
+    if absent:
+        raise CheckpointError(
+            f"{path}: it has no {' and no '.join(absent)}; needed the tokenizer of a Qwen chat model; take the folder "
+            "from the model's official place"
+        )
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _sound(path: Path, read: Callable[[], Any]) -> Any:
+    """What a library reads from a file, its complaint turned into a CheckpointError."""
+    try:
+        return read()
+    # The tokenizers library raises the bare class, there is nothing narrower to name.
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable tokenizer file ({error}); download it again") from None
