@@ -203,7 +203,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Parse one small JSON object from disk; CheckpointError when it is missing, huge or not an object."""
     try:
         if path.stat().st_size > 1 << 24:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes is too large for a config; needed a small file")
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size:,} bytes is too large for a config; needed a small file"
+            )
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
@@ -217,8 +219,14 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_model(folder: Path) -> ModelConfig:
     """Read every config of a model in the official directory layout; raises CheckpointError."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: not a folder; needed a model directory with transformer/, text_encoder/, vae/")
-    missing = [part for part in ("transformer", "text_encoder", "vae", "scheduler", "tokenizer") if not (folder / part).is_dir()]
+        raise CheckpointError(
+            f"{folder}: not a folder; needed a model directory with transformer/, text_encoder/, vae/"
+        )
+    missing = [
+        part
+        for part in ("transformer", "text_encoder", "vae", "scheduler", "tokenizer")
+        if not (folder / part).is_dir()
+    ]
     if missing:
         raise CheckpointError(
             f"{folder}: not a Z-Image model directory, it lacks {', '.join(missing)}/; "

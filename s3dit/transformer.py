@@ -159,7 +159,9 @@ class Transformer(nn.Module):
         self.noise_refiner = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(PlainBlock(config) for _ in range(config.n_refiner_layers))
         self.t_embedder = TimestepEmbedder(config.adaln_dim)
-        self.cap_embedder = nn.Sequential(RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, dim))
+        self.cap_embedder = nn.Sequential(
+            RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, dim)
+        )
         self.x_pad_token = nn.Parameter(torch.empty(1, dim))
         self.cap_pad_token = nn.Parameter(torch.empty(1, dim))
         if config.siglip_feat_dim is not None:

@@ -1,0 +1,273 @@
+"""Request and Result: the one schema behind Python, the command line and replay.
+
+A Request says what is wanted, in the names that diffusers' users know; None means "as this model is meant to be run"
+and is replaced by `resolve`. Everything that can be wrong with a request without looking at weights is found by
+`check`, before any heavy work, and raised as RequestError. Values are never changed in silence: 0.0 is a value, lists
+given by the caller are copied and not written to.
+
+Importing this module does not import torch, so that the command line's `--help` is quick.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from s3dit.config import ModelConfig
+
+Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
+Schedule = Literal["official", "simple", "beta", "karras"]
+OutputType = Literal["pil", "tensor", "latent"]
+
+# 512 patches of 16 pixels a side: what the published rotary tables were made for.
+LARGEST_SIDE = 8192
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message says what was found, what was needed and what to do."""
+
+
+def _says(text: str) -> Any:
+    """Help text of a field, shown by the command line."""
+    return {"help": text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What to draw. Sequences (prompts, sizes, seeds) give one picture an entry; a single value serves all."""
+
+    prompt: str | Sequence[str] = field(metadata=_says("what to draw"))
+    negative_prompt: str | Sequence[str] | None = field(
+        default=None, metadata=_says("what to avoid; used when guidance is on (default: the empty prompt)")
+    )
+    height: int | Sequence[int] | None = field(
+        default=None, metadata=_says("pixels, a multiple of 16 (default: 1024; 128 for the embedded model)")
+    )
+    width: int | Sequence[int] | None = field(
+        default=None, metadata=_says("pixels, a multiple of 16 (default: 1024; 128 for the embedded model)")
+    )
+    num_inference_steps: int | None = field(
+        default=None, metadata=_says("steps of the solver (default: Turbo 8, Z-Image 28)")
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata=_says("s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)"),
+    )
+    cfg: float | None = field(
+        default=None, metadata=_says("guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1")
+    )
+    cfg_normalization: bool | float = field(
+        default=False, metadata=_says("limit the guided velocity's norm to this multiple of the unguided one; 0 is off")
+    )
+    cfg_truncation: float = field(default=1.0, metadata=_says("no guidance once t (0 noise, 1 image) is above this"))
+    num_images_per_prompt: int = field(default=1, metadata=_says("pictures a prompt; seeds count up"))
+    seed: int | Sequence[int] | None = field(
+        default=None, metadata=_says("seed of the first picture; the next ones take seed + 1, … (default: random)")
+    )
+    generator: "torch.Generator | Sequence[torch.Generator] | None" = None
+    latents: "torch.Tensor | None" = None
+    sigmas: Sequence[float] | None = field(
+        default=None, metadata=_says("explicit noise levels, descending from 1, before the shift (use shift 1 for raw)")
+    )
+    shift: float | None = field(default=None, metadata=_says("shift of the schedule (default: the model's file)"))
+    schedule: Schedule = field(default="official", metadata=_says("spacing of the noise levels"))
+    solver: Solver = field(default="euler", metadata=_says("how the flow is integrated"))
+    max_sequence_length: int = field(default=512, metadata=_says("tokens of the prompt that are read; the rest is cut"))
+    strength: float | None = field(
+        default=None, metadata=_says("how much of a start image is redrawn, 0 to 1; this version takes no start image")
+    )
+    output_type: OutputType = "pil"
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts as a list of their own."""
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def count(self) -> int:
+        """Pictures in all."""
+        return len(self.prompts) * self.num_images_per_prompt
+
+    def per_image(self, name: str) -> list[Any]:
+        """Spread a field over all pictures: one value for all, or one a prompt, or one a picture."""
+        value = getattr(self, name)
+        if value is None or isinstance(value, str) or not isinstance(value, Sequence):
+            return [value] * self.count
+        if len(value) == self.count:
+            return list(value)
+        if len(value) == len(self.prompts):
+            return [item for item in value for _ in range(self.num_images_per_prompt)]
+        raise RequestError(
+            f"{name} has {len(value)} entries; needed 1, {len(self.prompts)} (one a prompt) or {self.count} (one a picture)"
+        )
+
+    def seeds(self) -> list[int]:
+        """One seed a picture: seed, seed + 1, …"""
+        if isinstance(self.seed, int):
+            return [self.seed + i for i in range(self.count)]
+        return self.per_image("seed")
+
+    def resolve(self, config: "ModelConfig") -> Self:
+        """Check, then put the model's own settings where the request says None; raises RequestError."""
+        self.check()
+        settings = config.settings
+        guidance = self.cfg - 1.0 if self.cfg is not None else self.guidance_scale
+
+        def size(name: str) -> int | Sequence[int]:
+            value = getattr(self, name)
+            if value is None and self.latents is not None:
+                return int(self.latents.shape[-2 if name == "height" else -1]) * 8
+            return getattr(settings, name) if value is None else value
+
+        steps = self.num_inference_steps or settings.num_inference_steps
+        if self.sigmas is not None:
+            steps = len([s for s in self.sigmas if s > 0])
+        resolved = replace(
+            self,
+            prompt=self.prompts,
+            height=size("height"),
+            width=size("width"),
+            num_inference_steps=steps,
+            guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
+            cfg=None,
+            shift=config.scheduler.shift if self.shift is None else float(self.shift),
+        )
+        resolved._check_latents()
+        return resolved
+
+    def check(self) -> None:
+        """Find what is wrong without any model; raises RequestError."""
+        self._check_prompts()
+        for name in ("height", "width"):
+            for value in self.per_image(name):
+                if value is not None:
+                    _check_side(name, value)
+        _check_int("num_inference_steps", self.num_inference_steps, 1, 1000)
+        _check_int("num_images_per_prompt", self.num_images_per_prompt, 1, 1024)
+        _check_int("max_sequence_length", self.max_sequence_length, 1, 32768)
+        for seed in self.per_image("seed"):
+            _check_int("seed", seed, -(2**63), 2**63 - 1)
+        for name, low, high in (
+            ("guidance_scale", 0.0, 1000.0), ("cfg", 1.0, 1001.0), ("cfg_normalization", 0.0, 1000.0),
+            ("cfg_truncation", 0.0, 1000.0), ("shift", 1e-3, 1e3), ("strength", 0.0, 1.0),
+        ):  # fmt: skip
+            _check_float(name, getattr(self, name), low, high)
+        if self.cfg is not None and self.guidance_scale is not None:
+            raise RequestError(
+                "both cfg and guidance_scale are given; they are the same knob (cfg = guidance_scale + 1)"
+            )
+        for name, kind in (("solver", Solver), ("schedule", Schedule), ("output_type", OutputType)):
+            if getattr(self, name) not in get_args(kind):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; needed one of {', '.join(get_args(kind))}")
+        if self.strength is not None:
+            raise RequestError("strength needs a start image, and this version takes none; leave it out")
+        self._check_sigmas()
+
+    def _check_prompts(self) -> None:
+        given = self.prompt
+        if isinstance(given, bytes) or not isinstance(given, str | Sequence):
+            raise RequestError(f"prompt is a {type(given).__name__}; needed a string or a list of strings")
+        for name in ("prompt", "negative_prompt"):
+            value = getattr(self, name)
+            texts = [] if value is None else [value] if isinstance(value, str) else list(value)
+            for text in texts:
+                if not isinstance(text, str):
+                    raise RequestError(f"{name} holds a {type(text).__name__}; needed strings")
+        if not self.prompts:
+            raise RequestError("prompt is an empty list; needed at least one prompt (an empty string is a prompt)")
+        negatives = self.negative_prompt
+        if not isinstance(negatives, str | None) and len(negatives) != len(self.prompts):
+            raise RequestError(
+                f"{len(negatives)} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
+            )
+
+    def _check_sigmas(self) -> None:
+        if self.sigmas is None:
+            return
+        values = list(self.sigmas)
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+            raise RequestError("sigmas holds something else than numbers; needed floats between 0 and 1")
+        descending = all(a > b for a, b in zip(values, values[1:], strict=False))
+        if not values or not descending or not 0 < values[0] <= 1 or values[-1] < 0:
+            raise RequestError(
+                f"sigmas is {values[:8]}; needed a descending list that starts at 1 or below and stays at 0 or above"
+            )
+        steps = len([v for v in values if v > 0])
+        if self.num_inference_steps not in (None, steps):
+            raise RequestError(
+                f"{steps} sigmas but num_inference_steps {self.num_inference_steps}; leave one of them out"
+            )
+
+    def _check_latents(self) -> None:
+        if self.latents is None:
+            return
+        sizes = set(zip(self.per_image("height"), self.per_image("width"), strict=True))
+        if len(sizes) > 1:
+            raise RequestError("latents is one tensor but the pictures have several sizes; needed one size")
+        height, width = sizes.pop()
+        found, needed = tuple(self.latents.shape), (self.count, 16, height // 8, width // 8)
+        if found != needed:
+            raise RequestError(
+                f"latents has shape {found}; needed {needed} for {self.count} pictures of {width}×{height}"
+            )
+        if not self.latents.isfinite().all():
+            raise RequestError("latents holds NaN or infinity; needed the starting noise, finite numbers")
+
+    def to_json(self) -> dict[str, Any]:
+        """The replayable fields as plain JSON values; tensors and generators are left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {k: v for k, v in values.items() if k not in ("generator", "latents", "output_type") and v is not None}
+        return {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Read back `to_json`; RequestError on unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise RequestError(f"replay data has unknown keys {', '.join(unknown)}; it was written by another version")
+        if "prompt" not in data:
+            raise RequestError("replay data has no prompt; needed the JSON that this program writes")
+        return cls(**data)
+
+
+def _check_side(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} is {value!r}; needed an integer, a multiple of 16")
+    if not 0 < value <= LARGEST_SIDE:
+        raise RequestError(
+            f"{name} is {value}; needed 16 to {LARGEST_SIDE} pixels (the model is at home in 512 to 2048)"
+        )
+    if value % 16:
+        low = max(16, value // 16 * 16)
+        near = f"{low} or {low + 16}" if low < value else f"{low}"
+        raise RequestError(f"{name} is {value}, not a multiple of 16; the nearest that work are {near}")
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; needed an integer from {low} to {high}")
+
+
+def _check_float(name: str, value: Any, low: float, high: float) -> None:
+    if value is None:
+        return
+    if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
+        raise RequestError(f"{name} is {value!r}; needed a number from {low:g} to {high:g}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came out: pictures (PIL, or a list of tensors (3, H, W) in [-1, 1]), latents, and how to repeat each.
+
+    latents: a list of fp32 (16, H/8, W/8), as the VAE takes them · metadata: one dict a picture, JSON values only.
+    """
+
+    images: "list[Image.Image] | list[torch.Tensor]"
+    latents: "list[torch.Tensor]"
+    metadata: list[dict[str, Any]]
