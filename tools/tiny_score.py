@@ -15,7 +15,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.tiny_world import COLOURS, PLACES, RELATIONS, SHAPES, SIDE, Scene, coverage
+from tiny_world import COLOURS, PLACES, RELATIONS, SHAPES, SIDE, Scene, coverage
 
 MIN_OVERLAP = 0.75
 MIN_AREA = 80  # pixels; smaller specks are not counted as things
