@@ -1,0 +1,301 @@
+"""Make the embedded model (weights/tiny) from nothing: a little world, an autoencoder, a text encoder, an S3-DiT.
+
+    python tools/train_tiny.py                 all stages, work files under build/tiny, result in weights/tiny
+    python tools/train_tiny.py --stage dit     one stage: vae, data, dit, distil or export; stages resume where they were
+    python tools/train_tiny.py --score         measure weights/tiny on the 500 fixed prompts
+
+Stages count steps, not minutes, and every random number has a seed. Text encoder and S3-DiT are trained together, in
+fp32 on the CPU, by the engine's own modules: only attention and modulation are replaced (through `op.using`) by forms
+whose backward pass is quick for a batch of equal lengths. `distil` teaches the model its own guided velocity, so that
+the shipped weights follow Turbo's convention: guidance 0, few steps.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiny_export
+import torch
+from tiny_score import judge, table
+from tiny_vae import CONFIG as VAE_CONFIG
+from tiny_vae import gate, to_pixels, train_vae
+from tiny_world import caption_of, draw_scene, fixed_prompts, render
+from torch import Tensor, nn
+
+from s3dit.config import TextEncoderConfig, TransformerConfig
+from s3dit.kernels.attention import Spans, attention
+from s3dit.kernels.norm import gated_residual, rms_norm, rms_norm_modulate
+from s3dit.layout import patchify, text_to_image, unpatchify
+from s3dit.sampler import euler, sigmas
+from s3dit.text_encoder import TextEncoder
+from s3dit.tokenizer import Tokenizer
+from s3dit.transformer import Transformer
+from s3dit.vae import Autoencoder
+
+TRANSFORMER = TransformerConfig(
+    all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=192, n_layers=6, n_refiner_layers=1, n_heads=6,
+    n_kv_heads=6, norm_eps=1e-5, qk_norm=True, cap_feat_dim=128, siglip_feat_dim=None, rope_theta=256.0,
+    t_scale=1000.0, axes_dims=(8, 12, 12),
+)  # fmt: skip
+TEXT = TextEncoderConfig(
+    vocab_size=704, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6, rope_theta=1e6,
+)  # fmt: skip
+GRID = (8, 8)
+CAPTIONS, SCENES, BATCH = 3, 12_000, 32
+LR, GUIDANCE = 1.2e-3, 2.0
+
+
+class Model(nn.Module):
+    """Text encoder and S3-DiT as one: captions' ids and noisy patches to velocity."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.text = TextEncoder(TEXT)
+        self.dit = Transformer(TRANSFORMER)
+        for name, parameter in self.named_parameters():
+            if "embed_tokens" in name or "pad_token" in name:
+                nn.init.normal_(parameter, std=0.02 if "pad" in name else 0.5)
+            elif parameter.dim() == 1:
+                nn.init.constant_(parameter, 1.0 if "norm" in name or name.endswith("cap_embedder.0.weight") else 0.0)
+            elif "adaLN" in name or "all_final_layer" in name:
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, x: Tensor, t: Tensor, ids: list[list[int]]) -> Tensor:
+        """x (B, 64, 64) patches, t (B,), ids: tokens of each caption -> velocity (B, 64, 64)."""
+        flat = torch.tensor([i for one in ids for i in one])
+        lengths = [len(one) for one in ids]
+        features = self.text(self.text.model.embed_tokens.weight[flat], lengths)
+        context = self.dit.context(text_to_image([GRID] * len(ids), lengths), features)
+        return self.dit(x.flatten(0, 1), t, context).view_as(x)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    q, k, v = (x.unflatten(0, (len(q_span.lengths), -1)).transpose(1, 2) for x in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(0, 1)
+
+
+def _modulate(x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
+    normed = rms_norm.reference(x, weight, eps).unflatten(0, (len(scale), -1))
+    return (normed * (1 + scale)[:, None]).flatten(0, 1)
+
+
+def _gated(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, row: Tensor, eps: float) -> Tensor:
+    normed = rms_norm.reference(x, weight, eps).unflatten(0, (len(gate), -1))
+    return residual + (normed * gate.tanh()[:, None]).flatten(0, 1)
+
+
+@contextmanager
+def quick_backward() -> Iterator[None]:
+    """Replace the Ops whose stand-ins have slow gradients; the batch must be of equal lengths."""
+    with ExitStack() as stack:
+        for op, form in ((attention, _attention), (rms_norm_modulate, _modulate), (gated_residual, _gated)):
+            stack.enter_context(op.using(form))
+        yield
+
+
+def compile_blocks(model: Model) -> None:
+    """Compile the blocks, whose element-wise work would else take most of the time."""
+    for block in (*model.dit.noise_refiner, *model.dit.context_refiner, *model.dit.layers):
+        block.compile(dynamic=False)
+
+
+def make_data(work: Path, vae: Autoencoder) -> dict[str, Any]:
+    """Render, caption and encode the training set; latents are scaled to zero mean and unit deviation."""
+    if (work / "data.pt").exists():
+        return torch.load(work / "data.pt", weights_only=True)
+    rng = np.random.default_rng(11)
+    captions, patches = [], []
+    for start in range(0, SCENES, 50):
+        scenes = [draw_scene(rng) for _ in range(50)]
+        captions += [[caption_of(scene, rng) for _ in range(CAPTIONS)] for scene in scenes]
+        batch = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            mean = vae.encoder(to_pixels(batch)).chunk(2, dim=1)[0]
+        patches += [patchify(one.contiguous()) for one in mean]
+        if start % 2000 == 0:
+            print(f"data {start}/{SCENES}", flush=True)
+    flat = torch.stack(patches)
+    shift, scale = flat.mean().item(), 1 / flat.std().item()
+    data = {"patches": (flat - shift) * scale, "captions": captions, "shift": shift, "scale": scale}
+    torch.save(data, work / "data.pt")
+    return data
+
+
+def noisy(patches: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sigma (logit-normal, shifted) and noise: (state, t, target velocity)."""
+    u = torch.randn(len(patches)).sigmoid()
+    sigma = (shift * u / (1 + (shift - 1) * u))[:, None, None]
+    noise = torch.randn_like(patches)
+    return (1 - sigma) * patches + sigma * noise, 1 - sigma.flatten(), patches - noise
+
+
+def train(
+    work: Path, name: str, model: Model, steps: int, lr: float, decay: float, loss_of: Callable[[], Tensor]
+) -> Model:
+    """AdamW with warm-up, a constant rate and a linear decay over the last share; returns the moving average."""
+    ema = deepcopy(model)
+    groups = [[p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False)]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.99), fused=True,
+    )  # fmt: skip
+    done, path = 0, work / f"{name}.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done = saved["step"]
+        torch.manual_seed(done)
+    compile_blocks(model)
+    start, first, mean = time.perf_counter(), done, 0.0
+    for step in range(done + 1, steps + 1):
+        rate = lr * min(1.0, step / 100, max(0.0, (steps - step) / (steps * decay)) + 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with quick_backward():
+            loss = loss_of()
+            optimizer.zero_grad()
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        keep = min(0.998, 1 - 10 / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
+        mean = 0.98 * mean + 0.02 * loss.item() if mean else loss.item()
+        if step % 50 == 0:
+            pace = (step - first) / (time.perf_counter() - start)
+            print(f"{name} {step}/{steps} loss {mean:.4f} lr {rate:.2e} {pace:.2f} steps/s", flush=True)
+        if step % 250 == 0 or step == steps:
+            state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(state | {"step": step}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").replace(path)
+    return ema
+
+
+def train_dit(work: Path, data: dict[str, Any], tokenizer: Tokenizer, steps: int) -> Model:
+    """Flow matching on the training set; one caption in ten is dropped, for guidance."""
+    ids = [[tokenizer.encode(c) for c in captions] for captions in data["captions"]]
+    empty, model, rng = tokenizer.encode(""), Model(), np.random.default_rng(3)
+
+    def loss_of() -> Tensor:
+        rows = torch.randint(len(ids), (BATCH,))
+        x, t, target = noisy(data["patches"][rows], 2.0)
+        said = [empty if rng.random() < 0.1 else ids[r][rng.integers(CAPTIONS)] for r in rows.tolist()]
+        return (model(x, t, said) - target).square().mean()
+
+    return train(work, "dit", model, steps, LR, 0.4, loss_of)
+
+
+def distil(work: Path, data: dict[str, Any], tokenizer: Tokenizer, teacher: Model, steps: int) -> Model:
+    """Teach a copy the teacher's guided velocity, pos + GUIDANCE·(pos - neg)."""
+    ids = [[tokenizer.encode(c) for c in captions] for captions in data["captions"]]
+    empty, student, rng = tokenizer.encode(""), deepcopy(teacher), np.random.default_rng(4)
+    compile_blocks(teacher.requires_grad_(False))
+
+    def loss_of() -> Tensor:
+        rows = torch.randint(len(ids), (BATCH,))
+        x, t, _ = noisy(data["patches"][rows], 3.0)
+        said = [ids[r][rng.integers(CAPTIONS)] for r in rows.tolist()]
+        with torch.no_grad():
+            positive, negative = teacher(x, t, said), teacher(x, t, [empty] * BATCH)
+        return (student(x, t, said) - (positive + GUIDANCE * (positive - negative))).square().mean()
+
+    return train(work, "distil", student, steps, 4e-4, 1.0, loss_of)
+
+
+@torch.no_grad()
+def quick_score(model: Model, vae: Autoencoder, data: dict[str, Any], tokenizer: Tokenizer, n: int = 100) -> None:
+    """Score some of the fixed prompts with 8 Euler steps and no guidance, without the pipeline."""
+    prompts, verdicts = fixed_prompts(), []
+    for start in range(0, n, 25):
+        chosen = [prompts[i * len(prompts) // n] for i in range(start, min(n, start + 25))]
+        ids = [tokenizer.encode(caption) for _, caption in chosen]
+
+        def velocity(x: Tensor, sigma: Tensor, ids: list[list[int]] = ids) -> Tensor:
+            return model(x, (1 - sigma).expand(len(ids)), ids)
+
+        x = torch.randn(len(chosen), 64, 64, generator=torch.Generator().manual_seed(start))
+        for step in euler(velocity, x, sigmas(8, 3.0)):
+            x = step.x
+        latents = torch.stack([unpatchify(one, GRID) for one in x / data["scale"] + data["shift"]])
+        pictures = ((vae.decoder(latents) / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        verdicts += [(scene, judge(p, scene)) for p, (scene, _) in zip(pictures, chosen, strict=True)]
+    print("score", json.dumps(table(verdicts)), flush=True)
+
+
+def score(folder: Path) -> dict[str, Any]:
+    """Measure a folder on the 500 fixed prompts with the engine's defaults, seeds 0 … 499."""
+    from tqdm import tqdm
+
+    from s3dit import Pipeline
+
+    pipe, verdicts, batch = Pipeline.load(folder), [], 20
+    prompts = fixed_prompts()
+    for start in tqdm(range(0, len(prompts), batch), unit="batch"):
+        chosen = prompts[start : start + batch]
+        pictures = pipe(prompt=[c for _, c in chosen], seed=start).images
+        verdicts += [(scene, judge(np.asarray(p), scene)) for p, (scene, _) in zip(pictures, chosen, strict=True)]
+    return table(verdicts)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder of checkpoints and data")
+    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="the model's folder")
+    parser.add_argument("--stage", choices=("vae", "data", "dit", "distil", "export"), help="only this stage")
+    parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--dit-steps", type=int, default=12_000)
+    parser.add_argument("--distil-steps", type=int, default=800)
+    parser.add_argument("--score", action="store_true", help="score --out on the 500 fixed prompts and stop")
+    args = parser.parse_args()
+    if args.score:
+        found = score(args.out)
+        (args.out / "score.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    vae = Autoencoder(VAE_CONFIG)
+    if not (args.work / "vae.pt").exists() or args.stage == "vae":
+        vae = train_vae(args.work, args.vae_steps)
+        torch.save(vae.state_dict(), args.work / "vae.pt")
+    vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True))
+    found = gate(vae)
+    print("autoencoder", found, flush=True)
+    if min(v for k, v in found.items() if k != "psnr") < 0.98:
+        print("the autoencoder is below 0.98 in some kind: train it longer before the S3-DiT", flush=True)
+    if args.stage == "vae":
+        return
+    tokenizer = Tokenizer(tiny_export.write_tokenizer(args.work / "tokenizer", TEXT.vocab_size))
+    data = make_data(args.work, vae)
+    if args.stage == "data":
+        return
+    model = Model()
+    if args.stage in (None, "dit"):
+        model = train_dit(args.work, data, tokenizer, args.dit_steps)
+        quick_score(model, vae, data, tokenizer)
+    if args.stage in (None, "distil"):
+        model.load_state_dict(torch.load(args.work / "dit.pt", weights_only=True)["ema"])
+        model = distil(args.work, data, tokenizer, model, args.distil_steps)
+        quick_score(model, vae, data, tokenizer)
+    last = args.work / ("distil.pt" if (args.work / "distil.pt").exists() else "dit.pt")
+    model.load_state_dict(torch.load(last, weights_only=True)["ema"])
+    if args.stage == "export":
+        quick_score(model, vae, data, tokenizer)
+    tiny_export.write(args.out, args.work / "tokenizer", model.text, model.dit, vae, data["scale"], data["shift"])
+
+
+if __name__ == "__main__":
+    main()
