@@ -31,7 +31,7 @@ LARGEST_PIXELS = 1 << 26
 LARGEST_TEXT = 1 << 20
 
 # Names of the request's fields in the line that galleries read, in the order they expect.
-LABELS = {"num_inference_steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
+LABELS = {"num_inference_steps": "Steps", "solver": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
 
 
 def to_pil(pixels: Tensor) -> list[Image.Image]:
@@ -46,7 +46,9 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
         )
     pixels = pixels.detach().float()
     if not pixels.isfinite().all():
-        raise RequestError("the picture holds values that are not finite; run in bfloat16 or float32 instead of float16")
+        raise RequestError(
+            "the picture holds values that are not finite; run in bfloat16 or float32 instead of float16"
+        )
     levels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(item) for item in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -153,9 +155,11 @@ def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     except (TypeError, ValueError) as error:
         raise RequestError(f"metadata cannot be written as JSON ({error}); needed plain finite values") from None
     if len(replay) > LARGEST_TEXT:
-        raise RequestError(f"metadata is {len(replay):,} characters; needed at most {LARGEST_TEXT:,}; save it elsewhere")
+        raise RequestError(
+            f"metadata is {len(replay):,} characters; needed at most {LARGEST_TEXT:,}; save it elsewhere"
+        )
     values = {**metadata}
-    values.setdefault("sampler", "Euler")
+    values.setdefault("solver", "euler")
     if isinstance(values.get("guidance_scale"), int | float):
         values["guidance_scale"] = f"{values['guidance_scale'] + 1:g}"
     settings = {label: values[name] for name, label in LABELS.items() if values.get(name) is not None}
@@ -183,8 +187,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         _refuse(path, error, "a PNG file written by s3dit")
     if text is None:
         raise RequestError(
-            f"{path}: carries no s3dit metadata; needed a PNG that s3dit wrote with it; other programs drop it when they "
-            "save, so take the original file"
+            f"{path}: carries no s3dit metadata; needed a PNG that s3dit wrote with it; other programs "
+            "drop it when they save, so take the original file"
         )
     try:
         metadata = json.loads(text, parse_constant=_no_constant)
@@ -202,7 +206,9 @@ def _no_constant(name: str) -> NoReturn:
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 8) -> Image.Image:
     """Lay pictures side by side, row by row, each centered in a cell of the largest size; `columns` None is square."""
     if not images or (columns is not None and columns < 1) or gap < 0:
-        raise RequestError(f"{len(images)} pictures in {columns} columns; needed at least one of each and no gap below 0")
+        raise RequestError(
+            f"{len(images)} pictures in {columns} columns; needed at least one of each and no gap below 0"
+        )
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     rows = math.ceil(len(images) / columns)
     width, height = max(image.width for image in images), max(image.height for image in images)
