@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.config import TextEncoderConfig
+from s3dit.kernels.swiglu import swiglu
 from s3dit.layers import RMSNorm
 from s3dit.linear import Linear
 
@@ -124,8 +125,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, hidden) -> (n, hidden)."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def rope_table(lengths: Sequence[int], dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,10 @@ def _added(path: Path) -> dict[int, AddedToken]:
     """Added tokens by id, in order: of tokenizer_config.json where it lists them, else the official ones."""
     listed: Any = None
     if path.is_file():
-        config = _sound(path, lambda: json.loads(path.read_text(encoding="utf-8")))
+        try:
+            config: Any = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
         listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
     if listed is None:
         return {

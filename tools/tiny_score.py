@@ -14,7 +14,6 @@ from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tiny_world import COLOURS, PLACES, RELATIONS, SHAPES, SIDE, Scene, coverage
 
 MIN_OVERLAP = 0.75
@@ -102,7 +101,14 @@ def _fit(cover: NDArray[np.float32]) -> tuple[str, float, float, float, float]:
 def find(picture: NDArray[np.uint8]) -> tuple[str, list[Region]]:
     """Read a (128, 128, 3) picture: its background colour and the things on it."""
     pixels = picture.astype(np.float32)
-    frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3), pixels[:, -3:].reshape(-1, 3)])
+    frame = np.concatenate(
+        [
+            pixels[:3].reshape(-1, 3),
+            pixels[-3:].reshape(-1, 3),
+            pixels[:, :3].reshape(-1, 3),
+            pixels[:, -3:].reshape(-1, 3),
+        ]
+    )
     ground = np.median(frame, 0)
     labels = _label(np.sqrt(((pixels - ground) ** 2).sum(2)) > MIN_CONTRAST)
     regions = []

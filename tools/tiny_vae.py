@@ -69,7 +69,9 @@ def train_vae(work: Path, steps: int, seed: int = 0) -> Autoencoder:
         schedule.step()
         if step % 100 == 99:
             rate = (step + 1) / (time.perf_counter() - start)
-            print(f"vae {step + 1}/{steps} loss {loss.item():.4f} size {size.item():.3f} {rate:.2f} steps/s", flush=True)
+            print(
+                f"vae {step + 1}/{steps} loss {loss.item():.4f} size {size.item():.3f} {rate:.2f} steps/s", flush=True
+            )
             torch.save(vae.state_dict(), work / "vae.pt")
         if step % 500 == 499:
             print("vae", gate(vae, 60), flush=True)

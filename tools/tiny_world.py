@@ -51,7 +51,9 @@ HELD_OUT = frozenset(
     }
 )
 # An object on a background that nobody could tell from it at a glance is never drawn.
-CLASHES = frozenset(frozenset(pair) for pair in (("red", "orange"), ("orange", "yellow"), ("blue", "purple"), ("pink", "white")))
+CLASHES = frozenset(
+    frozenset(pair) for pair in (("red", "orange"), ("orange", "yellow"), ("blue", "purple"), ("pink", "white"))
+)
 
 PLACES: dict[str, tuple[int, int]] = {
     "top": (0, -1),
@@ -191,7 +193,8 @@ def _outlines() -> dict[str, NDArray[np.float64]]:
     tips = -np.pi / 2 + np.arange(10) * np.pi / 5
     star = np.stack([np.cos(tips), np.sin(tips)], 1) * np.where(np.arange(10) % 2, 0.52, 1.2)[:, None]
     heart = np.stack(
-        [16 * np.sin(turn) ** 3, -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))], 1
+        [16 * np.sin(turn) ** 3, -(13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn))],
+        1,
     )
     a = 0.36
     cross = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]

@@ -38,30 +38,37 @@ def assign(
     model has under them stays on meta. progress: called with the stored bytes of each tensor that was read.
     Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or not fp32, bf16 or fp16.
     """
-    homes = model.state_dict(keep_vars=True)
-    checkpoint = official(checkpoint, homes)
-    needed = {name for name in homes if not _matches(name, unused)}
-    check(checkpoint, homes, needed, unused)
-    for name in checkpoint:
-        if name not in needed:
-            continue
+    checkpoint, needed = _verified(model, checkpoint, unused)
+    for name in needed:
         tensor = checkpoint.load(name).to(device=device, dtype=dtype)
         _put(model, name, tensor)
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
 
 
+def verify(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> None:
+    """Raise the CheckpointError that `assign` would raise, from headers alone: no tensor is read."""
+    _verified(model, checkpoint, unused)
+
+
 def pending(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> int:
-    """The stored bytes that `assign` is going to read: what its `progress` adds up to."""
+    """The stored bytes that `assign` is going to read, what its `progress` adds up to; verifies first."""
+    checkpoint, needed = _verified(model, checkpoint, unused)
+    return sum(checkpoint.entry(name).nbytes for name in needed)
+
+
+def _verified(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str]) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint under official names, and the names to read in their order on disk; CheckpointError if unfit."""
     homes = model.state_dict(keep_vars=True)
     checkpoint = official(checkpoint, homes)
-    return sum(checkpoint.entry(name).nbytes for name in homes if name in checkpoint and not _matches(name, unused))
+    _check(checkpoint, homes, unused)
+    return checkpoint, [name for name in checkpoint if name in homes and not _matches(name, unused)]
 
 
-def check(checkpoint: Checkpoint, homes: dict[str, Tensor], needed: set[str], unused: Sequence[str]) -> None:
+def _check(checkpoint: Checkpoint, homes: dict[str, Tensor], unused: Sequence[str]) -> None:
     """Hold a checkpoint in official spelling to a model's names and shapes; one CheckpointError for all trouble."""
     stored = {name: checkpoint.entry(name) for name in checkpoint}
-    missing = [name for name in homes if name in needed and name not in stored]
+    missing = [name for name in homes if name not in stored and not _matches(name, unused)]
     unexpected = [name for name in stored if name not in homes and not _matches(name, unused)]
     # The shape of a tensor that is never read, or read by rows, still tells whether the file is of this model.
     shapes = [

@@ -71,6 +71,8 @@ class Checkpoint(ABC):
         Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
         """
         shape = self.entry(name).shape
+        if len(shape) != 2:
+            raise CheckpointError(f"{self.path}: {name} is {list(shape)}; needed a matrix; take the model's own weights")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
             raise CheckpointError(
                 f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
@@ -97,6 +99,9 @@ REFUSED: dict[Container, str] = {
 
 def sniff(path: Path) -> Container:
     """Tell what a file holds from its first bytes; raises CheckpointError when it cannot be read."""
+    # Opening a pipe would wait for a writer that may never come.
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a plain file; needed a file of weights; give the path of one")
     try:
         with path.open("rb") as file:
             head = file.read(64)

@@ -29,9 +29,15 @@ def resolve(name: str) -> Path:
 
     Raises CheckpointError when it is neither, or when the Hub does not give it; the message is one line.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if name and path.exists():
+            return path
+    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
+        ) from None
     if not REPOSITORY.fullmatch(name):
         raise CheckpointError(
             f"{name!r}: no such file or folder; needed a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.checkpoint import Checkpoint, Entry
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, Entry
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,16 @@ class Respelled(Checkpoint):
 
     def entry(self, name: str) -> Entry:
         """Shape, dtype and bytes of one tensor; CheckpointError for an unknown name."""
-        return self._checkpoint.entry(self._stored.get(name, name))
+        return self._checkpoint.entry(self._key(name))
 
     def load(self, name: str) -> Tensor:
         """One tensor in its stored dtype, as the checkpoint below gives it."""
-        return self._checkpoint.load(self._stored.get(name, name))
+        return self._checkpoint.load(self._key(name))
+
+    def _key(self, name: str) -> str:
+        """The stored key of an official name."""
+        if name not in self._stored:
+            raise CheckpointError(
+                f"{self.path}: no tensor {name!r} among {len(self._stored)}; the files are of another model"
+            )
+        return self._stored[name]

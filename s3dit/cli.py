@@ -1,0 +1,310 @@
+"""The command line: `s3dit generate`, `s3dit plan`. Flags are made from Request's fields.
+
+Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
+and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from s3dit import __version__
+from s3dit.request import Request, RequestError, Schedule, Solver
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from s3dit.pipeline import Pipeline, Plan
+    from s3dit.sampler import Step
+
+EXAMPLES = """examples:
+  s3dit generate                                        the embedded model draws its own example
+  s3dit generate "a red star above a blue ring" -o star.png
+  s3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --height 768 --width 1024
+  s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
+  s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
+  s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
+"""
+KINDS: dict[str, Any] = {
+    "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float, "cfg": float,
+    "cfg_normalization": float, "cfg_truncation": float, "num_images_per_prompt": int, "seed": int, "shift": float,
+    "max_sequence_length": int, "strength": float, "negative_prompt": str,
+}  # fmt: skip
+SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"]}
+CHOICES = {"solver": get_args(Solver), "schedule": get_args(Schedule)}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="s3dit",
+        description="Draw pictures with Z-Image models (S3-DiT), or look at what drawing would take.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"s3dit {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="{generate,plan}")
+    for name, text in (("generate", "draw pictures"), ("plan", "print what a request will load and compute")):
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        _add_model(command)
+        _add_request(command)
+        if name == "generate":
+            _add_output(command)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model", default="embedded", help="embedded (default), a folder in the official layout, or a hub name"
+    )
+    group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    group.add_argument("--dtype", help="bf16 or fp32 (default: bf16 where the device computes it natively)")
+    group.add_argument(
+        "--residency", default="staged", help="staged: parts take turns in memory (default); resident: all stay"
+    )
+    group.add_argument("--backend", help="auto (default), reference, torch or triton")
+
+
+def _add_request(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("request")
+    group.add_argument("prompt", nargs="?", help="what to draw (default: the embedded model's example)")
+    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    for field in fields(Request):
+        if field.name in KINDS or field.name in CHOICES:
+            _add_field(group, field)
+    group.add_argument(
+        "--sigmas", type=_floats, metavar="A,B,…", help="explicit noise levels before the shift, such as 1,0.75,0.4"
+    )
+
+
+def _add_field(group: Any, field: "Field[Any]") -> None:
+    flags = [*SHORT.get(field.name, []), "--" + field.name.replace("_", "-")]
+    help_text = field.metadata.get("help", "")
+    if field.name in CHOICES:
+        group.add_argument(
+            *flags, dest=field.name, choices=CHOICES[field.name], help=f"{help_text} (default: {field.default})"
+        )
+    else:
+        kind = KINDS[field.name]
+        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        group.add_argument(*flags, dest=field.name, type=kind, metavar=metavar, help=help_text)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", type=Path, default=Path("s3dit.png"), metavar="FILE",
+        help="a PNG (default: s3dit.png); several pictures get -1, -2, … before the suffix",
+    )  # fmt: skip
+    group.add_argument(
+        "--replay", type=Path, metavar="PNG", help="draw again what made this picture; other flags change it"
+    )
+    group.add_argument(
+        "--preview", action="store_true", help="show the picture forming: in the terminal, and FILE.preview.png"
+    )
+    group.add_argument("--json", action="store_true", help="progress as JSON lines on stdout instead of a bar")
+    group.add_argument("--no-metadata", action="store_true", help="write no prompt and no settings into the PNG")
+
+
+def _floats(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.75,0.4") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
+        return 130
+    except (ValueError, RuntimeError, OSError) as error:
+        if not _ours(error):
+            raise
+        print(f"s3dit: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _ours(error: Exception) -> bool:
+    """Whether an error is one of the three that speak to the user."""
+    from s3dit.kernels.dispatch import BackendError
+    from s3dit.weights.checkpoint import CheckpointError
+
+    return isinstance(error, RequestError | CheckpointError | BackendError)
+
+
+def _run(args: argparse.Namespace) -> int:
+    wanted = {name: value for name in (*KINDS, *CHOICES, "sigmas") if (value := getattr(args, name)) is not None}
+    prompt: Any = args.prompt
+    if args.prompt_file is not None:
+        if prompt is not None:
+            raise RequestError("both a prompt and --prompt-file are given; needed one of them")
+        prompt = _lines(args.prompt_file)
+    if args.command == "generate" and args.replay is not None:
+        wanted = _replayed(args, prompt) | wanted
+    if prompt is not None:
+        wanted["prompt"] = prompt
+    # Whatever can be found wrong without torch is found before it is imported.
+    Request(**({"prompt": ""} | wanted)).check()
+    if args.command == "generate":
+        _check_output(args.output)
+    import warnings
+
+    warnings.showwarning = lambda message, *rest, **more: print(f"s3dit: {message}", file=sys.stderr)
+    from s3dit.pipeline import Pipeline
+
+    pipe = Pipeline.load(
+        args.model, device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend
+    )
+    if "prompt" not in wanted:
+        if not pipe.config.prompt:
+            raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
+        wanted["prompt"] = pipe.config.prompt
+    request = Request(**wanted)
+    if args.command == "plan":
+        print(describe(pipe, pipe.plan(request)))
+        return 0
+    return _generate(pipe, request, args)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{path}: cannot be read as text ({error}); needed one prompt a line, UTF-8") from None
+    if not any(lines):
+        raise RequestError(f"{path}: holds no prompt; needed one a line")
+    return [line for line in lines if line]
+
+
+def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
+    """The request that a picture was made with; its model too, unless another is named."""
+    from s3dit.images import read_metadata
+
+    data = read_metadata(args.replay)
+    model, engine = data.pop("model", None), data.pop("engine", {})
+    if isinstance(engine, dict) and engine.get("replayable") is False:
+        raise RequestError(
+            f"{args.replay}: its noise was given from Python, not by a seed; it cannot be drawn again from here"
+        )
+    if args.model == "embedded" and model not in (None, "embedded"):
+        raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
+    request = Request.from_json(data)
+    request.check()
+    values = request.to_json()
+    if prompt is not None:
+        values.pop("prompt")
+    return values
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
+    if not path.parent.is_dir():
+        raise RequestError(f"output folder {path.parent} does not exist; make it or choose another")
+
+
+def describe(pipe: "Pipeline", plan: "Plan") -> str:
+    """The plan as text: where, what, when, how many bytes, which noise levels."""
+    request = plan.request
+    sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
+    lines = [
+        f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}",
+        f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
+        f"{request.shift:g}, guidance {request.guidance_scale:g})",
+        "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
+    ]
+    for turn, stage in enumerate(plan.stages, 1):
+        lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
+    held = [stage.holds for stage in plan.stages]
+    most = max(held) if pipe.parts.mode == "staged" else sum(held)
+    lines.append(f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations")
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> int:
+    import secrets
+
+    from s3dit.images import save_png
+
+    if request.seed is None:
+        request = replace(request, seed=secrets.randbits(32))
+    plan = pipe.plan(request)
+    paths = _paths(args.output, plan.request.count)
+    print(f"s3dit: {pipe.folder.name} on {pipe.placement}; seed {request.seed}", file=sys.stderr)
+    for note in plan.notes:
+        print(f"s3dit: {note}", file=sys.stderr)
+    with Progress(pipe, plan, args) as progress:
+        result = pipe(request, on_step=progress)
+    for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
+        save_png(picture, path, None if args.no_metadata else metadata)  # type: ignore[arg-type]
+        print(json.dumps({"event": "saved", "path": str(path)}) if args.json else path, flush=True)
+    if args.preview and not args.json:
+        _show(result.images[0])  # type: ignore[arg-type]
+    return 0
+
+
+def _paths(output: Path, count: int) -> list[Path]:
+    if count == 1:
+        return [output]
+    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+
+
+def _show(picture: "Image.Image") -> None:
+    if sys.stderr.isatty():
+        from s3dit.images import ansi
+
+        print(ansi(picture, 48), file=sys.stderr)
+
+
+class Progress:
+    """A bar that counts model calls, or JSON lines; with --preview also the picture as it forms."""
+
+    def __init__(self, pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> None:
+        from tqdm import tqdm
+
+        self.pipe, self.plan, self.args = pipe, plan, args
+        self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if self.args.preview:
+            self._preview_path().unlink(missing_ok=True)
+
+    def _preview_path(self) -> Path:
+        output: Path = self.args.output
+        return output.with_name(f"{output.stem}.preview.png")
+
+    def __call__(self, step: "Step") -> None:
+        if self.args.json:
+            event = {"event": "step", "step": step.i, "of": step.n, "model_calls": step.calls, "sigma": step.sigma_next}
+            print(json.dumps(event), flush=True)
+        self.bar.update(step.calls - self.bar.n)
+        if self.args.preview:
+            from s3dit.images import save_png, to_pil
+
+            # The transformer stays: a small autoencoder beside it is worth less than loading it again.
+            with self.pipe.parts.beside():
+                picture = to_pil(self.pipe.decode(step.denoised[:1])[0][None])[0]
+            save_png(picture, self._preview_path())
+            _show(picture)

@@ -1,0 +1,77 @@
+"""Where and in which number format a model computes.
+
+Weights are kept in `dtype`; activations are computed in `compute`, which is the same wherever the device multiplies
+bf16 natively (CUDA, MPS, CPUs with AMX or AVX512-BF16) and fp32 on other CPUs, where bf16 products are emulated and
+several times slower. Plain fp16 is refused: the products of Z-Image's feed-forward pass 65504.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from s3dit.kernels.dispatch import BackendError
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {"bfloat16": "bf16", "float32": "fp32", "float16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A device, the dtype that weights are kept in and the dtype that activations have."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compute: torch.dtype
+
+    def __str__(self) -> str:
+        names = [NAMES[str(dtype).removeprefix("torch.")] for dtype in (self.dtype, self.compute)]
+        return f"{self.device}, {names[0]}" + ("" if names[0] == names[1] else f" weights, {names[1]} arithmetic")
+
+
+def place(device: str | torch.device | None = None, dtype: str | torch.dtype | None = None) -> Placement:
+    """Choose device and dtype, or check the given ones; raises BackendError.
+
+    device: None takes CUDA, else MPS, else the CPU · dtype: "bf16" or "fp32"; None takes bf16 where it is native.
+    """
+    chosen = _device(device)
+    native = native_bf16(chosen)
+    if dtype is None:
+        kept = torch.bfloat16 if native else torch.float32
+    else:
+        name = str(dtype).removeprefix("torch.")
+        name = NAMES.get(name, name)
+        if name == "fp16":
+            raise BackendError(
+                "dtype fp16 overflows in this model's feed-forward (products above 65504) and draws black pictures; "
+                "use bf16 or fp32"
+            )
+        if name not in DTYPES:
+            raise BackendError(f"dtype is {dtype!r}; needed bf16 or fp32")
+        kept = DTYPES[name]
+    return Placement(chosen, kept, kept if native else torch.float32)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"device is {device!r} ({str(error).splitlines()[0]}); needed cpu, cuda or mps") from None
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present.get(chosen.type, False):
+        here = ", ".join(name for name, there in present.items() if there)
+        raise BackendError(f"device {chosen} is not available to this torch ({torch.__version__}); here: {here}")
+    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
+        raise BackendError(f"device {chosen} does not exist; this machine has {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        return bool(able.get("amx_bf16") or able.get("avx512_bf16") or able.get("bf16"))
+    return True

@@ -1,0 +1,354 @@
+"""The story in one file: load, plan, encode, sample, decode.
+
+    pipe = Pipeline.load("Tongyi-MAI/Z-Image-Turbo")
+    pipe(prompt="a red fox in the snow", seed=7).images[0].save("fox.png")
+
+Headers are read and checked at `load`; weights come into memory when a stage needs them (`offload.Residency`). Prompt
+features are kept, so that more pictures of a prompt never load the text encoder again. `stream` yields Steps: progress
+bars, previews and early stops are a `for` loop around it.
+
+What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), where tokens stand (`layout`).
+"""
+
+import secrets
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from s3dit import __version__, images
+from s3dit.config import ModelConfig, read_model
+from s3dit.devices import Placement, place
+from s3dit.guidance import Guidance, guide
+from s3dit.kernels.dispatch import BackendError, set_backend
+from s3dit.layout import patchify, text_to_image
+from s3dit.offload import Mode, Residency
+from s3dit.request import Request, RequestError, Result
+from s3dit.sampler import Step, model_calls, sigmas, solve, split_latents
+from s3dit.text_encoder import EMBEDDING, TextEncoder
+from s3dit.tokenizer import Tokenizer
+from s3dit.transformer import Context, Transformer
+from s3dit.vae import Autoencoder
+from s3dit.weights import keymap
+from s3dit.weights.assign import assign, pending
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.hub import resolve
+
+EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
+# Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
+PROMPTS_KEPT = 256
+# Latent cells (16,384 is 1024 × 1024 pixels) above which a picture is decoded by tiles, and a tile's side in cells.
+WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One turn of a part: what is read from disk and what is then held in memory, in bytes."""
+
+    part: str
+    reads: int
+    holds: int
+    work: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request will do, known before any weight is read."""
+
+    request: Request
+    stages: tuple[Stage, ...]
+    sigmas: tuple[float, ...]
+    calls: int
+    notes: tuple[str, ...]
+
+
+class Pipeline:
+    """A model directory, ready to draw; make one with `Pipeline.load`."""
+
+    def __init__(self, folder: Path, config: ModelConfig, placement: Placement, residency: Mode) -> None:
+        self.folder, self.config, self.placement = folder, config, placement
+        self.tokenizer = Tokenizer(folder / "tokenizer")
+        self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
+        self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
+        self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        for part in self.checkpoints:
+            self._bytes(part)
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path = "embedded",
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        residency: Mode = "staged",
+        backend: str | None = None,
+    ) -> Self:
+        """Open a model: "embedded", a folder in the official layout, or a hub name such as Tongyi-MAI/Z-Image-Turbo.
+
+        device: cpu, cuda, mps (default: the best there is) · dtype: "bf16" or "fp32" (default: bf16 where the device
+        computes it natively) · residency: "staged" loads the parts in turn, "resident" keeps them all.
+        Raises CheckpointError (files), BackendError (device, dtype), RequestError (residency).
+        """
+        if residency not in ("staged", "resident"):
+            raise RequestError(f"residency is {residency!r}; needed staged or resident")
+        placement = place(device, dtype)
+        if backend is not None:
+            set_backend(backend)
+        folder = EMBEDDED if str(model) == "embedded" else resolve(str(model))
+        return cls(folder, read_model(folder), placement, residency)
+
+    def _blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
+        """A part's module on the meta device, and the names that are never read."""
+        with torch.device("meta"):
+            if part == "transformer":
+                return Transformer(self.config.transformer), ("norm_final.weight",)
+            if part == "vae":
+                return Autoencoder(self.config.vae), ()
+            encoder = TextEncoder(self.config.text_encoder)
+            return encoder, encoder.unused
+
+    def _maker(self, part: str) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            module, unused = self._blank(part)
+            # The VAE is small and convolutions have no widening path: it is kept in the dtype it computes in.
+            dtype = self.placement.compute if part == "vae" else self.placement.dtype
+            assign(module, self.checkpoints[part], dtype=dtype, device=self.placement.device, unused=unused)
+            return module.eval()
+
+        return make
+
+    def _bytes(self, part: str) -> tuple[int, int]:
+        """(read, held) bytes of a part; raises CheckpointError when names or shapes are not this model's."""
+        module, unused = self._blank(part)
+        read = pending(module, self.checkpoints[part], unused)
+        stored = sum(entry.nbytes for entry in map(self.checkpoints[part].entry, self.checkpoints[part]))
+        share = read / max(stored, 1)
+        width = self.placement.compute if part == "vae" else self.placement.dtype
+        held = int(sum(p.numel() for p in module.parameters()) * share) * width.itemsize
+        return read, held
+
+    def plan(self, request: Request | None = None, **fields: Any) -> Plan:
+        """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
+        request = (Request(**fields) if request is None else request).resolve(self.config)
+        levels = sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
+        calls = model_calls(request.solver, levels)
+        new = {ids for text in self._texts(request) if (ids := self._ids(text, request)) not in self._features}
+        stages = []
+        if new:
+            stages.append(Stage("text_encoder", *self._bytes("text_encoder"), f"{sum(map(len, new))} tokens"))
+        branches = 2 if request.guidance_scale else 1
+        work = f"{calls} model calls, {request.count * branches} items each"
+        stages.append(Stage("transformer", *self._bytes("transformer"), work))
+        if request.output_type != "latent":
+            stages.append(Stage("vae", *self._bytes("vae"), f"{request.count} pictures"))
+        return Plan(request, tuple(stages), tuple(levels.tolist()), calls, tuple(self._notes(request)))
+
+    def _notes(self, request: Request) -> Iterator[str]:
+        """What the user should know: the embedded model's world, sizes far from home."""
+        config, settings = self.config, self.config.settings
+        if config.words:
+            text = " ".join(self._texts(request)).lower()
+            unknown = sorted({w for w in (w.strip(".,;:!?\"'()") for w in text.split()) if w} - config.words)
+            sizes = set(request.per_image("height")) | set(request.per_image("width"))
+            if unknown or sizes != {settings.height}:
+                odd = f"unknown words: {', '.join(unknown[:8])}" if unknown else f"its size is {settings.height}"
+                yield f"{config.note} ({odd})"
+        elif any(not 512 <= side <= 2048 for n in ("height", "width") for side in request.per_image(n)):
+            yield "the model was trained for sides of 512 to 2048 pixels; other sizes draw, but less well"
+
+    @staticmethod
+    def _texts(request: Request) -> list[str]:
+        """Every text a request needs features of: prompts, and the negative ones when guidance is on."""
+        negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
+        return [*request.prompts, *negatives]
+
+    def _ids(self, text: str, request: Request) -> tuple[int, ...]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            return tuple(self.tokenizer.encode(text, request.max_sequence_length))
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
+        """Features of prompts, (n, cap_feat_dim) each, from the kept ones or the text encoder."""
+        ids = [tuple(self.tokenizer.encode(text, max_sequence_length)) for text in texts]
+        new = [one for one in dict.fromkeys(ids) if one not in self._features]
+        if new:
+            encoder = self.parts["text_encoder"]
+            flat = torch.tensor([token for one in new for token in one])
+            stored = self.checkpoints["text_encoder"]
+            rows = keymap.official(stored, encoder.state_dict()).rows(EMBEDDING, flat)
+            # parity: the embedding is rounded to the dtype that the weights are kept in.
+            x = rows.to(self.placement.dtype).to(self.placement.device, self.placement.compute)
+            features = encoder(x, [len(one) for one in new])
+            _finite(features, "text features", encoder, self.checkpoints["text_encoder"])
+            for one, feature in zip(new, features.split([len(one) for one in new]), strict=True):
+                self._features[one] = feature
+        found = [self._features[one] for one in ids]
+        while len(self._features) > PROMPTS_KEPT:
+            self._features.popitem(last=False)
+        return found
+
+    def stream(self, request: Request | None = None, **fields: Any) -> Iterator[Step]:
+        """Sample a request and yield a Step after every step of the solver."""
+        yield from self._sample(self.plan(request, **fields))
+
+    @torch.inference_mode()
+    def _sample(self, plan: Plan) -> Iterator[Step]:
+        request, device = plan.request, self.placement.device
+        grids = tuple(
+            (h // 16, w // 16) for h, w in zip(request.per_image("height"), request.per_image("width"), strict=True)
+        )
+        prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        length = request.max_sequence_length
+        positive = self.encode(prompts, length)
+        negatives = [n or "" for n in request.per_image("negative_prompt")]
+        negative = self.encode(negatives, length) if request.guidance_scale else []
+        transformer = self.parts["transformer"]
+        assert isinstance(transformer, Transformer)
+
+        @cache
+        def context(guided: bool) -> Context:
+            text = positive + negative if guided else positive
+            layout = text_to_image(grids * (2 if guided else 1), [len(t) for t in text], device)
+            return transformer.context(layout, torch.cat(text))
+
+        generators = self._generators(request)
+        x = self._noise(request, grids, generators).to(device)
+        guidance = Guidance(
+            request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
+        )
+        velocity = guide(transformer, context, guidance, [rows * columns for rows, columns in grids])
+        levels = torch.tensor(plan.sigmas)
+
+        def fresh() -> Tensor:
+            return _draw(grids, generators).to(device)
+
+        for step in solve(request.solver, velocity, x, levels, fresh):
+            _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"])
+            yield replace(step, grids=grids)
+
+    @staticmethod
+    def _generators(request: Request) -> list[torch.Generator]:
+        """One source of random numbers a picture; a single generator given by the caller serves all in order."""
+        given = request.generator
+        if given is None:
+            return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
+        several = list(given) if isinstance(given, list | tuple) else [given] * request.count
+        if len(several) != request.count:
+            raise RequestError(f"{len(several)} generators for {request.count} pictures; needed one, or one a picture")
+        return several
+
+    @staticmethod
+    def _noise(request: Request, grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
+        if request.latents is not None:
+            return torch.cat([patchify(one.float().contiguous()) for one in request.latents])
+        return _draw(grids, generators)
+
+    @torch.inference_mode()
+    def decode(self, latents: list[Tensor], tile: int | None = None) -> list[Tensor]:
+        """Pictures (3, H, W) fp32 in about [-1, 1] of latents (16, H/8, W/8); large ones by tiles."""
+        vae = self.parts["vae"]
+        assert isinstance(vae, Autoencoder)
+        pictures = []
+        for one in latents:
+            large = one.shape[-1] * one.shape[-2] > WHOLE_CELLS
+            picture = vae.decode(one[None].to(self.placement.device), tile or (TILE if large else None))[0]
+            _finite(picture, "decoded picture", vae, self.checkpoints["vae"])
+            pictures.append(picture.float().cpu())
+        return pictures
+
+    def __call__(
+        self, request: Request | None = None, *, on_step: Callable[[Step], None] | None = None, **fields: Any
+    ) -> Result:
+        """Draw a request; `on_step` sees every Step (for bars and previews; for anything else use `stream`)."""
+        request = Request(**fields) if request is None else request
+        if request.seed is None:
+            request = replace(request, seed=secrets.randbits(32))
+        plan = self.plan(request)
+        try:
+            step = None
+            for step in self._sample(plan):
+                if on_step is not None:
+                    on_step(step)
+            assert step is not None
+            latents = [one.cpu() for one in step.latents]
+            pictures: list[Any] = []
+            if request.output_type != "latent":
+                pictures = self.decode(latents)
+        except torch.OutOfMemoryError as error:
+            raise BackendError(_memory(plan, str(error))) from None
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            raise BackendError(_memory(plan, str(error))) from None
+        if request.output_type == "pil":
+            pictures = [images.to_pil(picture[None])[0] for picture in pictures]
+        return Result(pictures, latents, self._metadata(plan))
+
+    def _metadata(self, plan: Plan) -> list[dict[str, Any]]:
+        """For each picture, a request that draws it alone, and what drew it."""
+        request = plan.request
+        engine = {
+            "s3dit": __version__,
+            "torch": torch.__version__,
+            "variant": self.config.variant,
+            "placement": str(self.placement),
+            "levels": list(plan.sigmas),
+            "model_calls": plan.calls,
+            # With these the request alone does not say where the noise came from.
+            "replayable": request.generator is None and request.latents is None,
+        }
+        shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
+        prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        spread = [request.per_image(name) for name in ("negative_prompt", "height", "width")]
+        rows = zip(prompts, *spread, request.seeds(), strict=True)
+        model = "embedded" if self.folder == EMBEDDED else self.folder.name
+        return [
+            replace(shared, prompt=p, negative_prompt=n, height=h, width=w, seed=s).to_json()
+            | {"model": model, "engine": engine}
+            for p, n, h, w, s in rows
+        ]
+
+
+def _draw(grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
+    """Noise for every picture from its own generator, drawn as latents so that it is diffusers' noise: (tokens, 64)."""
+    return torch.cat(
+        [
+            patchify(torch.randn(16, 2 * rows, 2 * columns, generator=g, device=g.device).cpu())
+            for (rows, columns), g in zip(grids, generators, strict=True)
+        ]
+    )
+
+
+def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Stop at the first NaN or infinity, and name the weight that holds one, if a weight does."""
+    if x.isfinite().all():
+        return
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise CheckpointError(
+                f"{what} is not finite because {name} in {checkpoint.path} holds NaN or infinity; "
+                "needed finite weights; download the file again"
+            )
+    raise BackendError(
+        f"{what} is not finite although every weight of {type(model).__name__} is; the arithmetic overflowed; "
+        "use dtype fp32, and less guidance if it is high"
+    )
+
+
+def _memory(plan: Plan, error: str) -> str:
+    held = max(stage.holds for stage in plan.stages)
+    return (
+        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides its activations; "
+        "draw fewer or smaller pictures at once, or use dtype bf16"
+    )
+
+
+__all__ = ["Pipeline", "Plan", "Stage", "split_latents"]
