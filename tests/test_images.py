@@ -1,0 +1,300 @@
+"""Pictures and files: conversions to the value, files whole or not at all, metadata there and back."""
+
+import contextlib
+import json
+import os
+import random
+import stat
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from s3dit import images
+from s3dit.images import ansi, contact_sheet, from_pil, mask_from_pil, open_image, read_metadata, save_png, to_pil
+from s3dit.request import Request, RequestError
+
+
+def gradient(width=7, height=5):
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    return Image.fromarray(np.stack([x * 30, y * 40, x + y], axis=-1).astype(np.uint8))
+
+
+def test_levels_round_half_to_even_and_clamp():
+    levels = torch.tensor([-3.0, -1.0, 0.0, 1.0, 7.0])
+    pixels = levels[None, None, None].expand(1, 3, 1, 5)
+    # 0.0 lies at 127.5, which goes to the even 128.
+    assert np.asarray(to_pil(pixels)[0])[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_pixels_there_and_back_are_equal():
+    image = gradient()
+    pixels = from_pil(image)
+    assert pixels.shape == (1, 3, 5, 7) and pixels.dtype == torch.float32
+    assert to_pil(pixels)[0].tobytes() == image.tobytes()
+    assert len(to_pil(pixels.expand(3, -1, -1, -1).bfloat16())) == 3
+
+
+@pytest.mark.parametrize(
+    "pixels", [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 4, 4, dtype=torch.uint8)]
+)
+def test_pixels_of_wrong_shape_are_refused(pixels):
+    with pytest.raises(RequestError, match="needed"):
+        to_pil(pixels)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_pixels_that_are_not_finite_are_refused(value):
+    with pytest.raises(RequestError, match="not finite"):
+        to_pil(torch.full((1, 3, 2, 2), value))
+
+
+def test_transparency_is_laid_over_white():
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (255, 0, 0, 255))
+    assert to_pil(from_pil(image))[0].getpixel((0, 0)) == (255, 255, 255)
+    assert to_pil(from_pil(image))[0].getpixel((1, 0)) == (255, 0, 0)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([9, 9, 9])
+    palette.info["transparency"] = 0
+    assert to_pil(from_pil(palette))[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "HSV", "YCbCr"])
+def test_every_usual_mode_becomes_three_channels(mode):
+    image = gradient().convert("L") if mode == "LA" else gradient()
+    assert from_pil(image.convert(mode)).shape == (1, 3, 5, 7)
+
+
+def test_sixteen_bit_gray_is_scaled_not_clipped():
+    image = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert [to_pil(from_pil(image))[0].getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(RequestError, match="floating-point"):
+        from_pil(Image.new("F", (2, 2)))
+
+
+def test_rotation_of_a_camera_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    gradient(7, 5).save(tmp_path / "turned.jpg", exif=exif)
+    assert from_pil(open_image(tmp_path / "turned.jpg")).shape == (1, 3, 7, 5)
+
+
+def test_resize_is_height_by_width():
+    assert from_pil(gradient(), (16, 32)).shape == (1, 3, 16, 32)
+
+
+def test_mask_is_zeros_and_ones():
+    image = Image.new("L", (4, 1))
+    image.putdata([0, 127, 128, 255])
+    mask = mask_from_pil(image)
+    assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 0, 1, 1]
+    assert set(mask_from_pil(gradient(), (16, 24)).unique().tolist()) <= {0.0, 1.0}
+
+
+METADATA = {
+    "prompt": "a red fox, “quoted”\nsecond line, 狐",
+    "negative_prompt": "blur",
+    "num_inference_steps": 8,
+    "guidance_scale": 2.5,
+    "seed": 2**63 - 1,
+    "solver": "euler",
+    "model": "Z-Image-Turbo",
+    "sigmas": [1.0, 0.1 + 0.2],
+}
+
+
+def test_metadata_there_and_back(tmp_path):
+    path = tmp_path / "fox.png"
+    save_png(gradient(), path, METADATA)
+    assert read_metadata(path) == METADATA
+    with Image.open(path) as image:
+        assert image.tobytes() == gradient().tobytes()
+        text = image.info["parameters"]
+    assert text == (
+        f"{METADATA['prompt']}\nNegative prompt: blur\n"
+        "Steps: 8, Sampler: euler, CFG scale: 3.5, Seed: 9223372036854775807, Size: 7x5, Model: Z-Image-Turbo"
+    )
+
+
+def test_a_request_comes_back(tmp_path):
+    request = Request(prompt="fox", seed=3, num_inference_steps=4, sigmas=[1.0, 0.7, 0.4, 0.1])
+    save_png(gradient(), tmp_path / "a.png", request.to_json())
+    assert Request.from_json(read_metadata(tmp_path / "a.png")) == request
+
+
+def test_without_metadata_there_is_no_text(tmp_path):
+    save_png(gradient(), tmp_path / "plain.png")
+    with Image.open(tmp_path / "plain.png") as image:
+        assert image.info == {}
+
+
+NOT_JSON = {"NaN": {"x": float("nan")}, "object": {"x": object()}, "long": {"x": "y" * (1 << 21)}, "key": {(1, 2): 1}}
+
+
+@pytest.mark.parametrize("metadata", NOT_JSON.values(), ids=NOT_JSON)
+def test_metadata_that_is_not_json_is_refused_before_writing(tmp_path, metadata):
+    with pytest.raises(RequestError, match="metadata"):
+        save_png(gradient(), tmp_path / "a.png", metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_and_leaves_nothing_else(tmp_path):
+    path = tmp_path / ("n" * 250 + ".png")
+    path.write_bytes(b"old")
+    save_png(gradient(), path)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert open_image(path).size == (7, 5)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def fail(self, file, *args, **kwargs):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else RequestError):
+        save_png(gradient(), path, {"prompt": "x"})
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"] and path.read_bytes() == b"old"
+
+
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    for place in (tmp_path / "none" / "a.png", tmp_path / "file" / "a.png", tmp_path / "folder"):
+        with pytest.raises(RequestError, match="cannot be written") as caught:
+            save_png(gradient(), place)
+        assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks, width=1, height=1):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + header
+        + b"".join(chunks)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 4))
+        + chunk(b"IEND", b"")
+    )
+
+
+BAD = {
+    "no PNG": b"hello",
+    "empty": b"",
+    "plain": png(),
+    "not JSON": png(chunk(b"tEXt", b"s3dit\0{")),
+    "a list": png(chunk(b"tEXt", b"s3dit\0[1]")),
+    "NaN": png(chunk(b"tEXt", b's3dit\0{"seed": NaN}')),
+    "deep": png(chunk(b"tEXt", b"s3dit\0" + b"[" * 200_000)),
+    "long": png(chunk(b"tEXt", b"s3dit\0" + b" " * (1 << 21))),
+    "text bomb": png(chunk(b"zTXt", b"s3dit\0\0" + zlib.compress(b" " * (1 << 27)))),
+    "huge": png(chunk(b"tEXt", b"s3dit\0{"), width=1 << 20, height=1 << 20),
+    "cut": png(chunk(b"tEXt", b"s3dit\0{}"))[:40],
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_files_without_good_metadata_are_refused(tmp_path, name):
+    path = tmp_path / "bad.png"
+    path.write_bytes(BAD[name])
+    with pytest.raises(RequestError, match=r"bad\.png: .*(needed|take)") as caught:
+        read_metadata(path)
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    for read in (read_metadata, open_image):
+        with pytest.raises(RequestError, match="not found"):
+            read(tmp_path / "none.png")
+        with pytest.raises(RequestError, match="cannot be read"):
+            read(tmp_path)
+
+
+def test_a_jpeg_is_no_source_of_metadata(tmp_path):
+    gradient().save(tmp_path / "a.png", "JPEG")
+    with pytest.raises(RequestError, match="needed a PNG"):
+        read_metadata(tmp_path / "a.png")
+
+
+def test_metadata_of_other_programs_is_not_ours(tmp_path):
+    text = PngInfo()
+    text.add_text("parameters", "a fox\nSteps: 8")
+    gradient().save(tmp_path / "a.png", pnginfo=text)
+    with pytest.raises(RequestError, match="no s3dit metadata"):
+        read_metadata(tmp_path / "a.png")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_huge_pictures_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(width=1 << 14, height=1 << 13))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))
+    with pytest.raises(RequestError, match="16384x8192"):
+        open_image(path)
+    path.write_bytes(png(width=1 << 20, height=1 << 20))
+    with pytest.raises(RequestError, match="cannot be read"):
+        open_image(path)
+
+
+def test_broken_files_raise_nothing_but_request_errors(tmp_path):
+    path = tmp_path / "a.png"
+    save_png(gradient(40, 30), path, METADATA)
+    good, rng = path.read_bytes(), random.Random(0)
+    for _ in range(300):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        for read in (read_metadata, open_image):
+            with contextlib.suppress(RequestError):
+                read(path)
+
+
+def test_contact_sheet():
+    sheet = contact_sheet([gradient(), gradient(3, 9), gradient()], gap=2)
+    assert sheet.size == (7 * 2 + 2, 9 * 2 + 2)
+    assert sheet.getpixel((0, 0)) == (255, 255, 255) and sheet.getpixel((6, 2)) == gradient().getpixel((6, 0))
+    assert contact_sheet([gradient()] * 3, columns=3, gap=0).size == (21, 5)
+    assert contact_sheet([gradient()], columns=9).size == (7, 5)
+    for images_, columns in (([], None), ([gradient()], 0)):
+        with pytest.raises(RequestError):
+            contact_sheet(images_, columns)
+
+
+def test_ansi_draws_two_pixels_a_character():
+    image = Image.new("RGB", (2, 2))
+    image.putdata([(1, 2, 3), (1, 2, 3), (4, 5, 6), (7, 8, 9)])
+    assert ansi(image) == "\x1b[38;2;1;2;3;48;2;4;5;6m▀\x1b[38;2;1;2;3;48;2;7;8;9m▀\x1b[0m\n"
+    wide = ansi(gradient(200, 100), 40)
+    assert wide.count("▀") == 40 * 10 and wide.count("\n") == 10
+    assert ansi(gradient(300, 1)).count("\n") == 1
+
+
+def test_limits_hold_for_what_is_written(tmp_path):
+    # What save_png accepts, read_metadata must take back: Pillow limits text of its own.
+    longest = {"prompt": "x" * (images.LARGEST_TEXT - len(json.dumps({"prompt": ""})))}
+    save_png(gradient(), tmp_path / "a.png", longest)
+    assert read_metadata(tmp_path / "a.png") == longest
