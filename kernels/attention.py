@@ -5,6 +5,7 @@ queries can attend to all keys. Heads are equal in number for q, k and v; there 
 has its own, grouped, causal attention).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch

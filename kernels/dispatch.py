@@ -58,6 +58,7 @@ class Op:
 
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.reference = reference
+        self.name = reference.__name__
         self.stand_ins: list[StandIn] = []
         self._override: Callable[..., Any] | None = None
         functools.update_wrapper(self, reference)
@@ -86,7 +87,7 @@ class Op:
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
         if _backend == "triton" and any(s.backend == "triton" for s in self.stand_ins):
             raise BackendError(
-                f"backend 'triton' is forced but no kernel of {self.__name__} serves {device} tensors of "
+                f"backend 'triton' is forced but no kernel of {self.name} serves {device} tensors of "
                 f"{args[0].dtype} and shape {tuple(args[0].shape)}; use backend 'auto'"
             )
         return self.reference

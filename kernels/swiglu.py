@@ -9,7 +9,10 @@ from s3dit.kernels.dispatch import op
 
 @op
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate; silu is fp32 inside."""
+    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate; silu is fp32 inside.
+
+    The gate is given away: a stand-in may reuse its memory.
+    """
     return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
 

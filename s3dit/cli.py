@@ -8,7 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import Field, fields, replace
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -240,19 +240,15 @@ def _size(count: int) -> str:
 
 
 def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> int:
-    import secrets
-
     from s3dit.images import save_png
 
-    if request.seed is None:
-        request = replace(request, seed=secrets.randbits(32))
     plan = pipe.plan(request)
     paths = _paths(args.output, plan.request.count)
-    print(f"s3dit: {pipe.folder.name} on {pipe.placement}; seed {request.seed}", file=sys.stderr)
+    print(f"s3dit: {pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}", file=sys.stderr)
     for note in plan.notes:
         print(f"s3dit: {note}", file=sys.stderr)
     with Progress(pipe, plan, args) as progress:
-        result = pipe(request, on_step=progress)
+        result = pipe(plan.request, on_step=progress)
     for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
         save_png(picture, path, None if args.no_metadata else metadata)  # type: ignore[arg-type]
         print(json.dumps({"event": "saved", "path": str(path)}) if args.json else path, flush=True)

@@ -242,7 +242,7 @@ def read_model(folder: Path) -> ModelConfig:
     scheduler: SchedulerConfig = part(SchedulerConfig, "scheduler", "scheduler_config.json")
     if transformer.cap_feat_dim != text_encoder.hidden_size:
         raise CheckpointError(
-            f"{folder}: the transformer takes text features of width {transformer.cap_feat_dim}, the text encoder gives "
+            f"{folder}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
             f"{text_encoder.hidden_size}; the parts are of different models"
         )
     own = read_json(folder / "s3dit.json") if (folder / "s3dit.json").is_file() else {}

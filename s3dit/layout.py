@@ -124,7 +124,7 @@ def _join(image: Pack, text: Pack, device: torch.device | str) -> Layout:
 
 
 def patchify(latents: Tensor) -> Tensor:
-    """Cut one item's latents (C, H, W) into patches (H/2 · W/2, 4·C): rows of patches, inside (row, column, channel)."""
+    """Cut one item's latents (C, H, W) into patches (H/2 · W/2, 4·C), each (row, column, channel)."""
     c, h, w = latents.shape
     return latents.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0).reshape(-1, 4 * c)
 

@@ -11,7 +11,6 @@ What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), w
 """
 
 import secrets
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -30,7 +29,7 @@ from s3dit.kernels.dispatch import BackendError, set_backend
 from s3dit.layout import patchify, text_to_image
 from s3dit.offload import Mode, Residency
 from s3dit.request import Request, RequestError, Result
-from s3dit.sampler import Step, model_calls, sigmas, solve, split_latents
+from s3dit.sampler import Step, model_calls, sigmas, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
 from s3dit.tokenizer import Tokenizer
 from s3dit.transformer import Context, Transformer
@@ -77,6 +76,7 @@ class Pipeline:
         self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self._tokens: dict[tuple[str, int], tuple[int, ...]] = {}
         for part in self.checkpoints:
             self._bytes(part)
 
@@ -137,9 +137,15 @@ class Pipeline:
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
         request = (Request(**fields) if request is None else request).resolve(self.config)
+        if request.seed is None:
+            request = replace(request, seed=secrets.randbits(32))
         levels = sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
         calls = model_calls(request.solver, levels)
-        new = {ids for text in self._texts(request) if (ids := self._ids(text, request)) not in self._features}
+        new = {
+            ids
+            for text in self._texts(request)
+            if (ids := self._ids(text, request.max_sequence_length)) not in self._features
+        }
         stages = []
         if new:
             stages.append(Stage("text_encoder", *self._bytes("text_encoder"), f"{sum(map(len, new))} tokens"))
@@ -169,15 +175,17 @@ class Pipeline:
         negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
         return [*request.prompts, *negatives]
 
-    def _ids(self, text: str, request: Request) -> tuple[int, ...]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            return tuple(self.tokenizer.encode(text, request.max_sequence_length))
+    def _ids(self, text: str, max_length: int) -> tuple[int, ...]:
+        """Token ids of one text; kept, so that a cut prompt is warned of once."""
+        key = (text, max_length)
+        if key not in self._tokens:
+            self._tokens[key] = tuple(self.tokenizer.encode(text, max_length))
+        return self._tokens[key]
 
     @torch.inference_mode()
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (n, cap_feat_dim) each, from the kept ones or the text encoder."""
-        ids = [tuple(self.tokenizer.encode(text, max_sequence_length)) for text in texts]
+        ids = [self._ids(text, max_sequence_length) for text in texts]
         new = [one for one in dict.fromkeys(ids) if one not in self._features]
         if new:
             encoder = self.parts["text_encoder"]
@@ -240,7 +248,7 @@ class Pipeline:
         given = request.generator
         if given is None:
             return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
-        several = list(given) if isinstance(given, list | tuple) else [given] * request.count
+        several = [given] * request.count if isinstance(given, torch.Generator) else list(given)
         if len(several) != request.count:
             raise RequestError(f"{len(several)} generators for {request.count} pictures; needed one, or one a picture")
         return several
@@ -268,10 +276,8 @@ class Pipeline:
         self, request: Request | None = None, *, on_step: Callable[[Step], None] | None = None, **fields: Any
     ) -> Result:
         """Draw a request; `on_step` sees every Step (for bars and previews; for anything else use `stream`)."""
-        request = Request(**fields) if request is None else request
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbits(32))
-        plan = self.plan(request)
+        plan = self.plan(request, **fields)
+        request = plan.request
         try:
             step = None
             for step in self._sample(plan):
@@ -346,9 +352,6 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint) -> N
 def _memory(plan: Plan, error: str) -> str:
     held = max(stage.holds for stage in plan.stages)
     return (
-        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides its activations; "
+        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides activations; "
         "draw fewer or smaller pictures at once, or use dtype bf16"
     )
-
-
-__all__ = ["Pipeline", "Plan", "Stage", "split_latents"]

@@ -72,7 +72,9 @@ class Checkpoint(ABC):
         """
         shape = self.entry(name).shape
         if len(shape) != 2:
-            raise CheckpointError(f"{self.path}: {name} is {list(shape)}; needed a matrix; take the model's own weights")
+            raise CheckpointError(
+                f"{self.path}: {name} is {list(shape)}; needed a matrix; take the model's own weights"
+            )
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
             raise CheckpointError(
                 f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
