@@ -42,7 +42,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
     return torch.cat(out).to(q.dtype)
 
 
-def _items(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> zip:  # type: ignore[type-arg]
+def _items(
+    q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut the packed tensors into items."""
     lengths = q_span.lengths, k_span.lengths
     return zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)

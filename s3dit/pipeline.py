@@ -352,6 +352,6 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint) -> N
 def _memory(plan: Plan, error: str) -> str:
     held = max(stage.holds for stage in plan.stages)
     return (
-        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides activations; "
-        "draw fewer or smaller pictures at once, or use dtype bf16"
+        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
+        "activations; draw fewer or smaller pictures at once, or use dtype bf16"
     )

@@ -102,7 +102,8 @@ class Request:
         if len(value) == len(self.prompts):
             return [item for item in value for _ in range(self.num_images_per_prompt)]
         raise RequestError(
-            f"{name} has {len(value)} entries; needed 1, {len(self.prompts)} (a prompt each) or {self.count} (a picture each)"
+            f"{name} has {len(value)} entries; needed 1, {len(self.prompts)} (a prompt each) or {self.count} "
+            "(a picture each)"
         )
 
     def seeds(self) -> list[int]:

@@ -1,0 +1,108 @@
+"""The command line as a user meets it: pictures, replay, JSON lines, and one line for every mistake."""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from s3dit.cli import main
+
+PROMPT = "a red star above a blue ring on a white background"
+
+
+def run(*args):
+    return main([str(a) for a in args])
+
+
+def test_generate_and_replay(tmp_path, capsys):
+    first, again = tmp_path / "first.png", tmp_path / "again.png"
+    assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", first) == 0
+    assert capsys.readouterr().out.strip() == str(first)
+    text = Image.open(first).text
+    assert text["parameters"].startswith(PROMPT + "\n") and "Seed: 3" in text["parameters"]
+    assert run("generate", "--replay", first, "-o", again) == 0
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert run("generate", "--replay", first, "--seed", 4, "-o", again) == 0
+    assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+
+
+def test_prompt_file_and_json_lines(tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\na blue square\n")
+    assert run("generate", "--prompt-file", prompts, "--steps", 2, "--json", "-o", tmp_path / "a.png") == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [e["event"] for e in events] == ["step", "step", "saved", "saved"]
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a-1.png", "a-2.png"]
+
+
+def test_default_prompt_preview_and_no_metadata(tmp_path):
+    out = tmp_path / "a.png"
+    assert run("generate", "--steps", 2, "--preview", "--no-metadata", "-o", out) == 0
+    assert not Image.open(out).text
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_plan(capsys):
+    assert run("plan", PROMPT) == 0
+    out = capsys.readouterr().out
+    assert "8 model calls" in out and "1. text_encoder" in out and "0.9545" in out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["generate", "x", "--height", "100"], "nearest that work are 96 or 112"),
+        (["generate", "x", "--steps", "-1"], "num_inference_steps is -1"),
+        (["generate", "x", "--dtype", "fp16"], "overflows"),
+        (["generate", "x", "--device", "cuda:99"], "device"),
+        (["generate", "x", "--model", "no/such/folder/here"], "no/such/folder/here"),
+        (["generate", "x", "-o", "no/such/folder/a.png"], "does not exist"),
+        (["generate", "x", "-o", "a.jpg"], "needed a name that ends in .png"),
+        (["generate", "x", "--prompt-file", "none.txt"], "both a prompt"),
+        (["generate", "--prompt-file", "none.txt"], "cannot be read"),
+        (["generate", "--replay", "none.png"], "none.png"),
+        (["generate", "x", "--strength", "1.5"], "strength is 1.5"),
+        (["plan", "x", "--residency", "half"], "residency"),
+        (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*args) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("s3dit: ") and message in lines[0]
+    assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from s3dit.pipeline import Pipeline
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "decode", stop)
+    assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path / "a.png") == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_does_not_import_torch():
+    code = "import sys, s3dit.cli; s3dit.cli.main(['--help']); assert 'torch' not in sys.modules"
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    code = f"import sys\ntry:\n exec({code!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_help_is_quick():
+    """Under half a second; the best of three, for a busy machine."""
+    took = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "s3dit", "--help"], check=True, capture_output=True)
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.5

@@ -1,0 +1,82 @@
+"""Every wrong request is one clear RequestError; None becomes the model's setting, 0.0 stays a value."""
+
+import pytest
+import torch
+
+from s3dit.config import read_model
+from s3dit.pipeline import EMBEDDED
+from s3dit.request import Request, RequestError
+
+WRONG = [
+    ({"prompt": 5}, "prompt is a int"),
+    ({"prompt": b"x"}, "prompt is a bytes"),
+    ({"prompt": ["a", 3]}, "prompt holds a int"),
+    ({"prompt": []}, "empty list"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative prompts for 2"),
+    ({"height": 0}, "height is 0"),
+    ({"height": -16}, "height is -16"),
+    ({"width": 100}, "nearest that work are 96 or 112"),
+    ({"width": 8}, "nearest that work are 16"),
+    ({"width": 1 << 20}, "needed 16 to 8192"),
+    ({"width": "64"}, "needed an integer"),
+    ({"height": [64, 64, 64]}, "3 entries"),
+    ({"num_inference_steps": -1}, "needed an integer from 1"),
+    ({"num_inference_steps": 0}, "needed an integer from 1"),
+    ({"num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+    ({"max_sequence_length": 0}, "max_sequence_length is 0"),
+    ({"guidance_scale": -0.5}, "guidance_scale is -0.5"),
+    ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ({"cfg": 0.5}, "cfg is 0.5"),
+    ({"cfg": 3.0, "guidance_scale": 2.0}, "same knob"),
+    ({"strength": 1.5}, "strength is 1.5"),
+    ({"strength": 0.5}, "takes none"),
+    ({"shift": 0}, "shift is 0"),
+    ({"sigmas": [0.5, 0.7]}, "descending"),
+    ({"sigmas": []}, "descending"),
+    ({"sigmas": [1.0, "x"]}, "numbers"),
+    ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "2 sigmas but"),
+    ({"solver": "rk4"}, "needed one of euler"),
+    ({"schedule": "linear"}, "needed one of official"),
+    ({"output_type": "np"}, "needed one of pil"),
+    ({"seed": 1.5}, "seed is 1.5"),
+    ({"latents": torch.zeros(1, 16, 3, 3), "height": 64, "width": 64}, "latents has shape"),
+    ({"latents": torch.full((1, 16, 8, 8), float("nan"))}, "NaN"),
+]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return read_model(EMBEDDED)
+
+
+@pytest.mark.parametrize("fields, message", WRONG, ids=[m for _, m in WRONG])
+def test_wrong(config, fields, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        Request(**({"prompt": "a"} | fields)).resolve(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_none_is_the_model_s_setting_and_zero_is_a_value(config):
+    resolved = Request(prompt="a").resolve(config)
+    assert (resolved.height, resolved.width, resolved.num_inference_steps) == (128, 128, 8)
+    assert (resolved.guidance_scale, resolved.shift) == (0.0, 3.0)
+    assert Request(prompt="a", guidance_scale=0.0).resolve(config).guidance_scale == 0.0
+    assert Request(prompt="a", cfg=4.0).resolve(config).guidance_scale == 3.0
+
+
+def test_the_caller_s_list_is_left_alone(config):
+    prompts = ["a", "b"]
+    Request(prompt=prompts).resolve(config)
+    assert prompts == ["a", "b"]
+
+
+def test_seeds_count_up_and_spread():
+    assert Request(prompt=["a", "b"], seed=7, num_images_per_prompt=2).seeds() == [7, 8, 9, 10]
+    assert Request(prompt=["a", "b"], seed=[3, 5], num_images_per_prompt=2).seeds() == [3, 3, 5, 5]
+
+
+def test_json_round_trip():
+    request = Request(prompt="a", sigmas=[1.0, 0.5], seed=3, cfg_normalization=True)
+    assert Request.from_json(request.to_json()) == request
+    with pytest.raises(RequestError, match="unknown keys"):
+        Request.from_json({"prompt": "a", "nonsense": 1})
