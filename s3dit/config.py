@@ -229,7 +229,7 @@ def read_model(folder: Path) -> ModelConfig:
     ]
     if missing:
         raise CheckpointError(
-            f"{folder}: not a Z-Image model directory, it lacks {', '.join(missing)}/; "
+            f"{folder}: not a Z-Image model directory, it lacks {'/, '.join(missing)}/; "
             "needed the layout of Tongyi-MAI/Z-Image-Turbo"
         )
 
