@@ -162,7 +162,8 @@ def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
 
     path = folder / "tokenizer.model"
     processor = _sound(path, lambda: sentencepiece.SentencePieceProcessor(model_file=str(path)))
-    absent = [token for token in TURN if not processor.is_user_defined(processor.piece_to_id(token))]
+    # A user-defined piece is one that text can hold; a control piece of this name would be spelled out.
+    absent = [token for token in TURN if token not in processor.encode(token, out_type=str)]
     if absent:
         raise CheckpointError(
             f"{path}: {' and '.join(absent)} are not user-defined pieces; needed the tokenizer of a Qwen chat model"
