@@ -29,10 +29,22 @@ def test_a_folder_goes_before_the_hub(tmp_path, monkeypatch):
     assert resolve("org/name") == Path("org/name")
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["", "nothing", "/nothing/here", "a/b/c", "org/", "../x", "org/..", "org/na me", "x" * 5000, "a\0b", "~nobody-here/x"],
-)  # fmt: skip
+NAMELESS = (
+    "",
+    "nothing",
+    "/nothing/here",
+    "a/b/c",
+    "org/",
+    "../x",
+    "org/..",
+    "org/na me",
+    "x" * 5000,
+    "a\0b",
+    "~nobody/x",
+)
+
+
+@pytest.mark.parametrize("name", NAMELESS)
 def test_neither_a_path_nor_a_repository(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the Hub was asked"))
     with pytest.raises(CheckpointError, match="needed a path") as error:
