@@ -42,9 +42,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
     return torch.cat(out).to(q.dtype)
 
 
-def _items(
-    q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _items(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Cut the packed tensors into items."""
     lengths = q_span.lengths, k_span.lengths
     return zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
@@ -54,12 +52,12 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
     """torch's own attention: one call where all items have one length (a free view), else one call an item."""
     if len(set(q_span.lengths)) == 1 == len(set(k_span.lengths)):
         batch = len(q_span.lengths)
-        parts = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(0, 1)
+        q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
     out = torch.empty_like(q)
     for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
-        one = (x.transpose(0, 1)[None] for x in (qi, ki, vi))
-        oi.copy_(F.scaled_dot_product_attention(*one)[0].transpose(0, 1))
+        qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # (1, H, L, D)
+        oi.copy_(F.scaled_dot_product_attention(qi, ki, vi)[0].transpose(0, 1))
     return out
 
 

@@ -14,8 +14,7 @@ SOLVERS = ["euler", "heun", "dpmpp_2m", "euler_ancestral"]
 
 def run(solver, velocity, x, levels, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    steps = list(solve(solver, velocity, x, levels, lambda: torch.randn(x.shape, generator=generator)))
-    return steps
+    return list(solve(solver, velocity, x, levels, lambda: torch.randn(x.shape, generator=generator)))
 
 
 @pytest.mark.parametrize("shift, expected", [(3.0, TURBO), (6.0, BASE)])

@@ -3,7 +3,7 @@
     python tools/bench.py transformer        one refiner of each kind and --layers main blocks, 512², 64 text tokens
     python tools/bench.py text               a 20-token prompt; diffusers pads to 512
     python tools/bench.py vae                decode of a 512² picture
-    python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps, remove it
+    python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps
     python tools/bench.py table FILE         the README's table from a file of results
 
 Every measurement is one JSON line (also appended to --json FILE) with the machine, torch, threads and commit; times are
@@ -304,10 +304,12 @@ def table(path: Path) -> str:
             cells = [f"{side['median_s']:.3g} s" for side in both]
         else:
             cells = [
-                f"first step {s.get('first_step_s', '–')} s, all {s['seconds']} s, {s['peak_anonymous_gb']} GB anonymous"
-                if s else "not run"
-                for s in both
-            ]  # fmt: skip
+                f"first step {side.get('first_step_s', '–')} s, all {side['seconds']} s, "
+                f"{side['peak_anonymous_gb']} GB anonymous"
+                if side
+                else "not run"
+                for side in both
+            ]
         lines.append(f"| {row['name']} | {cells[0]} | {cells[1]} | {row.get('ratio', '')} |")
     return "\n".join(lines)
 
