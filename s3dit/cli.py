@@ -6,6 +6,7 @@ and leaves no half-written picture. torch is imported only when there is somethi
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
@@ -215,6 +216,8 @@ def _check_output(path: Path) -> None:
         raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
     if not path.parent.is_dir():
         raise RequestError(f"output folder {path.parent} does not exist; make it or choose another")
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise RequestError(f"output {path} cannot be written; needed a writable folder and a file name; choose another")
 
 
 def describe(pipe: "Pipeline", plan: "Plan") -> str:
