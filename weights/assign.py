@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError
+from s3dit.weights.container import Checkpoint, CheckpointError
 from s3dit.weights.keymap import official
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,141 +1,76 @@
-"""A checkpoint: names, each with a shape, a dtype and a tensor that is read when asked for, over any container.
+"""From a path to the checkpoint that lies there: a file, or a folder with one file or with an index and its shards.
 
-`open_checkpoint` takes a file or a folder and tells the container from the first bytes, never from the file's name,
-so a renamed file is read for what it is. `Checkpoint` is what every container gives: a lazy mapping whose tensors are
-views of the mapped file, so that a model that is stored in the dtype it runs in costs no memory of its own, and the
-token embedding can be read by rows.
-
-A new container is one module with one `Checkpoint`, and one line in `open_checkpoint`.
-
-This room knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
+The container is told from the bytes (`container.sniff`), the one file of a folder from the names that the official
+repositories use. A new container is one module with one `Checkpoint`, and one line in `open_checkpoint`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import torch
-from torch import Tensor
+from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, sniff
+from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index
 
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
-class CheckpointError(ValueError):
-    """A model's files are not what they must be; the message says what was found, what was needed and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is known of a tensor before it is read; `dtype` is a plain name where torch has no such type."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | str
-    nbytes: int
-
-
-class Checkpoint(ABC):
-    """A lazy mapping from name to tensor; reading a header is cheap, tensors are read one by one on demand."""
-
-    path: Path
-    metadata: dict[str, str]
-
-    @abstractmethod
-    def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk."""
-
-    @abstractmethod
-    def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor, without reading it; CheckpointError for an unknown name."""
-
-    @abstractmethod
-    def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.keys()  # noqa: SIM118
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.keys())
-
-    def __len__(self) -> int:
-        return len(self.keys())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
-        return sum(self.entry(name).nbytes for name in self)
-
-    def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns); only these rows are read.
-
-        Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
-        """
-        shape = self.entry(name).shape
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"{self.path}: {name} is {list(shape)}; needed a matrix; take the model's own weights"
-            )
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
-            raise CheckpointError(
-                f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
-                "take the tokenizer from the same model as the weights"
-            )
-        return self.load(name).index_select(0, ids.to("cpu", torch.int64))
-
-
-Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]
-
-# The safetensors library's own limit.
-LONGEST_HEADER = 100_000_000
-
-REFUSED: dict[Container, str] = {
-    "gguf": "is a GGUF file, which this version does not read; take the safetensors files of the model",
-    "pickle": "is a pickle (.bin, .pt, .ckpt), which is never opened, because loading one runs code it carries; "
-    "take the safetensors files of the model",
-    "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
-    "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
-    "empty": "is empty; download it again",
-    "unknown": "is not a safetensors file; needed an 8-byte header length followed by JSON; download it again",
-}
-
-
-def sniff(path: Path) -> Container:
-    """Tell what a file holds from its first bytes; raises CheckpointError when it cannot be read."""
-    # Opening a pipe would wait for a writer that may never come.
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: not a plain file; needed a file of weights; give the path of one")
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise CheckpointError(f"{path}: not readable ({error.strerror}); needed a file of weights") from None
-    if not head:
-        return "empty"
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
-        return "safetensors"
-    if head.startswith(b"GGUF"):
-        return "gguf"
-    # A zip archive is how torch.save writes; 0x80 with a protocol number is a bare pickle.
-    if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):
-        return "pickle"
-    if head.startswith(b"version https://git-lfs"):
-        return "pointer"
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        return "page"
-    return "unknown"
+# The stems of the official repositories, in a folder that holds more than one checkpoint (fp16 variants, say).
+STEMS = ("diffusion_pytorch_model", "model")
+INDEX = ".safetensors.index.json"
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .safetensors file, or a folder with one or with the shards of an index; raises CheckpointError."""
-    # The containers import this module for Checkpoint and CheckpointError.
-    from s3dit.weights.safetensors_dir import open_file, open_folder
-
     path = Path(path)
     if path.is_dir():
-        return open_folder(path)
+        return _open_folder(path)
     if not path.exists():
         raise CheckpointError(f"{path}: not found; needed a .safetensors file or a folder that holds one")
     container = sniff(path)
     if container != "safetensors":
         raise CheckpointError(f"{path}: {REFUSED[container]}")
     return open_file(path)
+
+
+def _open_folder(folder: Path) -> Checkpoint:
+    """Open the one checkpoint of a folder, sharded or not; raises CheckpointError when there is none or a choice."""
+    index = _one(folder, INDEX)
+    if index is not None:
+        return open_index(index)
+    files = _visible(folder, SUFFIX)
+    if files and all("-of-" in path.stem for path in files):
+        raise CheckpointError(
+            f"{folder}: shards ({files[0].name}) without the *{INDEX} that names them; download the whole folder"
+        )
+    file = _one(folder, SUFFIX)
+    if file is None:
+        raise CheckpointError(f"{folder}: no *{SUFFIX} in it; {_instead(folder)}")
+    return open_file(file)
+
+
+def _visible(folder: Path, suffix: str) -> list[Path]:
+    """Files by suffix, without those that macOS and downloaders hide behind a leading dot."""
+    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
+
+
+def _one(folder: Path, suffix: str) -> Path | None:
+    """The one file with this suffix, an official stem before any other; None when there is none."""
+    files = _visible(folder, suffix)
+    official = [path for path in files if path.name.removesuffix(suffix) in STEMS]
+    files = official if len(files) > 1 and len(official) == 1 else files
+    if len(files) > 1:
+        names = ", ".join(path.name for path in files[:10])
+        raise CheckpointError(
+            f"{folder}: {len(files)} files *{suffix} ({names}); needed one; give the path of the file"
+        )
+    return files[0] if files else None
+
+
+def _instead(folder: Path) -> str:
+    """What to do in a folder without safetensors, by what lies in it."""
+    if (folder / "model_index.json").is_file():
+        return "it is a whole model; give the folder of one part, such as transformer/"
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name.endswith(".gguf"):
+            return f"{name} {REFUSED['gguf']}"
+        if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
+            return f"{name} {REFUSED['pickle']}"
+    return f"found {', '.join(names[:10]) or 'nothing'}; download the folder again"

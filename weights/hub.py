@@ -9,7 +9,7 @@ The embedded model is not a name for this room; the pipeline knows it.
 import re
 from pathlib import Path
 
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.container import CheckpointError
 
 FILES = (
     "model_index.json",

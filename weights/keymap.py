@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Safetensors: one file, or a folder whose index names the shards, through the safetensors library.
+"""Safetensors: one file, or the shards that an index names, through the safetensors library.
 
 The library maps a file and gives views of the map. Such a view holds the map alive by itself, and nothing else does:
 one file is kept open at a time, so a shard that was read through, and whose tensors were cast, leaves memory
@@ -7,7 +7,7 @@ whole before the next is touched. The map is private: writing into a view change
 The header is read here once more, for what the library of the oldest supported version does not tell: order on disk
 and size in bytes. The library has judged it by then.
 
-All headers are read when the folder is opened (a few hundred kB), so a folder with a missing, cut or foreign shard is
+All headers are read when the files are opened (a few hundred kB), so a folder with a missing, cut or foreign shard is
 refused before the first tensor. An index is data of a stranger: the names in it must stay inside the folder.
 
 Source: https://github.com/huggingface/safetensors (format), transformers' sharded index (`weight_map`).
@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s3dit.weights.checkpoint import REFUSED, Checkpoint, CheckpointError, Entry, sniff
+from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, Entry, sniff
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -41,10 +41,7 @@ DTYPES = {
     "F64": torch.float64,
 }
 
-# The stems of the official repositories, in a folder that holds more than one checkpoint (fp16 variants, say).
-STEMS = ("diffusion_pytorch_model", "model")
 SUFFIX = ".safetensors"
-INDEX = ".safetensors.index.json"
 
 
 class SafetensorsFiles(Checkpoint):
@@ -129,53 +126,6 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 def open_file(path: Path) -> Checkpoint:
     """Open one safetensors file; raises CheckpointError."""
     return SafetensorsFiles(path, [path])
-
-
-def open_folder(folder: Path) -> Checkpoint:
-    """Open the one checkpoint of a folder, sharded or not; raises CheckpointError when there is none or a choice."""
-    index = _one(folder, INDEX)
-    if index is not None:
-        return open_index(index)
-    files = _visible(folder, SUFFIX)
-    if files and all("-of-" in path.stem for path in files):
-        raise CheckpointError(
-            f"{folder}: shards ({files[0].name}) without the *{INDEX} that names them; download the whole folder"
-        )
-    file = _one(folder, SUFFIX)
-    if file is None:
-        raise CheckpointError(f"{folder}: no *{SUFFIX} in it; {_instead(folder)}")
-    return open_file(file)
-
-
-def _visible(folder: Path, suffix: str) -> list[Path]:
-    """Files by suffix, without those that macOS and downloaders hide behind a leading dot."""
-    return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
-
-
-def _one(folder: Path, suffix: str) -> Path | None:
-    """The one file with this suffix, an official stem before any other; None when there is none."""
-    files = _visible(folder, suffix)
-    official = [path for path in files if path.name.removesuffix(suffix) in STEMS]
-    files = official if len(files) > 1 and len(official) == 1 else files
-    if len(files) > 1:
-        names = ", ".join(path.name for path in files[:10])
-        raise CheckpointError(
-            f"{folder}: {len(files)} files *{suffix} ({names}); needed one; give the path of the file"
-        )
-    return files[0] if files else None
-
-
-def _instead(folder: Path) -> str:
-    """What to do in a folder without safetensors, by what lies in it."""
-    if (folder / "model_index.json").is_file():
-        return "it is a whole model; give the folder of one part, such as transformer/"
-    names = sorted(path.name for path in folder.iterdir())
-    for name in names:
-        if name.endswith(".gguf"):
-            return f"{name} {REFUSED['gguf']}"
-        if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
-            return f"{name} {REFUSED['pickle']}"
-    return f"found {', '.join(names[:10]) or 'nothing'}; download the folder again"
 
 
 def open_index(index: Path) -> Checkpoint:

@@ -1,0 +1,122 @@
+"""A checkpoint: names, each with a shape, a dtype and a tensor that is read when asked for, over any container.
+
+`Checkpoint` is what every container gives: a lazy mapping whose tensors are views of the mapped file, so that a model
+that is stored in the dtype it runs in costs no memory of its own, and the token embedding can be read by rows. `sniff`
+tells containers apart by their first bytes, never by the file's name, so a renamed file is read for what it is.
+
+This room knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A model's files are not what they must be; the message says what was found, what was needed and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a tensor before it is read; `dtype` is a plain name where torch has no such type."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    nbytes: int
+
+
+class Checkpoint(ABC):
+    """A lazy mapping from name to tensor; reading a header is cheap, tensors are read one by one on demand."""
+
+    path: Path
+    metadata: dict[str, str]
+
+    @abstractmethod
+    def keys(self) -> list[str]:
+        """All names, in the order in which the tensors lie on disk."""
+
+    @abstractmethod
+    def entry(self, name: str) -> Entry:
+        """Shape, dtype and bytes of one tensor, without reading it; CheckpointError for an unknown name."""
+
+    @abstractmethod
+    def load(self, name: str) -> Tensor:
+        """One tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.keys()  # noqa: SIM118
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        return sum(self.entry(name).nbytes for name in self)
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns); only these rows are read.
+
+        Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
+        """
+        shape = self.entry(name).shape
+        if len(shape) != 2:
+            raise CheckpointError(
+                f"{self.path}: {name} is {list(shape)}; needed a matrix; take the model's own weights"
+            )
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < shape[0]:
+            raise CheckpointError(
+                f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
+                "take the tokenizer from the same model as the weights"
+            )
+        return self.load(name).index_select(0, ids.to("cpu", torch.int64))
+
+
+Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]
+
+# The safetensors library's own limit.
+LONGEST_HEADER = 100_000_000
+
+REFUSED: dict[Container, str] = {
+    "gguf": "is a GGUF file, which this version does not read; take the safetensors files of the model",
+    "pickle": "is a pickle (.bin, .pt, .ckpt), which is never opened, because loading one runs code it carries; "
+    "take the safetensors files of the model",
+    "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
+    "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
+    "empty": "is empty; download it again",
+    "unknown": "is not a safetensors file; needed an 8-byte header length followed by JSON; download it again",
+}
+
+
+def sniff(path: Path) -> Container:
+    """Tell what a file holds from its first bytes; raises CheckpointError when it cannot be read."""
+    # Opening a pipe would wait for a writer that may never come.
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: not a plain file; needed a file of weights; give the path of one")
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error.strerror}); needed a file of weights") from None
+    if not head:
+        return "empty"
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+        return "safetensors"
+    if head.startswith(b"GGUF"):
+        return "gguf"
+    # A zip archive is how torch.save writes; 0x80 with a protocol number is a bare pickle.
+    if head.startswith(b"PK\x03\x04") or (head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5")):
+        return "pickle"
+    if head.startswith(b"version https://git-lfs"):
+        return "pointer"
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        return "page"
+    return "unknown"
