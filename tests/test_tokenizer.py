@@ -93,6 +93,23 @@ def test_text_is_normalized(vocabulary):
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("It's they'LL", ["It", "'s", " they", "'LL"]),
+        ("in 2024, 3.5", ["in", " ", "2", "0", "2", "4", ",", " ", "3", ".", "5"]),
+        ("a  b\t\tc", ["a", " ", " b", "\t", "\tc"]),
+        ("x \n\n  y!!!\n-z", ["x", " \n\n", " ", " y", "!!!\n", "-z"]),
+        ("红狐，雪 🦊", ["红狐", "，雪", " 🦊"]),
+        ("end  ", ["end", "  "]),
+    ],
+)
+def test_pieces(text, pieces):
+    """How text is cut before any merge, whatever the vocabulary."""
+    cut = pre_tokenizers.Split(Regex(PIECES), "isolated").pre_tokenize_str(text)
+    assert [piece for piece, _ in cut] == pieces
+
+
 def test_both_generations_agree(vocabulary, fast):
     """Nor do padding and truncation of the file have a say."""
     one, other = Tokenizer(vocabulary), Tokenizer(fast)
