@@ -186,7 +186,7 @@ def fixed_prompts() -> list[tuple[Scene, str]]:
 
 
 @lru_cache(maxsize=1)
-def _outlines() -> dict[str, NDArray[np.float64]]:
+def _outlines() -> dict[str, NDArray[np.floating]]:
     """Outline of every shape, (points, 2), in units of the radius."""
     turn = np.linspace(0, 2 * np.pi, 97)[:-1]
     circle = np.stack([np.cos(turn), np.sin(turn)], 1)

@@ -1,20 +1,19 @@
 """Make the embedded model (weights/tiny) from nothing: a little world, an autoencoder, a text encoder, an S3-DiT.
 
     python tools/train_tiny.py                 all stages, work files under build/tiny, result in weights/tiny
-    python tools/train_tiny.py --stage dit     one stage: vae, data, dit, distil or export; stages resume where they were
+    python tools/train_tiny.py --stage dit     one stage: vae, text, data, dit, distil or export; a cut stage resumes
     python tools/train_tiny.py --score         measure weights/tiny on the 500 fixed prompts
 
-Stages count steps, not minutes, and every random number has a seed. Text encoder and S3-DiT are trained together, in
-fp32 on the CPU, by the engine's own modules: only attention and modulation are replaced (through `op.using`) by forms
-whose backward pass is quick for a batch of equal lengths. `distil` teaches the model its own guided velocity, so that
-the shipped weights follow Turbo's convention: guidance 0, few steps.
+Stages count steps, not minutes, and every random number has a seed. All training is in fp32 on the CPU. The text
+encoder first learns to read (tiny_text.py) and is then left alone; the S3-DiT learns from its features with a forward
+pass made for training (tiny_fast.py). `distil` teaches the model its own guided velocity, so that the shipped weights
+follow Turbo's convention: guidance 0, few steps.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,16 @@ from typing import Any
 import numpy as np
 import tiny_export
 import torch
+from tiny_fast import GRID, Muon, fast_forward
 from tiny_score import judge, table
+from tiny_text import pretrain, read
 from tiny_vae import CONFIG as VAE_CONFIG
 from tiny_vae import gate, to_pixels, train_vae
 from tiny_world import caption_of, draw_scene, fixed_prompts, render
 from torch import Tensor, nn
 
 from s3dit.config import TextEncoderConfig, TransformerConfig
-from s3dit.kernels.attention import Spans, attention
-from s3dit.kernels.norm import gated_residual, rms_norm, rms_norm_modulate
-from s3dit.layout import patchify, text_to_image, unpatchify
+from s3dit.layout import patchify, unpatchify
 from s3dit.sampler import euler, sigmas
 from s3dit.text_encoder import TextEncoder
 from s3dit.tokenizer import Tokenizer
@@ -47,13 +46,13 @@ TEXT = TextEncoderConfig(
     vocab_size=704, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6, rope_theta=1e6,
 )  # fmt: skip
-GRID = (8, 8)
-CAPTIONS, SCENES, BATCH = 3, 12_000, 32
-LR, GUIDANCE = 1.2e-3, 2.0
+CAPTIONS, SCENES, BATCH = 3, 8_000, 32
+LR, DISTIL_LR, GUIDANCE = 2e-3, 5e-4, 2.0
+MUON = 1.5  # times the rate of AdamW
 
 
 class Model(nn.Module):
-    """Text encoder and S3-DiT as one: captions' ids and noisy patches to velocity."""
+    """Text encoder and S3-DiT as one: captions' features and noisy patches to velocity."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -74,44 +73,18 @@ class Model(nn.Module):
             gates = block.adaLN_modulation[0].bias.detach().view(4, -1)
             gates[1::2] = 0.3
 
-    def forward(self, x: Tensor, t: Tensor, ids: list[list[int]]) -> Tensor:
-        """x (B, 64, 64) patches, t (B,), ids: tokens of each caption -> velocity (B, 64, 64)."""
-        flat = torch.tensor([i for one in ids for i in one])
-        lengths = [len(one) for one in ids]
-        features = self.text(self.text.model.embed_tokens.weight[flat], lengths)
-        context = self.dit.context(text_to_image([GRID] * len(ids), lengths), features)
-        return self.dit(x.flatten(0, 1), t, context).view_as(x)
+    def forward(self, x: Tensor, t: Tensor, features: list[Tensor]) -> Tensor:
+        """x (B, 64, 64) patches, t (B,), features: (tokens, hidden) of each caption -> velocity (B, 64, 64)."""
+        return fast_forward(self.dit, x, t, torch.cat(features), [len(one) for one in features])
 
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    q, k, v = (x.unflatten(0, (len(q_span.lengths), -1)).transpose(1, 2) for x in (q, k, v))
-    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(0, 1)
-
-
-def _modulate(x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float) -> Tensor:
-    normed = rms_norm.reference(x, weight, eps).unflatten(0, (len(scale), -1))
-    return (normed * (1 + scale)[:, None]).flatten(0, 1)
-
-
-def _gated(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, row: Tensor, eps: float) -> Tensor:
-    normed = rms_norm.reference(x, weight, eps).unflatten(0, (len(gate), -1))
-    return residual + (normed * gate.tanh()[:, None]).flatten(0, 1)
-
-
-@contextmanager
-def quick_backward() -> Iterator[None]:
-    """Replace the Ops whose stand-ins have slow gradients; the batch must be of equal lengths."""
-    with ExitStack() as stack:
-        for op, form in ((attention, _attention), (rms_norm_modulate, _modulate), (gated_residual, _gated)):
-            stack.enter_context(op.using(form))
-        yield
-
-
-def compile_blocks(model: Model) -> None:
-    """Compile the blocks, whose element-wise work would else take most of the time."""
-    for block in (*model.dit.noise_refiner, *model.dit.context_refiner, *model.dit.layers):
-        block.compile(dynamic=False)
+    @torch.no_grad()
+    def features(self, tokenizer: Tokenizer, captions: list[str]) -> list[Tensor]:
+        """Features of captions, (tokens, hidden) each."""
+        out: list[Tensor] = []
+        for start in range(0, len(captions), 100):
+            ids = [tokenizer.encode(caption) for caption in captions[start : start + 100]]
+            out += read(self.text, ids).split([len(one) for one in ids])
+        return out
 
 
 def make_data(work: Path, vae: Autoencoder) -> dict[str, Any]:
@@ -136,10 +109,10 @@ def make_data(work: Path, vae: Autoencoder) -> dict[str, Any]:
     return data
 
 
-def noisy(patches: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw sigma (logit-normal, shifted) and noise: (state, t, target velocity)."""
-    u = torch.randn(len(patches)).sigmoid()
-    sigma = (shift * u / (1 + (shift - 1) * u))[:, None, None]
+def noisy(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw sigma as the 8 steps of the sampler lie (uniform, then shift 3) and noise: (state, t, target velocity)."""
+    u = 0.03 + 0.97 * (torch.randperm(len(patches)) + torch.rand(len(patches))) / len(patches)
+    sigma = (3 * u / (1 + 2 * u))[:, None, None]
     noise = torch.randn_like(patches)
     return (1 - sigma) * patches + sigma * noise, 1 - sigma.flatten(), patches - noise
 
@@ -147,33 +120,34 @@ def noisy(patches: Tensor, shift: float) -> tuple[Tensor, Tensor, Tensor]:
 def train(
     work: Path, name: str, model: Model, steps: int, lr: float, decay: float, loss_of: Callable[[], Tensor]
 ) -> Model:
-    """AdamW with warm-up, a constant rate and a linear decay over the last share; returns the moving average."""
+    """Muon on the block matrices and AdamW on the rest: warm-up, constant, linear decay; returns the moving average."""
     ema = deepcopy(model)
-    groups = [[p for p in model.parameters() if (p.dim() > 1) == wide] for wide in (True, False)]
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.01}, {"params": groups[1], "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.99), fused=True,
-    )  # fmt: skip
+    matrices = [p for n, p in model.dit.named_parameters() if ".attention.to" in n or "feed_forward" in n]
+    known = {id(p) for p in matrices}
+    muon = Muon(matrices)
+    rest = [p for p in model.dit.parameters() if id(p) not in known]
+    optimizer = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     done, path = 0, work / f"{name}.pt"
     if path.exists():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
+        muon.load_state_dict(saved["muon"])
         done = saved["step"]
         torch.manual_seed(done)
-    compile_blocks(model)
+    warm_up = min(100, steps // 10)
     start, first, mean = time.perf_counter(), done, 0.0
     for step in range(done + 1, steps + 1):
-        rate = lr * min(1.0, step / 100, max(0.0, (steps - step) / (steps * decay)) + 0.01)
+        rate = lr * min(1.0, step / warm_up, max(0.0, (steps - step) / (steps * decay)) + 0.01)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with quick_backward():
-            loss = loss_of()
-            optimizer.zero_grad()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = loss_of()
+        model.dit.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.dit.parameters(), 1.0)
         optimizer.step()
+        muon.step(MUON * rate)
         keep = min(0.998, 1 - 10 / (step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - keep)
@@ -183,52 +157,55 @@ def train(
             print(f"{name} {step}/{steps} loss {mean:.4f} lr {rate:.2e} {pace:.2f} steps/s", flush=True)
         if step % 250 == 0 or step == steps:
             state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step}, path.with_suffix(".tmp"))
+            torch.save(state | {"muon": muon.state_dict(), "step": step}, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").replace(path)
     return ema
 
 
-def train_dit(work: Path, data: dict[str, Any], tokenizer: Tokenizer, steps: int) -> Model:
+def train_dit(work: Path, data: dict[str, Any], tokenizer: Tokenizer, model: Model, steps: int) -> Model:
     """Flow matching on the training set; one caption in ten is dropped, for guidance."""
-    ids = [[tokenizer.encode(c) for c in captions] for captions in data["captions"]]
-    empty, model, rng = tokenizer.encode(""), Model(), np.random.default_rng(3)
+    said = model.features(tokenizer, [caption for captions in data["captions"] for caption in captions])
+    (empty,), rng = model.features(tokenizer, [""]), np.random.default_rng(3)
 
     def loss_of() -> Tensor:
-        rows = torch.randint(len(ids), (BATCH,))
-        x, t, target = noisy(data["patches"][rows], 2.0)
-        said = [empty if rng.random() < 0.1 else ids[r][rng.integers(CAPTIONS)] for r in rows.tolist()]
-        return (model(x, t, said) - target).square().mean()
+        rows = torch.randint(len(data["patches"]), (BATCH,))
+        x, t, target = noisy(data["patches"][rows])
+        read_now = [
+            empty if rng.random() < 0.1 else said[CAPTIONS * r + int(rng.integers(CAPTIONS))] for r in rows.tolist()
+        ]
+        return (model(x, t, read_now) - target).square().mean()
 
-    return train(work, "dit", model, steps, LR, 0.4, loss_of)
+    return train(work, "dit", model, steps, LR, 0.45, loss_of)
 
 
 def distil(work: Path, data: dict[str, Any], tokenizer: Tokenizer, teacher: Model, steps: int) -> Model:
     """Teach a copy the teacher's guided velocity, pos + GUIDANCE·(pos - neg)."""
-    ids = [[tokenizer.encode(c) for c in captions] for captions in data["captions"]]
-    empty, student, rng = tokenizer.encode(""), deepcopy(teacher), np.random.default_rng(4)
-    compile_blocks(teacher.requires_grad_(False))
+    scenes = min(len(data["patches"]), BATCH * steps)
+    said = teacher.features(tokenizer, [caption for captions in data["captions"][:scenes] for caption in captions])
+    (empty,), rng, student = teacher.features(tokenizer, [""]), np.random.default_rng(4), deepcopy(teacher)
+    teacher.requires_grad_(False)
 
     def loss_of() -> Tensor:
-        rows = torch.randint(len(ids), (BATCH,))
-        x, t, _ = noisy(data["patches"][rows], 3.0)
-        said = [ids[r][rng.integers(CAPTIONS)] for r in rows.tolist()]
+        rows = torch.randint(scenes, (BATCH,))
+        x, t, _ = noisy(data["patches"][rows])
+        read_now = [said[CAPTIONS * r + int(rng.integers(CAPTIONS))] for r in rows.tolist()]
         with torch.no_grad():
-            positive, negative = teacher(x, t, said), teacher(x, t, [empty] * BATCH)
-        return (student(x, t, said) - (positive + GUIDANCE * (positive - negative))).square().mean()
+            positive, negative = teacher(x, t, read_now), teacher(x, t, [empty] * BATCH)
+        return (student(x, t, read_now) - (positive + GUIDANCE * (positive - negative))).square().mean()
 
-    return train(work, "distil", student, steps, 4e-4, 1.0, loss_of)
+    return train(work, "distil", student, steps, DISTIL_LR, 1.0, loss_of)
 
 
 @torch.no_grad()
-def quick_score(model: Model, vae: Autoencoder, data: dict[str, Any], tokenizer: Tokenizer, n: int = 100) -> None:
+def quick_score(model: Model, vae: Autoencoder, data: dict[str, Any], tokenizer: Tokenizer, n: int = 96) -> None:
     """Score some of the fixed prompts with 8 Euler steps and no guidance, without the pipeline."""
     prompts, verdicts = fixed_prompts(), []
-    for start in range(0, n, 25):
-        chosen = [prompts[i * len(prompts) // n] for i in range(start, min(n, start + 25))]
-        ids = [tokenizer.encode(caption) for _, caption in chosen]
+    for start in range(0, n, BATCH):
+        chosen = [prompts[i * len(prompts) // n] for i in range(start, min(n, start + BATCH))]
+        said = model.features(tokenizer, [caption for _, caption in chosen])
 
-        def velocity(x: Tensor, sigma: Tensor, ids: list[list[int]] = ids) -> Tensor:
-            return model(x, (1 - sigma).expand(len(ids)), ids)
+        def velocity(x: Tensor, sigma: Tensor, said: list[Tensor] = said) -> Tensor:
+            return model(x, (1 - sigma).expand(len(said)), said)
 
         x = torch.randn(len(chosen), 64, 64, generator=torch.Generator().manual_seed(start))
         for step in euler(velocity, x, sigmas(8, 3.0)):
@@ -259,8 +236,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder of checkpoints and data")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="the model's folder")
-    parser.add_argument("--stage", choices=("vae", "data", "dit", "distil", "export"), help="only this stage")
+    parser.add_argument("--stage", choices=("vae", "text", "data", "dit", "distil", "export"), help="only this stage")
     parser.add_argument("--vae-steps", type=int, default=2400)
+    parser.add_argument("--text-steps", type=int, default=800)
     parser.add_argument("--dit-steps", type=int, default=12_000)
     parser.add_argument("--distil-steps", type=int, default=800)
     parser.add_argument("--score", action="store_true", help="score --out on the 500 fixed prompts and stop")
@@ -276,19 +254,26 @@ def main() -> None:
         vae = train_vae(args.work, args.vae_steps)
         torch.save(vae.state_dict(), args.work / "vae.pt")
     vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True))
-    found = gate(vae)
-    print("autoencoder", found, flush=True)
-    if min(v for k, v in found.items() if k != "psnr") < 0.98:
-        print("the autoencoder is below 0.98 in some kind: train it longer before the S3-DiT", flush=True)
+    if args.stage in (None, "vae"):
+        found = gate(vae)
+        print("autoencoder", found, flush=True)
+        if min(v for k, v in found.items() if k != "psnr") < 0.98:
+            print("the autoencoder is below 0.98 in some kind: train it longer before the S3-DiT", flush=True)
     if args.stage == "vae":
         return
     tokenizer = Tokenizer(tiny_export.write_tokenizer(args.work / "tokenizer", TEXT.vocab_size))
+    model = Model()
+    if not (args.work / "text.pt").exists() or args.stage == "text":
+        print("text, captions read without error:", pretrain(model.text, tokenizer, args.text_steps), flush=True)
+        torch.save(model.text.state_dict(), args.work / "text.pt")
+    model.text.load_state_dict(torch.load(args.work / "text.pt", weights_only=True))
+    if args.stage == "text":
+        return
     data = make_data(args.work, vae)
     if args.stage == "data":
         return
-    model = Model()
     if args.stage in (None, "dit"):
-        model = train_dit(args.work, data, tokenizer, args.dit_steps)
+        model = train_dit(args.work, data, tokenizer, model, args.dit_steps)
         quick_score(model, vae, data, tokenizer)
     if args.stage in (None, "distil"):
         model.load_state_dict(torch.load(args.work / "dit.pt", weights_only=True)["ema"])

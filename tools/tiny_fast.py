@@ -1,0 +1,142 @@
+"""The S3-DiT's forward pass for training: a batch of equal lengths, one compiled block, gradients that are quick.
+
+The parameters are those of the engine's own `Transformer`; only the order of the arithmetic differs. `fast_forward`
+agrees with the engine to fp32 rounding. Also here: Muon, the optimizer of the block matrices.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3dit.layout import text_to_image
+from s3dit.transformer import Block, Transformer, rope_table
+
+GRID = (8, 8)
+CAPTION = 32  # tokens of every caption, padding included
+
+
+def _rms(x: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _block(
+    x: Tensor, qkv: Tensor, out: Tensor, q_norm: Tensor, k_norm: Tensor, w13: Tensor, w2: Tensor,
+    norms: Tensor, scale1: Tensor, gate1: Tensor, scale2: Tensor, gate2: Tensor, cos: Tensor, sin: Tensor,
+) -> Tensor:  # fmt: skip
+    """x (B, T, D); scales and gates (B or 1, 1, D); cos, sin (T, 1, D/2): pairs stand half a head apart."""
+    b, t, d = x.shape
+    half = cos.shape[-1]
+    q, k, v = F.linear(_rms(x, norms[0] * scale1), qkv).view(b, t, 3, -1, 2 * half).unbind(2)
+
+    def turn(y: Tensor, weight: Tensor) -> Tensor:
+        y = _rms(y, weight)
+        first, second = y[..., :half], y[..., half:]
+        return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).transpose(1, 2)
+
+    weights = (turn(q, q_norm) @ turn(k, k_norm).transpose(-1, -2) * (2 * half) ** -0.5).softmax(-1)
+    mixed = (weights @ v.transpose(1, 2)).transpose(1, 2).reshape(b, t, d)
+    x = x + _rms(F.linear(mixed, out), norms[1] * gate1)
+    up, side = F.linear(_rms(x, norms[2] * scale2), w13).chunk(2, -1)
+    return x + _rms(F.linear(F.silu(up) * side, w2), norms[3] * gate2)
+
+
+_compiled = torch.compile(_block, dynamic=False)
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorder rows from adjacent pairs to pairs half a head apart; attention does not see the difference."""
+    return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor | None) -> Tensor:
+    attention, feed = block.attention, block.feed_forward
+    heads = attention.heads
+    qkv = torch.cat(
+        (_halves(attention.to_q.weight, heads), _halves(attention.to_k.weight, heads), attention.to_v.weight)
+    )
+    norms = torch.stack(
+        (block.attention_norm1.weight, block.attention_norm2.weight, block.ffn_norm1.weight, block.ffn_norm2.weight)
+    )
+    if time is None:
+        one = torch.ones(1, 1, x.shape[-1])
+        modulation = [one] * 4
+    else:
+        scale1, gate1, scale2, gate2 = block.adaLN_modulation(time)[:, None].chunk(4, -1)
+        modulation = [1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()]
+    return _compiled(
+        x, qkv, attention.to_out[0].weight, _halves(attention.norm_q.weight, 1), _halves(attention.norm_k.weight, 1),
+        torch.cat((feed.w1.weight, feed.w3.weight)), feed.w2.weight, norms, *modulation, *rope,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _ropes(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, Tensor], ...]:
+    layout = text_to_image([GRID], [CAPTION])
+    ropes = (rope_table(pack.positions, axes, theta) for pack in (layout.image, layout.text, layout.whole))
+    return tuple((rope[:, None, :, 0].contiguous(), rope[:, None, :, 1].contiguous()) for rope in ropes)
+
+
+def fast_forward(dit: Transformer, x: Tensor, t: Tensor, features: Tensor, lengths: list[int]) -> Tensor:
+    """x (B, 64, 64) patches, t (B,), features (n, cap) packed, lengths of captions -> velocity (B, 64, 64)."""
+    if max(lengths) > CAPTION:
+        raise ValueError(f"found a caption of {max(lengths)} tokens; needed at most {CAPTION}; shorten it")
+    image_rope, text_rope, rope = _ropes(tuple(dit.config.axes_dims), dit.config.rope_theta)
+    time = dit.t_embedder(t * dit.config.t_scale, x.dtype)
+    real = torch.tensor([[i < n for i in range(CAPTION)] for n in lengths])
+    text = dit.cap_pad_token.expand(real.numel(), -1).index_copy(
+        0, real.flatten().nonzero()[:, 0], dit.cap_embedder(features)
+    )
+    text = text.view(len(x), CAPTION, -1)
+    for plain in dit.context_refiner:
+        text = _run(plain, text, text_rope, None)
+    image = dit.all_x_embedder["2-1"](x)
+    for block in dit.noise_refiner:
+        image = _run(block, image, image_rope, time)
+    whole = torch.cat((image, text), 1)
+    for block in dit.layers:
+        whole = _run(block, whole, rope, time)
+    final = dit.all_final_layer["2-1"]
+    scale = 1 + final.adaLN_modulation(time)[:, None]
+    return final.linear(F.layer_norm(whole[:, : image.shape[1]], whole.shape[-1:], eps=1e-6) * scale)
+
+
+class Muon:
+    """Momentum, then the nearest orthogonal matrix, for all block matrices; equal shapes are handled together."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], momentum: float = 0.95) -> None:
+        self.momentum = momentum
+        self.groups: dict[torch.Size, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            self.groups.setdefault(parameter.shape, []).append(parameter)
+        self.state = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every matrix from its gradient; the size of an update is like AdamW's at the same rate."""
+        for shape, group in self.groups.items():
+            gradient = torch.stack([p.grad for p in group if p.grad is not None])
+            state = self.state[shape].lerp_(gradient, 1 - self.momentum)
+            x = gradient.lerp(state, self.momentum)
+            tall = shape[0] > shape[1]
+            x = x.mT if tall else x
+            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            for _ in range(5):
+                square = x @ x.mT
+                x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+            x = x.mT if tall else x
+            size = 0.2 * max(shape) ** 0.5
+            for p, update in zip(group, x.unbind(0), strict=True):
+                p.mul_(1 - 0.01 * lr).add_(update, alpha=-lr * size)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Momentum buffers by shape."""
+        return {"x".join(map(str, shape)): state for shape, state in self.state.items()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take momentum buffers back."""
+        for shape in self.state:
+            self.state[shape] = saved["x".join(map(str, shape))]
