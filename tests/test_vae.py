@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from s3dit.config import VAEConfig
-from s3dit.vae import SMALLEST_TILE, Attention, Autoencoder, Downsample, Resnet, Upsample, _feathers
+from s3dit.vae import FEW, SMALLEST_TILE, Attention, Autoencoder, Downsample, Resnet, Upsample, _feathers, _normalized
 
 SMALL = VAEConfig(3, 3, 4, (8, 16, 16, 16), 1, 2, 0.3611, 0.1159)
 
@@ -57,6 +57,35 @@ def test_resnet_is_its_formula(out):
     shortcut = x.double() if out == 8 else conv(x.double(), block.conv_shortcut, 0)
     # fp32 against float64: a dozen roundings of 6e-8.
     assert relative(block(x), shortcut + h) < 1e-6
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 30.0])
+def test_norm_is_accurate_in_channels_last(mean):
+    norm = torch.nn.GroupNorm(2, 8, eps=1e-6).requires_grad_(False)
+    norm.weight.copy_(noise(8))
+    norm.bias.copy_(noise(8, seed=2))
+    x = (noise(2, 8, 200, 90) + mean).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        y = _normalized(x, norm)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert FEW < 200 * 90
+    # One rounding of x at its mean is magnified by mean / deviation; torch's own gives 1e-4 to 1e-3 here at mean 30.
+    assert relative(y, group_norm(x, norm)) < 1e-7 * (1 + mean)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_channels_last_lasts_to_the_end(batch):
+    model, lost = randomized(), []
+    model.memory_format = torch.channels_last
+    last = torch.channels_last
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: lost.extend([name] * (not out.is_contiguous(memory_format=last)))
+            )
+    with torch.no_grad():
+        model.decode(model.encode(noise(batch, 3, 32, 48)))
+    assert lost == []
 
 
 def test_attention_is_its_formula():
@@ -134,11 +163,12 @@ def test_items_of_a_batch_do_not_touch():
     assert relative(model.decode(latents), alone) < 2e-6
 
 
-def test_memory_format_changes_rounding_only():
+@pytest.mark.parametrize("batch", [1, 2])
+def test_memory_format_changes_rounding_only(batch):
     model = randomized()
-    latents, pixels = noise(1, 4, 5, 3), noise(1, 3, 40, 24)
+    latents, pixels = noise(batch, 4, 5, 3), noise(batch, 3, 40, 24)
     decoded, encoded = model.decode(latents), model.encode(pixels)
-    model.memory_format = torch.contiguous_format
+    model.memory_format = torch.channels_last
     # Convolutions in another order of sums, 1e-6 over the depth of the model.
     assert relative(decoded, model.decode(latents)) < 5e-6
     assert relative(encoded, model.encode(pixels)) < 5e-6
@@ -192,25 +222,29 @@ def smooth(*shape):
     return F.interpolate(noise(*shape[:2], 3, 3), shape[2:], mode="bicubic", align_corners=True)
 
 
-def roughness(x):
-    """Largest step between neighbors of each column, over the rest of the picture."""
-    return x.diff(dim=3).abs().amax((0, 1, 2))
-
-
-def test_tiles_stay_near_the_whole_and_show_no_seam():
+def test_tiles_stay_near_the_whole():
     model = randomized()
     latents = smooth(1, 4, 12, 40)
     whole, tiled = model.decode(latents), model.decode(latents, tile=16)
     assert tiled.shape == whole.shape
-    # What a tile cannot know is the statistics outside of it. For contrast: 1.0 would be an unrelated picture.
-    assert relative(tiled, whole) < 0.2
-    # Without the feather, steps at the three borders would stand out of those the content makes anyway.
-    assert roughness(tiled).max() < 1.25 * roughness(whole).max()
-    abrupt = torch.cat([model.decode(latents[..., i : i + 10]) for i in range(0, 40, 10)], dim=3)
-    error = (tiled - whole).abs().mean((0, 1, 2))
-    borders = [80, 160, 240]
-    at_cuts = (abrupt - whole).abs().mean((0, 1, 2))[[b + d for b in borders for d in (-1, 0)]].mean()
-    assert error.max() < at_cuts * 1.5
+    # What a tile cannot know is the statistics outside of it. For contrast: 1.4 would be an unrelated picture.
+    assert relative(tiled, whole) < 0.25
+
+
+@pytest.mark.parametrize("size", [(12, 40), (40, 12), (37, 61)])
+def test_tiles_show_no_seam(size):
+    model, count = randomized(), 0
+
+    def tile_of_one_level(x):
+        # The worst that statistics can do: every tile has a brightness of its own.
+        nonlocal count
+        count += 1
+        return x.new_full((1, 3, 8 * x.shape[2], 8 * x.shape[3]), float(count % 2))
+
+    result = model._tiled(tile_of_one_level, noise(1, 4, *size), 16, 1, 8)
+    assert count > 2 and result.min() >= -1e-6 and result.max() <= 1 + 1e-6
+    # From one tile to the next over at least a quarter of a tile, 32 pixels; a hard cut would be a step of 1.
+    assert max(result.diff(dim=d).abs().max() for d in (2, 3)) < 1.001 / 32
 
 
 def test_tiles_of_the_encoder():
@@ -218,7 +252,7 @@ def test_tiles_of_the_encoder():
     pixels = smooth(1, 3, 96, 200)
     whole, tiled = model.encode(pixels), model.encode(pixels, tile=12)
     assert tiled.shape == whole.shape
-    assert relative(tiled, whole) < 0.2
+    assert relative(tiled, whole) < 0.25
     sample = model.encode(pixels, generator=torch.Generator().manual_seed(0), tile=12)
     assert sample.shape == whole.shape and not torch.equal(sample, tiled)
 
