@@ -47,7 +47,7 @@ TEXT = TextEncoderConfig(
     num_key_value_heads=2, head_dim=32, rms_norm_eps=1e-6, rope_theta=1e6,
 )  # fmt: skip
 CAPTIONS, SCENES, BATCH = 3, 8_000, 32
-LR, DISTIL_LR, GUIDANCE = 2e-3, 5e-4, 2.0
+LR, DISTIL_LR, GUIDANCE = 2e-3, 8e-4, 2.0
 MUON = 1.5  # times the rate of AdamW
 
 
@@ -179,7 +179,10 @@ def train_dit(work: Path, data: dict[str, Any], tokenizer: Tokenizer, model: Mod
 
 
 def distil(work: Path, data: dict[str, Any], tokenizer: Tokenizer, teacher: Model, steps: int) -> Model:
-    """Teach a copy the teacher's guided velocity, pos + GUIDANCE·(pos - neg)."""
+    """Train a copy on, towards data + GUIDANCE·(pos - neg) of the frozen teacher.
+
+    The data stand where pure distillation has the teacher's `pos`: a teacher that is not finished is not the limit.
+    """
     scenes = min(len(data["patches"]), BATCH * steps)
     said = teacher.features(tokenizer, [caption for captions in data["captions"][:scenes] for caption in captions])
     (empty,), rng, student = teacher.features(tokenizer, [""]), np.random.default_rng(4), deepcopy(teacher)
@@ -187,11 +190,11 @@ def distil(work: Path, data: dict[str, Any], tokenizer: Tokenizer, teacher: Mode
 
     def loss_of() -> Tensor:
         rows = torch.randint(scenes, (BATCH,))
-        x, t, _ = noisy(data["patches"][rows])
+        x, t, target = noisy(data["patches"][rows])
         read_now = [said[CAPTIONS * r + int(rng.integers(CAPTIONS))] for r in rows.tolist()]
         with torch.no_grad():
             positive, negative = teacher(x, t, read_now), teacher(x, t, [empty] * BATCH)
-        return (student(x, t, read_now) - (positive + GUIDANCE * (positive - negative))).square().mean()
+        return (student(x, t, read_now) - (target + GUIDANCE * (positive - negative))).square().mean()
 
     return train(work, "distil", student, steps, DISTIL_LR, 1.0, loss_of)
 
