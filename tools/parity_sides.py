@@ -233,6 +233,11 @@ class Official(nn.Module):
         self.inner.to(dtype)
         self.dtype, self.in_channels = dtype, self.inner.in_channels
 
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline puts its own tensors."""
+        return self.inner.x_pad_token.device
+
     def forward(self, x: list[Tensor], t: Tensor, text: list[Tensor], **ignored: object) -> Any:
         """Latents (C, 1, H, W), times and caption features, one an item -> (velocities, …)."""
         return self.inner(x, t, text)
