@@ -7,6 +7,9 @@ run raises BackendError and names what is missing. Nothing ever falls back in si
 
 `op.using(f)` replaces the implementation inside a `with`: tests run both, benchmarks time each, and a researcher looks
 at (or edits) the arguments and then calls `op.reference`.
+
+Triton kernels are written with `kernel` and `tl` from here. They run on CUDA, or on the CPU under TRITON_INTERPRET=1,
+which is how they are tested without a GPU; anywhere else Triton is not even imported.
 """
 
 import functools
@@ -14,9 +17,22 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+kernel: Any
+tl: Any
+if torch.cuda.is_available() or INTERPRETED:
+    import triton
+    import triton.language as tl
+
+    kernel = triton.jit
+else:
+    # Enough for a kernel to be defined; nothing here can launch one.
+    kernel, tl = (lambda function: function), SimpleNamespace(constexpr=object)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
