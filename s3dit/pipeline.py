@@ -14,7 +14,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,6 +32,7 @@ from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, sigmas, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
 from s3dit.tokenizer import Tokenizer
+from s3dit.trace import first_nonfinite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
@@ -195,7 +196,8 @@ class Pipeline:
             # parity: the embedding is rounded to the dtype that the weights are kept in.
             x = rows.to(self.placement.dtype).to(self.placement.device, self.placement.compute)
             features = encoder(x, [len(one) for one in new])
-            _finite(features, "text features", encoder, self.checkpoints["text_encoder"])
+            again = partial(encoder, x, [len(one) for one in new])
+            _finite(features, "text features", encoder, self.checkpoints["text_encoder"], again)
             for one, feature in zip(new, features.split([len(one) for one in new]), strict=True):
                 self._features[one] = feature
         found = [self._features[one] for one in ids]
@@ -239,7 +241,8 @@ class Pipeline:
             return _draw(grids, generators).to(device)
 
         for step in solve(request.solver, velocity, x, levels, fresh):
-            _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"])
+            again = partial(velocity, step.start, torch.tensor(step.sigma))
+            _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"], again)
             yield replace(step, grids=grids)
 
     @staticmethod
@@ -267,8 +270,9 @@ class Pipeline:
         pictures = []
         for one in latents:
             large = one.shape[-1] * one.shape[-2] > WHOLE_CELLS
-            picture = vae.decode(one[None].to(self.placement.device), tile or (TILE if large else None))[0]
-            _finite(picture, "decoded picture", vae, self.checkpoints["vae"])
+            run = partial(vae.decode, one[None].to(self.placement.device), tile or (TILE if large else None))
+            picture = run()[0]
+            _finite(picture, "decoded picture", vae, self.checkpoints["vae"], run)
             pictures.append(picture.float().cpu())
         return pictures
 
@@ -333,8 +337,8 @@ def _draw(grids: tuple[tuple[int, int], ...], generators: list[torch.Generator])
     )
 
 
-def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Stop at the first NaN or infinity, and name the weight that holds one, if a weight does."""
+def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, again: Callable[[], object]) -> None:
+    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault."""
     if x.isfinite().all():
         return
     for name, parameter in model.named_parameters():
@@ -343,8 +347,10 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint) -> N
                 f"{what} is not finite because {name} in {checkpoint.path} holds NaN or infinity; "
                 "needed finite weights; download the file again"
             )
+    with first_nonfinite(model) as found:
+        again()
     raise BackendError(
-        f"{what} is not finite although every weight of {type(model).__name__} is; the arithmetic overflowed; "
+        f"{what} is not finite although every weight of {type(model).__name__} is; first seen in {found}; "
         "use dtype fp32, and less guidance if it is high"
     )
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.layout import text_to_image
-from s3dit.transformer import Block, Transformer, rope_table
+from s3dit.transformer import Block, FinalLayer, Transformer, rope_table
 
 GRID = (8, 8)
 CAPTION = 32  # tokens of every caption, padding included
@@ -45,6 +45,8 @@ def _block(
 
 
 _compiled = torch.compile(_block, dynamic=False)
+# Three lengths, with and without modulation, and the distillation's teacher beside its student: more than the usual 8.
+torch._dynamo.config.recompile_limit = 32
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
@@ -52,7 +54,8 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor | None) -> Tensor:
+def _run(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor | None) -> Tensor:
+    assert isinstance(block, Block)
     attention, feed = block.attention, block.feed_forward
     heads = attention.heads
     qkv = torch.cat(
@@ -61,15 +64,13 @@ def _run(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor | No
     norms = torch.stack(
         (block.attention_norm1.weight, block.attention_norm2.weight, block.ffn_norm1.weight, block.ffn_norm2.weight)
     )
-    if time is None:
-        one = torch.ones(1, 1, x.shape[-1])
-        modulation = [one] * 4
-    else:
+    scale1 = gate1 = scale2 = gate2 = torch.ones(1, 1, x.shape[-1])
+    if time is not None:
         scale1, gate1, scale2, gate2 = block.adaLN_modulation(time)[:, None].chunk(4, -1)
-        modulation = [1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()]
+        scale1, gate1, scale2, gate2 = 1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()
     return _compiled(
-        x, qkv, attention.to_out[0].weight, _halves(attention.norm_q.weight, 1), _halves(attention.norm_k.weight, 1),
-        torch.cat((feed.w1.weight, feed.w3.weight)), feed.w2.weight, norms, *modulation, *rope,
+        x, qkv, attention.to_out[0].get_parameter("weight"), _halves(attention.norm_q.weight, 1), _halves(attention.norm_k.weight, 1),
+        torch.cat((feed.w1.weight, feed.w3.weight)), feed.w2.weight, norms, scale1, gate1, scale2, gate2, *rope,
     )  # fmt: skip
 
 
@@ -100,6 +101,7 @@ def fast_forward(dit: Transformer, x: Tensor, t: Tensor, features: Tensor, lengt
     for block in dit.layers:
         whole = _run(block, whole, rope, time)
     final = dit.all_final_layer["2-1"]
+    assert isinstance(final, FinalLayer)
     scale = 1 + final.adaLN_modulation(time)[:, None]
     return final.linear(F.layer_norm(whole[:, : image.shape[1]], whole.shape[-1:], eps=1e-6) * scale)
 

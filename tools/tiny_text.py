@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tiny_world import ARRANGEMENTS, COLOURS, RELATIONS, SHAPES, Scene, caption_of, draw_scene
 from torch import Tensor, nn
 
-from s3dit.text_encoder import TextEncoder, rope_table, rotate
+from s3dit.text_encoder import Layer, TextEncoder, rope_table, rotate
 from s3dit.tokenizer import Tokenizer
 
 TAIL = 5  # the tokens behind the prompt; being causal, they alone have read all of it
@@ -31,10 +31,11 @@ def read(text: TextEncoder, ids: list[list[int]]) -> Tensor:
     real = torch.tensor([[i < len(one) for i in range(longest)] for one in ids])
     padded = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
     x = text.model.embed_tokens(padded.flatten())
-    head = text.model.layers[0].self_attn.head_dim
+    head = text.config.head_dim
     rope = rope_table([longest] * len(ids), head, text.config.rope_theta, x)
     later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
     for layer in text.model.layers[:-1]:
+        assert isinstance(layer, Layer)
         attention, normed = layer.self_attn, layer.input_layernorm(x)
         q = rotate(attention.q_norm(attention.q_proj(normed).unflatten(-1, (-1, head))), rope)
         k = rotate(attention.k_norm(attention.k_proj(normed).unflatten(-1, (-1, head))), rope)

@@ -219,7 +219,7 @@ def coverage(shape: str, x: float, y: float, r: float) -> NDArray[np.float32]:
     if shape == "ring":
         hole = (_outlines()["circle"] * (0.5 * r) + [x, y]) * SUPERSAMPLE
         pen.polygon([(float(px), float(py)) for px, py in hole], fill=0)
-    return np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32) / 255
+    return np.asarray(canvas.reduce(SUPERSAMPLE), dtype=np.float32) / np.float32(255)
 
 
 def render(scene: Scene) -> NDArray[np.uint8]:
