@@ -21,12 +21,14 @@ class Spans:
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    # The running sum on the host too: what a compiled graph carries, because a tuple of numbers would be baked into it.
+    on_host: Tensor
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Spans":
         """Make the spans of items with these lengths, in tokens."""
         total = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return cls(lengths, total.to(device))
+        return cls(lengths, total.to(device), total)
 
 
 @op
@@ -63,3 +65,21 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
 
 for _device in ("cpu", "cuda", "mps"):
     attention.on(_device, "torch")(_sdpa)
+
+
+@torch.library.custom_op("s3dit::attention", mutates_args=())
+def _opaque(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
+    """The Op as one node of a compiled graph: who serves, and where items are cut, is decided when the graph runs."""
+    spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
+    # What a graph is promised: rows that lie one after another.
+    return attention(q, k, v, *spans).contiguous()
+
+
+@_opaque.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@attention.in_graphs
+def _node(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    return _opaque(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)

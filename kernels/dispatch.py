@@ -77,6 +77,7 @@ class Op:
         self.name = reference.__name__
         self.stand_ins: list[StandIn] = []
         self._override: Callable[..., Any] | None = None
+        self._node: Callable[..., Any] | None = None
         functools.update_wrapper(self, reference)
 
     def on(
@@ -108,7 +109,14 @@ class Op:
             )
         return self.reference
 
+    def in_graphs(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Let `function` stand for every call while torch.compile traces: a custom op that calls this Op when run."""
+        self._node = function
+        return function
+
     def __call__(self, *args: Any) -> Any:
+        if self._node is not None and torch.compiler.is_compiling():
+            return self._node(*args)
         return self.choose(*args)(*args)
 
     @contextmanager
