@@ -137,7 +137,7 @@ def test_overflow_is_named(copy):
     tensors["layers.2.feed_forward.w1.weight"] *= 1e30
     tensors["layers.2.feed_forward.w3.weight"] *= 1e30
     save_file(tensors, file)
-    where = r"velocity of step 1 is not finite although every weight .* first seen in layers.2.feed_forward.w2 \(Linear\)"
+    where = r"velocity of step 1 is not finite although .* first seen in layers.2.feed_forward.w2 \(Linear\)"
     with pytest.raises(BackendError, match=where):
         Pipeline.load(copy, dtype="fp32")(prompt="a red circle", seed=1, num_inference_steps=2)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3dit.devices import native_bf16
 from s3dit.layout import text_to_image
 from s3dit.transformer import Block, FinalLayer, Transformer, rope_table
 
@@ -69,7 +70,8 @@ def _run(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor 
         scale1, gate1, scale2, gate2 = block.adaLN_modulation(time)[:, None].chunk(4, -1)
         scale1, gate1, scale2, gate2 = 1 + scale1, gate1.tanh(), 1 + scale2, gate2.tanh()
     return _compiled(
-        x, qkv, attention.to_out[0].get_parameter("weight"), _halves(attention.norm_q.weight, 1), _halves(attention.norm_k.weight, 1),
+        x, qkv, attention.to_out[0].get_parameter("weight"),
+        _halves(attention.norm_q.weight, 1), _halves(attention.norm_k.weight, 1),
         torch.cat((feed.w1.weight, feed.w3.weight)), feed.w2.weight, norms, scale1, gate1, scale2, gate2, *rope,
     )  # fmt: skip
 
@@ -119,13 +121,15 @@ class Muon:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every matrix from its gradient; the size of an update is like AdamW's at the same rate."""
+        # Orthogonal to three digits is all that is wanted, which bf16 gives where it is quick.
+        product = torch.bfloat16 if native_bf16(torch.device("cpu")) else torch.float32
         for shape, group in self.groups.items():
             gradient = torch.stack([p.grad for p in group if p.grad is not None])
             state = self.state[shape].lerp_(gradient, 1 - self.momentum)
             x = gradient.lerp(state, self.momentum)
             tall = shape[0] > shape[1]
             x = x.mT if tall else x
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(product)
             for _ in range(5):
                 square = x @ x.mT
                 x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x

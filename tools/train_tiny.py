@@ -4,7 +4,8 @@
     python tools/train_tiny.py --stage dit     one stage: vae, text, data, dit, distil or export; a cut stage resumes
     python tools/train_tiny.py --score         measure weights/tiny on the 500 fixed prompts
 
-Stages count steps, not minutes, and every random number has a seed. All training is in fp32 on the CPU. The text
+Stages count steps, not minutes, and every random number has a seed. All training is on the CPU, with weights in fp32;
+the S3-DiT's products are in bf16 where the CPU has it (six times the pace on a core with AVX512-BF16). The text
 encoder first learns to read (tiny_text.py) and is then left alone; the S3-DiT learns from its features with a forward
 pass made for training (tiny_fast.py). `distil` teaches the model its own guided velocity, so that the shipped weights
 follow Turbo's convention: guidance 0, few steps.
@@ -30,6 +31,7 @@ from tiny_world import caption_of, draw_scene, fixed_prompts, render
 from torch import Tensor, nn
 
 from s3dit.config import TextEncoderConfig, TransformerConfig
+from s3dit.devices import native_bf16
 from s3dit.layout import patchify, unpatchify
 from s3dit.sampler import euler, sigmas
 from s3dit.text_encoder import TextEncoder
@@ -75,7 +77,8 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, features: list[Tensor]) -> Tensor:
         """x (B, 64, 64) patches, t (B,), features: (tokens, hidden) of each caption -> velocity (B, 64, 64)."""
-        return fast_forward(self.dit, x, t, torch.cat(features), [len(one) for one in features])
+        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16(torch.device("cpu"))):
+            return fast_forward(self.dit, x, t, torch.cat(features), [len(one) for one in features]).float()
 
     @torch.no_grad()
     def features(self, tokenizer: Tokenizer, captions: list[str]) -> list[Tensor]:
