@@ -39,8 +39,11 @@ def test_fast_forward_equals_the_transformer(model):
     x, t, _ = noisy(torch.randn(3, 64, 64))
     context = model.dit.context(text_to_image([GRID] * 3, lengths), features)
     expected = model.dit(x.flatten(0, 1), t, context).view_as(x)
-    found = model(x, t, list(features.split(lengths)))
+    found = tiny_fast.fast_forward(model.dit, x, t, features, lengths)
     assert (found - expected).norm() / expected.norm() < 1e-5
+    # As it is trained: products of bf16 (8 bits) where the CPU has them.
+    found = model(x, t, list(features.split(lengths)))
+    assert (found - expected).norm() / expected.norm() < 2e-2
 
 
 def test_captions_over_32_tokens_are_refused(model):
