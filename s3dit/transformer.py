@@ -24,7 +24,7 @@ from s3dit.kernels.attention import Spans, attention
 from s3dit.kernels.norm import gated_residual, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.swiglu import swiglu
 from s3dit.layers import RMSNorm, rope_table
-from s3dit.layout import Layout
+from s3dit.layout import Layout, Pack
 from s3dit.linear import Linear
 
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
@@ -139,9 +139,14 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What no step changes: the layout, the refined caption tokens (N_text, dim) and the rotary tables."""
+    """What no step changes: where tokens stand, the refined caption tokens (N_text, dim) and the rotary tables.
 
-    layout: Layout
+    It holds what `forward` reads and no more, so that requests of one size have contexts of one shape.
+    """
+
+    image: Pack
+    whole: Pack
+    gather: Tensor
     text: Tensor
     image_rope: Tensor
     whole_rope: Tensor
@@ -183,7 +188,9 @@ class Transformer(nn.Module):
         for block in self.context_refiner:
             tokens = block(tokens, rope, layout.text.spans)
         return Context(
-            layout=layout,
+            image=layout.image,
+            whole=layout.whole,
+            gather=layout.gather,
             text=tokens,
             image_rope=rope_table(layout.image.positions, config.axes_dims, config.rope_theta),
             whole_rope=rope_table(layout.whole.positions, config.axes_dims, config.rope_theta),
@@ -195,13 +202,12 @@ class Transformer(nn.Module):
         x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ->
         (n, patch_dim), dtype of the context's tokens.
         """
-        layout, dtype = context.layout, context.text.dtype
+        pack, whole, dtype = context.image, context.whole, context.text.dtype
         time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
-        image = layout.image.fill(self.all_x_embedder[PATCH](x.to(dtype)), self.x_pad_token)
+        image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), self.x_pad_token)
         for block in self.noise_refiner:
-            image = block(image, context.image_rope, layout.image.spans, time, layout.image.row)
-        tokens = torch.cat((image, context.text))[layout.gather]
-        whole = layout.whole
+            image = block(image, context.image_rope, pack.spans, time, pack.row)
+        tokens = torch.cat((image, context.text))[context.gather]
         for block in self.layers:
             tokens = block(tokens, context.whole_rope, whole.spans, time, whole.row)
         return self.all_final_layer[PATCH](tokens[whole.real], time, whole.row[whole.real])
