@@ -7,22 +7,29 @@ Z-Image, because one outlier takes the range from everything else); its referenc
 matrices in fp32.
 
 Who makes x may round it already and hand over `Rows`: the norms and SwiGLU do so in the pass that they make anyway.
+
+Scales of weights are bf16 numbers (the 8-bit formats keep them in fp32). So the product of a scale and a code is exact
+in fp32, and a weight that was decoded encodes to itself, bit for bit.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import Op
 
 Parts = Mapping[str, Tensor]
+Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 # A row of zeros must not divide by zero, nor a tiny one blow up its rounding noise.
 SMALLEST = 1e-8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Numbers of a weight that are widened at a time on a CPU: 8 MiB of bf16, inside the cache of a small server.
+PIECE = 1 << 22
 
 
 class Rows(NamedTuple):
@@ -53,11 +60,24 @@ class Rows(NamedTuple):
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
-    """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude; fp32 inside."""
+    """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude; fp32 inside.
+
+    A row that holds NaN or infinity gets a scale that is not finite, so whatever is made of it is not finite either.
+    """
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST[dtype]
     scaled = wide / scale
     return Rows((scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale, x.dtype)
+
+
+def rows(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
+    """x rounded by rows, where its maker has not done so."""
+    return x if isinstance(x, Rows) else quantize_rows(x, dtype)
+
+
+def wide(x: Tensor | Rows) -> Tensor:
+    """x in fp32, rounded or not."""
+    return x.dequantize() if isinstance(x, Rows) else x.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +85,66 @@ class Scheme:
     """A number format of linear weights; see the module's docstring.
 
     spec(out, in) -> name of part -> (shape, dtype), raising ValueError for sizes it cannot take
-    encode(weight (out, in), any float) -> parts · decode(parts) -> weight (out, in) fp32
+    encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity
+    decode(parts) -> weight (out, in) fp32
     linear(x or Rows (…, in), parts, bias or None) -> (…, out), dtype of x
     """
 
     name: str
     activation: torch.dtype | None
-    spec: Callable[[int, int], dict[str, tuple[tuple[int, ...], torch.dtype]]]
+    spec: Callable[[int, int], Spec]
     encode: Callable[[Tensor], dict[str, Tensor]]
     decode: Callable[[Parts], Tensor]
     linear: Op
+
+
+def finite(weight: Tensor) -> Tensor:
+    """The weight in fp32; ValueError where it holds NaN or infinity, which no scale can bring into range."""
+    weight = weight.float()
+    # The sum of magnitudes is finite only where every one is, and is found in one pass without a mask.
+    if not weight.abs().sum(dtype=torch.float64).isfinite():
+        raise ValueError("holds NaN or infinity; needed finite weights; download the file again")
+    return weight
+
+
+def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callable[[Tensor], dict[str, Tensor]]]:
+    """spec and encode of the formats with one scale an output channel: weight (out, in) 8-bit, scale (out, 1) fp32."""
+
+    def spec(out: int, in_: int) -> Spec:
+        return {"weight": ((out, in_), dtype), "scale": ((out, 1), torch.float32)}
+
+    def encode(weight: Tensor) -> dict[str, Tensor]:
+        weight, largest = finite(weight), LARGEST[dtype]
+        scale = (weight.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
+        # A scale was rounded by up to 2^-9, so the largest code may come out as 127.25.
+        codes = (weight / scale.masked_fill(scale == 0, 1.0)).clamp_(-largest, largest)
+        return {"weight": (codes.round_() if dtype == torch.int8 else codes).to(dtype), "scale": scale}
+
+    return spec, encode
+
+
+def decode_channels(parts: Parts) -> Tensor:
+    """weight · scale of a per-channel format, (out, in) fp32."""
+    return parts["weight"].float() * parts["scale"]
+
+
+def pieces(out: int, in_: int) -> Iterator[slice]:
+    """Runs of output channels whose weights fit the cache when widened."""
+    step = max(1, PIECE // in_)
+    yield from (slice(start, min(start + step, out)) for start in range(0, out, step))
+
+
+def channels_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The per-channel product on a CPU: codes widened piece by piece (exactly, even to bf16), scales on the result.
+
+    The buffer is as wide as a piece, so a quantized model needs no second copy of itself.
+    """
+    codes, scale = parts["weight"], parts["scale"].T
+    values = (x.values if isinstance(x, Rows) else x).to(x.dtype)
+    out = torch.empty(*x.shape[:-1], len(codes), dtype=x.dtype, device=x.device)
+    for run in pieces(*codes.shape):
+        product = F.linear(values, codes[run].to(x.dtype)).float().mul_(scale[:, run])
+        if isinstance(x, Rows):
+            product.mul_(x.scale)
+        out[..., run] = product if bias is None else product.add_(bias[run])
+    return out
