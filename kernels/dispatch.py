@@ -52,6 +52,8 @@ class StandIn:
 
 
 _backend = "auto"
+# How many `using` are in force.
+_overrides = 0
 
 
 def set_backend(name: str) -> None:
@@ -67,6 +69,11 @@ def set_backend(name: str) -> None:
 def backend() -> str:
     """Return the choice in force."""
     return _backend
+
+
+def overridden() -> bool:
+    """Whether some Op is served by a replacement now (`using`), which a recorded pass would not call."""
+    return _overrides > 0
 
 
 class Op:
@@ -122,11 +129,14 @@ class Op:
     @contextmanager
     def using(self, function: Callable[..., Any]) -> Iterator[None]:
         """Serve every call with `function` inside the `with`."""
+        global _overrides
         before, self._override = self._override, function
+        _overrides += 1
         try:
             yield
         finally:
             self._override = before
+            _overrides -= 1
 
 
 def op(reference: Callable[..., Any]) -> Op:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s3dit.sampler import Velocity
-from s3dit.transformer import Context, Transformer
+from s3dit.transformer import Context
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ def flow_time(sigma: Tensor) -> Tensor:
 
 
 def guide(
-    transformer: Transformer,
+    transformer: Callable[[Tensor, Tensor, Context], Tensor],
     context: Callable[[bool], Context],
     guidance: Guidance,
     lengths: Sequence[int],

@@ -22,6 +22,11 @@ from s3dit.kernels.attention import Spans
 MULTIPLE = 32
 
 
+def padded(length: int) -> int:
+    """The length of a stream with its padding."""
+    return -(-length // MULTIPLE) * MULTIPLE
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One run of tokens: `length` real ones on a grid (frames, rows, columns) that starts at `origin`.
@@ -37,7 +42,7 @@ class Segment:
     @property
     def padded(self) -> int:
         """Length with padding."""
-        return -(-self.length // MULTIPLE) * MULTIPLE
+        return padded(self.length)
 
     def positions(self) -> Tensor:
         """Positions of all tokens, padding included: (padded, 3) int64."""
@@ -96,7 +101,7 @@ def text_to_image(
 
     grids: (rows, columns) of 2 × 2 latent patches an item (pixels / 16) · text_lengths: real caption tokens an item.
     """
-    texts = [Segment(n, (-(-n // MULTIPLE) * MULTIPLE, 1, 1), (1, 0, 0)) for n in text_lengths]
+    texts = [Segment(n, (padded(n), 1, 1), (1, 0, 0)) for n in text_lengths]
     images = [
         Segment(rows * columns, (1, rows, columns), (text.padded + 1, 0, 0))
         for (rows, columns), text in zip(grids, texts, strict=True)

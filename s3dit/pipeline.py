@@ -12,7 +12,7 @@ What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), w
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from s3dit import __version__, images
+from s3dit import __version__, budget, images
 from s3dit.config import ModelConfig, read_model
 from s3dit.devices import Placement, place
+from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, set_backend
-from s3dit.layout import patchify, text_to_image
-from s3dit.offload import Mode, Residency
+from s3dit.layout import padded, patchify, text_to_image
+from s3dit.offload import Mode, Residency, stream
 from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, sigmas, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
@@ -59,27 +60,43 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will do, known before any weight is read."""
+    """What a request will do, known before any weight is read; `fit` is its plan of memory where there is a budget."""
 
     request: Request
     stages: tuple[Stage, ...]
     sigmas: tuple[float, ...]
     calls: int
     notes: tuple[str, ...]
+    fit: budget.Fit | None = None
 
 
 class Pipeline:
     """A model directory, ready to draw; make one with `Pipeline.load`."""
 
-    def __init__(self, folder: Path, config: ModelConfig, placement: Placement, residency: Mode) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        placement: Placement,
+        residency: Mode,
+        *,
+        vram: int | None = None,
+        compiled: bool = False,
+        graphs: bool = False,
+    ) -> None:
         self.folder, self.config, self.placement = folder, config, placement
+        self.vram, self.compiled, self.graphs = vram, compiled, graphs
         self.tokenizer = Tokenizer(folder / "tokenizer")
         self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
+        if residency == "streamed":
+            self.parts.kept = {"text_encoder": 0, "transformer": 0}
+        self._tile: int | None = None
+        self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._tokens: dict[tuple[str, int], tuple[int, ...]] = {}
         for part in self.checkpoints:
-            self._bytes(part)
+            self._sizes(part)
 
     @classmethod
     def load(
@@ -88,22 +105,38 @@ class Pipeline:
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        residency: Mode = "staged",
+        residency: Mode | None = None,
         backend: str | None = None,
+        vram: str | int | None = None,
+        compile: bool = False,
+        graphs: bool = False,
     ) -> Self:
         """Open a model: "embedded", a folder in the official layout, or a hub name such as Tongyi-MAI/Z-Image-Turbo.
 
         device: cpu, cuda, mps (default: the best there is) · dtype: "bf16" or "fp32" (default: bf16 where the device
-        computes it natively) · residency: "staged" loads the parts in turn, "resident" keeps them all.
-        Raises CheckpointError (files), BackendError (device, dtype), RequestError (residency).
+        computes it natively) · residency: "staged" (default) loads the parts in turn, "resident" keeps them all,
+        "streamed" also brings their blocks in one by one · vram: a budget such as "4GiB", from which each request's
+        residency follows (see `budget`) · compile: compile the transformer's blocks, in the first pass · graphs: record
+        the transformer's passes as CUDA graphs, one a size.
+        Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
-        if residency not in ("staged", "resident"):
-            raise RequestError(f"residency is {residency!r}; needed staged or resident")
+        if residency not in (None, "staged", "resident", "streamed"):
+            raise RequestError(f"residency is {residency!r}; needed staged, resident or streamed")
+        if residency is not None and vram is not None:
+            raise RequestError(f"both vram and residency {residency} are given; vram chooses the residency by itself")
+        if graphs and (vram is not None or residency == "streamed"):
+            raise RequestError("graphs need weights that stay where they are; use them without vram and streaming")
+        size = None if vram is None else budget.parse_size(vram)
         placement = place(device, dtype)
+        if graphs and placement.device.type != "cuda":
+            raise BackendError(f"graphs need a CUDA device, found {placement.device}; load the model without graphs")
+        if compile:
+            check_compiler(placement.device)
         if backend is not None:
             set_backend(backend)
         folder = EMBEDDED if str(model) == "embedded" else resolve(str(model))
-        return cls(folder, read_model(folder), placement, residency)
+        config = read_model(folder)
+        return cls(folder, config, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs)
 
     def _blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
@@ -120,20 +153,38 @@ class Pipeline:
             module, unused = self._blank(part)
             # The VAE is small and convolutions have no widening path: it is kept in the dtype it computes in.
             dtype = self.placement.compute if part == "vae" else self.placement.dtype
-            assign(module, self.checkpoints[part], dtype=dtype, device=self.placement.device, unused=unused)
+            device, kept = self.placement.device, self.parts.kept.get(part)
+            if kept is None:
+                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused)
+            else:
+                # Streamed blocks stay what they are in the file, and are cast on their way to the device.
+                assign(module, self.checkpoints[part], dtype=None, unused=unused)
+                stream(module, device, kept, dtype)
+            if self.compiled and part == "transformer":
+                compile_blocks(module)
             return module.eval()
 
         return make
 
-    def _bytes(self, part: str) -> tuple[int, int]:
-        """(read, held) bytes of a part; raises CheckpointError when names or shapes are not this model's."""
+    def _sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
+        """Bytes of a part: read, held outside of its blocks, held by each block.
+
+        Raises CheckpointError when names or shapes are not this model's.
+        """
+        if part in self._weights:
+            return self._weights[part]
         module, unused = self._blank(part)
         read = pending(module, self.checkpoints[part], unused)
-        stored = sum(entry.nbytes for entry in map(self.checkpoints[part].entry, self.checkpoints[part]))
-        share = read / max(stored, 1)
-        width = self.placement.compute if part == "vae" else self.placement.dtype
-        held = int(sum(p.numel() for p in module.parameters()) * share) * width.itemsize
-        return read, held
+        fixed, blocks = budget.sizes(module, self.placement.compute if part == "vae" else self.placement.dtype, unused)
+        # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
+        self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
+        return self._weights[part]
+
+    def _stage(self, part: str, work: str, kept: Mapping[str, int]) -> Stage:
+        read, fixed, blocks = self._sizes(part)
+        whole = fixed + sum(blocks)
+        streamed = fixed + (kept[part] + 2) * max(blocks) if part in kept else whole
+        return Stage(part, read, min(whole, streamed), work)
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
@@ -147,15 +198,43 @@ class Pipeline:
             for text in self._texts(request)
             if (ids := self._ids(text, request.max_sequence_length)) not in self._features
         }
-        stages = []
-        if new:
-            stages.append(Stage("text_encoder", *self._bytes("text_encoder"), f"{sum(map(len, new))} tokens"))
         branches = 2 if request.guidance_scale else 1
-        work = f"{calls} model calls, {request.count * branches} items each"
-        stages.append(Stage("transformer", *self._bytes("transformer"), work))
+        works = {"transformer": f"{calls} model calls, {request.count * branches} items each"}
+        if new:
+            works = {"text_encoder": f"{sum(map(len, new))} tokens"} | works
         if request.output_type != "latent":
-            stages.append(Stage("vae", *self._bytes("vae"), f"{request.count} pictures"))
-        return Plan(request, tuple(stages), tuple(levels.tolist()), calls, tuple(self._notes(request)))
+            works["vae"] = f"{request.count} pictures"
+        fit = None if self.vram is None else self._fit(request, sum(map(len, new)), tuple(works))
+        kept = self.parts.kept if fit is None else fit.kept
+        stages = tuple(self._stage(part, work, kept) for part, work in works.items())
+        return Plan(request, stages, tuple(levels.tolist()), calls, tuple(self._notes(request)), fit)
+
+    def _fit(self, request: Request, new: int, parts: tuple[str, ...]) -> budget.Fit:
+        """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
+        config, compute, device = self.config, self.placement.compute, self.placement.device.type
+        sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
+        tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
+        works: dict[str, list[tuple[int | None, int]]] = {
+            "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
+            "transformer": [(None, budget.transformer_work(config.transformer, self._length(request), compute))],
+            "vae": [
+                (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
+                for tile in tiles
+            ],
+        }
+        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works[part])) for part in parts}
+        return budget.fit(self.vram or 0, needs, budget.RESERVE[device])
+
+    def _length(self, request: Request) -> int:
+        """Tokens of the transformer's longest pass: texts and pictures of all items, padded."""
+        heights, widths = request.per_image("height"), request.per_image("width")
+        pictures = [h * w // 256 for h, w in zip(heights, widths, strict=True)]
+        texts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        if request.guidance_scale:
+            texts, pictures = texts + [n or "" for n in request.per_image("negative_prompt")], pictures * 2
+        return sum(padded(n) for n in pictures) + sum(
+            padded(len(self._ids(text, request.max_sequence_length))) for text in texts
+        )
 
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
@@ -212,6 +291,9 @@ class Pipeline:
     @torch.inference_mode()
     def _sample(self, plan: Plan) -> Iterator[Step]:
         request, device = plan.request, self.placement.device
+        if plan.fit is not None:
+            self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
+            self._tile = plan.fit.tile
         grids = tuple(
             (h // 16, w // 16) for h, w in zip(request.per_image("height"), request.per_image("width"), strict=True)
         )
@@ -234,7 +316,13 @@ class Pipeline:
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
-        velocity = guide(transformer, context, guidance, [rows * columns for rows, columns in grids])
+        run: Callable[..., Tensor] = transformer
+        if self.graphs:
+            # It lives as long as the weights that it has recorded.
+            if "replay" not in vars(transformer):
+                vars(transformer)["replay"] = Replay(transformer)
+            run = vars(transformer)["replay"]
+        velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids])
         levels = torch.tensor(plan.sigmas)
 
         def fresh() -> Tensor:
@@ -270,7 +358,9 @@ class Pipeline:
         pictures = []
         for one in latents:
             large = one.shape[-1] * one.shape[-2] > WHOLE_CELLS
-            run = partial(vae.decode, one[None].to(self.placement.device), tile or (TILE if large else None))
+            run = partial(
+                vae.decode, one[None].to(self.placement.device), tile or self._tile or (TILE if large else None)
+            )
             picture = run()[0]
             _finite(picture, "decoded picture", vae, self.checkpoints["vae"], run)
             pictures.append(picture.float().cpu())

@@ -27,15 +27,16 @@ def assign(
     model: nn.Module,
     checkpoint: Checkpoint,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str | torch.device = "cpu",
     unused: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Fill a model on the meta device from a checkpoint in any spelling that keymap knows, strictly.
 
-    dtype: of the parameters afterwards, floating. unused: glob patterns of official names that are never read; what the
-    model has under them stays on meta. progress: called with the stored bytes of each tensor that was read.
+    dtype: of the parameters afterwards, floating; None keeps what is stored. unused: glob patterns of official names
+    that are never read; what the model has under them stays on meta. progress: called with the stored bytes of each
+    tensor that was read.
     Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or not fp32, bf16 or fp16.
     """
     checkpoint, needed = _verified(model, checkpoint, unused)
