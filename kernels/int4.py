@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import op
-from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, finite, wide
+from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, finite, pieces, wide
 
 GROUP = 64
 ZERO = 8
@@ -20,6 +20,7 @@ ZERO = 8
 CODES = (8.0, 7.0, 7.5, 6.5, 6.0, 8.5, 9.0, 10.0, 5.0, 4.0, 3.0, 2.0, 1.0)
 # Rows are encoded some at a time, so that the search needs little memory.
 ENCODED = 1 << 22
+WIDENED = (torch.bfloat16, torch.float32)
 
 
 def spec(out: int, in_: int) -> Spec:
@@ -77,6 +78,28 @@ def decode(parts: Parts) -> Tensor:
 def int4_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
     """Weights in int4, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
     return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+
+
+@int4_linear.on("cpu", "torch", when=lambda x, *rest: x.dtype in WIDENED or "takes bf16 or fp32")
+def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """Codes to the dtype of x, piece by piece: a tenth of the time of a product with 1000 tokens."""
+    x = x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
+    packed, scale = parts["weight"], parts["scale"].to(x.dtype)
+    out = torch.empty(*x.shape[:-1], len(packed), dtype=x.dtype)
+    for run in pieces(*packed.shape):
+        out[..., run] = F.linear(x, _widen(packed[run], scale[run]), None if bias is None else bias[run].to(x.dtype))
+    return out
+
+
+def _widen(packed: Tensor, scale: Tensor) -> Tensor:
+    """decode, in the dtype of the scale: exact in fp32, rounded once in bf16.
+
+    The two codes of a byte become the low bits of two bf16 in one 32-bit word: 128 + code, whose unit is 1.
+    """
+    words = packed.to(torch.int32)
+    words = (words << 12).bitwise_or_(words).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
+    codes = words.view(torch.bfloat16).to(scale.dtype).sub_(128 + ZERO)
+    return codes.unflatten(-1, (-1, GROUP)).mul_(scale[..., None]).flatten(-2)
 
 
 int4 = Scheme("int4", None, spec, encode, decode, int4_linear)

@@ -12,6 +12,10 @@ from s3dit.kernels.dispatch import op
 from s3dit.kernels.scheme import Parts, Rows, Scheme, channels_linear, decode_channels, per_channel, rows, wide
 
 DTYPE = torch.int8
+# Output channels of one integer product on a CPU, so that its sums are still in the cache when they are scaled.
+COLUMNS = 1024
+_ABLE = torch.cpu.get_capabilities()
+INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 @op
@@ -28,6 +32,30 @@ def int8_weights_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> 
 
 def _fp32(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
+
+
+@int8_linear.on("cpu", "torch", when=lambda *args: INTEGER_DOT or "needs a CPU with 8-bit dot products (VNNI)")
+def _integers(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """oneDNN's integer product, which reads the weight as it lies (in the mapped file, say); sums are exact.
+
+    Twice the pace of bf16 on a CPU with both. The prepacked form is no faster and would be a second copy of the model.
+    """
+    values, row_scale, _ = rows(x, DTYPE)
+    codes, scale = parts["weight"], parts["scale"].T
+    flat = values.reshape(-1, codes.shape[1])
+    out = torch.empty(len(flat), len(codes), dtype=x.dtype)
+    for start in range(0, len(codes), COLUMNS):
+        run = slice(start, start + COLUMNS)
+        product = torch._int_mm(flat, codes[run].T).float()
+        product.mul_(scale[:, run]).mul_(row_scale.view(-1, 1))
+        out[:, run] = product if bias is None else product.add_(bias[run])
+    return out.view(*x.shape[:-1], -1)
+
+
+@int8_linear.on("cpu", "torch")
+def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The same numbers in floating point: other CPUs are slower in integers, or let them saturate."""
+    return channels_linear(rows(x, DTYPE), parts, bias)
 
 
 int8_weights_linear.on("cpu", "torch")(channels_linear)

@@ -30,6 +30,8 @@ SMALLEST = 1e-8
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # Numbers of a weight that are widened at a time on a CPU: 8 MiB of bf16, inside the cache of a small server.
 PIECE = 1 << 22
+# Numbers of x that are rounded at a time there.
+CACHED = 1 << 18
 
 
 class Rows(NamedTuple):
@@ -64,10 +66,25 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
 
     A row that holds NaN or infinity gets a scale that is not finite, so whatever is made of it is not finite either.
     """
+    if x.device.type != "cpu" or x.numel() <= CACHED or torch.compiler.is_compiling():
+        return Rows(*_round(x, dtype), x.dtype)
+    # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
+    values, scale = torch.empty(x.shape, dtype=dtype), torch.empty(*x.shape[:-1], 1)
+    width = x.shape[-1]
+    step = max(1, CACHED // width)
+    runs = (t.view(-1, t.shape[-1]).split(step) for t in (values, scale))
+    for run, *out in zip(x.reshape(-1, width).split(step), *runs, strict=True):
+        for given, made in zip(out, _round(run, dtype), strict=True):
+            given.copy_(made)
+    return Rows(values, scale, x.dtype)
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values and scale of `quantize_rows`."""
     wide = x.float()
     scale = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST[dtype]
     scaled = wide / scale
-    return Rows((scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale, x.dtype)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
 def rows(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
@@ -134,16 +151,27 @@ def pieces(out: int, in_: int) -> Iterator[slice]:
     yield from (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 
+def codes_as(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """8-bit numbers in a wider float dtype, exactly."""
+    if codes.dtype != torch.float8_e4m3fn or codes.device.type != "cpu" or torch.compiler.is_compiling():
+        return codes.to(dtype)
+    # torch converts e4m3 one by one. Its bits, shifted, are those of a bf16 that is 2^120 times too small; NaN, which
+    # neither encoded weights nor rows with a finite scale hold, becomes 480.
+    bits = codes.view(torch.int8).to(torch.int16)
+    bits = (bits & 0x7F).bitwise_left_shift_(4).bitwise_or_(bits & -0x8000)
+    return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
+
+
 def channels_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
     """The per-channel product on a CPU: codes widened piece by piece (exactly, even to bf16), scales on the result.
 
     The buffer is as wide as a piece, so a quantized model needs no second copy of itself.
     """
     codes, scale = parts["weight"], parts["scale"].T
-    values = (x.values if isinstance(x, Rows) else x).to(x.dtype)
+    values = codes_as(x.values, x.dtype) if isinstance(x, Rows) else x
     out = torch.empty(*x.shape[:-1], len(codes), dtype=x.dtype, device=x.device)
     for run in pieces(*codes.shape):
-        product = F.linear(values, codes[run].to(x.dtype)).float().mul_(scale[:, run])
+        product = F.linear(values, codes_as(codes[run], x.dtype)).float().mul_(scale[:, run])
         if isinstance(x, Rows):
             product.mul_(x.scale)
         out[..., run] = product if bias is None else product.add_(bias[run])
