@@ -8,7 +8,10 @@ file and costs no memory; else it is cast on the way in, and only one stored ten
 are the kernel's to drop, and a shard's map goes when the next one is opened: 24.6 GB of fp32 shards become 12.3 GB of
 bf16 without both being held.
 
-Values are not looked at here: a scan for NaN would read the whole file once more.
+A layer of a number format (it has a `scheme`) takes the parts of a quantized file as they lie; where the file has a
+float weight instead, that is encoded on the way in, in its stored dtype and on the device.
+
+Values are not looked at, except by an encoder: a scan for NaN would read the whole file once more.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +20,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from s3dit.weights.container import Checkpoint, CheckpointError
+from s3dit.kernels.scheme import Scheme
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry
 from s3dit.weights.keymap import official
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,12 +41,20 @@ def assign(
     dtype: of the parameters afterwards, floating; None keeps what is stored. unused: glob patterns of official names
     that are never read; what the model has under them stays on meta. progress: called with the stored bytes of each
     tensor that was read.
-    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or not fp32, bf16 or fp16.
+    Raises CheckpointError for tensors that are missing, unexpected, of a wrong shape or of a wrong dtype (fp32, bf16 or
+    fp16, or what the scheme of a layer says), and for NaN in a weight that is to be encoded.
     """
     checkpoint, needed = _verified(model, checkpoint, unused)
+    schemes = _schemes(model)
     for name in needed:
-        tensor = checkpoint.load(name).to(device=device, dtype=dtype)
-        _put(model, name, tensor)
+        layer, _, leaf = name.rpartition(".")
+        scheme = schemes.get(layer)
+        if scheme is not None and leaf == "weight" and checkpoint.entry(name).dtype in FLOATS:
+            for part, tensor in encoded(scheme, checkpoint.load(name).to(device), name, checkpoint).items():
+                _put(model, f"{layer}.{part}", tensor)
+        else:
+            stays = scheme is not None and leaf != "bias"
+            _put(model, name, checkpoint.load(name).to(device=device, dtype=None if stays else dtype))
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
 
@@ -62,37 +74,84 @@ def _verified(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str]) -
     """The checkpoint under official names, and the names to read in their order on disk; CheckpointError if unfit."""
     homes = model.state_dict(keep_vars=True)
     checkpoint = official(checkpoint, homes)
-    _check(checkpoint, homes, unused)
-    return checkpoint, [name for name in checkpoint if name in homes and not _matches(name, unused)]
+    needs = _check(model, checkpoint, homes, unused)
+    return checkpoint, [name for name in checkpoint if name in needs and not _matches(name, unused)]
 
 
-def _check(checkpoint: Checkpoint, homes: dict[str, Tensor], unused: Sequence[str]) -> None:
-    """Hold a checkpoint in official spelling to a model's names and shapes; one CheckpointError for all trouble."""
+def encoded(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The parts of a stored weight; CheckpointError names it where the scheme cannot take it."""
+    try:
+        return scheme.encode(weight)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {name} {error}") from None
+
+
+def _schemes(model: nn.Module) -> dict[str, Scheme]:
+    """The number formats of a model's layers, by the layer's name."""
+    found = ((name, getattr(module, "scheme", None)) for name, module in model.named_modules())
+    return {name: scheme for name, scheme in found if isinstance(scheme, Scheme)}
+
+
+def _needs(model: nn.Module, homes: dict[str, Tensor], stored: dict[str, Entry]) -> dict[str, Entry]:
+    """What the model needs of a file, by name: a quantized layer its parts, or one float weight if that is stored.
+
+    The dtype is a torch.dtype where it must be that one, else "float"; bytes are not known.
+    """
+    schemes = _schemes(model)
+    needs = {}
+    for name, home in homes.items():
+        layer, _, leaf = name.rpartition(".")
+        weight = stored.get(f"{layer}.weight")
+        if layer not in schemes or leaf == "bias":
+            needs[name] = Entry(tuple(home.shape), "float", 0)
+        elif weight is None or weight.dtype not in FLOATS:
+            needs[name] = Entry(tuple(home.shape), home.dtype, 0)
+        elif leaf == "weight":
+            module = model.get_submodule(layer)
+            needs[name] = Entry((module.out_features, module.in_features), "float", 0)  # type: ignore[arg-type]
+    return needs
+
+
+def _check(
+    model: nn.Module, checkpoint: Checkpoint, homes: dict[str, Tensor], unused: Sequence[str]
+) -> dict[str, Entry]:
+    """Hold a checkpoint in official spelling to a model's names, shapes and dtypes; one CheckpointError for all."""
     stored = {name: checkpoint.entry(name) for name in checkpoint}
-    missing = [name for name in homes if name not in stored and not _matches(name, unused)]
-    unexpected = [name for name in stored if name not in homes and not _matches(name, unused)]
+    needs = _needs(model, homes, stored)
+    missing = [name for name in needs if name not in stored and not _matches(name, unused)]
+    unexpected = [name for name in stored if name not in needs and not _matches(name, unused)]
     # The shape of a tensor that is never read, or read by rows, still tells whether the file is of this model.
+    pairs = [(name, entry, needs[name]) for name, entry in stored.items() if name in needs]
     shapes = [
-        f"{name} {list(entry.shape)}, needed {list(homes[name].shape)}"
-        for name, entry in stored.items()
-        if name in homes and entry.shape != tuple(homes[name].shape)
+        f"{name} {list(entry.shape)}, needed {list(need.shape)}"
+        for name, entry, need in pairs
+        if entry.shape != need.shape
     ]
-    dtypes = [
-        f"{name} {str(entry.dtype).removeprefix('torch.')}"
-        for name, entry in stored.items()
-        if name in homes and entry.dtype not in FLOATS
+    floats = [f"{name} {_plain(e.dtype)}" for name, e, need in pairs if need.dtype == "float" and e.dtype not in FLOATS]
+    codes = [
+        f"{name} {_plain(entry.dtype)}, needed {_plain(need.dtype)}"
+        for name, entry, need in pairs
+        if need.dtype not in ("float", entry.dtype)
     ]
     wrong = [
         *_count(missing, "missing"),
         *_count(unexpected, "unexpected"),
         *_count(shapes, "of a wrong shape"),
-        *_count(dtypes, "not in float32, bfloat16 or float16"),
+        *_count(floats, "not in float32, bfloat16 or float16"),
+        *_count(codes, "of a wrong dtype"),
     ]
     if wrong:
+        quantized = any(need.dtype != "float" for need in needs.values())
+        remedy = "or quantize them again with `s3dit quantize`" if quantized else "unquantized"
         raise CheckpointError(
             f"{checkpoint.path}: not the weights of this model: {'; '.join(wrong)}; take weights and config.json from "
-            "the same model, unquantized"
+            f"the same model, {remedy}"
         )
+    return needs
+
+
+def _plain(dtype: torch.dtype | str) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _count(names: Sequence[str], what: str) -> Iterable[str]:

@@ -1,0 +1,284 @@
+"""A model directory into a smaller one, layer by layer, in a number format; and how such a directory is read.
+
+The weights stream: one tensor is read, encoded and written at a time, so a model of any size needs the memory of its
+largest layer a few times over. What is not encoded is copied as it is stored; parts that are left alone are hard links
+where the file system has them. The new directory appears whole, under its name, or not at all.
+
+The format is said in the metadata of each file, with a hash of what it was made of, and is read from nowhere else;
+which layers are in it is told by their dtype. Layers that Z-Image is sensitive to stay wide: embedders, modulation and
+the final layer, 2 % of the numbers, and the last layers of the text encoder.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from s3dit.kernels.dispatch import BackendError
+from s3dit.kernels.linear import SCHEMES
+from s3dit.kernels.scheme import Scheme
+from s3dit.weights.assign import FLOATS, encoded
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.safetensors_dir import SUFFIX
+
+# Layers that may be of a number format, by part, under official names.
+LAYERS = {
+    "transformer": re.compile(
+        r"(layers|noise_refiner|context_refiner)\.(\d+)\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])"
+    ),
+    "text_encoder": re.compile(r"(model\.)?(layers)\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"),
+}
+# The last layers of the text encoder stay wide, at most this many and at most a quarter; one more is never computed.
+WIDE_LAST = 8
+# Bytes of one file of the new directory, gathered in memory; read before the source's map is let go; hashed at a time.
+SHARD, MAPPED, CHUNK = 1 << 30, 1 << 29, 1 << 24
+# Stands in the headers for the hash of the source until that is known.
+UNKNOWN = "sha256:" + "-" * 64
+# Room that is asked for besides the weights.
+SPARE = 64 << 20
+STEM = {"text_encoder": "model"}
+
+
+def scheme_named(name: str) -> Scheme:
+    """The number format of a name that a user gave; raises BackendError."""
+    if name not in SCHEMES:
+        raise BackendError(f"number format is {name!r}; needed one of {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
+    """The number format that a checkpoint says it is in, None for plain floats; raises CheckpointError."""
+    name = checkpoint.metadata.get("scheme")
+    if name is not None and name not in SCHEMES:
+        raise CheckpointError(
+            f"{checkpoint.path}: its metadata says scheme {name!r}; needed {', '.join(SCHEMES)} or plain floats; take "
+            "the unquantized files, or a newer s3dit"
+        )
+    return None if name is None else SCHEMES[name]
+
+
+def scheme_for(checkpoint: Checkpoint, asked: str | None) -> Scheme | None:
+    """The number format that a checkpoint is to be run in: its own, or for plain floats the one asked for, if any."""
+    wanted = None if asked is None else scheme_named(asked)
+    stored = stored_scheme(checkpoint)
+    if stored is not None and wanted is not None and stored is not wanted:
+        raise CheckpointError(
+            f"{checkpoint.path}: is {stored.name} already, {wanted.name} was asked for; leave the choice out, or take "
+            "the unquantized files"
+        )
+    return stored or wanted
+
+
+def layers(part: str, checkpoint: Checkpoint) -> frozenset[str]:
+    """The layers of a part, as the checkpoint spells them, that are quantized in it, or else that should be."""
+    names = [name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")]
+    if stored_scheme(checkpoint) is not None:
+        return frozenset(name for name in names if checkpoint.entry(f"{name}.weight").dtype not in FLOATS)
+    return chosen(part, names)
+
+
+def chosen(part: str, names: Iterable[str]) -> frozenset[str]:
+    """Of a part's layers, those that are safe to quantize; none for a part that is small anyway."""
+    pattern = LAYERS.get(part)
+    found = {name: match for name in names if pattern is not None and (match := pattern.fullmatch(name))}
+    if part != "text_encoder":
+        return frozenset(found)
+    count = 1 + max((int(match[3]) for match in found.values()), default=0)
+    wide = 1 + min(WIDE_LAST, count // 4)
+    return frozenset(name for name, match in found.items() if int(match[3]) < count - wide)
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    schemes: Mapping[str, Scheme],
+    *,
+    version: str,
+    force: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write the model directory `source` to `target`, each part named in `schemes` in that number format.
+
+    version: of s3dit, for the metadata. force: replace what is at `target`. progress: called with the stored bytes of
+    each tensor that was read. Raises CheckpointError before anything is written where source or target are unfit or the
+    disk too small, and leaves nothing behind when it is interrupted.
+    """
+    checkpoints = check(source, target, schemes, force=force)
+    target = target.resolve()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        built = Path(folder) / "model"
+        shutil.copytree(source, built, copy_function=_link, ignore=_left_out(source, schemes))
+        for part, checkpoint in checkpoints.items():
+            try:
+                _write(checkpoint, part, built / part, schemes[part], version, progress or (lambda count: None))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{target}: {part} could not be written ({error}); nothing was left there; make room and try again"
+                ) from None
+        if target.exists():
+            target.rename(Path(folder) / "replaced")
+        built.rename(target)
+
+
+def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: bool = False) -> dict[str, Checkpoint]:
+    """Raise the CheckpointError that `quantize` would raise before it writes; the checkpoints of the parts."""
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: not a folder; needed a model in the official directory layout")
+    real, home = target.resolve(), source.resolve()
+    if real.is_relative_to(home) or home.is_relative_to(real):
+        raise CheckpointError(f"{target}: overlaps with the source {source}; needed a folder beside it")
+    if os.path.lexists(target) and not force:
+        raise CheckpointError(f"{target}: exists; choose another name, or replace it with --force")
+    if target.exists() and not (target / "transformer").is_dir():
+        raise CheckpointError(f"{target}: is no model directory, so it is not replaced; choose another name")
+    if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
+        raise CheckpointError(f"{real.parent}: not a writable folder; needed one for {real.name}; make it, or choose")
+    checkpoints = {part: open_checkpoint(source / part) for part in schemes}
+    needed = SPARE
+    for part, checkpoint in checkpoints.items():
+        stored = stored_scheme(checkpoint)
+        odd = [name for name in checkpoint if checkpoint.entry(name).dtype not in FLOATS]
+        if stored is not None or odd:
+            what = stored.name if stored is not None else f"not plain floats ({odd[0]})"
+            raise CheckpointError(f"{checkpoint.path}: is {what} already; needed the unquantized files")
+        needed += _size(checkpoint, layers(part, checkpoint), schemes[part])
+    others = (path for path in source.rglob("*") if path.is_file() and path.relative_to(source).parts[0] not in schemes)
+    # Links take no room, but a file system without them would copy.
+    needed += sum(path.stat().st_size for path in others if path.stat().st_dev != real.parent.stat().st_dev)
+    free = shutil.disk_usage(real.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{real.parent}: {free / 1e9:.1f} GB free; needed {needed / 1e9:.1f} GB for {real.name}; make room, or "
+            "choose another disk"
+        )
+    return checkpoints
+
+
+def _size(checkpoint: Checkpoint, inside: Collection[str], scheme: Scheme) -> int:
+    """Bytes of a checkpoint once it is quantized; raises CheckpointError for widths that the scheme cannot take."""
+    total = 0
+    for name in checkpoint:
+        entry = checkpoint.entry(name)
+        if name.removesuffix(".weight") not in inside:
+            total += entry.nbytes
+            continue
+        try:
+            out, in_ = entry.shape
+            parts = scheme.spec(out, in_).values()
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {name} {list(entry.shape)}: {error}") from None
+        total += sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in parts)
+    return total
+
+
+def _left_out(source: Path, schemes: Collection[str]) -> Callable[[str, list[str]], list[str]]:
+    """What copytree skips: the weights of parts that are written anew, and what hides behind a dot."""
+
+    def ignore(folder: str, names: list[str]) -> list[str]:
+        anew = Path(folder).name in schemes and Path(folder).parent == source
+        weights = (SUFFIX, f"{SUFFIX}.index.json")
+        return [name for name in names if name.startswith(".") or (anew and name.endswith(weights))]
+
+    return ignore
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link to a file of weights, where there are such links; a copy of any other, which one may want to edit."""
+    real = os.path.realpath(source)
+    try:
+        if not source.endswith(SUFFIX):
+            raise OSError
+        os.link(real, target)
+    except OSError:
+        shutil.copyfile(real, target)
+
+
+def _write(
+    checkpoint: Checkpoint, part: str, folder: Path, scheme: Scheme, version: str, progress: Callable[[int], None]
+) -> None:
+    """Stream one part into shards of its folder, and write the index that names them."""
+    inside = layers(part, checkpoint)
+    wide = sorted(name for name in checkpoint if name.removesuffix(".weight") not in inside)
+    skipped = json.dumps(wide)
+    metadata = {"format": "pt", "scheme": scheme.name, "source": UNKNOWN, "skipped": skipped, "s3dit": version}
+    shards = Shards(folder, STEM.get(part, "diffusion_pytorch_model"), metadata)
+    digest = hashlib.sha256()
+    for name, tensor in _stream(checkpoint):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        _hash(digest, tensor)
+        layer = name.removesuffix(".weight")
+        if layer in inside:
+            parts = encoded(scheme, tensor, name, checkpoint)
+            shards.add({f"{layer}.{leaf}": value for leaf, value in parts.items()})
+        else:
+            # A view would hold the whole map of the source.
+            shards.add({name: tensor.clone()})
+        progress(tensor.nbytes)
+    shards.close(f"sha256:{digest.hexdigest()}")
+
+
+def _stream(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the order on disk. Mapped pages count as memory, so the map is made anew now and then."""
+    read = 0
+    for name in checkpoint.keys():  # noqa: SIM118
+        if read > MAPPED:
+            checkpoint, read = open_checkpoint(checkpoint.path), 0
+        tensor = checkpoint.load(name)
+        read += tensor.nbytes
+        yield name, tensor
+
+
+def _hash(digest: "hashlib._Hash", tensor: Tensor) -> None:
+    """Feed the bytes of a tensor to a digest, some at a time."""
+    for run in tensor.contiguous().view(-1).view(torch.uint8).split(CHUNK):
+        digest.update(run.numpy())
+
+
+class Shards:
+    """Tensors gathered into files of at most SHARD bytes, and the index that names them."""
+
+    def __init__(self, folder: Path, stem: str, metadata: dict[str, str]) -> None:
+        self.folder, self.stem, self.metadata = folder, stem, metadata
+        self._tensors: dict[str, Tensor] = {}
+        self._held = 0
+        self._files: list[list[str]] = []
+        self._total = 0
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Take the tensors of one layer; a file that is full is written."""
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if self._held and self._held + size > SHARD:
+            self._flush()
+        self._tensors |= tensors
+        self._held, self._total = self._held + size, self._total + size
+
+    def close(self, source: str) -> None:
+        """Write what is left, the index, and into every header the hash of the source, which is known only now."""
+        self._flush()
+        count, weight_map = len(self._files), {}
+        for i, names in enumerate(self._files, 1):
+            file = self._file(i).rename(self.folder / f"{self.stem}-{i:05d}-of-{count:05d}{SUFFIX}")
+            weight_map |= dict.fromkeys(names, file.name)
+            with file.open("r+b") as opened:
+                header = opened.read(int.from_bytes(opened.read(8), "little"))
+                opened.seek(8 + header.index(UNKNOWN.encode()))
+                opened.write(source.encode())
+        data = {"metadata": self.metadata | {"source": source, "total_size": self._total}, "weight_map": weight_map}
+        (self.folder / f"{self.stem}{SUFFIX}.index.json").write_text(json.dumps(data, indent=2))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number}.partial"
+
+    def _flush(self) -> None:
+        self._files.append(list(self._tensors))
+        save_file(self._tensors, self._file(len(self._files)), metadata=self.metadata)
+        self._tensors, self._held = {}, 0
