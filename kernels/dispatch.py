@@ -52,8 +52,9 @@ class StandIn:
 
 
 _backend = "auto"
-# How many `using` are in force.
+# How many `using` are in force, and the calls that `asked` has noted so far.
 _overrides = 0
+_questions: list[tuple["Op", tuple[Any, ...]]] | None = None
 
 
 def set_backend(name: str) -> None:
@@ -69,6 +70,17 @@ def set_backend(name: str) -> None:
 def backend() -> str:
     """Return the choice in force."""
     return _backend
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple["Op", tuple[Any, ...]]]]:
+    """Note every call of an Op inside the `with` and let its reference serve: for a run on fake tensors."""
+    global _questions
+    before, _questions = _questions, []
+    try:
+        yield _questions
+    finally:
+        _questions = before
 
 
 def overridden() -> bool:
@@ -124,6 +136,9 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if self._node is not None and torch.compiler.is_compiling():
             return self._node(*args)
+        if _questions is not None:
+            _questions.append((self, args))
+            return self.reference(*args)
         return self.choose(*args)(*args)
 
     @contextmanager

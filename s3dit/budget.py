@@ -10,6 +10,7 @@ for weights in use and arithmetic; the interpreter, and pages of the mapped file
 are not counted. Pictures looked at while they form (previews) come on top.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,8 +45,9 @@ def parse_size(size: str | int) -> int:
 
 
 def gib(size: int) -> str:
-    """A size in GiB, for people."""
-    return f"{size / 2**30:.2f} GiB"
+    """A size for people, never less than it is."""
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{math.ceil(100 * size / unit) / 100:.2f} {name}"
 
 
 @dataclass(frozen=True, slots=True)

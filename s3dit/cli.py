@@ -29,6 +29,9 @@ EXAMPLES = """examples:
   s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
+  s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
+environment:
+  S3DIT_BACKEND=auto|reference|torch|triton             who computes, where --backend does not say; see plan --kernels
 """
 KINDS: dict[str, Any] = {
     "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float, "cfg": float,
@@ -56,6 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         _add_request(command)
         if name == "generate":
             _add_output(command)
+        else:
+            command.add_argument(
+                "--kernels", action="store_true", help="also print which implementation serves each operation, and why"
+            )
     return parser
 
 
@@ -67,8 +74,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", help="bf16 or fp32 (default: bf16 where the device computes it natively)")
     group.add_argument(
-        "--residency", default="staged", help="staged: parts take turns in memory (default); resident: all stay"
+        "--residency", metavar="MODE",
+        help="staged: parts take turns in memory (default); resident: all stay; streamed: blocks come in one by one",
+    )  # fmt: skip
+    group.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="stay within 4GiB, 4GB, 4096MiB, …: chooses residency and tiles (on a CPU: of RAM)",
     )
+    group.add_argument("--compile", action="store_true", help="compile the transformer's blocks, in the first pass")
+    group.add_argument("--graphs", action="store_true", help="record the transformer's passes as CUDA graphs")
     group.add_argument("--backend", help="auto (default), reference, torch or triton")
 
 
@@ -168,15 +183,19 @@ def _run(args: argparse.Namespace) -> int:
     from s3dit.pipeline import Pipeline
 
     pipe = Pipeline.load(
-        args.model, device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend
-    )
+        args.model, device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
+        vram=args.vram, compile=args.compile, graphs=args.graphs,
+    )  # fmt: skip
     if "prompt" not in wanted:
         if not pipe.config.prompt:
             raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
         wanted["prompt"] = pipe.config.prompt
     request = Request(**wanted)
     if args.command == "plan":
-        print(describe(pipe, pipe.plan(request)))
+        plan = pipe.plan(request)
+        print(describe(pipe, plan))
+        if args.kernels:
+            print(explain(pipe, plan.request))
         return 0
     return _generate(pipe, request, args)
 
@@ -233,9 +252,30 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     for turn, stage in enumerate(plan.stages, 1):
         lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
     held = [stage.holds for stage in plan.stages]
-    most = max(held) if pipe.parts.mode == "staged" else sum(held)
-    lines.append(f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations")
+    most = sum(held) if pipe.parts.mode == "resident" else max(held)
+    weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
+    lines.append(weights if plan.fit is None else str(plan.fit))
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def explain(pipe: "Pipeline", request: Request) -> str:
+    """Which implementation serves each operation of one model call, and why not the others."""
+    from s3dit.kernels.dispatch import asked, backend
+
+    with asked() as calls:
+        pipe.rehearse(request)
+    found: dict[tuple[str, ...], int] = {}
+    for op, args in calls:
+        x, answers = args[0], op.explain(*args)
+        question = f"{op.name} {'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), "nobody")
+        others = [f"not {name} ({kind}): {why}" for name, kind, why in answers if f"{name} ({kind})" != chosen]
+        key = (f"{question}: {chosen}", *others)
+        found[key] = found.get(key, 0) + 1
+    lines = [f"backend {backend()}, {pipe.placement}"]
+    for (question, *others), count in found.items():
+        lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
+    return "\n".join(lines)
 
 
 def _size(count: int) -> str:
@@ -248,7 +288,7 @@ def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> i
     plan = pipe.plan(request)
     paths = _paths(args.output, plan.request.count)
     print(f"s3dit: {pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}", file=sys.stderr)
-    for note in plan.notes:
+    for note in (*plan.notes, *([] if plan.fit is None else [plan.fit])):
         print(f"s3dit: {note}", file=sys.stderr)
     with Progress(pipe, plan, args) as progress:
         result = pipe(plan.request, on_step=progress)

@@ -107,14 +107,14 @@ def stream(
     Raises BackendError for a model without repeated blocks, or one that is streamed already.
     """
     device = torch.device(device)
-    blocks = [block for found in repeated(model) for block in found if not any(s.is_meta for *_, s in _tensors(block))]
+    blocks = [block for found in repeated(model) for block in found if not any(s.is_meta for *_, s in tensors(block))]
     name = type(model).__name__
     if not blocks:
         raise BackendError(f"{name} has no repeated blocks to stream; use residency staged")
     if hasattr(model, "belt"):
         raise BackendError(f"{name} is streamed already; stream a model once")
     moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
-    for shelf, leaf, tensor in _tensors(model, without=moving):
+    for shelf, leaf, tensor in tensors(model, without=moving):
         if not tensor.is_meta:
             shelf[leaf] = _like(tensor, tensor.to(device, _dtype(tensor, dtype)))
     if not moving:
@@ -133,7 +133,7 @@ def _stays(i: int, kept: int, count: int) -> bool:
 Shelf = dict[str, Any]
 
 
-def _tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[Shelf, str, Tensor]]:
+def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[Shelf, str, Tensor]]:
     """Where every parameter and buffer hangs, its name there, and itself."""
     inside = {id(one) for block in without for one in block.modules()}
     for one in module.modules():
@@ -179,7 +179,7 @@ class Belt:
         self._homes: list[list[Home]] = []
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
-            found = zip(_tensors(block), offsets, strict=True)
+            found = zip(tensors(block), offsets, strict=True)
             self._homes.append([_home(*where, offset, slots, host, dtype) for where, offset in found])
         # Per slot: the block that it holds, when its copy has landed, when the device was done reading it.
         self._holds: list[int | None] = [None, None]
@@ -257,7 +257,7 @@ def _extent(tensor: Tensor) -> int:
 def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
     """Where in a slot each tensor of a block begins, and where the last one ends, in bytes."""
     ends = [0]
-    for *_, tensor in _tensors(block):
+    for *_, tensor in tensors(block):
         size = _extent(tensor) * _dtype(tensor, dtype).itemsize
         ends.append(ends[-1] + -(-size // ALIGNED) * ALIGNED)
     return ends

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, budget, images
 from s3dit.config import ModelConfig, read_model
@@ -28,7 +29,7 @@ from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, set_backend
 from s3dit.layout import padded, patchify, text_to_image
-from s3dit.offload import Mode, Residency, stream
+from s3dit.offload import Mode, Residency, stream, tensors
 from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, sigmas, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
@@ -213,10 +214,12 @@ class Pipeline:
         """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
         config, compute, device = self.config, self.placement.compute, self.placement.device.type
         sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
+        grids, items = self._items(request)
+        tokens = sum(padded(rows * columns) for rows, columns in grids) + sum(map(padded, items))
         tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
         works: dict[str, list[tuple[int | None, int]]] = {
             "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
-            "transformer": [(None, budget.transformer_work(config.transformer, self._length(request), compute))],
+            "transformer": [(None, budget.transformer_work(config.transformer, tokens, compute))],
             "vae": [
                 (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
                 for tile in tiles
@@ -224,17 +227,6 @@ class Pipeline:
         }
         needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works[part])) for part in parts}
         return budget.fit(self.vram or 0, needs, budget.RESERVE[device])
-
-    def _length(self, request: Request) -> int:
-        """Tokens of the transformer's longest pass: texts and pictures of all items, padded."""
-        heights, widths = request.per_image("height"), request.per_image("width")
-        pictures = [h * w // 256 for h, w in zip(heights, widths, strict=True)]
-        texts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        if request.guidance_scale:
-            texts, pictures = texts + [n or "" for n in request.per_image("negative_prompt")], pictures * 2
-        return sum(padded(n) for n in pictures) + sum(
-            padded(len(self._ids(text, request.max_sequence_length))) for text in texts
-        )
 
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
@@ -261,6 +253,37 @@ class Pipeline:
         if key not in self._tokens:
             self._tokens[key] = tuple(self.tokenizer.encode(text, max_length))
         return self._tokens[key]
+
+    @torch.no_grad()
+    def rehearse(self, request: Request) -> None:
+        """Run one model call of a resolved request, text included, on torch's fake tensors: no memory, no arithmetic.
+
+        `dispatch.asked` hears what would be computed.
+        """
+        device, compute, config = self.placement.device, self.placement.compute, self.config
+        lengths = [len(self._ids(text, request.max_sequence_length)) for text in self._texts(request)]
+        grids, items = self._items(request)
+        layout = text_to_image(grids, items, device)
+        encoder, transformer = (self._blank(part)[0] for part in ("text_encoder", "transformer"))
+        assert isinstance(transformer, Transformer)
+        with FakeTensorMode(allow_non_fake_inputs=True), device:
+            for shelf, name, tensor in (*tensors(encoder), *tensors(transformer)):
+                weight = isinstance(tensor, nn.Parameter)
+                blank = torch.empty(tensor.shape, dtype=self.placement.dtype if weight else tensor.dtype)
+                shelf[name] = nn.Parameter(blank, requires_grad=False) if weight else blank
+            encoder(torch.empty(sum(lengths), config.text_encoder.hidden_size, dtype=compute), lengths)
+            text = torch.empty(sum(items), config.transformer.cap_feat_dim, dtype=compute)
+            x = torch.empty(sum(rows * columns for rows, columns in grids), config.transformer.patch_dim)
+            transformer(x, torch.zeros(1), transformer.context(layout, text))
+
+    def _items(self, request: Request) -> tuple[tuple[tuple[int, int], ...], list[int]]:
+        """Of the items of a pass with guidance, if that is on: grids of patches, and lengths of texts in tokens."""
+        heights, widths = request.per_image("height"), request.per_image("width")
+        grids = tuple((h // 16, w // 16) for h, w in zip(heights, widths, strict=True))
+        texts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
+        if request.guidance_scale:
+            texts, grids = texts + [n or "" for n in request.per_image("negative_prompt")], grids * 2
+        return grids, [len(self._ids(text, request.max_sequence_length)) for text in texts]
 
     @torch.inference_mode()
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:

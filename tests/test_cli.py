@@ -52,6 +52,31 @@ def test_plan(capsys):
     assert "8 model calls" in out and "1. text_encoder" in out and "0.9545" in out
 
 
+def test_plan_within_a_budget(capsys):
+    assert run("plan", PROMPT, "--device", "cpu", "--dtype", "fp32", "--vram", "1GiB") == 0
+    assert "memory 1.00 GiB: every part stays; at most" in capsys.readouterr().out
+    assert run("plan", PROMPT, "--device", "cpu", "--dtype", "fp32", "--vram", "20MiB") == 0
+    assert "memory 20.00 MiB: parts take turns; transformer streamed with" in capsys.readouterr().out
+
+
+def test_a_budget_is_said_on_stderr_and_draws_the_same_picture(tmp_path, capsys):
+    options = ("generate", PROMPT, "--steps", 1, "--seed", 3, "--device", "cpu", "--dtype", "fp32")
+    assert run(*options, "-o", tmp_path / "a.png") == 0
+    capsys.readouterr()
+    assert run(*options, "--vram", "20MiB", "-o", tmp_path / "b.png") == 0
+    assert "s3dit: memory 20.00 MiB: parts take turns; transformer streamed" in capsys.readouterr().err
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(Image.open(tmp_path / "b.png")))
+
+
+def test_plan_kernels(capsys):
+    assert run("plan", PROMPT, "--device", "cpu", "--kernels", "--guidance", 1) == 0
+    out = capsys.readouterr().out
+    assert "backend auto, cpu" in out
+    for op in ("attention 192×6×32", "rms_norm_modulate 192×192", "gated_residual", "qk_norm_rope", "swiglu"):
+        assert f"× {op}" in out
+    assert "sdpa (torch)\n" in out and "not reference (reference): sdpa comes first" in out
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -66,7 +91,12 @@ def test_plan(capsys):
         (["generate", "--prompt-file", "none.txt"], "cannot be read"),
         (["generate", "--replay", "none.png"], "none.png"),
         (["generate", "x", "--strength", "1.5"], "strength is 1.5"),
-        (["plan", "x", "--residency", "half"], "residency"),
+        (["plan", "x", "--residency", "half"], "residency is 'half'; needed staged, resident or streamed"),
+        (["plan", "x", "--vram", "some"], "vram is 'some'; needed a size such as 4GiB"),
+        (["plan", "x", "--vram", "64KiB", "--device", "cpu"], "the smallest budget is"),
+        (["plan", "x", "--vram", "1GiB", "--residency", "streamed"], "vram chooses the residency by itself"),
+        (["plan", "x", "--device", "cpu", "--graphs"], "graphs need a CUDA device, found cpu"),
+        (["plan", "x", "--graphs", "--residency", "streamed"], "graphs need weights that stay where they are"),
         (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),
     ],
 )

@@ -1,0 +1,196 @@
+"""Sizes, plans within a budget, and the formulas of memory against what is really allocated."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from s3dit import Pipeline, RequestError
+from s3dit.budget import Need, decoder_work, encoder_work, fit, parse_size, sizes, transformer_work
+from s3dit.kernels.dispatch import BackendError, backend, set_backend
+from s3dit.layout import text_to_image
+from s3dit.text_encoder import TextEncoder
+from s3dit.transformer import Transformer
+from s3dit.vae import Autoencoder
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("4GiB", 4 << 30), ("4GB", 4 * 10**9), ("4096MiB", 4 << 30), (" 4 gib ", 4 << 30), ("0.5G", 1 << 29)]
+    + [("123", 123), (123, 123), ("12.5kb", 12500), ("1TiB", 1 << 40), ("7b", 7)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-4GiB", "4 elephants", "0", "0GiB", "4.5.6G", "nan", "1e9", True, None])
+def test_no_sizes(text):
+    with pytest.raises(RequestError, match="needed a size such as 4GiB"):
+        parse_size(text)
+
+
+NEEDS = {
+    "text_encoder": Need(10, (50,) * 4, ((None, 5),)),
+    "transformer": Need(20, (90, 100, 100, 100, 100), ((None, 40),)),
+    "vae": Need(30, (), ((None, 300), (96, 200), (64, 100))),
+}
+
+
+@pytest.mark.parametrize(
+    "budget, mode, kept, tile, peak",
+    [
+        (1050, "resident", {}, None, 1050),  # 210 + 510 + 30, and the VAE's 300
+        (1049, "staged", {}, None, 550),
+        (550, "staged", {}, None, 550),
+        (549, "staged", {"transformer": 2}, None, 460),
+        (329, "staged", {"transformer": 0}, 96, 260),
+        (260, "staged", {"transformer": 0}, 96, 260),
+    ],
+)
+def test_plans_from_fast_to_slow(budget, mode, kept, tile, peak):
+    found = fit(budget, NEEDS, 0)
+    assert (found.mode, dict(found.kept), found.tile, found.peak) == (mode, kept, tile, peak)
+    assert found == replace(fit(budget + 7, NEEDS, 7), budget=budget, peak=peak)
+
+
+def test_an_impossible_budget_names_the_smallest_which_is_possible():
+    with pytest.raises(BackendError, match=r"smallest budget is 0\.01 MiB \(for the transformer\)"):
+        fit(259, NEEDS, 0)
+    assert fit(260, NEEDS, 0).peak == 260
+
+
+def test_more_memory_is_never_slower():
+    kept = [fit(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
+    assert kept == sorted(kept)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at a time of all that was allocated inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.seen = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.seen:
+                self.seen[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.most = max(self.most, self.live)
+                weakref.finalize(storage, self._gone, storage._cdata)
+        return out
+
+    def _gone(self, key):
+        self.live -= self.seen.pop(key)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return Pipeline.load(device="cpu", dtype="fp32").config
+
+
+def built(kind, config, dtype):
+    model = kind(config).to(dtype).eval()
+    return model.requires_grad_(False)
+
+
+def measured(run):
+    with torch.inference_mode(), Peak() as peak:
+        run()
+    return peak.most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_transformers_formula(config, dtype, lean):
+    """Never less than what is allocated, and not twice as much; widths of a head as in the official model."""
+    config = replace(config.transformer, dim=384, n_heads=3, axes_dims=(32, 48, 48), n_layers=2)
+    model, grids, lengths = built(Transformer, config, dtype), [(16, 16), (12, 20)], [60, 40]
+    layout = text_to_image(grids, lengths)
+    with torch.inference_mode():
+        context = model.context(layout, torch.randn(sum(lengths), config.cap_feat_dim, dtype=dtype))
+    x = torch.randn(sum(r * c for r, c in grids), 64)
+    tokens, before = len(layout.whole.positions), backend()
+    from s3dit.kernels.swiglu import swiglu
+
+    try:
+        set_backend("torch")
+        if lean:
+            most = measured(lambda: model(x, torch.tensor([0.5]), context))
+        else:
+            with swiglu.using(swiglu.reference):
+                most = measured(lambda: model(x, torch.tensor([0.5]), context))
+    finally:
+        set_backend(before)
+    said = transformer_work(config, tokens, dtype, lean=lean) - 4 * config.dim * config.ffn_dim
+    assert most <= said < 1.5 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoders_formula(config, dtype):
+    config = config.text_encoder
+    model = built(TextEncoder, config, dtype)
+    x = torch.randn(300, config.hidden_size, dtype=dtype)
+    most = measured(lambda: model(x, [100, 200]))
+    assert most <= encoder_work(config, 300, dtype) < 8 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_the_decoders_formula(config, dtype, tile):
+    model = built(Autoencoder, config.vae, dtype)
+    z = torch.randn(1, 16, 32, 24)
+    most = measured(lambda: model.decode(z, tile))
+    assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < 4 * most
+
+
+def test_sizes_are_what_is_held(config):
+    pipe = Pipeline.load(device="cpu", dtype="bf16")
+    for part in ("text_encoder", "transformer"):
+        fixed, blocks = sizes(*[pipe._blank(part)[0], torch.bfloat16, pipe._blank(part)[1]])
+        held = {n: p for n, p in pipe.parts[part].named_parameters() if not p.is_meta}
+        assert fixed + sum(blocks) == sum(p.nbytes for p in held.values())
+        assert all(size > 0 for size in blocks)
+
+
+def test_a_budget_draws_the_same_picture_and_keeps_to_its_plan():
+    options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
+    free = Pipeline.load(device="cpu", dtype="fp32")
+    tight = Pipeline.load(device="cpu", dtype="fp32", vram="20MiB")
+    plan = tight.plan(**options)
+    assert plan.fit.mode == "staged" and plan.fit.peak <= 20 << 20 and plan.fit.kept["transformer"] > 0
+    a, b = (pipe(**options, output_type="latent").latents[0] for pipe in (free, tight))
+    assert torch.equal(a, b) and tight.parts["transformer"].belt.copies
+    # A larger picture leaves room for fewer blocks; a smaller one after it uses what is there.
+    tight = Pipeline.load(device="cpu", dtype="fp32", vram="20MiB")
+    for side in (64, 192, 64):
+        sized = options | {"height": side, "width": side, "output_type": "latent"}
+        assert torch.equal(free(**sized).latents[0], tight(**sized).latents[0])
+
+
+@pytest.mark.parametrize("residency", ["streamed", "resident"])
+def test_residencies_and_previews_draw_the_same_bits(residency):
+    options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
+    staged, other = (Pipeline.load(device="cpu", dtype="fp32", residency=r) for r in ("staged", residency))
+    expected, previews = staged(**options, output_type="tensor"), []
+
+    def preview(step):
+        with other.parts.beside():
+            previews.append(other.decode(step.denoised)[0])
+
+    found = other(**options, output_type="tensor", on_step=preview)
+    assert torch.equal(found.images[0], expected.images[0]) and torch.equal(found.latents[0], expected.latents[0])
+    assert len(previews) == 2 and previews[0].shape == (3, 128, 128)
+
+
+def test_streamed_weights_stay_in_the_file_and_are_cast_on_the_way():
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency="streamed")
+    transformer = pipe.parts["transformer"]
+    block = transformer.layers[0]
+    assert block.attention.to_q.weight.dtype == torch.bfloat16, "as it is stored"
+    assert transformer.cap_embedder[1].weight.dtype == torch.float32, "outside of the blocks"
