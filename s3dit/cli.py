@@ -84,6 +84,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks, in the first pass")
     group.add_argument("--graphs", action="store_true", help="record the transformer's passes as CUDA graphs")
+    group.add_argument(
+        "--quantize", metavar="NAME",
+        help="number format of the transformer: fp8, int8, int4, fp8-weights or int8-weights (default: as stored)",
+    )  # fmt: skip
+    group.add_argument("--quantize-text", metavar="NAME", help="the same for the text encoder (default: as stored)")
     group.add_argument("--backend", help="auto (default), reference, torch or triton")
 
 
@@ -183,7 +188,8 @@ def _run(args: argparse.Namespace) -> int:
     from s3dit.pipeline import Pipeline
 
     pipe = Pipeline.load(
-        args.model, device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
+        args.model, quantize=args.quantize, quantize_text=args.quantize_text,
+        device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
     if "prompt" not in wanted:
@@ -244,7 +250,8 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     request = plan.request
     sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
     lines = [
-        f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}",
+        f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
+        + "".join(f", {part} in {scheme.name}" for part, scheme in pipe.schemes.items() if scheme is not None),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),

@@ -29,6 +29,7 @@ from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, set_backend
 from s3dit.layout import padded, patchify, text_to_image
+from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
 from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, sigmas, solve
@@ -41,6 +42,7 @@ from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.hub import resolve
+from s3dit.weights.quantize import layers, scheme_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -84,11 +86,15 @@ class Pipeline:
         vram: int | None = None,
         compiled: bool = False,
         graphs: bool = False,
+        quantize: str | None = None,
+        quantize_text: str | None = None,
     ) -> None:
         self.folder, self.config, self.placement = folder, config, placement
         self.vram, self.compiled, self.graphs = vram, compiled, graphs
         self.tokenizer = Tokenizer(folder / "tokenizer")
         self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
+        asked = {"transformer": quantize, "text_encoder": quantize_text}
+        self.schemes = {part: scheme_for(stored, asked.get(part)) for part, stored in self.checkpoints.items()}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
@@ -111,6 +117,8 @@ class Pipeline:
         vram: str | int | None = None,
         compile: bool = False,
         graphs: bool = False,
+        quantize: str | None = None,
+        quantize_text: str | None = None,
     ) -> Self:
         """Open a model: "embedded", a folder in the official layout, or a hub name such as Tongyi-MAI/Z-Image-Turbo.
 
@@ -118,7 +126,9 @@ class Pipeline:
         computes it natively) · residency: "staged" (default) loads the parts in turn, "resident" keeps them all,
         "streamed" also brings their blocks in one by one · vram: a budget such as "4GiB", from which each request's
         residency follows (see `budget`) · compile: compile the transformer's blocks, in the first pass · graphs: record
-        the transformer's passes as CUDA graphs, one a size.
+        the transformer's passes as CUDA graphs, one a size · quantize, quantize_text: a number format for the transformer
+        and for the text encoder: "fp8", "int8" (both sides of each product), "fp8-weights", "int8-weights", "int4"
+        (weights only); float weights are encoded as they come in, a quantized model is run in its own.
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):
@@ -137,17 +147,27 @@ class Pipeline:
             set_backend(backend)
         folder = EMBEDDED if str(model) == "embedded" else resolve(str(model))
         config = read_model(folder)
-        return cls(folder, config, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs)
+        return cls(
+            folder, config, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
+            quantize=quantize, quantize_text=quantize_text,
+        )  # fmt: skip
 
     def _blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
+        module: nn.Module
         with torch.device("meta"):
             if part == "transformer":
-                return Transformer(self.config.transformer), ("norm_final.weight",)
-            if part == "vae":
-                return Autoencoder(self.config.vae), ()
-            encoder = TextEncoder(self.config.text_encoder)
-            return encoder, encoder.unused
+                module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
+            elif part == "vae":
+                module, unused = Autoencoder(self.config.vae), ()
+            else:
+                module = TextEncoder(self.config.text_encoder)
+                unused = module.unused
+            scheme = self.schemes[part]
+            if scheme is not None:
+                stored = keymap.official(self.checkpoints[part], module.state_dict())
+                swap(module, scheme, layers(part, stored).__contains__)
+        return module, unused
 
     def _maker(self, part: str) -> Callable[[], nn.Module]:
         def make() -> nn.Module:
@@ -423,6 +443,7 @@ class Pipeline:
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
+            "quantized": {part: scheme.name for part, scheme in self.schemes.items() if scheme is not None},
             "levels": list(plan.sigmas),
             "model_calls": plan.calls,
             # With these the request alone does not say where the noise came from.
