@@ -3,13 +3,15 @@
 An Op is a plain-torch function, the definition of correct, plus stand-ins that give the same answer faster somewhere.
 A call takes the first stand-in registered for the device of its first tensor whose `when(...)` holds, else the
 reference. `set_backend` (or the environment variable S3DIT_BACKEND) narrows the choice; a forced backend that cannot
-run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice.
+run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice, and
+`op.explain` says of each stand-in why it does or does not serve a call.
 
 `op.using(f)` replaces the implementation inside a `with`: tests run both, benchmarks time each, and a researcher looks
 at (or edits) the arguments and then calls `op.reference`.
 
 Triton kernels are written with `kernel` and `tl` from here. They run on CUDA, or on the CPU under TRITON_INTERPRET=1,
-which is how they are tested without a GPU; anywhere else Triton is not even imported.
+which is how they are tested without a GPU; anywhere else Triton is not even imported. What launches them is a
+`launcher`: one node for torch.compile, a plain call otherwise.
 """
 
 import functools
@@ -32,7 +34,7 @@ if torch.cuda.is_available() or INTERPRETED:
     kernel = triton.jit
 else:
     # Enough for a kernel to be defined; nothing here can launch one.
-    kernel, tl = (lambda function: function), SimpleNamespace(constexpr=object)
+    kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -48,7 +50,14 @@ class StandIn:
     device: str
     backend: str
     function: Callable[..., Any]
-    when: Callable[..., bool]
+    when: Callable[..., bool | str]
+
+    def refusal(self, device: str, args: tuple[Any, ...]) -> str:
+        """Why it cannot serve these arguments, in a few words; empty where it can."""
+        if self.device != device:
+            return f"needs {self.device} tensors, found {device}"
+        said = self.when(*args)
+        return said if isinstance(said, str) else "" if said else "not for these arguments"
 
 
 _backend = "auto"
@@ -62,7 +71,7 @@ def set_backend(name: str) -> None:
     global _backend
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
-    if name == "triton" and not torch.cuda.is_available():
+    if name == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError("backend 'triton' needs a CUDA device, found none; use 'auto', 'torch' or 'reference'")
     _backend = name
 
@@ -100,9 +109,12 @@ class Op:
         functools.update_wrapper(self, reference)
 
     def on(
-        self, device: str, backend: str, when: Callable[..., bool] = lambda *args: True
+        self, device: str, backend: str, when: Callable[..., bool | str] = lambda *args: True
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a stand-in for a device type; `when` gets the call's arguments. First registered, first asked."""
+        """Register a stand-in for a device type; first registered, first asked.
+
+        `when` gets the call's arguments and returns True, or False or a text that says what is missing.
+        """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.stand_ins.append(StandIn(device, backend, function, when))
@@ -116,17 +128,32 @@ class Op:
             return self._override
         if _backend == "reference":
             return self.reference
-        device = args[0].device.type
+        device = _device(args)
         for stand_in in self.stand_ins:
-            if stand_in.device == device and _backend in ("auto", stand_in.backend) and stand_in.when(*args):
+            if _backend in ("auto", stand_in.backend) and not stand_in.refusal(device, args):
                 return stand_in.function
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
-        if _backend == "triton" and any(s.backend == "triton" for s in self.stand_ins):
-            raise BackendError(
-                f"backend 'triton' is forced but no kernel of {self.name} serves {device} tensors of "
-                f"{args[0].dtype} and shape {tuple(args[0].shape)}; use backend 'auto'"
-            )
+        kernels = [stand_in for stand_in in self.stand_ins if stand_in.backend == "triton"]
+        if _backend == "triton" and kernels:
+            why = "; ".join(dict.fromkeys(stand_in.refusal(device, args) for stand_in in kernels))
+            raise BackendError(f"backend 'triton' is forced but no kernel of {self.name} may run: {why}; use 'auto'")
         return self.reference
+
+    def explain(self, *args: Any) -> list[tuple[str, str, str]]:
+        """Say who would serve a call: (stand-in, backend, "chosen" or why not) in the order asked, reference last."""
+        device, lines, found = _device(args), [], ""
+        if self._override is not None:
+            return [(self._override.__name__, "override", "chosen")]
+        for stand_in in self.stand_ins:
+            name = stand_in.function.__name__.strip("_")
+            reason = stand_in.refusal(device, args)
+            if not reason and _backend not in ("auto", stand_in.backend):
+                reason = f"backend {_backend!r} is forced"
+            lines.append((name, stand_in.backend, reason or (f"{found} comes first" if found else "chosen")))
+            found = found or ("" if reason else name)
+        barred = _backend == "triton" and any(stand_in.backend == "triton" for stand_in in self.stand_ins)
+        reason = f"{found} comes first" if found else "backend 'triton' is forced" if barred else "chosen"
+        return [*lines, ("reference", "reference", reason)]
 
     def in_graphs(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Let `function` stand for every call while torch.compile traces: a custom op that calls this Op when run."""
@@ -157,6 +184,58 @@ class Op:
 def op(reference: Callable[..., Any]) -> Op:
     """Make an Op out of its reference."""
     return Op(reference)
+
+
+def _device(args: tuple[Any, ...]) -> str:
+    """The device type whose stand-ins are asked: that of the first argument; interpreted kernels take CPU tensors."""
+    device = args[0].device.type
+    return "cuda" if INTERPRETED and _backend == "triton" and device == "cpu" else device
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; of the CPU under the interpreter, which can do everything, (99, 0)."""
+    if device.type != "cuda":
+        return 99, 0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def missing(x: Any, dtypes: tuple[torch.dtype, ...], output: torch.dtype | None = None) -> str:
+    """What keeps a Triton kernel from taking x (or giving `output`), in a few words; empty where nothing does.
+
+    bf16 needs an Ampere GPU (capability 8.0), e4m3 an Ada or Hopper one (8.9). The interpreter takes fp32 everywhere,
+    so that kernels can be tested against exact references, but its bf16 is wrong.
+    """
+    found = capability(x.device)
+    if found < (8, 0):
+        return f"needs a GPU of capability 8.0, found {found[0]}.{found[1]}"
+    if output == torch.float8_e4m3fn and found < (8, 9):
+        return f"e4m3 needs a GPU of capability 8.9, found {found[0]}.{found[1]}"
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return "the interpreter computes bf16 wrongly"
+    if x.dtype in dtypes or (x.dtype == torch.float32 and x.device.type == "cpu"):
+        return ""
+    return f"takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, found {x.dtype}"
+
+
+def launcher(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function that launches kernels one node of a compiled graph; `fake` gives its empty outputs.
+
+    Both take the same annotated arguments, tensors and numbers. An eager call goes past torch's dispatcher, whose
+    13 µs are as long as a small kernel.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        node = torch.library.custom_op(f"s3dit::{function.__name__.strip('_')}", function, mutates_args=())
+        node.register_fake(fake)
+
+        @functools.wraps(function)
+        def launch(*args: Any) -> Any:
+            return node(*args) if torch.compiler.is_compiling() else function(*args)
+
+        return launch
+
+    return wrap
 
 
 if os.environ.get("S3DIT_BACKEND"):

@@ -1,22 +1,81 @@
 """SwiGLU's product: silu(gate) · up, the only element-wise work of the feed-forward."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op
+from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
+from s3dit.kernels.rows import blocks, empty_rows, flat, given, largest, round_rows
+from s3dit.kernels.scheme import Rows, quantize_rows
+
+# A program that rounds holds a whole row in registers.
+WIDEST = 16384
 
 
 @op
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate; silu is fp32 inside.
+def swiglu(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
+    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate or 8-bit as `takes` says; silu is fp32 inside.
 
     The gate is given away: a stand-in may reuse its memory.
     """
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    product = (F.silu(gate.float()) * up.float()).to(gate.dtype)
+    return product if takes is None else quantize_rows(product, takes)
 
 
-@swiglu.on("cpu", "torch", when=lambda gate, up: not (torch.is_grad_enabled() and gate.requires_grad))
-def _in_place(gate: Tensor, up: Tensor) -> Tensor:
+def _gives_away(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> bool | str:
+    return not (torch.is_grad_enabled() and gate.requires_grad) or "a gradient needs the gate"
+
+
+@swiglu.on("cpu", "torch", when=_gives_away)
+def _in_place(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
     """Reuses the gate's memory: a fresh buffer of this size costs more in page faults than the arithmetic does."""
-    return F.silu(gate, inplace=True).mul_(up)
+    product = F.silu(gate, inplace=True).mul_(up)
+    return product if takes is None else quantize_rows(product, takes)
+
+
+@kernel
+def _swiglu_kernel(
+    gate: Any, gate_stride: Any, up: Any, up_stride: Any, out: Any, out_scale: Any, N: Any, F: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+) -> Any:  # fmt: skip
+    """ROWS rows of BLOCK columns; where they are rounded, BLOCK holds all F."""
+    n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    f = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (n < N) & (f < F)
+    g = tl.load(gate + n * gate_stride + f, mask=inside, other=0.0).to(tl.float32)
+    y = g * tl.sigmoid(g) * tl.load(up + n * up_stride + f, mask=inside, other=0.0).to(tl.float32)
+    if LARGEST > 0:
+        y, scale = round_rows(y, LARGEST)
+        tl.store(out_scale + n, scale, mask=n < N)
+    tl.store(out + n * F + f, y.to(out.dtype.element_ty), mask=inside)
+
+
+def _fake(gate: Tensor, up: Tensor, takes: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return empty_rows(gate, takes)
+
+
+@launcher(_fake)
+def _swiglu_rows(gate: Tensor, up: Tensor, takes: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    out, scale = empty_rows(gate, takes)
+    gate, up = flat(gate), flat(up)
+    n, width = gate.shape
+    # Rows that are not rounded may be cut: shorter pieces waste less of a power of two.
+    programs, rows, block, warps = blocks(n, width if takes else min(width, 2048))
+    if n:
+        _swiglu_kernel[(programs, -(-width // block))](
+            gate, gate.stride(0), up, up.stride(0), out, scale, n, width, rows, block, largest(takes), num_warps=warps
+        )
+    return out, scale
+
+
+def _fits(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> bool | str:
+    if takes is not None and gate.shape[-1] > WIDEST:
+        return f"rows of at most {WIDEST} numbers, found {gate.shape[-1]}"
+    return missing(gate, (torch.bfloat16, torch.float16, torch.float32), takes) or True
+
+
+@swiglu.on("cuda", "triton", when=_fits)
+def _triton_swiglu(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
+    return given(*_swiglu_rows(gate, up, takes), gate.dtype)

@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels are tested in its interpreter: switched on before anything of the engine is imported."""
+"""Without a GPU, Triton kernels are tested in its interpreter: switched on before the engine is imported."""
 
 import importlib.util
 import os

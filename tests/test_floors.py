@@ -38,7 +38,13 @@ SIDEWAYS = {
     ("s3dit.conditioning", "s3dit.sampler"),
 }
 # From the ground up; rooms of one rank do not know each other.
-KERNELS = ({"dispatch"}, {"scheme"}, {"attention", "norm", "swiglu", "fp8", "int8", "int4", "gguf"}, {"linear"})
+KERNELS = (
+    {"dispatch"},
+    {"scheme", "tune"},
+    {"rows", "matmul"},
+    {"attention", "norm", "swiglu", "fp8", "int8", "int4", "gguf"},
+    {"linear"},
+)
 
 # What pip installs with the engine, by import name.
 INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "PIL"}

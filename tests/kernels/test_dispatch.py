@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from s3dit.kernels import dispatch
-from s3dit.kernels.dispatch import BackendError, op, set_backend
+from s3dit.kernels.dispatch import BackendError, launcher, op, set_backend
 
 
 @pytest.fixture
@@ -39,9 +39,38 @@ def test_using_replaces_and_restores_on_error(double):
 def test_forced_backend_that_cannot_run_is_an_error(double, monkeypatch):
     with pytest.raises(BackendError, match="needed one of"):
         set_backend("cuda")
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="needs a CUDA device"):
             set_backend("triton")
     monkeypatch.setattr(dispatch, "_backend", "triton")
-    with pytest.raises(BackendError, match="no kernel of double serves cpu"):
+    with pytest.raises(BackendError, match="no kernel of double may run: needs cuda tensors, found cpu"):
         double(torch.ones(1), True)
+    said = ["needs cuda tensors, found cpu", "backend 'triton' is forced"]
+    assert [reason for *_, reason in double.explain(torch.ones(1), True)][1:] == said
+
+
+def test_explain_says_who_and_why(double):
+    x = torch.ones(1)
+    reasons = [(backend, reason) for _, backend, reason in double.explain(x, True)]
+    assert reasons[0] == ("torch", "chosen")
+    assert reasons[1:] == [("triton", "needs cuda tensors, found cpu"), ("reference", "<lambda> comes first")]
+    assert [reason for *_, reason in double.explain(x, False)] == [
+        "not for these arguments", "needs cuda tensors, found cpu", "chosen",
+    ]  # fmt: skip
+    set_backend("reference")
+    assert double.explain(x, True)[0][2] == "backend 'reference' is forced"
+    assert double.explain(x, True)[-1][2] == "chosen"
+    set_backend("auto")
+    with double.using(lambda x, when: x):
+        assert double.explain(x, True) == [("<lambda>", "override", "chosen")]
+
+
+def test_a_launcher_is_one_node_of_a_graph():
+    @launcher(lambda x, times: torch.empty_like(x))
+    def _times_for_test(x: torch.Tensor, times: int) -> torch.Tensor:
+        # A graph cannot hold this: the numbers are looked at.
+        return x * times if x.sum().item() > 0 else x.clone()
+
+    graph = torch.compile(lambda x: _times_for_test(x + 1, 3), fullgraph=True, backend="eager")
+    assert graph(torch.ones(2)).tolist() == [6, 6] == _times_for_test(torch.full((2,), 2.0), 3).tolist()

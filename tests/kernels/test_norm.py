@@ -6,8 +6,8 @@ fp32 tolerance 1e-6 relative: a sum of some hundred fp32 products and one recipr
 import pytest
 import torch
 
-from s3dit.kernels.norm import gated_residual, qk_norm_rope, rms_norm, rms_norm_modulate
-from s3dit.kernels.swiglu import swiglu
+from s3dit.kernels.dispatch import BackendError, missing, set_backend
+from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm, rms_norm_modulate
 from s3dit.layers import rope_table
 
 SHAPES = [(1, 32), (31, 96), (33, 100), (63, 192)]
@@ -69,8 +69,73 @@ def test_rotation_in_all_forms(n):
     assert all(relative(a, b) < 1e-7 for a, b in zip(*both, strict=True))
 
 
-def test_swiglu():
-    gate, up = torch.randn(33, 100), torch.randn(33, 100)
-    expected = gate.double() * gate.double().sigmoid() * up.double()
-    assert relative(swiglu.reference(gate, up), expected) < 1e-6
-    assert relative(swiglu(gate.clone(), up), expected) < 1e-6
+def modulated(n, d, rows, dtype, device):
+    """x, weight, a table that is a view of a wider one, row; x is every other row of a wider tensor."""
+    x = torch.randn(2 * n, d + 3, device=device).to(dtype)[::2, :d]
+    table = torch.randn(rows, 4 * d, device=device).to(dtype).chunk(4, dim=1)[1]
+    row = torch.arange(n, device=device) % rows
+    return x, torch.randn(d, device=device).to(dtype), table, row
+
+
+@pytest.mark.parametrize("n, d", [(1, 32), (31, 96), (33, 100), (100, 64), (3, 4100)])
+def test_rms_norm_kernel(n, d, dtype, device, kernel_of, poison, assert_close):
+    x, w, _, _ = modulated(n, d, 1, dtype, device)
+    assert_close(kernel_of(rms_norm)(x, w, 1e-5), rms_norm.reference(x, w, 1e-5))
+    x = x.unflatten(-1, (2, -1))
+    assert_close(kernel_of(rms_norm)(x, w[: d // 2], 1e-5), rms_norm.reference(x, w[: d // 2], 1e-5))
+
+
+@pytest.mark.parametrize("n, d, rows", [(1, 32, 1), (31, 96, 3), (33, 100, 1), (63, 192, 63), (0, 32, 1)])
+def test_modulating_kernels(n, d, rows, dtype, takes, device, kernel_of, poison, assert_close):
+    x, w, table, row = modulated(n, d, rows, dtype, device)
+    rest, v, gate, _ = modulated(n, d, rows, dtype, device)
+    args = x, w, table, row, 1e-5, takes
+    assert_close(kernel_of(rms_norm_modulate)(*args), rms_norm_modulate.reference(*args))
+    args = rest, x, w, gate, row, 1e-5
+    assert_close(kernel_of(gated_residual)(*args), gated_residual.reference(*args))
+    args = rest, x, w, gate, v, table, row, 1e-5, takes
+    for got, expected in zip(kernel_of(gated_residual_norm)(*args), gated_residual_norm.reference(*args), strict=True):
+        assert_close(got, expected)
+
+
+@pytest.mark.parametrize("n, heads, dim", [(1, 1, 32), (31, 3, 128), (33, 5, 96), (2, 30, 64), (0, 2, 32)])
+def test_rotation_kernel(n, heads, dim, dtype, takes, device, kernel_of, poison, assert_close):
+    # q and k as a joint projection gives them: views of one tensor
+    q, k, _ = torch.randn(n, 3 * heads * dim, device=device).to(dtype).unflatten(1, (3, heads, dim)).unbind(1)
+    wq, wk = torch.randn(2, dim, device=device).to(dtype)
+    rope = rope_table(torch.randint(0, 99, (n, 1)), (dim,), 256.0).to(device)
+    args = q, k, wq, wk, rope, 1e-5, takes
+    for got, expected in zip(kernel_of(qk_norm_rope)(*args), qk_norm_rope.reference(*args), strict=True):
+        assert_close(got, expected)
+
+
+def test_nan_stays_in_its_row(takes, device, kernel_of):
+    x, w, table, row = modulated(5, 64, 1, torch.float16, device)
+    x[2, 7] = float("nan")
+    out = kernel_of(rms_norm_modulate)(x, w, table, row, 1e-5, takes)
+    out = out.dequantize() if takes else out
+    # in the interpreter an e4m3 cannot be NaN, but its scale is infinite
+    assert out.isfinite().all(1).tolist() == [True, True, False, True, True]
+    assert not out[2].isfinite().any()
+
+
+def test_what_kernels_refuse(device):
+    set_backend("triton")
+    try:
+        with pytest.raises(BackendError, match="float64"):
+            rms_norm(torch.ones(2, 32, device=device).double(), torch.ones(32, device=device), 1e-5)
+        with pytest.raises(BackendError, match="at most 16384 numbers, found 20000"):
+            rms_norm(torch.ones(2, 20000, device=device), torch.ones(20000, device=device), 1e-5)
+        x, w, rope = torch.ones(2, 1, 33, device=device), torch.ones(33, device=device), torch.ones(2, 17, 2)
+        with pytest.raises(BackendError, match="even head size of at most 256, found 33"):
+            qk_norm_rope(x, x, w, w, rope, 1e-5)
+    finally:
+        set_backend("auto")
+
+
+@pytest.mark.parametrize(
+    "found, takes, words", [((7, 5), None, "8.0, found 7.5"), ((8, 6), torch.float8_e4m3fn, "8.9")]
+)
+def test_old_gpus_are_refused(found, takes, words, monkeypatch):
+    monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
+    assert words in missing(torch.ones(1, dtype=torch.float16), (torch.float16,), takes)
