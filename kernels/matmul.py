@@ -1,0 +1,422 @@
+"""Matrix products in Triton: what a linear layer of every number format is made of.
+
+`scaled_matmul` multiplies x by a weight of the same type (bf16, fp16, e4m3, int8) and gives the sums their row and
+column scales on their way out. `mixed_matmul` multiplies wide x by an 8-bit or 4-bit weight: few rows read the weight
+as it is stored, because there the time is the reading; many rows first make the weight wide, once, because there the
+time is the arithmetic. `quantize_rows` rounds an x that its maker has not rounded.
+
+All weights are (N, K) with K contiguous, which is how tensor cores take 8-bit operands. N and K are compile-time
+constants, so that a K of whole blocks pays for no mask; M is not, so that no prompt compiles anything. One program an
+SM walks over the tiles, a few rows of tiles at a time, whose x then stays in the L2 cache; with tensor descriptors the
+copies need no registers.
+
+Under torch.compile each product is one opaque node: nothing can be fused into it, and the graph must not depend on M.
+An eager call does without the node, which costs more than the launch.
+
+Annotations of run-time arguments are in quotes because Triton looks up the names in them, and finds only its own.
+
+Sources: the persistent products among Triton's tutorials for the walk and its second counter. Deliberately not here:
+references and parts, which belong to the formats.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3dit.kernels.dispatch import kernel, tl
+from s3dit.kernels.scheme import LARGEST, SMALLEST, Rows
+
+# Up to so many rows a product takes less time than making its weight wide would.
+FEW = 192
+
+
+class Tile(NamedTuple):
+    """How a product is cut: rows, columns and depth of a tile, its warps, and the copies in flight."""
+
+    m: int
+    n: int
+    k: int
+    warps: int = 8
+    stages: int = 3
+    # Rows of tiles that are walked together.
+    group: int = 8
+    # Send a tile out in two halves: takes half the shared memory, which is worth another stage or an fp32 output.
+    halves: bool = False
+    # e4m3 only: add up the blocks of k in fp32; a Hopper tensor core by itself keeps about 14 bits of a sum.
+    promote: bool = False
+    # Let Triton start on the next tile while this one goes out.
+    flat: bool = True
+
+
+def choose(m: int, n: int, itemsize: int, out_itemsize: int, programs: int, hopper: bool) -> Tile:
+    """The tile that should finish (m, n) soonest on this many programs: full waves count as much as large tiles."""
+    depth = 128 // itemsize
+    if hopper:
+        # Each fits the 227 KiB of shared memory that a program may have, with its output.
+        wide = Tile(128, 256, depth, 8, 4 if out_itemsize <= 2 else 3, halves=True)
+        # Beside each tile: the share of the peak that it can reach when all programs are busy.
+        tiles = {wide: 1.0, Tile(128, 128, depth, 8, 4): 0.9, Tile(64, 256, depth, 4, 3): 0.85}
+        tiles[Tile(64, 128, depth, 4, 4)] = 0.7
+    else:
+        tiles = {Tile(128, 128, depth // 2, 8, 4): 1.0, Tile(64, 128, depth // 2, 4, 4): 0.8}
+
+    def time(tile: Tile) -> float:
+        waves = -(-(-(-m // tile.m) * -(-n // tile.n)) // programs)
+        return waves * tile.m * tile.n / tiles[tile]
+
+    return min(tiles, key=time)
+
+
+@kernel
+def _place(
+    tile: "Any", M: "Any", N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+) -> Any:
+    """First row and column of a tile."""
+    across = tl.cdiv(N, BLOCK_N)
+    first = tile // (GROUP_M * across) * GROUP_M
+    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    within = tile % (GROUP_M * across)
+    return (first + within % rows) * BLOCK_M, within // rows * BLOCK_N
+
+
+@kernel
+def _send(
+    sums: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any", row: "Any", col: "Any", M: "Any",
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Scale sums (BLOCK_M, BLOCK_N), add the bias, and store them at (row, col) of out (M, N)."""
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    y = sums.to(tl.float32)
+    if x_scale is not None:
+        y = y * tl.load(x_scale + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
+    if w_scale is not None:
+        y = y * tl.load(w_scale + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y = y + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    if DESCRIBED:
+        out.store([row, col], y.to(out.dtype))
+    else:
+        at = out + rows.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(at, y.to(out.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+@kernel
+def _tile(
+    tile: "Any", sent: "Any", x: "Any", weight: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any",
+    M: "Any", x_stride: "Any", weight_stride: "Any", N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """One tile of out; `sent` is the same number as `tile`, for the epilogue."""
+    row, col = _place(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    depth = tl.arange(0, BLOCK_K)
+    # What lies past the end reads the last row instead of a mask; it is never stored.
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
+    for k in range(0, K, BLOCK_K):
+        if DESCRIBED:
+            a = x.load([row, k])
+            b = weight.load([col, k])
+        else:
+            a_at = x + rows[:, None] * x_stride + (k + depth)[None, :]
+            b_at = weight + cols[:, None] * weight_stride + (k + depth)[None, :]
+            if K % BLOCK_K == 0:
+                a, b = tl.load(a_at), tl.load(b_at)
+            else:
+                inside = (k + depth < K)[None, :]
+                a, b = tl.load(a_at, mask=inside, other=0.0), tl.load(b_at, mask=inside, other=0.0)
+        sums = tl.dot(
+            a, tl.trans(b), sums, input_precision="ieee", max_num_imprecise_acc=IMPRECISE, out_dtype=sums.dtype
+        )
+    # Computed anew from its own counter, so that in a flat loop no value of the prologue must outlive the sums.
+    row, col = _place(sent, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    if HALVES:
+        pair = tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        left, right = tl.split(pair)
+        _send(left, out, x_scale, w_scale, bias, row, col, M, N, BLOCK_M, BLOCK_N // 2, DESCRIBED)
+        _send(right, out, x_scale, w_scale, bias, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2, DESCRIBED)
+    else:
+        _send(sums, out, x_scale, w_scale, bias, row, col, M, N, BLOCK_M, BLOCK_N, DESCRIBED)
+
+
+@kernel
+def _scaled(
+    x: "Any", weight: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any",
+    M: "Any", x_stride: "Any", weight_stride: "Any", N: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr, FLAT: tl.constexpr,
+) -> Any:  # fmt: skip
+    """x (M, K) · weight (N, K)ᵀ; both and out (M, N) are descriptors or, more portably, pointers."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    step = tl.num_programs(0)
+    sent = tl.program_id(0) - step
+    for tile in tl.range(tl.program_id(0), tiles, step, flatten=FLAT):
+        sent += step
+        _tile(
+            tile, sent, x, weight, out, x_scale, w_scale, bias, M, x_stride, weight_stride, N, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, INTEGER, DESCRIBED, HALVES, IMPRECISE,
+        )  # fmt: skip
+
+
+@kernel
+def _wide(
+    weight: "Any", scale: "Any", zero: "Any", cols: "Any", k: "Any",
+    K: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Weights (cols, BLOCK_K) from k on, in fp32: 4-bit ones with their group's scale, 8-bit ones without; 0 past K."""
+    if GROUP == 0:
+        depth = k + tl.arange(0, BLOCK_K)
+        at = weight + cols.to(tl.int64)[:, None] * K + depth[None, :]
+        w = tl.load(at, mask=(depth < K)[None, :], other=0.0).to(tl.float32)
+    else:
+        pair = k // 2 + tl.arange(0, BLOCK_K // 2)
+        inside = pair < K // 2
+        at = weight + cols.to(tl.int64)[:, None] * (K // 2) + pair[None, :]
+        two = tl.load(at, mask=inside[None, :], other=0)
+        steps = tl.interleave(two & 15, two >> 4).to(tl.float32)
+        # A block lies within one group.
+        group = cols * (K // GROUP) + tl.minimum(k, K - 1) // GROUP
+        origin = 8.0 if zero is None else tl.load(zero + group).to(tl.float32)[:, None]
+        w = (steps - origin) * tl.load(scale + group).to(tl.float32)[:, None]
+    return w
+
+
+@kernel
+def _mixed(
+    x: "Any", weight: "Any", scale: "Any", zero: "Any", bias: "Any", out: "Any", M: "Any", x_stride: "Any",
+    N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, LENGTH: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """x (M, K) · weightᵀ, the weight made wide in registers: out (M, N), or sums (SPLITS, M, N) yet to be added.
+
+    Computes the transpose, because only its first operand may a Hopper tensor core take from registers.
+    """
+    col, row, split = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M, tl.program_id(2)
+    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1)
+    rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for step in range(0, LENGTH, BLOCK_K):
+        k = split * LENGTH + step
+        depth = k + tl.arange(0, BLOCK_K)
+        b = tl.load(x + rows[None, :] * x_stride + depth[:, None], mask=(depth < K)[:, None], other=0.0)
+        w = _wide(weight, scale, zero, cols, k, K, GROUP, BLOCK_K)
+        sums = tl.dot(w.to(x.dtype.element_ty), b, sums, input_precision="ieee")
+    w_scale = scale if GROUP == 0 else None
+    if SPLITS == 1:
+        _send(tl.trans(sums), out, None, w_scale, bias, row, col, M, N, BLOCK_M, BLOCK_N, False)
+    else:
+        at = out + split.to(tl.int64) * M * N
+        _send(tl.trans(sums), at, None, None, None, row, col, M, N, BLOCK_M, BLOCK_N, False)
+
+
+@kernel
+def _add_splits(
+    sums: "Any", scale: "Any", bias: "Any", out: "Any", M: "Any",
+    N: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Add sums (SPLITS, M, N) in one order, always the same, and send them out; a program takes one row."""
+    row, col = tl.program_id(0), tl.program_id(1) * BLOCK_N
+    cols = col + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for split in tl.static_range(SPLITS):
+        at = sums + (split * M + row).to(tl.int64) * N + cols
+        total += tl.load(at, mask=cols < N, other=0.0)
+    _send(total[None, :], out, None, scale, bias, row, col, M, N, 1, BLOCK_N, False)
+
+
+@kernel
+def _dequantize(
+    weight: "Any", scale: "Any", zero: "Any", out: "Any", N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Write the weight (N, K) that the parts stand for."""
+    cols, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
+    clamped, depth = tl.minimum(cols, N - 1), k + tl.arange(0, BLOCK_K)
+    w = _wide(weight, scale, zero, clamped, k, K, GROUP, BLOCK_K)
+    if GROUP == 0:
+        w = w * tl.load(scale + clamped).to(tl.float32)[:, None]
+    at = out + cols.to(tl.int64)[:, None] * K + depth[None, :]
+    tl.store(at, w.to(out.dtype.element_ty), mask=(cols < N)[:, None] & (depth < K)[None, :])
+
+
+@kernel
+def _quantize_rows(
+    x: "Any", values: "Any", scale: "Any", x_stride: "Any", K: tl.constexpr, LARGEST: tl.constexpr,
+    SMALLEST: tl.constexpr, INTEGER: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Round one row by its largest magnitude; the row is read once and kept."""
+    row, depth = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
+    wide = tl.load(x + row * x_stride + depth, mask=depth < K, other=0.0).to(tl.float32)
+    # tl.max would pass over a NaN and int8 cannot hold one: an infinite scale makes the whole row NaN again.
+    largest = tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), 0)
+    unit = tl.div_rn(tl.maximum(largest, SMALLEST), LARGEST)
+    scaled = tl.div_rn(wide, unit)
+    if INTEGER:
+        # 1.5 · 2²³ leaves a fp32 no bits for a fraction: rounds half to even, as torch does.
+        scaled = (scaled + 12582912.0) - 12582912.0
+    tl.store(values + row * K + depth, scaled.to(values.dtype.element_ty), mask=depth < K)
+    tl.store(scale + row, unit)
+
+
+def _node(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function an opaque node of compiled graphs, `fake` being its shapes; eager calls go straight to it."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        node = torch.library.custom_op(f"s3dit::{function.__name__}", function, mutates_args=())
+        node.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            return (node if torch.compiler.is_compiling() else function)(*args)
+
+        return call
+
+    return make
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x as (rows, K) with K contiguous; copied only if it must be."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _describable(*tensors: Tensor) -> bool:
+    """Whether the hardware can copy tiles of them by descriptor: aligned to 16 bytes, and Hopper or later."""
+    device = tensors[0].device
+    return (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)) and all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in tensors
+    )
+
+
+def launch_scaled(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None,
+    dtype: torch.dtype, tile: Tile | None = None, described: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """`scaled_matmul` with a tile of your choice; described=False keeps to pointers."""
+    lead, (n, k) = x.shape[:-1], weight.shape
+    x = _flat(x)
+    m = x.shape[0]
+    out = torch.empty(m, n, dtype=dtype, device=x.device)
+    if m == 0:
+        return out.unflatten(0, lead)
+    if described is None:
+        described = _describable(x, weight, out)
+    programs = _programs(x.device)
+    tile = tile or choose(m, n, x.itemsize, out.itemsize, programs, described)
+    operands: tuple[Any, ...] = x, weight, out
+    if described:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        blocks = (tile.m, tile.k), (tile.n, tile.k), (tile.m, tile.n // 2 if tile.halves else tile.n)
+        operands = tuple(TensorDescriptor.from_tensor(t, list(b)) for t, b in zip(operands, blocks, strict=True))
+    tiles = -(-m // tile.m) * -(-n // tile.n)
+    _scaled[(min(tiles, programs),)](
+        *operands, x_scale, w_scale, bias, m, x.stride(0), weight.stride(0), n, k, tile.m, tile.n, tile.k, tile.group,
+        x.dtype == torch.int8, described, tile.halves, tile.k if tile.promote else None, tile.flat,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out.unflatten(0, lead)
+
+
+@_node(lambda x, weight, x_scale, w_scale, bias, dtype: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype))
+def scaled_matmul(
+    x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(x · weightᵀ) · x_scale · w_scale + bias; sums in fp32, or int32 for int8.
+
+    x (…, K) · weight (N, K), K contiguous, of the same dtype: bf16, fp16, fp32, e4m3 or int8 · x_scale one a row,
+    w_scale one a column, any shape, contiguous · bias (N,) -> (…, N) in dtype (bf16, fp16, fp32).
+    """
+    return launch_scaled(x, weight, x_scale, w_scale, bias, dtype)
+
+
+def launch_mixed(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
+    block_m: int, block_n: int = 64, splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The form of `mixed_matmul` for few rows: the weight is made wide as it is read."""
+    packed, (n, _), k = weight.dtype == torch.uint8, weight.shape, x.shape[-1]
+    block_k, lead = 64, x.shape[:-1]
+    x = _flat(x)
+    m = x.shape[0]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    across = -(-n // block_n)
+    if splits is None:
+        # Two programs an SM keep enough reads in flight; a split of less than eight blocks is not worth its sums.
+        splits = max(1, min(2 * _programs(x.device) // across, k // (8 * block_k), 8))
+    length = -(-k // (splits * block_k)) * block_k
+    sums = out if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=x.device)
+    if m == 0:
+        return out.unflatten(0, lead)
+    _mixed[(across, -(-m // block_m), splits)](
+        x, weight, scale, zero, bias, sums, m, x.stride(0), n, k, k // scale.shape[-1] if packed else 0, splits, length,
+        block_m, block_n, block_k, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    if splits > 1:
+        column = None if packed else scale
+        _add_splits[(m, -(-n // 1024))](sums, column, bias, out, m, n, splits, 1024, num_warps=4)
+    return out.unflatten(0, lead)
+
+
+@_node(lambda weight, scale, zero, dtype: weight.new_empty(weight.shape[0], _width(weight), dtype=dtype))
+def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The weight that the parts stand for, (N, K) in dtype; parts as in `mixed_matmul`."""
+    n, k, packed = weight.shape[0], _width(weight), weight.dtype == torch.uint8
+    out = torch.empty(n, k, dtype=dtype, device=weight.device)
+    group, block_n, block_k = (k // scale.shape[-1], 32, 64) if packed else (0, 16, 256)
+    _dequantize[(-(-n // block_n), -(-k // block_k))](
+        weight, scale, zero, out, n, k, group, block_n, block_k, num_warps=4
+    )
+    return out
+
+
+def _width(weight: Tensor) -> int:
+    """K of a stored weight."""
+    return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
+@_node(lambda x, weight, scale, zero, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+def mixed_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x times a stored weight, transposed, plus bias.
+
+    x (…, K) bf16, fp16 or fp32 · weight (N, K) int8 or e4m3 with scale (N, 1), or uint8 (N, K/2) holding element 2j in
+    the low four bits of byte j and 2j + 1 in the high ones, with scale (N, K/G), G a multiple of 64: (element - zero)
+    · scale, zero (N, K/G) or 8 where there is none · bias (N,) -> (…, N), dtype of x.
+    """
+    if x.shape[:-1].numel() <= FEW:
+        return launch_mixed(x, weight, scale, zero, bias, max(16, 1 << (x.shape[:-1].numel() - 1).bit_length()))
+    # torch's allocator hands every layer the same memory again, also within a CUDA graph and on other streams.
+    return F.linear(x, dequantize(weight, scale, zero, x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _fake_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape, device = x.shape, x.device
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(*shape[:-1], 1, device=device)
+
+
+@_node(_fake_rows)
+def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape, x = x.shape, _flat(x)
+    values, scale = _fake_rows(x, dtype)
+    if len(x):
+        block = max(128, 1 << (x.shape[1] - 1).bit_length())
+        _quantize_rows[(len(x),)](
+            x, values, scale, x.stride(0), x.shape[1], LARGEST[dtype], SMALLEST, dtype == torch.int8, block,
+            num_warps=min(8, block // 128),
+        )  # fmt: skip
+    return values.view(shape), scale.view(*shape[:-1], 1)
+
+
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
+    """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude, as scheme.quantize_rows does."""
+    values, scale = _round(x, dtype)
+    return Rows(values, scale, x.dtype)
