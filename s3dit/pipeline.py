@@ -126,9 +126,9 @@ class Pipeline:
         computes it natively) · residency: "staged" (default) loads the parts in turn, "resident" keeps them all,
         "streamed" also brings their blocks in one by one · vram: a budget such as "4GiB", from which each request's
         residency follows (see `budget`) · compile: compile the transformer's blocks, in the first pass · graphs: record
-        the transformer's passes as CUDA graphs, one a size · quantize, quantize_text: a number format for the transformer
-        and for the text encoder: "fp8", "int8" (both sides of each product), "fp8-weights", "int8-weights", "int4"
-        (weights only); float weights are encoded as they come in, a quantized model is run in its own.
+        the transformer's passes as CUDA graphs, one a size · quantize, quantize_text: number formats of transformer and
+        text encoder: "fp8", "int8" (both sides of a product), "fp8-weights", "int8-weights", "int4" (weights only);
+        float weights are encoded as they come in, a quantized model is run in its own format.
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):
@@ -155,14 +155,15 @@ class Pipeline:
     def _blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
         module: nn.Module
+        unused: tuple[str, ...]
         with torch.device("meta"):
             if part == "transformer":
                 module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
             elif part == "vae":
                 module, unused = Autoencoder(self.config.vae), ()
             else:
-                module = TextEncoder(self.config.text_encoder)
-                unused = module.unused
+                module = encoder = TextEncoder(self.config.text_encoder)
+                unused = encoder.unused
             scheme = self.schemes[part]
             if scheme is not None:
                 stored = keymap.official(self.checkpoints[part], module.state_dict())
