@@ -175,7 +175,7 @@ class Belt:
         layouts = [_offsets(block, dtype) for block in blocks]
         size = max(end for *_, end in layouts)
         slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._side = side_stream(device)
         self._homes: list[list[Home]] = []
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
@@ -242,6 +242,11 @@ class Belt:
         else:
             weakref.finalize(self, _unpin, runtime, host).atexit = False
         return host
+
+
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for copies beside the computation, where the device has streams."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _unpin(runtime: Any, host: Tensor) -> None:

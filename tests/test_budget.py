@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s3dit import Pipeline, RequestError
-from s3dit.budget import Need, decoder_work, encoder_work, fit, parse_size, sizes, transformer_work
+from s3dit.budget import RESERVE, Need, decoder_work, encoder_work, fit, parse_size, sizes, transformer_work
+from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
 from s3dit.layout import text_to_image
 from s3dit.text_encoder import TextEncoder
@@ -31,6 +32,21 @@ def test_no_sizes(text):
     with pytest.raises(RequestError, match="needed a size such as 4GiB"):
         parse_size(text)
 
+
+# The published shapes.
+TEXT = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+}  # fmt: skip
+TRANSFORMER = {
+    "all_patch_size": [2], "all_f_patch_size": [1], "in_channels": 16, "dim": 3840, "n_layers": 30,
+    "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30, "norm_eps": 1e-5, "qk_norm": True, "cap_feat_dim": 2560,
+    "rope_theta": 256.0, "t_scale": 1000.0, "axes_dims": [32, 48, 48],
+}  # fmt: skip
+VAE = {
+    "in_channels": 3, "out_channels": 3, "latent_channels": 16, "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2, "norm_num_groups": 32, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
 
 NEEDS = {
     "text_encoder": Need(10, (50,) * 4, ((None, 5),)),
@@ -65,6 +81,31 @@ def test_an_impossible_budget_names_the_smallest_which_is_possible():
 def test_more_memory_is_never_slower():
     kept = [fit(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
     assert kept == sorted(kept)
+
+
+def test_official_sizes():
+    """What 4 GiB and 16 GiB of a GPU give at 1024 × 1024 in bf16, with the published shapes."""
+    bf16 = torch.bfloat16
+    text, dit, vae = (
+        kind.from_json(data, "config.json")
+        for kind, data in ((TextEncoderConfig, TEXT), (TransformerConfig, TRANSFORMER), (VAEConfig, VAE))
+    )
+    with torch.device("meta"):
+        encoder = TextEncoder(text)
+        weights = sizes(encoder, bf16, encoder.unused), sizes(Transformer(dit), bf16)
+    assert sum(map(len, (weights[0][1], weights[1][1]))) == 35 + 34
+    assert weights[1][0] + sum(weights[1][1]) == 2 * 6_154_908_736
+    works = [(tile, decoder_work(vae, 1024, 1024, tile, bf16, "cuda")) for tile in (None, 96, 64, 48)]
+    needs = {
+        "text_encoder": Need(*weights[0], ((None, encoder_work(text, 128, bf16)),)),
+        "transformer": Need(*weights[1], ((None, transformer_work(dit, 4096 + 128, bf16)),)),
+        "vae": Need(2 * 83_819_683, (), tuple(works)),
+    }
+    small, large = (fit(parse_size(size), needs, RESERVE["cuda"]) for size in ("4GiB", "16GiB"))
+    assert small.kept == {"text_encoder": 15, "transformer": 6} and small.tile is None
+    assert (large.mode, large.kept, large.tile) == ("staged", {}, None) and large.peak < 12.7 * 2**30
+    with pytest.raises(BackendError, match="smallest budget is 1.84 GiB"):
+        fit(1 << 30, needs, RESERVE["cuda"])
 
 
 class Peak(TorchDispatchMode):

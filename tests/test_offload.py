@@ -1,5 +1,9 @@
 """Streamed blocks: the same bits as resident ones, in any order, after any accident, whatever a block is made of."""
 
+import gc
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -152,3 +156,75 @@ def test_residency_makes_a_part_anew_when_less_of_it_may_stay():
     parts.kept = {"a": 0}
     parts["a"]
     assert made == [{}, {"a": 3}, {"a": 0}]
+
+
+class Stream:
+    """A stream of CUDA as the test needs it: what is put on it runs as late as an event allows."""
+
+    def __init__(self):
+        self.queue, self.waited = [], []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def wait_event(self, event):
+        self.waited.append(event)
+        while len(event.stream.queue) and event.stream.queue[0][0] <= event.time:
+            event.stream.queue.pop(0)[1]()
+
+    def record_event(self):
+        Event.time += 1
+        return Event(self, Event.time)
+
+
+class Event:
+    time = 0
+
+    def __init__(self, stream, time):
+        self.stream, self.time = stream, time
+
+
+def test_events_keep_copies_and_computation_apart(monkeypatch):
+    """The CUDA path on streams that are as late as they may be; a copy must have waited for the slot's last reader."""
+    main, side, pinned = Stream(), Stream(), {}
+    current = [main]
+    copy = torch.Tensor.copy_
+
+    @contextmanager
+    def on(stream):
+        current.append(stream)
+        yield
+        current.pop()
+
+    def copy_(self, source, non_blocking=False):
+        if current[-1] is main:
+            return copy(self, source)
+        assert non_blocking
+        slot = next(i for i, s in enumerate(slots) if s.untyped_storage()._cdata == self.untyped_storage()._cdata)
+        assert belt._done[slot] is None or belt._done[slot] in side.waited, "the slot may still be read"
+        side.queue.append((Event.time + 1, lambda: copy(self, source)))
+        return None
+
+    def register(address, size, flags):
+        pinned[address] = size
+        return 0
+
+    slots = []
+    monkeypatch.setattr("s3dit.offload.side_stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: current[-1])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: slots.append(self))
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    resident, streamed = same(Model)
+    belt = stream(streamed, "cpu", 2)
+    assert len(pinned) == 5 and main in side.waited and len(slots) == 2
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    x = torch.randn(7)
+    for backwards in (False, False, True, False):
+        assert torch.equal(streamed(x, backwards), resident(x, backwards))
+    block = next(b for b in streamed.layers if b._forward_pre_hooks)
+    assert any(0 <= block.parts.data_ptr() - address < size for address, size in pinned.items())
+    streamed = belt = block = None
+    gc.collect()
+    assert not pinned, "host memory is given back unpinned"
