@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op
+from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
 from s3dit.kernels.scheme import Parts, Rows, Scheme, channels_linear, decode_channels, per_channel, rows, wide
 
 DTYPE = torch.float8_e4m3fn
@@ -40,6 +41,50 @@ def _rounded(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 fp8_weights_linear.on("cpu", "torch")(channels_linear)
+
+
+def _able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+    return missing(x, WIDE, DTYPE) or True
+
+
+def _torch_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+    if x.dtype != torch.bfloat16 or any(size % 16 for size in parts["weight"].shape):
+        return "torch's row-wise product gives bf16 only, for widths that are multiples of 16"
+    return _able(x, parts, bias)
+
+
+# First until the benchmark says otherwise. Without fast accumulation the row-wise form is several times slower.
+@fp8_linear.on("cuda", "torch", when=_torch_able)
+def _scaled_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """CUTLASS's product of rounded rows, as torch has it."""
+    values, scale, dtype = rounded(x, DTYPE)
+    out = torch._scaled_mm(
+        values.reshape(-1, values.shape[-1]),
+        parts["weight"].T,
+        scale_a=scale.reshape(-1, 1),
+        scale_b=parts["scale"].T,
+        bias=None if bias is None else bias.to(dtype),
+        out_dtype=dtype,
+        use_fast_accum=True,
+    )
+    return out.view(*x.shape[:-1], -1)
+
+
+@fp8_linear.on("cuda", "triton", when=_able)
+def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    values, scale, dtype = rounded(x, DTYPE)
+    return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
+
+
+@fp8_weights_linear.on("cuda", "triton", when=_able)
+def _triton_weights(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
+
+
+# GPUs without 8-bit floating point.
+fp8_linear.on("cuda", "torch")(_rounded)
+fp8_weights_linear.on("cuda", "torch")(channels_linear)
+
 
 _spec, _encode = per_channel(DTYPE)
 fp8 = Scheme("fp8", DTYPE, _spec, _encode, decode_channels, fp8_linear)

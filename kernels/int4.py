@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op
+from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
 from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, finite, pieces, wide
 
 GROUP = 64
@@ -100,6 +101,17 @@ def _widen(packed: Tensor, scale: Tensor) -> Tensor:
     words = (words << 12).bitwise_or_(words).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
     codes = words.view(torch.bfloat16).to(scale.dtype).sub_(128 + ZERO)
     return codes.unflatten(-1, (-1, GROUP)).mul_(scale[..., None]).flatten(-2)
+
+
+@int4_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)
+def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
+
+
+@int4_linear.on("cuda", "torch")
+def _decoded(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """The whole weight in the dtype of x."""
+    return F.linear(plain(x), decode(parts).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 int4 = Scheme("int4", None, spec, encode, decode, int4_linear)

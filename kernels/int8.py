@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op
+from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
 from s3dit.kernels.scheme import Parts, Rows, Scheme, channels_linear, decode_channels, per_channel, rows, wide
 
 DTYPE = torch.int8
@@ -59,6 +60,40 @@ def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 int8_weights_linear.on("cpu", "torch")(channels_linear)
+
+
+def _able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+    return missing(x, WIDE) or True
+
+
+@int8_linear.on("cuda", "triton", when=_able)
+def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    values, scale, dtype = rounded(x, DTYPE)
+    return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
+
+
+def _int_mm_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+    fits = x.shape[:-1].numel() > 16 and not any(size % 8 for size in parts["weight"].shape)
+    return fits or "torch's integer product takes more than 16 rows, and widths that are multiples of 8"
+
+
+@int8_linear.on("cuda", "torch", when=_int_mm_able)
+def _int_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """cuBLAS's integer product; its sums make a round trip through memory before they are scaled."""
+    values, scale, dtype = rounded(x, DTYPE)
+    product = torch._int_mm(values.reshape(-1, values.shape[-1]), parts["weight"].T).view(*x.shape[:-1], -1)
+    product = product.float() * scale * parts["scale"].T
+    return (product if bias is None else product + bias).to(dtype)
+
+
+@int8_weights_linear.on("cuda", "triton", when=_able)
+def _triton_weights(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
+
+
+int8_linear.on("cuda", "torch")(_widened)
+int8_weights_linear.on("cuda", "torch")(channels_linear)
+
 
 _spec, _encode = per_channel(DTYPE)
 int8 = Scheme("int8", DTYPE, _spec, _encode, decode_channels, int8_linear)

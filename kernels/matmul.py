@@ -11,7 +11,6 @@ SM walks over the tiles, a few rows of tiles at a time, whose x then stays in th
 copies need no registers.
 
 Under torch.compile each product is one opaque node: nothing can be fused into it, and the graph must not depend on M.
-An eager call does without the node, which costs more than the launch.
 
 Annotations of run-time arguments are in quotes because Triton looks up the names in them, and finds only its own.
 
@@ -19,19 +18,21 @@ Sources: the persistent products among Triton's tutorials for the walk and its s
 references and parts, which belong to the formats.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, tl
-from s3dit.kernels.scheme import LARGEST, SMALLEST, Rows
+from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
+from s3dit.kernels.rows import flat
+from s3dit.kernels.scheme import LARGEST, SMALLEST, Rows, rows
+from s3dit.kernels.tune import chosen
 
 # Up to so many rows a product takes less time than making its weight wide would.
 FEW = 192
+# Dtypes of an x that is not rounded, and of results.
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Tile(NamedTuple):
@@ -263,28 +264,6 @@ def _quantize_rows(
     tl.store(scale + row, unit)
 
 
-def _node(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function an opaque node of compiled graphs, `fake` being its shapes; eager calls go straight to it."""
-
-    def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        node = torch.library.custom_op(f"s3dit::{function.__name__}", function, mutates_args=())
-        node.register_fake(fake)
-
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            return (node if torch.compiler.is_compiling() else function)(*args)
-
-        return call
-
-    return make
-
-
-def _flat(x: Tensor) -> Tensor:
-    """x as (rows, K) with K contiguous; copied only if it must be."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
@@ -292,9 +271,20 @@ def _programs(device: torch.device) -> int:
 def _describable(*tensors: Tensor) -> bool:
     """Whether the hardware can copy tiles of them by descriptor: aligned to 16 bytes, and Hopper or later."""
     device = tensors[0].device
-    return (device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)) and all(
+    return capability(device) >= (9, 0) and all(
         t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in tensors
     )
+
+
+def _tuned(m: int, weight: Tensor, out: Tensor, programs: int, described: bool) -> Tile:
+    """The tile of the table, whose shapes are (m in 128s)x(n)x(k), else the one that should be good."""
+    n, k = weight.shape
+    dtype = str(weight.dtype).removeprefix("torch.")
+    try:
+        fields: dict[str, Any] = {**chosen(f"matmul {dtype}", f"{-(-m // 128)}x{n}x{k}", weight.device)}
+        return Tile(**fields)
+    except KeyError:
+        return choose(m, n, weight.itemsize, out.itemsize, programs, described)
 
 
 def launch_scaled(
@@ -303,7 +293,7 @@ def launch_scaled(
 ) -> Tensor:  # fmt: skip
     """`scaled_matmul` with a tile of your choice; described=False keeps to pointers."""
     lead, (n, k) = x.shape[:-1], weight.shape
-    x = _flat(x)
+    x = flat(x)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if m == 0:
@@ -311,7 +301,7 @@ def launch_scaled(
     if described is None:
         described = _describable(x, weight, out)
     programs = _programs(x.device)
-    tile = tile or choose(m, n, x.itemsize, out.itemsize, programs, described)
+    tile = tile or _tuned(m, weight, out, programs, described)
     operands: tuple[Any, ...] = x, weight, out
     if described:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -327,7 +317,7 @@ def launch_scaled(
     return out.unflatten(0, lead)
 
 
-@_node(lambda x, weight, x_scale, w_scale, bias, dtype: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype))
+@launcher(lambda x, weight, x_scale, w_scale, bias, dtype: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype))
 def scaled_matmul(
     x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
@@ -346,7 +336,7 @@ def launch_mixed(
     """The form of `mixed_matmul` for few rows: the weight is made wide as it is read."""
     packed, (n, _), k = weight.dtype == torch.uint8, weight.shape, x.shape[-1]
     block_k, lead = 64, x.shape[:-1]
-    x = _flat(x)
+    x = flat(x)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     across = -(-n // block_n)
@@ -367,7 +357,7 @@ def launch_mixed(
     return out.unflatten(0, lead)
 
 
-@_node(lambda weight, scale, zero, dtype: weight.new_empty(weight.shape[0], _width(weight), dtype=dtype))
+@launcher(lambda weight, scale, zero, dtype: weight.new_empty(weight.shape[0], _width(weight), dtype=dtype))
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight that the parts stand for, (N, K) in dtype; parts as in `mixed_matmul`."""
     n, k, packed = weight.shape[0], _width(weight), weight.dtype == torch.uint8
@@ -384,7 +374,7 @@ def _width(weight: Tensor) -> int:
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
 
 
-@_node(lambda x, weight, scale, zero, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
+@launcher(lambda x, weight, scale, zero, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def mixed_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """x times a stored weight, transposed, plus bias.
 
@@ -403,9 +393,9 @@ def _fake_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, dtype=dtype, device=device), torch.empty(*shape[:-1], 1, device=device)
 
 
-@_node(_fake_rows)
-def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape, x = x.shape, _flat(x)
+@launcher(_fake_rows)
+def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape, x = x.shape, flat(x)
     values, scale = _fake_rows(x, dtype)
     if len(x):
         block = max(128, 1 << (x.shape[1] - 1).bit_length())
@@ -418,5 +408,21 @@ def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
     """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude, as scheme.quantize_rows does."""
-    values, scale = _round(x, dtype)
+    values, scale = _quantized(x, dtype)
     return Rows(values, scale, x.dtype)
+
+
+@op
+def rounded(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
+    """x in int8 or e4m3, where its maker has not rounded it already."""
+    return rows(x, dtype)
+
+
+@rounded.on("cuda", "triton", when=lambda x, dtype: missing(x, WIDE, dtype) or True)
+def _triton_rounded(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
+    return x if isinstance(x, Rows) else quantize_rows(x, dtype)
+
+
+def plain(x: Tensor | Rows) -> Tensor:
+    """x in the dtype that it has, or had before it was rounded."""
+    return x.dequantize().to(x.dtype) if isinstance(x, Rows) else x

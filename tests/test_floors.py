@@ -41,7 +41,8 @@ SIDEWAYS = {
 KERNELS = (
     {"dispatch"},
     {"scheme", "tune"},
-    {"rows", "matmul"},
+    {"rows"},
+    {"matmul"},
     {"attention", "norm", "swiglu", "fp8", "int8", "int4", "gguf"},
     {"linear"},
 )
