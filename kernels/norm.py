@@ -115,7 +115,7 @@ def _complex_rotation(
 
 
 @kernel
-def _normed(x: Any, weight: Any, d: Any, D: tl.constexpr, eps: Any) -> Any:
+def _normed(x: "Any", weight: "Any", d: "Any", D: tl.constexpr, eps: "Any") -> Any:
     """RMSNorm of x (rows, BLOCK) fp32, whose columns from D on are 0."""
     inverse = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / D + eps)
     return x * inverse * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def _normed(x: Any, weight: Any, d: Any, D: tl.constexpr, eps: Any) -> Any:
 
 @kernel
 def _modulation(
-    table: Any, stride: Any, row: Any, n: Any, d: Any, N: Any, D: tl.constexpr, SHARED: tl.constexpr
+    table: "Any", stride: "Any", row: "Any", n: "Any", d: "Any", N: "Any", D: tl.constexpr, SHARED: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Each token's row of a table in fp32, (rows, BLOCK); or the one row that all share, (1, BLOCK)."""
     if SHARED:
@@ -136,9 +136,9 @@ def _modulation(
 
 @kernel
 def _norm_kernel(
-    x: Any, x_stride: Any, weight: Any, table: Any, table_stride: Any, row: Any, out: Any, out_scale: Any, N: Any,
-    eps: Any, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, MODULATED: tl.constexpr, SHARED: tl.constexpr,
-    LARGEST: tl.constexpr,
+    x: "Any", x_stride: "Any", weight: "Any", table: "Any", table_stride: "Any", row: "Any", out: "Any",
+    out_scale: "Any", N: "Any", eps: "Any", D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MODULATED: tl.constexpr, SHARED: tl.constexpr, LARGEST: tl.constexpr,
 ) -> Any:  # fmt: skip
     """rms_norm and rms_norm_modulate of ROWS rows."""
     n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -155,10 +155,10 @@ def _norm_kernel(
 
 @kernel
 def _gated_kernel(
-    residual: Any, residual_stride: Any, x: Any, x_stride: Any, weight: Any, gate: Any, gate_stride: Any,
-    next_weight: Any, table: Any, table_stride: Any, row: Any, out: Any, normed: Any, normed_scale: Any, N: Any,
-    eps: Any, D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NEXT: tl.constexpr, SHARED: tl.constexpr,
-    LARGEST: tl.constexpr,
+    residual: "Any", residual_stride: "Any", x: "Any", x_stride: "Any", weight: "Any", gate: "Any", gate_stride: "Any",
+    next_weight: "Any", table: "Any", table_stride: "Any", row: "Any", out: "Any", normed: "Any", normed_scale: "Any",
+    N: "Any", eps: "Any", D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NEXT: tl.constexpr,
+    SHARED: tl.constexpr, LARGEST: tl.constexpr,
 ) -> Any:  # fmt: skip
     """gated_residual and gated_residual_norm of ROWS rows; both tables have as many rows."""
     n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -183,8 +183,8 @@ def _gated_kernel(
 
 @kernel
 def _turned(
-    x: Any, token: Any, head: Any, weight: Any, cos: Any, sin: Any, n: Any, h: Any, d: Any, eps: Any,
-    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    x: "Any", token: "Any", head: "Any", weight: "Any", cos: "Any", sin: "Any", n: "Any", h: "Any", d: "Any",
+    eps: "Any", H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
     """All heads of one token, normalized and rotated: (HEADS, BLOCK) fp32."""
     wide = tl.load(x + n * token + h * head + d, mask=(h < H) & (d < D), other=0.0).to(tl.float32)
@@ -194,9 +194,9 @@ def _turned(
 
 @kernel
 def _rotation_kernel(
-    q: Any, q_token: Any, q_head: Any, k: Any, k_token: Any, k_head: Any, q_weight: Any, k_weight: Any, rope: Any,
-    q_out: Any, q_scale: Any, k_out: Any, eps: Any, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    q: "Any", q_token: "Any", q_head: "Any", k: "Any", k_token: "Any", k_head: "Any", q_weight: "Any", k_weight: "Any",
+    rope: "Any", q_out: "Any", q_scale: "Any", k_out: "Any", eps: "Any", H: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ) -> Any:  # fmt: skip
     """qk_norm_rope of one token: its angles are read once for all heads of q and k."""
     n = tl.program_id(0).to(tl.int64)

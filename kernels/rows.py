@@ -18,7 +18,7 @@ FLOOR = tl.constexpr(SMALLEST)
 
 
 @kernel
-def round_rows(y: Any, largest: tl.constexpr) -> Any:
+def round_rows(y: "Any", largest: tl.constexpr) -> Any:
     """Round y (R, D) fp32 for a type whose largest number is `largest` -> values, still fp32, and scale (R, 1)."""
     # A maximum passes over NaN and int8 cannot hold it: an infinite scale makes the whole row NaN again.
     magnitude = tl.max(tl.where(y == y, tl.abs(y), float("inf")), 1, keep_dims=True)

@@ -37,8 +37,8 @@ def _in_place(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Ten
 
 @kernel
 def _swiglu_kernel(
-    gate: Any, gate_stride: Any, up: Any, up_stride: Any, out: Any, out_scale: Any, N: Any, F: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
+    gate: "Any", gate_stride: "Any", up: "Any", up_stride: "Any", out: "Any", out_scale: "Any", N: "Any",
+    F: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr,
 ) -> Any:  # fmt: skip
     """ROWS rows of BLOCK columns; where they are rounded, BLOCK holds all F."""
     n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]

@@ -6,25 +6,164 @@
 import pytest
 import torch
 
-from s3dit.kernels.attention import Spans, attention
+from s3dit.kernels import attention as room
+from s3dit.kernels.attention import Spans, attention, attention8, attention_lse
+from s3dit.kernels.dispatch import BackendError, set_backend
+from s3dit.kernels.scheme import quantize_rows
+from s3dit.kernels.tune import chosen, trying
 
 LENGTHS = [((1,), (1,)), ((31,), (31,)), ((32, 32), (32, 32)), ((1, 33, 63), (1, 33, 63)), ((5, 7), (100, 31))]
+EMPTY = [((0, 7), (3, 5)), ((4, 7, 2), (3, 0, 5)), ((0,), (0,))]
+
+
+def relative(got, expected):
+    return ((got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def packed(q_lengths, k_lengths, dim, dtype=torch.float32, device="cpu", heads=3):
+    """q, and k and v as views of one tensor, with their spans."""
+    q = torch.randn(sum(q_lengths), heads, dim, device=device).to(dtype)
+    k, v = torch.randn(sum(k_lengths), 2, heads, dim, device=device).to(dtype).unbind(1)
+    return q, k, v, Spans.of(q_lengths, device), Spans.of(k_lengths, device)
+
+
+def exact(q, k, v, q_span, k_span):
+    """Output and log-sum-exp in float64; of no keys, zeros and minus infinity."""
+    out, lse = [], []
+    for qi, ki, vi in zip(q.split(q_span.lengths), k.split(k_span.lengths), v.split(k_span.lengths), strict=True):
+        scores = torch.einsum("nhd,mhd->nhm", qi.double(), ki.double()) / q.shape[-1] ** 0.5
+        lse.append(scores.logsumexp(-1))
+        out.append(torch.einsum("nhm,mhd->nhd", scores.softmax(-1), vi.double()))
+    return torch.cat(out), torch.cat(lse)
 
 
 @pytest.mark.parametrize("q_lengths, k_lengths", LENGTHS)
 @pytest.mark.parametrize("dim", [32, 128])
 def test_each_item_attends_to_itself(q_lengths, k_lengths, dim):
-    q = torch.randn(sum(q_lengths), 3, dim)
-    k, v = torch.randn(2, sum(k_lengths), 3, dim)
-    spans = Spans.of(q_lengths), Spans.of(k_lengths)
-    expected = []
-    for qi, ki, vi in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
-        weights = (torch.einsum("nhd,mhd->hnm", qi.double(), ki.double()) / dim**0.5).softmax(-1)
-        expected.append(torch.einsum("hnm,mhd->nhd", weights, vi.double()))
-    expected = torch.cat(expected)
+    args = packed(q_lengths, k_lengths, dim)
+    expected, lse = exact(*args)
     for form in (attention, attention.reference):
-        got = form(q, k, v, *spans)
-        assert ((got - expected).norm() / expected.norm()).item() < 1e-6
+        assert relative(form(*args), expected) < 1e-6
+    out, got = attention_lse.reference(*args)
+    assert relative(out, expected) < 1e-6 and relative(got, lse) < 1e-6
+
+
+# fp32: as above. fp16: weights of 11 bits, and an output of 11 bits; bf16: of 8 bits.
+CLOSE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, *EMPTY])
+@pytest.mark.parametrize("dim", [32, 96, 128])
+def test_flash_kernel(q_lengths, k_lengths, dim, dtype, device, kernel_of, poison):
+    args = packed(q_lengths, k_lengths, dim, dtype, device)
+    expected, lse = exact(*args)
+    got = kernel_of(attention)(*args)
+    assert got.dtype == dtype and got.shape == args[0].shape and relative(got, expected) < CLOSE[dtype]
+    out, rows = kernel_of(attention_lse)(*args)
+    assert torch.equal(out, got) and rows.shape == lse.shape
+    # absolute, for it passes through 0: scores of a few units, fp32 sums
+    assert (rows.double() - lse).nan_to_num(0.0).abs().max().item() < 1e-5 if rows.numel() else True
+    assert torch.equal(rows.isneginf(), lse.isneginf())
+
+
+@pytest.mark.parametrize("config", [(16, 64), (64, 16), (128, 64)])
+def test_flash_kernel_in_other_tiles(config, device, kernel_of, poison):
+    args = packed((33, 70), (100, 31), 64, torch.float16, device, heads=1)
+    tiles = {"BLOCK_M": config[0], "BLOCK_N": config[1], "num_warps": 4, "num_stages": 2}
+    with trying("attention", tiles):
+        assert chosen("attention", "d64 short", device) == tiles
+        assert relative(kernel_of(attention)(*args), exact(*args)[0]) < 1e-3
+    assert chosen("attention", "d64 short", device) != tiles
+
+
+@pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, *EMPTY])
+@pytest.mark.parametrize("dim, early", [(32, False), (96, True), (128, False), (128, True)])
+def test_int8_kernel(q_lengths, k_lengths, dim, early, dtype, device, kernel_of, poison):
+    q, *rest = packed(q_lengths, k_lengths, dim, dtype, device)
+    expected = attention8.reference(q, *rest)
+    got = kernel_of(attention8)(quantize_rows(q, torch.int8) if early else q, *rest)
+    # the same int8 numbers but for a few that round to the other side
+    assert got.dtype == dtype and got.shape == q.shape and relative(got, expected) < max(2e-4, CLOSE[dtype])
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_int8_is_near_exact_attention(offset, device, kernel_of):
+    """1e-2: 1/127 steps of rows whose largest is 2.8 give scores an error of 9e-3, and weights the same, relative."""
+    q, k, v, *spans = packed((64, 100), (64, 100), 128, torch.float32, device)
+    # The same in every key, and large in a few channels: softmax does not see it, int8 without smoothing would.
+    k = k + offset * (torch.arange(128, device=device) % 16 == 3)
+    expected = exact(q, k, v, *spans)[0]
+    forms = [attention8.reference, *([kernel_of(attention8)] if device.type == "cpu" else [])]
+    assert all(relative(form(q, k, v, *spans), expected) < 1e-2 for form in forms)
+    if offset:
+        rough = attention.reference(q, quantize_rows(k, torch.int8).dequantize(), v, *spans)
+        assert relative(rough, expected) > 3e-2
+
+
+def test_nan_stays_in_its_item(device, kernel_of):
+    q, k, v, *spans = packed((5, 6), (5, 6), 32, torch.float16, device)
+    k[3, 1, 7] = float("nan")
+    for op in (attention, attention8):
+        bad = kernel_of(op)(q, k, v, *spans).isnan().any(-1)
+        assert bad[:5, 1].all() and not bad[:5, 0].any() and not bad[5:].any()
+
+
+def test_what_the_kernel_refuses(device, kernel_of):
+    args = packed((5,), (5,), 32, torch.float16, device)
+    with pytest.raises(ValueError, match="the spans say"):
+        kernel_of(attention)(*args[:3], Spans.of((6,), device), args[4])
+    set_backend("triton")
+    try:
+        for dim in (24, 144):
+            with pytest.raises(BackendError, match=f"multiples of 16 up to 128, found {dim}"):
+                attention(*packed((5,), (5,), dim, torch.float16, device))
+        with pytest.raises(BackendError, match="one dtype"):
+            attention(args[0].float(), *args[1:])
+        with pytest.raises(BackendError, match="found torch.float64"):
+            attention8(*packed((5,), (5,), 32, torch.float64, device))
+    finally:
+        set_backend("auto")
+
+
+def test_an_item_without_keys_gives_zeros():
+    args = packed((4, 7), (0, 5), 32)
+    for op in (attention, attention8):
+        assert not op(*args)[:4].any()
+        assert op(*args)[4:].isfinite().all()
+
+
+def fake(x, device):
+    """Arguments that only say where they are."""
+    return type("Fake", (), {"device": torch.device(device), "dtype": x.dtype, "shape": x.shape})()
+
+
+@pytest.mark.parametrize(
+    "found, dtype, lengths, name",
+    [
+        ((9, 0), torch.bfloat16, (64, 64), "cudnn"),
+        ((9, 0), torch.bfloat16, (64, 32), "flash"),
+        ((9, 0), torch.float32, (64, 64), "sdpa"),
+        ((9, 0), torch.float32, (64, 32), "sdpa"),
+        ((8, 0), torch.bfloat16, (64, 64), "sdpa"),
+        ((8, 0), torch.bfloat16, (64, 32), "varlen"),
+        ((8, 0), torch.bfloat16, (64, 0), "flash"),
+        ((7, 5), torch.float16, (64, 32), "sdpa"),
+    ],
+)
+def test_who_serves_on_a_gpu(found, dtype, lengths, name, monkeypatch):
+    monkeypatch.setattr(room, "capability", lambda device: found)
+    monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
+    q = fake(torch.empty(sum(lengths), 3, 128, dtype=dtype), "cuda")
+    spans = Spans.of(lengths)
+    said = attention.explain(q, q, q, spans, spans)
+    assert [line[0] for line in said if line[2] == "chosen"] == [name], said
+
+
+@pytest.mark.parametrize("op", [attention, attention8])
+def test_one_node_of_a_graph(op):
+    args = packed((5, 7), (5, 7), 32)
+    graph = torch.compile(lambda q, k, v, a, b: op(q + 0, k, v, a, b), fullgraph=True, backend="eager")
+    assert torch.equal(graph(*args), op(*args))
 
 
 def test_spans():
