@@ -7,7 +7,8 @@ many blocks as fit while the others are streamed (`offload`); the autoencoder by
 
 On a GPU the budget is of its memory, with RESERVE set aside for what the allocator does not see. On a CPU it is of RAM
 for weights in use and arithmetic; the interpreter, and pages of the mapped file that the system may drop at any time,
-are not counted. Pictures looked at while they form (previews) come on top.
+are not counted; nor are streamed blocks that are encoded into a number format while they are loaded, as a file that is
+quantized already stays mapped. Pictures looked at while they form (previews) come on top.
 """
 
 import math
@@ -32,6 +33,8 @@ UNITS = {"": 1, "b": 1} | {
     for i, letter in enumerate("kmgt")
     for suffix, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
+# Output channels that the integer products of a CPU do at a time.
+CHANNELS = 1024
 # Sides of a tile, in latent cells, from best to smallest; None is the whole picture.
 TILES = (None, 96, 64, 48, 32)
 
@@ -150,17 +153,20 @@ def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> t
     return total - sum(blocks.values()), tuple(size for size in blocks.values() if size)
 
 
-def transformer_work(config: TransformerConfig, tokens: int, dtype: torch.dtype, *, lean: bool = True) -> int:
+def transformer_work(
+    config: TransformerConfig, tokens: int, dtype: torch.dtype, *, lean: bool = True, quantized: bool = False
+) -> int:
     """Bytes that a pass over `tokens` packed tokens (image and text of all items, padded) allocates at most.
 
     Attention is the widest place: the stream, its normed copy, q, k, v and two rotated (7 in dtype), four in fp32 while
     they are rotated, and the context's tokens and rotary tables. Without lean stand-ins (`swiglu` in place or fused)
-    the feed-forward is: two hidden rows in dtype and four in fp32. One weight may be widened to fp32 on the way.
+    the feed-forward is: two hidden rows in dtype and four in fp32. One weight may be widened to fp32 on the way. A
+    quantized product adds rows of 8 bits, and sums in 32 bits and their fp32 copy for runs of CHANNELS.
     """
     c, dim, hidden = dtype.itemsize, config.dim, config.ffn_dim
     attention = dim * (7 * c + 16)
     feed = 2 * c * dim + hidden * (2 * c + (0 if lean else 16))
-    constants = dim * c + 8 * config.head_dim + 64
+    constants = dim * c + 8 * config.head_dim + 64 + (16 * min(hidden, CHANNELS) if quantized else 0)
     return tokens * (max(attention, feed) + constants) + 4 * dim * hidden
 
 

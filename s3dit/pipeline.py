@@ -27,7 +27,7 @@ from s3dit.config import ModelConfig, read_model
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
-from s3dit.kernels.dispatch import BackendError, set_backend
+from s3dit.kernels.dispatch import BackendError, backend, set_backend
 from s3dit.layout import padded, patchify, text_to_image
 from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
@@ -237,10 +237,13 @@ class Pipeline:
         sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
         grids, items = self._items(request)
         tokens = sum(padded(rows * columns) for rows, columns in grids) + sum(map(padded, items))
+        # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
+        lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
+        kind = {"lean": backend() in lean, "quantized": self.schemes["transformer"] is not None}
         tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
         works: dict[str, list[tuple[int | None, int]]] = {
             "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
-            "transformer": [(None, budget.transformer_work(config.transformer, tokens, compute))],
+            "transformer": [(None, budget.transformer_work(config.transformer, tokens, compute, **kind))],
             "vae": [
                 (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
                 for tile in tiles

@@ -25,8 +25,8 @@ CASES = [
 ]
 
 
-def load(dtype="fp32"):
-    return Pipeline.load(device="cpu", dtype=dtype).parts["transformer"]
+def load(dtype="fp32", **options):
+    return Pipeline.load(device="cpu", dtype=dtype, **options).parts["transformer"]
 
 
 def velocity(model, grids, lengths, t=0.3, dtype=torch.float32):
@@ -77,6 +77,15 @@ def test_streamed_blocks_compile_too(counter, kept):
 
 def test_narrow_weights_under_wide_arithmetic(counter):
     eager, compiled = load("bf16"), load("bf16")
+    compile_blocks(compiled, counter)
+    for case in CASES[:3]:
+        assert torch.equal(velocity(compiled, *case), velocity(eager, *case))
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_quantized_layers_compile_too(counter, scheme):
+    eager, compiled = load(quantize=scheme), load(quantize=scheme)
     compile_blocks(compiled, counter)
     for case in CASES[:3]:
         assert torch.equal(velocity(compiled, *case), velocity(eager, *case))

@@ -158,6 +158,19 @@ def test_residency_makes_a_part_anew_when_less_of_it_may_stay():
     assert made == [{}, {"a": 3}, {"a": 0}]
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8-weights", "int4"])
+def test_quantized_blocks_stream_too(scheme):
+    options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "output_type": "latent"}
+    resident, streamed, tight = (
+        Pipeline.load(device="cpu", dtype="fp32", quantize=scheme, **more)
+        for more in ({}, {"residency": "streamed"}, {"vram": "9MiB"})
+    )
+    assert tight.plan(**options).fit.kept["transformer"] > 0
+    expected = resident(**options).latents[0]
+    assert torch.equal(streamed(**options).latents[0], expected)
+    assert torch.equal(tight(**options).latents[0], expected)
+
+
 class Stream:
     """A stream of CUDA as the test needs it: what is put on it runs as late as an event allows."""
 
