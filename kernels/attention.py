@@ -140,7 +140,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Ten
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     """torch's FlashAttention over packed items."""
     longest = max(q_span.lengths), max(k_span.lengths)
-    return varlen_attn(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, *longest)
+    out = varlen_attn(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, *longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @kernel

@@ -29,9 +29,9 @@ kernel: Any
 tl: Any
 if torch.cuda.is_available() or INTERPRETED:
     import triton
-    import triton.language as tl
+    import triton.language
 
-    kernel = triton.jit
+    kernel, tl = triton.jit, triton.language
 else:
     # Enough for a kernel to be defined; nothing here can launch one.
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)

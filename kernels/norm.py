@@ -302,7 +302,8 @@ def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _triton_norm_modulate(
     x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None
 ) -> Tensor | Rows:
-    return given(*_norm_rows(x, weight, scale, row, eps, takes), x.dtype)
+    out, out_scale = _norm_rows(x, weight, scale, row, eps, takes)
+    return given(out, out_scale, x.dtype)
 
 
 @gated_residual.on("cuda", "triton", when=lambda residual, *args: _rows_fit(residual))
@@ -317,8 +318,8 @@ def _triton_gated_norm(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor, scale: Tensor, row: Tensor,
     eps: float, takes: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Rows]:  # fmt: skip
-    out, *normed = _gated_rows(residual, x, weight, gate, next_weight, scale, row, eps, takes)
-    return out, given(*normed, residual.dtype)
+    out, normed, normed_scale = _gated_rows(residual, x, weight, gate, next_weight, scale, row, eps, takes)
+    return out, given(normed, normed_scale, residual.dtype)
 
 
 def _heads_fit(

@@ -78,4 +78,5 @@ def _fits(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> bool | 
 
 @swiglu.on("cuda", "triton", when=_fits)
 def _triton_swiglu(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
-    return given(*_swiglu_rows(gate, up, takes), gate.dtype)
+    out, scale = _swiglu_rows(gate, up, takes)
+    return given(out, scale, gate.dtype)
