@@ -18,6 +18,8 @@ Sources: the persistent products among Triton's tutorials for the walk and its s
 references and parts, which belong to the formats.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
-from s3dit.kernels.rows import flat
-from s3dit.kernels.scheme import LARGEST, SMALLEST, Rows, rows
+from s3dit.kernels.rows import blocks, empty_rows, flat, largest, round_rows
+from s3dit.kernels.scheme import Rows, rows
 from s3dit.kernels.tune import chosen
 
 # Up to so many rows a product takes less time than making its weight wide would.
@@ -53,23 +55,41 @@ class Tile(NamedTuple):
     flat: bool = True
 
 
-def choose(m: int, n: int, itemsize: int, out_itemsize: int, programs: int, hopper: bool) -> Tile:
-    """The tile that should finish (m, n) soonest on this many programs: full waves count as much as large tiles."""
+def tiles(itemsize: int, out_itemsize: int, described: bool) -> dict[Tile, float]:
+    """Tiles to choose among, each with the share of the peak that it should reach when all programs are busy.
+
+    With descriptors a program has 227 KiB of shared memory, otherwise as little as 99.
+    """
     depth = 128 // itemsize
-    if hopper:
-        # Each fits the 227 KiB of shared memory that a program may have, with its output.
-        wide = Tile(128, 256, depth, 8, 4 if out_itemsize <= 2 else 3, halves=True)
-        # Beside each tile: the share of the peak that it can reach when all programs are busy.
-        tiles = {wide: 1.0, Tile(128, 128, depth, 8, 4): 0.9, Tile(64, 256, depth, 4, 3): 0.85}
-        tiles[Tile(64, 128, depth, 4, 4)] = 0.7
-    else:
-        tiles = {Tile(128, 128, depth // 2, 8, 4): 1.0, Tile(64, 128, depth // 2, 4, 4): 0.8}
+    if not described:
+        return {Tile(128, 128, depth // 2, 8, 4): 1.0, Tile(64, 128, depth // 2, 4, 4): 0.8}
+    return {
+        Tile(128, 256, depth, 8, 4 if out_itemsize <= 2 else 3, halves=True): 1.0,
+        Tile(128, 128, depth, 8, 4): 0.9,
+        Tile(64, 256, depth, 4, 3): 0.85,
+        Tile(64, 128, depth, 4, 4): 0.7,
+        Tile(64, 64, depth, 4, 6): 0.45,
+    }
+
+
+def choose(m: int, n: int, itemsize: int, out_itemsize: int, programs: int, described: bool) -> Tile:
+    """The tile that should finish (m, n) soonest on this many programs: full waves count as much as large tiles."""
+    shares = tiles(itemsize, out_itemsize, described)
 
     def time(tile: Tile) -> float:
         waves = -(-(-(-m // tile.m) * -(-n // tile.n)) // programs)
-        return waves * tile.m * tile.n / tiles[tile]
+        return waves * tile.m * tile.n / shares[tile]
 
-    return min(tiles, key=time)
+    return min(shares, key=time)
+
+
+def candidates(itemsize: int, out_itemsize: int, described: bool) -> Iterator[dict[str, int]]:
+    """Tiles worth timing, as tune.search takes them: our own, two more large ones, other walks and loops."""
+    depth = 128 // itemsize
+    more = (Tile(256, 128, depth, 8, 4, halves=True), Tile(128, 256, depth, 8, 3)) if described else ()
+    for tile in (*tiles(itemsize, out_itemsize, described), *more):
+        for group, fused in itertools.product((4, 8, 16), (True, False)):
+            yield tile._replace(group=group, flat=fused)._asdict()
 
 
 @kernel
@@ -247,21 +267,15 @@ def _dequantize(
 
 @kernel
 def _quantize_rows(
-    x: "Any", values: "Any", scale: "Any", x_stride: "Any", K: tl.constexpr, LARGEST: tl.constexpr,
-    SMALLEST: tl.constexpr, INTEGER: tl.constexpr, BLOCK_K: tl.constexpr,
+    x: "Any", values: "Any", scale: "Any", N: "Any", x_stride: "Any", K: tl.constexpr, LARGEST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Round one row by its largest magnitude; the row is read once and kept."""
-    row, depth = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_K)
-    wide = tl.load(x + row * x_stride + depth, mask=depth < K, other=0.0).to(tl.float32)
-    # tl.max would pass over a NaN and int8 cannot hold one: an infinite scale makes the whole row NaN again.
-    largest = tl.max(tl.where(wide == wide, tl.abs(wide), float("inf")), 0)
-    unit = tl.div_rn(tl.maximum(largest, SMALLEST), LARGEST)
-    scaled = tl.div_rn(wide, unit)
-    if INTEGER:
-        # 1.5 · 2²³ leaves a fp32 no bits for a fraction: rounds half to even, as torch does.
-        scaled = (scaled + 12582912.0) - 12582912.0
-    tl.store(values + row * K + depth, scaled.to(values.dtype.element_ty), mask=depth < K)
-    tl.store(scale + row, unit)
+    """Round ROWS rows (N, K); each is read once and kept."""
+    n, k = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (n < N) & (k < K)
+    y, unit = round_rows(tl.load(x + n * x_stride + k, mask=inside, other=0.0).to(tl.float32), LARGEST)
+    tl.store(values + n * K + k, y.to(values.dtype.element_ty), mask=inside)
+    tl.store(scale + n, unit, mask=n < N)
 
 
 def _programs(device: torch.device) -> int:
@@ -269,10 +283,13 @@ def _programs(device: torch.device) -> int:
 
 
 def _describable(*tensors: Tensor) -> bool:
-    """Whether the hardware can copy tiles of them by descriptor: aligned to 16 bytes, and Hopper or later."""
+    """Whether to copy tiles of them by descriptor: aligned to 16 bytes, on a data-center GPU from Hopper on.
+
+    Blackwell's for consumers (12.0) have descriptors too, but less shared memory than our tiles take with them.
+    """
     device = tensors[0].device
-    return capability(device) >= (9, 0) and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 for t in tensors
+    return (device.type != "cuda" or (9, 0) <= capability(device) < (12, 0)) and all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0 and t.stride(0) >= t.shape[1] for t in tensors
     )
 
 
@@ -293,6 +310,8 @@ def launch_scaled(
 ) -> Tensor:  # fmt: skip
     """`scaled_matmul` with a tile of your choice; described=False keeps to pointers."""
     lead, (n, k) = x.shape[:-1], weight.shape
+    # Rows may be cut from longer ones.
+    x_scale = None if x_scale is None else x_scale.contiguous()
     x = flat(x)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
@@ -308,8 +327,8 @@ def launch_scaled(
 
         blocks = (tile.m, tile.k), (tile.n, tile.k), (tile.m, tile.n // 2 if tile.halves else tile.n)
         operands = tuple(TensorDescriptor.from_tensor(t, list(b)) for t, b in zip(operands, blocks, strict=True))
-    tiles = -(-m // tile.m) * -(-n // tile.n)
-    _scaled[(min(tiles, programs),)](
+    count = -(-m // tile.m) * -(-n // tile.n)
+    _scaled[(min(count, programs),)](
         *operands, x_scale, w_scale, bias, m, x.stride(0), weight.stride(0), n, k, tile.m, tile.n, tile.k, tile.group,
         x.dtype == torch.int8, described, tile.halves, tile.k if tile.promote else None, tile.flat,
         num_warps=tile.warps, num_stages=tile.stages,
@@ -323,8 +342,8 @@ def scaled_matmul(
 ) -> Tensor:
     """(x · weightᵀ) · x_scale · w_scale + bias; sums in fp32, or int32 for int8.
 
-    x (…, K) · weight (N, K), K contiguous, of the same dtype: bf16, fp16, fp32, e4m3 or int8 · x_scale one a row,
-    w_scale one a column, any shape, contiguous · bias (N,) -> (…, N) in dtype (bf16, fp16, fp32).
+    x (…, K) · weight (N, K), K contiguous, of the same dtype: bf16, fp16, fp32, e4m3 or int8 · x_scale (…, 1), w_scale
+    (N, 1) fp32 · bias (N,) -> (…, N) in dtype (bf16, fp16, fp32).
     """
     return launch_scaled(x, weight, x_scale, w_scale, bias, dtype)
 
@@ -349,7 +368,7 @@ def launch_mixed(
         return out.unflatten(0, lead)
     _mixed[(across, -(-m // block_m), splits)](
         x, weight, scale, zero, bias, sums, m, x.stride(0), n, k, k // scale.shape[-1] if packed else 0, splits, length,
-        block_m, block_n, block_k, num_warps=4, num_stages=4,
+        block_m, block_n, block_k, num_warps=4, num_stages=4 if block_m * x.itemsize < 512 else 3,
     )  # fmt: skip
     if splits > 1:
         column = None if packed else scale
@@ -382,28 +401,26 @@ def mixed_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
     the low four bits of byte j and 2j + 1 in the high ones, with scale (N, K/G), G a multiple of 64: (element - zero)
     · scale, zero (N, K/G) or 8 where there is none · bias (N,) -> (…, N), dtype of x.
     """
-    if x.shape[:-1].numel() <= FEW:
-        return launch_mixed(x, weight, scale, zero, bias, max(16, 1 << (x.shape[:-1].numel() - 1).bit_length()))
+    count = x.shape[:-1].numel()
+    if count <= FEW:
+        # All rows in one tile, if it fits, so that each weight is read and made wide once.
+        block_m = min(max(16, 1 << (count - 1).bit_length()), 512 // x.itemsize)
+        return launch_mixed(x, weight, scale, zero, bias, block_m)
     # torch's allocator hands every layer the same memory again, also within a CUDA graph and on other streams.
     return F.linear(x, dequantize(weight, scale, zero, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _fake_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape, device = x.shape, x.device
-    return torch.empty(shape, dtype=dtype, device=device), torch.empty(*shape[:-1], 1, device=device)
-
-
-@launcher(_fake_rows)
+@launcher(empty_rows)
 def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape, x = x.shape, flat(x)
-    values, scale = _fake_rows(x, dtype)
-    if len(x):
-        block = max(128, 1 << (x.shape[1] - 1).bit_length())
-        _quantize_rows[(len(x),)](
-            x, values, scale, x.stride(0), x.shape[1], LARGEST[dtype], SMALLEST, dtype == torch.int8, block,
-            num_warps=min(8, block // 128),
+    values, scale = empty_rows(x, dtype)
+    x = flat(x)
+    n, k = x.shape
+    programs, each, block, warps = blocks(n, k)
+    if n:
+        _quantize_rows[(programs,)](
+            x, values, scale, n, x.stride(0), k, largest(dtype), each, block, num_warps=warps
         )  # fmt: skip
-    return values.view(shape), scale.view(*shape[:-1], 1)
+    return values, scale
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
