@@ -160,11 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether an error is one of the three that speak to the user."""
-    from s3dit.kernels.dispatch import BackendError
-    from s3dit.weights.checkpoint import CheckpointError
-
-    return isinstance(error, RequestError | CheckpointError | BackendError)
+    """Whether an error is one of the three that speak to the user, told by its home: its module may not import."""
+    return type(error).__module__.startswith("s3dit.")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -497,5 +497,5 @@ def _memory(plan: Plan, error: str) -> str:
     held = max(stage.holds for stage in plan.stages)
     return (
         f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
-        "activations; draw fewer or smaller pictures at once, or use dtype bf16"
+        "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"
     )

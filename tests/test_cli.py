@@ -1,6 +1,7 @@
 """The command line as a user meets it: pictures, replay, JSON lines, and one line for every mistake."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -107,6 +108,21 @@ def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, 
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("s3dit: ") and message in lines[0]
     assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_backend_in_the_environment_is_one_line():
+    run = [sys.executable, "-m", "s3dit", "plan", PROMPT]
+    done = subprocess.run(run, env=os.environ | {"S3DIT_BACKEND": "cudaa"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == (
+        "s3dit: backend is 'cudaa'; needed one of auto, reference, torch, triton\n"
+    )
+
+
+def test_help_names_the_environment(capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    out = capsys.readouterr().out
+    assert "S3DIT_BACKEND=auto|reference|torch|triton" in out and "--kernels" in out and "--vram" in out
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -241,3 +241,16 @@ def test_events_keep_copies_and_computation_apart(monkeypatch):
     streamed = belt = block = None
     gc.collect()
     assert not pinned, "host memory is given back unpinned"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_streamed_on_a_gpu_is_resident_bit_for_bit(quantize):
+    options = {"prompt": "a red star", "num_inference_steps": 3, "seed": 1, "guidance_scale": 1.0}
+    resident, streamed = (
+        Pipeline.load(device="cuda", dtype="bf16", quantize=quantize, residency=r) for r in ("resident", "streamed")
+    )
+    for side in (128, 64, 128):
+        a, b = (pipe(**options, height=side, output_type="latent").latents[0] for pipe in (resident, streamed))
+        assert torch.equal(a, b)
+    assert streamed.parts["transformer"].belt.copies
