@@ -56,7 +56,7 @@ def _torch_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | s
 # First until the benchmark says otherwise. Without fast accumulation the row-wise form is several times slower.
 @fp8_linear.on("cuda", "torch", when=_torch_able)
 def _scaled_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
-    """CUTLASS's product of rounded rows, as torch has it."""
+    """The row-wise product of torch, which is CUTLASS's or cuBLAS's."""
     values, scale, dtype = rounded(x, DTYPE)
     out = torch._scaled_mm(
         values.reshape(-1, values.shape[-1]),
