@@ -13,6 +13,7 @@ otherwise. The Triton kernels read and write every number once: a program has wh
 Source: official ZImageTransformerBlock and Attention.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from s3dit.kernels.scheme import Rows, quantize_rows
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 # A program holds a whole row in registers.
 WIDEST = 16384
+# Rows that the CPU takes at a time: 64 of width 3,840 are 1 MiB in fp32.
+PIECE = 64
 
 
 @op
@@ -99,17 +102,69 @@ def _rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
-@qk_norm_rope.on("cpu", "torch", when=lambda *args: not torch.compiler.is_compiling() or "a compiler does better")
-def _complex_rotation(
+def _in_pieces(*args: Any) -> bool | str:
+    """What the CPU forms need: nobody who fuses the reference better, or wants gradients of what they overwrite."""
+    if torch.compiler.is_compiling():
+        return "a compiler fuses the reference"
+    watched = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)
+    return not watched or "a gradient needs what would be overwritten"
+
+
+def _pieces(rows: int) -> Iterator[slice]:
+    """Runs of PIECE rows."""
+    return (slice(start, start + PIECE) for start in range(0, rows, PIECE))
+
+
+def _norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm of a copy of x in fp32, in the copy's own memory; weight fp32."""
+    wide = x.to(torch.float32, copy=True)
+    return wide.mul_(torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).mul_(weight)
+
+
+# On a CPU every pass of a reference goes through memory, and every result of a pass faults new pages in. The same
+# arithmetic on a few rows at a time, in place, stays in the cache and gives the same bits. 1,088 tokens of width 3,840 on
+# one (shared) core of a Zen 5, bf16: 1.8 to 4 times less time than the references, 6 for the rotation.
+@rms_norm_modulate.on("cpu", "torch", when=_in_pieces)
+def _norm_modulate_in_pieces(
+    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None
+) -> Tensor | Rows:
+    out, weight, table = torch.empty_like(x), weight.float(), 1.0 + scale.float()
+    for piece in _pieces(len(x)):
+        out[piece] = _norm_in_place(x[piece], weight, eps).mul_(_rows(table, row[piece]))
+    return _given(out, takes)
+
+
+@gated_residual.on("cpu", "torch", when=_in_pieces)
+def _gated_in_pieces(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, row: Tensor, eps: float) -> Tensor:
+    out, weight, gate = torch.empty_like(residual), weight.float(), gate.float().tanh()
+    for piece in _pieces(len(x)):
+        out[piece] = _norm_in_place(x[piece], weight, eps).mul_(_rows(gate, row[piece])).add_(residual[piece])
+    return out
+
+
+@gated_residual_norm.on("cpu", "torch", when=_in_pieces)
+def _gated_norm_in_pieces(
+    residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor, scale: Tensor, row: Tensor,
+    eps: float, takes: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | Rows]:  # fmt: skip
+    residual = _gated_in_pieces(residual, x, weight, gate, row, eps)
+    return residual, _norm_modulate_in_pieces(residual, next_weight, scale, row, eps, takes)
+
+
+@qk_norm_rope.on("cpu", "torch", when=_in_pieces)
+def _rotation_in_pieces(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None = None
 ) -> tuple[Tensor | Rows, Tensor]:
     """The same rotation as one complex product: strided pair access makes the real form several times slower on CPU."""
     turn = torch.view_as_complex(rope)[:, None]
 
     def rotate(x: Tensor, weight: Tensor) -> Tensor:
-        wide = rms_norm.reference(x.float(), weight, eps)
-        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-        return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+        out, weight = torch.empty(x.shape, dtype=x.dtype), weight.float()
+        for piece in _pieces(len(x)):
+            wide = _norm_in_place(x[piece], weight, eps)
+            torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn[piece])
+            out[piece] = wide
+        return out
 
     return _given(rotate(q, q_weight), takes), rotate(k, k_weight)
 

@@ -139,3 +139,34 @@ def test_what_kernels_refuse(device):
 def test_old_gpus_are_refused(found, takes, words, monkeypatch):
     monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
     assert words in missing(torch.ones(1, dtype=torch.float16), (torch.float16,), takes)
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, rows", [(1, 1), (63, 3), (100, 1), (130, 130)])
+def test_pieces_on_the_cpu_give_the_same_bits(n, rows, wide, takes, poison):
+    x, w, table, row = modulated(n, 100, rows, wide, "cpu")
+    rest, v, gate, _ = modulated(n, 100, rows, wide, "cpu")
+    calls = [
+        (rms_norm_modulate, (x, w, table, row, 1e-5, takes)),
+        (gated_residual, (rest, x, w, gate, row, 1e-5)),
+        (gated_residual_norm, (rest, x, w, gate, v, table, row, 1e-5, takes)),
+    ]
+    for op, args in calls:
+        assert op.choose(*args) is not op.reference
+        for got, expected in zip(parts(op(*args)), parts(op.reference(*args)), strict=True):
+            assert torch.equal(got.float(), expected.float())
+
+
+def parts(answer):
+    """The tensors of an answer, one after another."""
+    if isinstance(answer, torch.Tensor):
+        return [answer]
+    return [x for part in answer if not isinstance(part, torch.dtype) for x in parts(part)]
+
+
+def test_a_gradient_takes_the_reference():
+    x = torch.randn(2, 32, requires_grad=True)
+    args = x, torch.ones(32), torch.ones(1, 32), torch.zeros(2, dtype=torch.long), 1e-5
+    assert rms_norm_modulate.choose(*args) is rms_norm_modulate.reference
+    rms_norm_modulate(*args).sum().backward()
+    assert x.grad.isfinite().all()
