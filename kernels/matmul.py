@@ -6,9 +6,9 @@ as it is stored, because there the time is the reading; many rows first make the
 time is the arithmetic. `quantize_rows` rounds an x that its maker has not rounded.
 
 All weights are (N, K) with K contiguous, which is how tensor cores take 8-bit operands. N and K are compile-time
-constants, so that a K of whole blocks pays for no mask; M is not, so that no prompt compiles anything. One program an
-SM walks over the tiles, a few rows of tiles at a time, whose x then stays in the L2 cache; with tensor descriptors the
-copies need no registers.
+constants, so that a K of whole blocks pays for no mask; M is not, so that a prompt compiles nothing (but, once, what is
+no multiple of 16). One program an SM walks over the tiles, a few rows of tiles at a time, whose x then stays in the L2
+cache; with tensor descriptors the copies need no registers.
 
 Under torch.compile each product is one opaque node: nothing can be fused into it, and the graph must not depend on M.
 
@@ -31,7 +31,7 @@ from s3dit.kernels.rows import blocks, empty_rows, flat, largest, round_rows
 from s3dit.kernels.scheme import Rows, rows
 from s3dit.kernels.tune import chosen
 
-# Up to so many rows a product takes less time than making its weight wide would.
+# Up to so many rows a product should take less time than making its weight wide would. Computed, not yet measured.
 FEW = 192
 # Dtypes of an x that is not rounded, and of results.
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
