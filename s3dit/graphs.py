@@ -17,10 +17,10 @@ import os
 import shutil
 import sys
 import sysconfig
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def compile_blocks(model: nn.Module, compiler: str | Callable[..., Any] = "induc
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     kinds = {kind: _compiled(kind, compiler) for kind in {type(block) for block in blocks}}
     for block in blocks:
-        block.forward = MethodType(kinds[type(block)], block)
+        block.forward = _bound(kinds[type(block)], block)
 
 
 def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +70,12 @@ def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Call
             symbols.use_duck_shape = before
 
     return forward
+
+
+def _bound(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+    """The forward as a method that does not keep its block alive."""
+    itself = weakref.ref(block)
+    return lambda *args: forward(itself(), *args)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -79,13 +79,12 @@ class Residency:
         self._let_go(*self._held)
 
     def _let_go(self, *names: str) -> None:
-        for name in names:
-            del self._held[name]
-        if names:
-            # Hooks and compiled methods point back at their blocks: only the collector lets those go.
+        gone = [weakref.ref(self._held.pop(name)) for name in names]
+        # Recordings point back at their model, and only the collector, which takes its time, lets go of such rings.
+        if any(module() is not None for module in gone):
             gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        if gone and torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def repeated(model: nn.Module) -> list[nn.ModuleList]:

@@ -1,6 +1,7 @@
 """Streamed blocks: the same bits as resident ones, in any order, after any accident, whatever a block is made of."""
 
 import gc
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from s3dit import Pipeline
+from s3dit.graphs import compile_blocks
 from s3dit.kernels.dispatch import BackendError
 from s3dit.layout import text_to_image
 from s3dit.offload import Residency, repeated, stream
@@ -156,6 +158,17 @@ def test_residency_makes_a_part_anew_when_less_of_it_may_stay():
     parts.kept = {"a": 0}
     parts["a"]
     assert made == [{}, {"a": 3}, {"a": 0}]
+
+
+@pytest.mark.parametrize("residency", ["staged", "streamed"])
+def test_a_part_goes_at_once(residency, monkeypatch):
+    """Compiled and streamed blocks hold no ring of references; the collector would take a second to find it."""
+    monkeypatch.setattr("s3dit.pipeline.compile_blocks", lambda model: compile_blocks(model, "eager"))
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency=residency, compile=True)
+    part = weakref.ref(pipe.parts["transformer"])
+    monkeypatch.setattr(gc, "collect", lambda: pytest.fail("a ring"))
+    pipe.parts.free()
+    assert part() is None
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-weights", "int4"])
