@@ -1,4 +1,4 @@
-"""The command line: `s3dit generate`, `s3dit plan`. Flags are made from Request's fields.
+"""The command line: `s3dit generate`, `s3dit plan`, `s3dit quantize`. Flags are made from Request's fields.
 
 Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
 and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
@@ -30,6 +30,7 @@ EXAMPLES = """examples:
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
+  s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
 environment:
   S3DIT_BACKEND=auto|reference|torch|triton             who computes, where --backend does not say; see plan --kernels
 """
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"s3dit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,plan}")
+    commands = parser.add_subparsers(dest="command", metavar="{generate,plan,quantize}")
     for name, text in (("generate", "draw pictures"), ("plan", "print what a request will load and compute")):
         command = commands.add_parser(
             name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -63,7 +64,19 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--kernels", action="store_true", help="also print which implementation serves each operation, and why"
             )
+    text = "write a model directory in a number format"
+    _add_quantize(commands.add_parser("quantize", help=text, description=text))
     return parser
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a model in the official layout, or a hub name")
+    parser.add_argument("target", type=Path, metavar="DST", help="the new model directory")
+    parser.add_argument(
+        "--to", required=True, metavar="NAME", help="of the transformer: fp8, int8, int4, fp8-weights or int8-weights"
+    )
+    parser.add_argument("--text", metavar="NAME", help="of the text encoder, all but its last layers (default: as it is)")
+    parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _run(args)
+        return _quantize(args) if args.command == "quantize" else _run(args)
     except KeyboardInterrupt:
         print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
         return 130
@@ -201,6 +214,23 @@ def _run(args: argparse.Namespace) -> int:
             print(explain(pipe, plan.request))
         return 0
     return _generate(pipe, request, args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from s3dit.pipeline import EMBEDDED
+    from s3dit.weights.hub import resolve
+    from s3dit.weights.quantize import check, quantize, scheme_named
+
+    named = {"transformer": args.to, "text_encoder": args.text}
+    schemes = {part: scheme_named(name) for part, name in named.items() if name is not None}
+    source = EMBEDDED if args.source == "embedded" else resolve(args.source)
+    total = sum(checkpoint.nbytes for checkpoint in check(source, args.target, schemes, force=args.force).values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as bar:
+        quantize(source, args.target, schemes, version=__version__, force=args.force, progress=bar.update)
+    print(args.target)
+    return 0
 
 
 def _lines(path: Path) -> list[str]:
