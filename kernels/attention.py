@@ -35,6 +35,8 @@ HALF = (torch.bfloat16, torch.float16)
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Up to so many queries an item, tiles of 128 would leave a third of a Hopper's processors without work at the end.
 SHORT = 2048
+# Scores that the CPU holds at a time: 4 MiB in fp32.
+SCORES = 1 << 20
 # What a search tries.
 CANDIDATES: tuple[Config, ...] = tuple(
     {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
@@ -128,6 +130,35 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
     for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
         qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # (1, H, L, D)
         oi.copy_(F.scaled_dot_product_attention(qi, ki, vi)[0].transpose(0, 1))
+    return out
+
+
+def _one_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Where `_by_heads` was seen to be faster: bf16 on a core that has its arithmetic, but no tiles (AMX)."""
+    if q.dtype != torch.bfloat16 or torch.get_num_threads() > 1:
+        return "takes bf16 on one thread"
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        return "gives no gradient"
+    cpu = torch.cpu
+    return (cpu._is_avx512_bf16_supported() and not cpu._is_amx_tile_supported()) or "needs AVX512-BF16 without AMX"
+
+
+def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    """Head by head: scores in fp32, by fp32 products, then weights times values in bf16, as torch's own does it.
+
+    Against torch's own, on one (shared) core of a Zen 5, 30 heads of 128: 1.2, 1.3 and 1.4 times its speed at 288,
+    1,088 and 2,112 tokens, error 2.3e-3 against its 2.2e-3. Scores by bf16 products would be 2.6 times as fast, but
+    have an error of 1e-2 where scores are three times as large.
+    """
+    out = torch.empty_like(q)
+    for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
+        rows = max(1, SCORES // len(ki))
+        for head in range(q.shape[1]):
+            keys, values = ki[:, head].float().t().contiguous(), vi[:, head].contiguous()
+            queries = qi[:, head].float() * q.shape[-1] ** -0.5
+            for start in range(0, len(qi), rows):
+                weights = (queries[start : start + rows] @ keys).softmax(-1)
+                oi[start : start + rows, head] = weights.to(v.dtype) @ values
     return out
 
 
@@ -363,6 +394,7 @@ attention.on("cuda", "torch", when=_first_refusal(_equal, _keyed))(_sdpa)
 attention.on("cuda", "triton", when=_first_refusal(_hopper, _fits))(_flash)
 attention.on("cuda", "torch", when=_first_refusal(_half, _keyed))(_varlen)
 attention.on("cuda", "triton", when=_fits)(_flash)
+attention.on("cpu", "torch", when=_first_refusal(_keyed, _one_core))(_by_heads)
 for _device in ("cpu", "cuda", "mps"):
     attention.on(_device, "torch", when=_keyed)(_sdpa)
 attention_lse.on("cuda", "triton", when=_fits)(_flash_lse)
