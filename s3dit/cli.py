@@ -75,7 +75,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", required=True, metavar="NAME", help="of the transformer: fp8, int8, int4, fp8-weights or int8-weights"
     )
-    parser.add_argument("--text", metavar="NAME", help="of the text encoder, all but its last layers (default: as it is)")
+    parser.add_argument("--text", metavar="NAME", help="of the text encoder but its last layers (default: as it is)")
     parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
