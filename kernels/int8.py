@@ -50,7 +50,7 @@ def _integers(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
         product = torch._int_mm(flat, codes[run].T).float()
         product.mul_(scale[:, run]).mul_(row_scale.view(-1, 1))
         out[:, run] = product if bias is None else product.add_(bias[run])
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(codes))
 
 
 @int8_linear.on("cpu", "torch")
