@@ -84,10 +84,12 @@ def swap(model: nn.Module, scheme: Scheme, where: Callable[[str], bool]) -> None
         raise BackendError(f"{scheme.name}: no linear layer of {type(model).__name__} is meant to be quantized")
     for name in found:
         plain = model.get_submodule(name)
+        assert isinstance(plain, Linear)
         if not plain.weight.is_meta:
             raise BackendError(f"{name} is filled already; needed a model without weights: swap first, then assign")
         try:
-            quantized = QuantLinear(scheme, plain.in_features, plain.out_features, plain.bias is not None)
+            with torch.device("meta"):
+                quantized = QuantLinear(scheme, plain.in_features, plain.out_features, plain.bias is not None)
         except ValueError as error:
             raise BackendError(f"{name}: {error}") from None
         parent, _, leaf = name.rpartition(".")

@@ -167,7 +167,8 @@ class Pipeline:
             scheme = self.schemes[part]
             if scheme is not None:
                 stored = keymap.official(self.checkpoints[part], module.state_dict())
-                swap(module, scheme, layers(part, stored).__contains__)
+                for name, kind in layers(part, stored, scheme).items():
+                    swap(module, kind, name.__eq__)
         return module, unused
 
     def _maker(self, part: str) -> Callable[[], nn.Module]:

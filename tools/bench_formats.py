@@ -51,7 +51,8 @@ def blank(layers: int, name: str | None) -> Transformer:
         model = Transformer(TransformerConfig(n_layers=layers, **OFFICIAL))
         if name is not None:
             names = [n.removesuffix(".weight") for n in model.state_dict() if n.endswith(".weight")]
-            swap(model, SCHEMES[name], chosen("transformer", names).__contains__)
+            for layer, scheme in chosen("transformer", names, SCHEMES[name]).items():
+                swap(model, scheme, layer.__eq__)
     filled = {}
     for key, tensor in model.state_dict().items():
         if tensor.dtype in (torch.int8, torch.uint8):

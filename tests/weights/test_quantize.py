@@ -77,11 +77,14 @@ def test_what_is_chosen():
         "all_final_layer.2-1.linear",
         "noise_refiner.1.feed_forward.w2",
     ]
-    assert chosen("transformer", names) == {names[0], names[1], names[-1]}
+    int8, int4 = SCHEMES["int8"], SCHEMES["int4"]
+    assert chosen("transformer", names, int8) == dict.fromkeys((names[0], names[1], names[-1]), int8)
+    finer = {names[0]: int4, names[1]: SCHEMES["int8-weights"], names[-1]: int4}
+    assert chosen("transformer", names, int4) == finer
     layers = [f"model.layers.{i}.mlp.up_proj" for i in range(36)]
     # The last of 36 is never computed, eight before it are sensitive.
-    assert chosen("text_encoder", [*layers, "lm_head"]) == set(layers[:27])
-    assert chosen("vae", ["decoder.conv_in"]) == frozenset()
+    assert list(chosen("text_encoder", [*layers, "lm_head"], int8)) == layers[:27]
+    assert chosen("vae", ["decoder.conv_in"], int8) == {}
 
 
 FAULTS = {
