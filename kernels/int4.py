@@ -2,8 +2,7 @@
 
 w = (code - zero) · scale with codes 0 … 15; element 2j of a row is in the low half of byte j, 2j + 1 in the high half.
 The range of a group is clipped a little at either end, as gives the least squared error: 8.3 % of a Gaussian weight,
-where nearest gives 9.0 % and a symmetric form of 4.25 bits 9.1 % at best. On the embedded model a velocity error of
-10.7 % becomes one of 9.3 to 10.0 %, as the roundings fall.
+where nearest gives 9.0 % and a symmetric form of 4.25 bits 9.1 % at best.
 """
 
 import itertools

@@ -10,7 +10,7 @@ from s3dit.kernels.scheme import quantize_rows
 from s3dit.layout import text_to_image
 from s3dit.linear import Linear, QuantLinear, swap
 
-# Mean relative error against fp32, in bf16 arithmetic. tools/bench_formats.py holds more prompts to 5e-2, 4e-2 and 1e-1.
+# Mean relative error against fp32, in bf16 arithmetic; the bounds of 5e-2, 4e-2 and 1e-1 are of more prompts than two.
 BOUNDS = {"fp8": 6e-2, "fp8-weights": 5e-2, "int8": 4e-2, "int8-weights": 4e-2, "int4": 1.1e-1}
 
 

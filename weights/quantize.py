@@ -37,7 +37,7 @@ LAYERS = {
     ),
     "text_encoder": re.compile(r"(model\.)?(layers)\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"),
 }
-# A sixth of the weights, but half of the error of a 4-bit model: what attention hands on. 4-bit formats give them 8 bits.
+# What attention hands on: a sixth of the weights, and half of the error of a 4-bit model. They are given 8 bits.
 SENSITIVE = re.compile(r"\.(to_v|to_out\.0|v_proj|o_proj)$")
 FINER = {"int4": "int8-weights"}
 # The last layers of the text encoder stay wide, at most this many and at most a quarter; one more is never computed.
