@@ -480,8 +480,9 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, agai
     """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault."""
     if x.isfinite().all():
         return
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not parameter.isfinite().all():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        # Codes of 8 bits and less are finite; their scales may not be.
+        if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
             raise CheckpointError(
                 f"{what} is not finite because {name} in {checkpoint.path} holds NaN or infinity; "
                 "needed finite weights; download the file again"
