@@ -118,3 +118,15 @@ def test_int4_packs_the_even_code_low():
     w[0, :4] = torch.tensor([0.0, 15.0, 1.0, 2.0])
     parts = SCHEMES["int4"].encode(w)
     assert parts["weight"][0, :2].tolist() == [0xF0, 0x21] and float(parts["zero"]) == 0 and float(parts["scale"]) == 1
+
+
+def test_int8_without_integer_products(monkeypatch):
+    """CPUs without 8-bit dot products give the same numbers in floating point, to the rounding of sums."""
+    from s3dit.kernels import int8
+
+    x, parts = torch.randn(33, 192), SCHEMES["int8"].encode(torch.randn(100, 192))
+    expected = linear(x, SCHEMES["int8"], parts)
+    assert int8.int8_linear.choose(x, parts, None) is (int8._integers if int8.INTEGER_DOT else int8._widened)
+    monkeypatch.setattr(int8, "INTEGER_DOT", False)
+    assert int8.int8_linear.choose(x, parts, None) is int8._widened
+    assert relative(linear(x, SCHEMES["int8"], parts), expected) < 1e-6

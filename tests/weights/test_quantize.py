@@ -195,3 +195,18 @@ def test_command_line(tmp_path, capsys):
         assert main(wrong) == 2
         err = capsys.readouterr().err
         assert words in err and err.count("\n") == 1
+
+
+def test_a_nan_scale_is_named_and_an_overflow_is_seen(copy):
+    file = copy / "transformer" / WEIGHTS
+    metadata, tensors = open_checkpoint(file).metadata, {k: v.clone() for k, v in load_file(file).items()}
+    tensors[f"{LAYER}.scale"][3] = float("nan")
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"velocity of step 1 is not finite because {LAYER}.scale"):
+        draw(copy)
+    tensors[f"{LAYER}.scale"][3] = 1.0
+    for leaf in ("w1", "w3"):
+        tensors[f"layers.2.feed_forward.{leaf}.scale"] *= 1e30
+    save_file(tensors, file, metadata=metadata)
+    with pytest.raises(BackendError, match=r"velocity of step 1 is not finite .*first seen in layers.2.feed_forward"):
+        draw(copy)
