@@ -75,7 +75,7 @@ def test_plan_kernels(capsys):
     assert "backend auto, cpu" in out
     for op in ("attention 192×6×32", "rms_norm_modulate 192×192", "gated_residual", "qk_norm_rope", "swiglu"):
         assert f"× {op}" in out
-    assert "not sdpa (torch): needs cuda tensors, found cpu" in out
+    assert "not cudnn (torch): needs cuda tensors, found cpu" in out
     assert "not reference (reference): in_place comes first" in out
 
 

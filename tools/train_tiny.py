@@ -223,7 +223,7 @@ def quick_score(model: Model, vae: Autoencoder, data: dict[str, Any], tokenizer:
 
 
 def score(folder: Path) -> dict[str, Any]:
-    """Measure a folder on the 500 fixed prompts with the engine's defaults, seeds 0 … 499."""
+    """Measure a folder on the 500 fixed prompts with the engine's defaults; the seed is the prompt's index."""
     from tqdm import tqdm
 
     from s3dit import Pipeline
@@ -234,7 +234,7 @@ def score(folder: Path) -> dict[str, Any]:
         chosen = prompts[start : start + batch]
         pictures = pipe(prompt=[c for _, c in chosen], seed=start).images
         verdicts += [(scene, judge(np.asarray(p), scene)) for p, (scene, _) in zip(pictures, chosen, strict=True)]
-    return table(verdicts)
+    return table(verdicts) | {"seeds": f"0 to {len(prompts) - 1}", "placement": str(pipe.placement)}
 
 
 def main() -> None:
