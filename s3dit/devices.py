@@ -82,4 +82,5 @@ def native_bf16(device: torch.device) -> bool:
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device that multiplies bf16 in hardware is faster at it than at fp32."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return native_bf16(device) and not (able.get("avx512_bf16") and not able.get("amx_bf16") and "Intel" in able.get("cpu_name", ""))
+    slow = able.get("avx512_bf16") and not able.get("amx_bf16") and "Intel" in able.get("cpu_name", "")
+    return native_bf16(device) and not slow
