@@ -6,8 +6,8 @@ and leaves no half-written picture. torch is imported only when there is somethi
 
 import argparse
 import json
-import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -40,6 +40,8 @@ KINDS: dict[str, Any] = {
     "max_sequence_length": int, "strength": float, "negative_prompt": str,
 }  # fmt: skip
 SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"]}
+# Bytes of a part from which its loading is worth a bar.
+LONG = 1 << 28
 CHOICES = {"solver": get_args(Solver), "schedule": get_args(Schedule)}
 
 
@@ -268,8 +270,15 @@ def _check_output(path: Path) -> None:
         raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
     if not path.parent.is_dir():
         raise RequestError(f"output folder {path.parent} does not exist; make it or choose another")
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise RequestError(f"output {path} cannot be written; needed a writable folder and a file name; choose another")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError:
+        raise RequestError(
+            f"output {path} cannot be written; needed a writable folder and a file name; choose another"
+        ) from None
 
 
 def describe(pipe: "Pipeline", plan: "Plan") -> str:
@@ -355,14 +364,32 @@ class Progress:
 
         self.pipe, self.plan, self.args = pipe, plan, args
         self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
+        self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
+        self.loading: dict[str, tqdm[Any]] = {}
+        pipe.on_read = self.read
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.pipe.on_read = None
         self.bar.close()
         if self.args.preview:
             self._preview_path().unlink(missing_ok=True)
+
+    def read(self, part: str, count: int) -> None:
+        """Show a part coming in, where that takes long: `count` more bytes of it were read."""
+        from tqdm import tqdm
+
+        if self.args.json or part not in self.reads:
+            return
+        if part not in self.loading:
+            options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
+            self.loading[part] = tqdm(total=self.reads[part], desc=f"loading {part}", **options)
+        bar = self.loading[part]
+        bar.update(count)
+        if bar.n >= self.reads[part]:
+            self.loading.pop(part).close()
 
     def _preview_path(self) -> Path:
         output: Path = self.args.output

@@ -97,6 +97,8 @@ class Pipeline:
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
+        # Called with the part's name and the bytes of each tensor that is read, as parts come in.
+        self.on_read: Callable[[str, int], None] | None = None
         self._tile: int | None = None
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
@@ -177,7 +179,8 @@ class Pipeline:
             dtype = self.placement.compute if part == "vae" else self.placement.dtype
             device, kept = self.placement.device, self.parts.kept.get(part)
             if kept is None:
-                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused)
+                seen = None if self.on_read is None else partial(self.on_read, part)
+                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused, progress=seen)
             else:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(module, self.checkpoints[part], dtype=None, unused=unused)

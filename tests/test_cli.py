@@ -111,6 +111,23 @@ def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, 
     assert captured.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    def full(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert run("generate", "x", "-o", tmp_path / "a.png") == 2
+    captured = capsys.readouterr()
+    assert "a.png cannot be written" in captured.err and "call" not in captured.err
+
+
+def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("s3dit.cli.LONG", 1 << 20)
+    assert run("generate", "a red star", "--steps", 1, "-o", tmp_path / "a.png") == 0
+    err = capsys.readouterr().err
+    assert "loading transformer:" in err and "/10.3M" in err and "loading text_encoder" not in err
+
+
 def test_an_unknown_backend_in_the_environment_is_one_line():
     run = [sys.executable, "-m", "s3dit", "plan", PROMPT]
     done = subprocess.run(run, env=os.environ | {"S3DIT_BACKEND": "cudaa"}, capture_output=True, text=True)
