@@ -238,7 +238,7 @@ class Pipeline:
         fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
-        notes = (*notes, *self._notes(request))
+        notes = tuple(dict.fromkeys([*notes, *self._notes(request), *self._notes(largest)]))
         first, *later = (Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit) for one, few in found)
         return replace(first, canvases=canvases, then=later[0] if later else None)
 
