@@ -228,12 +228,14 @@ class Pipeline:
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
         found = [(one, conditioning.levels(one)) for one in conditioning.passes(request)]
         calls = [model_calls(request.solver, few) for _, few in found]
-        for turn, count in enumerate(calls):
-            if canvases or turn:
-                works.append(("vae", f"{request.count} start images"))
+        if canvases:
+            works.append(("vae", f"{request.count} start images"))
+        for turn, count in enumerate(calls, 1):
             works.append(("transformer", f"{count} model calls, {len(self._items(request)[1])} items each"))
-            if turn + 1 < len(calls) or request.output_type != "latent":
-                works.append(("vae", f"{request.count} pictures"))
+            if turn < len(calls):
+                works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
+        if request.output_type != "latent":
+            works.append(("vae", f"{request.count} pictures"))
         largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
         fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
