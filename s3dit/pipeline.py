@@ -216,7 +216,7 @@ class Pipeline:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
-        request, canvases, notes = conditioning.prepare(Request(**fields) if request is None else request)
+        request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
         request = request.resolve(self.config)
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
@@ -226,7 +226,7 @@ class Pipeline:
             if (ids := self._ids(text, request.max_sequence_length)) not in self._features
         }
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
-        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request)]
+        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
         if canvases:
             works.append(("vae", f"{request.count} start images"))
@@ -240,7 +240,7 @@ class Pipeline:
         fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
-        notes = tuple(dict.fromkeys([*notes, *self._notes(request), *self._notes(largest)]))
+        notes = tuple(dict.fromkeys([*said, *self._notes(request), *self._notes(largest)]))
         first, *later = (Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit) for one, few in found)
         return replace(first, canvases=canvases, then=later[0] if later else None)
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from s3dit import Pipeline, RequestError
-from s3dit.conditioning import Canvas, Keep, begin, enlarged, levels, noised, passes, prepare
+from s3dit.conditioning import Canvas, Keep, begin, enlarged, levels, noised, prepare
 from s3dit.layout import patchify
 from s3dit.request import Request
 from s3dit.sampler import sigmas, solve
@@ -193,12 +193,13 @@ def test_a_second_pass_is_img2img_of_the_first_s_picture(pipe):
         *((i, 6, i, 16) for i in range(1, 5)), (5, 6, 5, 24), (6, 6, 6, 24),
     ]  # fmt: skip
     assert pipe.plan(upscale=1.5, upscale_strength=0.5, **options).calls == 6
+    assert "128×128 enlarged 1.2 times is made whole patches: 160×160" in pipe.plan(upscale=1.2, **options).notes
 
 
 def test_a_second_pass_keeps_to_the_mask(pipe):
     image, mask = scene(128, 96), box(128, 96, 32, 16, 96, 80)
     plan = pipe.plan(prompt=PROMPTS[0], image=image, mask_image=mask, upscale=2, seed=1)
-    (large,) = enlarged(plan.canvases, [plan.canvases[0].pixels], list(passes(plan.request))[1])
+    (large,) = enlarged(plan.canvases, [plan.canvases[0].pixels], plan.then.request)
     assert large.pixels.shape == (3, 256, 192) and set(large.mask.unique().tolist()) == {0, 1}
     drawn = np.asarray(pipe(plan.request).images[0])
     kept = np.asarray(image.resize((192, 256), Image.Resampling.LANCZOS)).astype(int)
