@@ -209,6 +209,14 @@ def test_the_decoders_formula(config, dtype, tile):
     assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < 4 * most
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_encoding_pictures_takes_no_more_than_decoding_them(config, dtype, tile):
+    model = built(Autoencoder, config.vae, dtype)
+    pixels = torch.rand(1, 3, 256, 192)
+    assert measured(lambda: model.encode(pixels, tile=tile)) <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu")
+
+
 def test_sizes_are_what_is_held(config):
     pipe = Pipeline.load(device="cpu", dtype="bf16")
     for part in ("text_encoder", "transformer"):
