@@ -13,27 +13,26 @@ The authors add the refiner's hints to the base's image stream; diffusers adds t
 Both are here (`Rule`), the authors' is the default. The two are one for 1.0.
 
 Source: VideoX-Fun `z_image_transformer2d_control.py` (the authors), diffusers `controlnet_z_image.py`. Not here: making
-control images (canny, depth, pose); which step a branch acts in (`conditioning`, the pipeline).
+control images (canny, depth, pose); in which steps a branch acts (`branches`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from s3dit.config import TransformerConfig, read_json
+from s3dit.control import Rule, Version
 from s3dit.kernels.attention import Spans
 from s3dit.layout import patchify
 from s3dit.linear import Linear
 from s3dit.transformer import PATCH, Block, Context, Transformer
+from s3dit.weights.assign import verify
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-
-Version = Literal["1.0", "2.0", "2.1"]
-Rule = Literal["authors", "diffusers"]
 
 EMBEDDER = f"control_all_x_embedder.{PATCH}.weight"
 REFINER = "control_noise_refiner."
@@ -287,11 +286,14 @@ def _sum(hints: Sequence[Tensor]) -> Any:
 def open_controlnet(
     path: Path, base: TransformerConfig, version: Version | None = None
 ) -> tuple[Checkpoint, ControlNetConfig]:
-    """Open an official file, or a folder as diffusers writes it; raises CheckpointError."""
+    """Open an official file, or a folder as diffusers writes it, and hold it to its base; raises CheckpointError."""
     checkpoint = open_checkpoint(path)
     # Official files of several versions lie side by side; a config.json there speaks of none of them.
     own = path if path.is_dir() else path.parent if path.stem == "diffusion_pytorch_model" else None
-    return checkpoint, ControlNetConfig.of(checkpoint, base, version, own)
+    config = ControlNetConfig.of(checkpoint, base, version, own)
+    with torch.device("meta"):
+        verify(ControlNet(config, base), checkpoint, config.unused(checkpoint))
+    return checkpoint, config
 
 
 def condition(
