@@ -18,11 +18,14 @@ from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
 
     from s3dit.config import ModelConfig
-    from s3dit.images import ImageSource
+
+    # Whatever `images.Picture` opens.
+    ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
 Schedule = Literal["official", "simple", "beta", "karras"]
