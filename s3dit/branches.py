@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s3dit.control import IMAGES, Control
-from s3dit.controlnet import Branch, ControlNetConfig, Controls, condition
+from s3dit.controlnet import Branch, ControlNet, ControlNetConfig, Controls, condition
 from s3dit.images import Picture, spread
 from s3dit.request import Request, RequestError
 
@@ -27,10 +27,6 @@ class Prepared:
     part: str
     config: ControlNetConfig
     pictures: tuple[dict[str, Picture], ...]
-
-    def hashes(self, i: int) -> dict[str, str]:
-        """Hashes of what picture i is steered by."""
-        return {name: picture.sha256 for name, picture in self.pictures[i].items()}
 
 
 def prepare(
@@ -101,26 +97,39 @@ def _scaled(request: Request, rows: Sequence[dict[str, Picture]]) -> list[str]:
 def patches(prepared: Prepared, request: Request, encode: Callable[[Tensor], Tensor]) -> Tensor:
     """What a branch looks at, of all pictures end to end: (tokens, 4 · channels) fp32.
 
-    encode: pixels (1, 3, H, W) fp32 in [-1, 1] on the CPU to model-space latents on any device.
+    encode: pixels (3, H, W) fp32 in [-1, 1] on the CPU to model-space latents on any device.
     """
     done: dict[tuple[object, ...], Tensor] = {}
     found = []
     for row, size in zip(prepared.pictures, _sizes(request), strict=True):
         key = (*map(id, row.values()), size)
         if key not in done:
-            pixels = {name: row[name].pixels(size)[None] for name in ("image", "inpaint") if name in row}
-            mask = row["mask"].mask(size)[None] if "mask" in row else None
+            pixels = {name: row[name].pixels(size) for name in ("image", "inpaint") if name in row}
+            mask = row["mask"].mask(size) if "mask" in row else None
             channels = prepared.config.channels
             done[key] = condition(encode, channels, pixels.get("image"), pixels.get("inpaint"), mask)
         found.append(done[key])
     return torch.cat(found)
 
 
+def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
+    """Hashes of what picture i is steered by, under names such as "control 1 image"."""
+    rows = enumerate((one.pictures[i] for one in prepared), 1)
+    return {f"control {number} {name}": picture.sha256 for number, row in rows for name, picture in row.items()}
+
+
 def acting(
-    prepared: Sequence[Prepared], branches: Sequence[Branch], levels: Tensor
+    prepared: Sequence[Prepared], nets: Sequence[nn.Module], shown: Sequence[Tensor], levels: Tensor
 ) -> Callable[[Tensor], tuple[Controls, ...]]:
-    """What acts at a noise level, for `guidance.guide`; levels (n + 1,) fp32, as they are walked."""
+    """What acts at a noise level, for `guidance.guide`.
+
+    nets, shown: the weights of each control and its `patches` · levels (n + 1,) fp32, as they are walked.
+    """
     n = len(levels) - 1
+    branches = []
+    for one, net, seen in zip(prepared, nets, shown, strict=True):
+        assert isinstance(net, ControlNet)
+        branches.append(Branch(net, seen, one.control.strength or 0.0, one.control.rule))
 
     def control(sigma: Tensor) -> tuple[Controls, ...]:
         i = int((levels[:-1] > sigma).sum())

@@ -87,6 +87,11 @@ class Control:
         """Whether it acts in step i (from 0) of n."""
         return self.strength != 0 and self.start <= i / n < self.end
 
+    @property
+    def named(self) -> bool:
+        """Whether all of its images are files, so that they can be found again."""
+        return all(isinstance(getattr(self, name), str | PathLike | None) for name in IMAGES)
+
     def to_json(self) -> dict[str, Any]:
         """What is not a default, as plain JSON values; images only where they are paths."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -214,11 +214,12 @@ class ControlNet(nn.Module):
             for block in self.control_noise_refiner:
                 c = block(c, *place)
             return c, []
-        hints = []
+        hints: list[Tensor] = []
         for block in self.control_layers if self.config.version == "2.0" else self.control_noise_refiner:
             c, hint = block(c, image, *place)
-            hints.append(hint)
-        return c, hints[: self.refiner_layers]
+            # 2.0 runs all of its layers here, and has no use for what the later ones say.
+            hints += [hint] if len(hints) < self.refiner_layers else []
+        return c, hints
 
     def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
         """For each layer of the base in turn, what to add after it (N, dim), or None.
@@ -305,20 +306,20 @@ def condition(
 ) -> Tensor:
     """The control patches of one picture: what a ControlNet of so many channels looks at.
 
-    encode: pixels (1, 3, H, W) to model-space latents · control, inpaint: pixels (1, 3, H, W) fp32 in [-1, 1], at least
-    one of them; without the other its channels are 0, as in the authors' code · mask (1, 1, H, W): 1 is to be painted
-    anew, there the picture is blanked -> (H/16 · W/16, 4 · channels) fp32.
+    encode: pixels (3, H, W) to model-space latents (16, H/8, W/8) · control, inpaint: pixels (3, H, W) fp32 in [-1, 1],
+    at least one of them; without the other its channels are 0, as in the authors' code · mask (1, H, W): 1 is to be
+    painted anew, there the picture is blanked -> (H/16 · W/16, 4 · channels) fp32.
     """
-    shown = None if control is None else encode(control).float()
-    masked = None if inpaint is None or mask is None else encode(inpaint * (mask < 0.5)).float()
+    shown = None if control is None else encode(control)
+    masked = None if inpaint is None or mask is None else encode(inpaint * (mask < 0.5))
     given = shown if shown is not None else masked
     assert given is not None
-    latents = torch.zeros(channels, *given.shape[-2:], device=given.device)
-    depth = given.shape[1]
+    depth, rows, columns = given.shape
+    latents = torch.zeros(channels, rows, columns, device=given.device)
     if shown is not None:
-        latents[:depth] = shown[0]
+        latents[:depth] = shown
     if masked is not None and mask is not None:
-        # Nearest cell: its upper left pixel. Here 1 is what is kept.
-        latents[depth] = (1 - mask)[0, 0, :: mask.shape[-2] // given.shape[-2], :: mask.shape[-1] // given.shape[-1]]
-        latents[depth + 1 :] = masked[0]
+        # parity: one pixel a cell, the upper left one. Here 1 is what is kept.
+        latents[depth] = 1 - mask[0, :: mask.shape[1] // rows, :: mask.shape[2] // columns]
+        latents[depth + 1 :] = masked
     return patchify(latents)

@@ -228,20 +228,20 @@ def test_streamed_and_compiled_branches_are_the_same(model, version):
 def test_the_channels_of_a_condition():
     """Control, then what is kept, then the picture with a hole; what is not given is 0."""
     g = torch.Generator().manual_seed(0)
-    control, inpaint = (torch.rand(1, 3, 32, 48, generator=g) for _ in range(2))
-    mask = (torch.arange(48) < 20).float().expand(1, 1, 32, 48)
+    control, inpaint = (torch.rand(3, 32, 48, generator=g) for _ in range(2))
+    mask = (torch.arange(48) < 20).float().expand(1, 32, 48)
 
     def encode(pixels):
         # 16 numbers a cell that tell its pixels apart.
-        return torch.nn.functional.pixel_unshuffle(pixels, 8)[:, :16]
+        return torch.nn.functional.pixel_unshuffle(pixels, 8)[:16]
 
     found = condition(encode, 33, control, inpaint, mask)
     kept = (torch.arange(6) * 8 >= 20).float().expand(1, 4, 6)
-    needed = torch.cat((encode(control)[0], kept, encode(inpaint * (1 - mask))[0]))
+    needed = torch.cat((encode(control), kept, encode(inpaint * (1 - mask))))
     assert torch.equal(found, patchify(needed))
     nothing = torch.zeros(17, 4, 6)
-    assert torch.equal(condition(encode, 33, control), patchify(torch.cat((encode(control)[0], nothing))))
-    assert torch.equal(condition(encode, 16, control), patchify(encode(control)[0]))
+    assert torch.equal(condition(encode, 33, control), patchify(torch.cat((encode(control), nothing))))
+    assert torch.equal(condition(encode, 16, control), patchify(encode(control)))
     assert torch.equal(
         condition(encode, 33, None, inpaint, mask), patchify(torch.cat((torch.zeros(16, 4, 6), needed[16:])))
     )

@@ -7,10 +7,13 @@ Tolerance 1e-5 relative, as for whole pictures: the same fp32 operations in matr
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from s3dit import Control
 from s3dit.controlnet import Branch, ControlNet, Controls, open_controlnet
 from s3dit.layout import patchify, text_to_image
 from s3dit.weights.assign import assign
@@ -48,12 +51,19 @@ def official(version, randomized, path):
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
-def pair(request, official_dir, randomized, tmp_path_factory):
-    """(diffusers' ControlNet, ours, both from one directory that diffusers wrote)."""
+def written(request, randomized, tmp_path_factory):
+    """(version, diffusers' ControlNet, the directory that diffusers writes of it)."""
     folder = tmp_path_factory.mktemp("control") / "net"
     model = build(request.param, randomized)
     model.save_pretrained(folder)
-    return model, opened(folder, official_dir, request.param)
+    return request.param, model, folder
+
+
+@pytest.fixture(scope="module")
+def pair(official_dir, written):
+    """(diffusers' ControlNet, ours, both from one directory that diffusers wrote)."""
+    version, model, folder = written
+    return model, opened(folder, official_dir, version)
 
 
 def opened(path, official_dir, version):
@@ -154,3 +164,65 @@ def test_an_official_file_tells_its_version(ours, reference, official_dir, rando
     latents, control, text = case(net.config.channels)
     _, velocity = theirs_of(reference, model, latents, control, text, authors=True)
     assert relative(ours_of(ours, (Branch(net, patches(control), SCALE),), latents, text), velocity) < 1e-5
+
+
+def photo(seed, width, height):
+    """Noise that is smooth enough to tell one resize from another."""
+    levels = np.random.default_rng(seed).integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
+    return Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def compare(ours, kind, reference, model, control, options, theirs):
+    """What both look at, the latents of every step, and the pixels; diffusers' guidance counts 0.0 as off, as ours."""
+    names = ("vae", "text_encoder", "tokenizer", "transformer", "scheduler")
+    pipe = kind(**{name: getattr(reference, name) for name in names}, controlnet=model)
+    pipe.set_progress_bar_config(disable=True)
+    seen, steps = [], []
+
+    def keep(pipe, i, t, values):
+        steps.append(values["latents"].clone())
+        return {}
+
+    handle = model.register_forward_pre_hook(lambda module, args: seen.append(args[3]))
+    generator = torch.Generator().manual_seed(4)
+    pictures = pipe(
+        **options, **theirs, prompt=["a red star above a blue ring"], generator=generator, output_type="np",
+        callback_on_step_end=keep, controlnet_conditioning_scale=control.strength,
+    ).images  # fmt: skip
+    handle.remove()
+    options = options | {"prompt": ["a red star above a blue ring"], "seed": 4, "control": control}
+    plan = ours.plan(**options)
+    from s3dit import branches
+
+    with torch.inference_mode():
+        mine = branches.patches(plan.controls[0], plan.request, lambda one: ours.encode_images([one])[0])
+    assert relative(mine, patchify(seen[0][0][:, 0])) < 1e-5
+    found = [step.latents for step in ours.stream(**options)]
+    assert len(found) == len(steps)
+    for a, b in zip(found, steps, strict=True):
+        assert relative(torch.stack(a), b) < 1e-5
+    for a, b in zip(ours(**options).images, pictures, strict=True):
+        assert np.abs(np.asarray(a).astype(int) - (b * 255).round().astype(int)).max() <= 1
+    return found[-1]
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_a_picture_as_diffusers(ours, reference, written, guidance):
+    version, model, folder = written
+    control = Control(folder, photo(1, 150, 90), 0.6, rule="diffusers")
+    options = {"height": 80, "width": 112, "num_inference_steps": 3, "guidance_scale": guidance}
+    kind = diffusers.ZImageControlNetPipeline
+    compare(ours, kind, reference, model, control, options, {"control_image": control.image})
+
+
+@pytest.mark.parametrize("written", ["2.0", "2.1"], indirect=True)
+def test_inpainting_as_diffusers(ours, reference, written):
+    version, model, folder = written
+    photograph = photo(2, 140, 100)
+    levels = np.zeros((100, 140), dtype=np.uint8)
+    levels[20:77, 31:90] = 255
+    mask = Image.fromarray(levels)
+    control = Control(folder, photo(1, 150, 90), 0.6, inpaint=photograph, mask=mask, rule="diffusers")
+    options = {"height": 80, "width": 112, "num_inference_steps": 3, "guidance_scale": 2.5}
+    theirs = {"control_image": control.image, "image": photograph, "mask_image": mask}
+    compare(ours, diffusers.ZImageControlNetInpaintPipeline, reference, model, control, options, theirs)
