@@ -21,8 +21,12 @@ from s3dit.request import Request, RequestError
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A control that was checked: `part` is its ControlNet's name, `pictures` are given by field, one row a picture."""
+    """A control that was checked.
 
+    number: its place among the request's, from 1 · part: its ControlNet's name · pictures: by field, one row a picture.
+    """
+
+    number: int
     control: Control
     part: str
     config: ControlNetConfig
@@ -39,7 +43,7 @@ def prepare(
     """
     controls, found, notes = [], [], []
     opened: dict[int, Picture] = {}
-    for given in request.controls:
+    for number, given in enumerate(request.controls, 1):
         given = replace(given, **{name: spread(getattr(given, name)) for name in IMAGES})
         part, config = find(given)
         control = replace(given, strength=config.strength if given.strength is None else float(given.strength))
@@ -50,7 +54,7 @@ def prepare(
         notes.append(f"{control.model}: {config}, strength {control.strength:g}{_when(control)}")
         notes += _scaled(request, pictures)
         if control.strength:
-            found.append(Prepared(control, part, config, pictures))
+            found.append(Prepared(number, control, part, config, pictures))
     return replace(request, control=controls or None), tuple(found), tuple(dict.fromkeys(notes))
 
 
@@ -114,8 +118,9 @@ def patches(prepared: Prepared, request: Request, encode: Callable[[Tensor], Ten
 
 def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
     """Hashes of what picture i is steered by, under names such as "control 1 image"."""
-    rows = enumerate((one.pictures[i] for one in prepared), 1)
-    return {f"control {number} {name}": picture.sha256 for number, row in rows for name, picture in row.items()}
+    return {
+        f"control {one.number} {name}": picture.sha256 for one in prepared for name, picture in one.pictures[i].items()
+    }
 
 
 def acting(

@@ -90,14 +90,17 @@ class Control:
     @property
     def named(self) -> bool:
         """Whether all of its images are files, so that they can be found again."""
-        return all(isinstance(getattr(self, name), str | PathLike | None) for name in IMAGES)
+        given = [getattr(self, name) for name in IMAGES]
+        return all(image is None or _paths(image) is not None for image in given)
 
     def to_json(self) -> dict[str, Any]:
         """What is not a default, as plain JSON values; images only where they are paths."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        paths = {k: str(v) for k, v in values.items() if k in ("model", *IMAGES) and isinstance(v, str | PathLike)}
-        others = {f.name: f.default for f in fields(self) if f.name not in ("model", *IMAGES)}
-        return paths | {name: values[name] for name, default in others.items() if values[name] != default}
+        paths = {name: _paths(values[name]) for name in ("model", *IMAGES)}
+        others = {f.name: f.default for f in fields(self) if f.name not in paths}
+        return {name: found for name, found in paths.items() if found is not None} | {
+            name: values[name] for name, default in others.items() if values[name] != default
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
@@ -106,6 +109,14 @@ class Control:
         if not isinstance(data, dict) or "model" not in data or set(data) - known:
             raise ValueError(f"replay data has a control {data!r}; needed the JSON that this program writes")
         return cls(**data)
+
+
+def _paths(given: Any) -> str | list[str] | None:
+    """Paths as text: of one, or of a sequence of them; None where there is anything else."""
+    if isinstance(given, str | PathLike):
+        return str(given)
+    found = [_paths(one) for one in given] if isinstance(given, list | tuple) else []
+    return [one for one in found if isinstance(one, str)] if found and all(isinstance(f, str) for f in found) else None
 
 
 def _number(text: str, whole: str) -> float:

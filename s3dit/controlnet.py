@@ -134,7 +134,7 @@ def _version(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Version:
     if any(name.startswith(REFINER) for name in checkpoint):
         if f"{REFINER}0.after_proj.weight" not in checkpoint:
             return "1.0"
-        if BEFORE in checkpoint and checkpoint.load(BEFORE).any():
+        if BEFORE in checkpoint and checkpoint.load(BEFORE).float().any():
             return "2.1"
     return "2.0"
 

@@ -153,6 +153,16 @@ def test_inpaint_channels_count(pipe, nets):
     assert len({one.sum().item() for one in found}) == 3
 
 
+def test_with_a_start_image_and_a_second_pass(pipe, nets):
+    """Control is shown at the size of each pass, and acts in the steps that are left."""
+    options = SHORT | {"image": picture(4), "strength": 0.5, "upscale": 2.0}
+    control = Control(nets["2.1"], picture(1))
+    with_it, without = (list(pipe.stream(**options, control=c)) for c in (control, None))
+    assert [step.x.shape for step in with_it] == [step.x.shape for step in without]
+    assert len(with_it[-1].x) == 4 * len(with_it[0].x)
+    assert not any(torch.equal(a.velocity, b.velocity) for a, b in zip(with_it, without, strict=True))
+
+
 def test_the_plan_says_it_all_before_any_weight(nets):
     pipe = Pipeline.load(device="cpu", dtype="fp32")
     plan = pipe.plan(**SHORT, control=Control(nets["2.1"], picture(1, 50, 50), end=0.7))

@@ -82,6 +82,12 @@ def test_json_there_and_back():
         Request.from_json({"prompt": "x", "control": 3})
 
 
+def test_files_are_named():
+    assert Control("a", [Path("b"), "c"]).to_json()["image"] == ["b", "c"]
+    assert Control("a", ["b", "c"]).named and Control("a", "b").named and not Control("a", ["b", object()]).named
+    assert Control("a", object()).to_json() == {"model": "a"}
+
+
 def test_controls_of_one_picture():
     control = Control("a", ["one.png", "two.png"], inpaint="p", mask="m")
     request = Request(prompt=["x", "y"], num_images_per_prompt=2, control=control)
