@@ -266,7 +266,7 @@ class Pipeline:
         stages = tuple(self._stage(part, work, kept) for part, work in works)
         held = sum({stage.part: stage.holds for stage in stages if stage.part in self.controlnets}.values())
         stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
-        notes = (*notes, *said, *self._notes(request))
+        notes = tuple(dict.fromkeys([*notes, *said, *self._notes(request), *self._notes(largest)]))
         first, *later = (
             Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls) for one, few in found
         )
