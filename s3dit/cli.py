@@ -29,6 +29,7 @@ EXAMPLES = """examples:
   s3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --height 768 --width 1024
   s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
+  s3dit generate "a dancer" --model path/to/Z-Image-Turbo --control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
@@ -272,6 +273,10 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
     request = Request.from_json(data)
     request.check()
     values = request.to_json()
+    if request.control and not args.control:
+        from s3dit.branches import hold
+
+        hold(request.controls, engine.get("inputs") if isinstance(engine, dict) else None, args.replay)
     if request.control:
         values["control"] = request.control
     if prompt is not None:

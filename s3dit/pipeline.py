@@ -43,7 +43,7 @@ from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from s3dit.weights.hub import resolve
+from s3dit.weights.hub import resolve, resolve_file
 from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
@@ -223,7 +223,7 @@ class Pipeline:
         """The part that a control wants, and what it is; opened and held to this model when first asked for."""
         if self.graphs:
             raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
-        path = resolve(str(control.model))
+        path = resolve_file(str(control.model))
         part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
         if part not in self.controlnets:
             checkpoint, config = open_controlnet(path, self.config.transformer, control.version)

@@ -235,6 +235,10 @@ def test_a_picture_is_drawn_again_from_its_metadata(pipe, nets, tmp_path, capsys
     again = ["generate", "--replay", str(tmp_path / "a.png"), "--dtype", "fp32", "--device", "cpu", "--preview"]
     assert main([*again, "-o", str(tmp_path / "b.png")]) == 0
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    picture(9).save(tmp_path / "pose.png")
+    assert main([*again, "-o", str(tmp_path / "b.png")]) == 2
+    assert "pose.png is not what it was" in capsys.readouterr().err
+    assert main([*again, "--control", f"{word}:rule=diffusers", "-o", str(tmp_path / "b.png")]) == 0
     # A picture that was given from Python has no name to find it by.
     result = pipe(**SHORT, control=Control(nets["2.1"], picture(1)))
     assert not result.metadata[0]["engine"]["replayable"]
