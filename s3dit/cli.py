@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from s3dit import __version__
+from s3dit.control import FORM, Control
 from s3dit.request import IMAGES, MaskMode, Posterior, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ EXAMPLES = """examples:
   s3dit generate "a blue star" --image star.png --strength 0.8 -o blue.png
   s3dit generate "a blue star" --image star.png --mask mask.png        white in the mask is painted anew
   s3dit generate "a red star" --image star.png --extend 64,0,64,0      margins: left,top,right,bottom
+  s3dit generate "a dancer" --model path/to/Z-Image-Turbo --control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
@@ -125,6 +127,10 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         if field.name in KINDS or field.name in CHOICES:
             _add_field(group, field)
     group.add_argument(
+        "--control", action="append", metavar="FILE:IMAGE[:…]",
+        help=f"steer with a ControlNet and a control image; may be repeated; in full: {FORM.replace('%', '%%')}",
+    )  # fmt: skip
+    group.add_argument(
         "--sigmas", type=_floats, metavar="A,B,…", help="explicit noise levels before the shift, such as 1,0.75,0.4"
     )
     group.add_argument(
@@ -207,6 +213,8 @@ def _ours(error: Exception) -> bool:
 def _run(args: argparse.Namespace) -> int:
     names = (*KINDS, *CHOICES, "sigmas", "extend", "composite")
     wanted = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.control:
+        wanted["control"] = _controls(args.control)
     prompt: Any = args.prompt
     if args.prompt_file is not None:
         if prompt is not None:
@@ -261,6 +269,13 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _controls(texts: Sequence[str]) -> list[Control]:
+    try:
+        return [Control.parse(text) for text in texts]
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -295,6 +310,12 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
     request = Request.from_json(data)
     request.check()
     values = request.to_json()
+    if request.control and not args.control:
+        from s3dit.branches import hold
+
+        hold(request.controls, engine.get("inputs") if isinstance(engine, dict) else None, args.replay)
+    if request.control:
+        values["control"] = request.control
     if prompt is not None:
         values.pop("prompt")
     return values
@@ -339,8 +360,9 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
                      + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
     for turn, stage in enumerate(plan.stages, 1):
         lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
-    held = {stage.part: stage.holds for stage in plan.stages}.values()
-    most = sum(held) if pipe.parts.mode == "resident" else max(held)
+    held = {stage.part: stage.holds for stage in plan.stages}
+    turns = [stage.holds + stage.beside for stage in plan.stages]
+    most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.fit is None else str(plan.fit))
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3dit import __version__, budget, conditioning, images
+from s3dit import __version__, branches, budget, conditioning, images
 from s3dit.config import ModelConfig, read_model
+from s3dit.control import Control
+from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
@@ -41,7 +43,7 @@ from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from s3dit.weights.hub import resolve
+from s3dit.weights.hub import resolve, resolve_file
 from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
@@ -53,12 +55,16 @@ WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One turn of a part: what is read from disk and what is then held in memory, in bytes."""
+    """One turn of a part: what is read from disk and what is then held in memory, in bytes.
+
+    beside: held in the same turn by other parts (ControlNets beside the transformer).
+    """
 
     part: str
     reads: int
     holds: int
     work: str
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ class Plan:
     """What a request will do, known before any weight is read.
 
     calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
-    then: the second pass if there is one, whose canvases the first one draws.
+    controls: what steers it, read · then: the second pass if there is one, whose canvases the first one draws.
     """
 
     request: Request
@@ -76,6 +82,7 @@ class Plan:
     notes: tuple[str, ...]
     fit: budget.Fit | None = None
     canvases: tuple[conditioning.Canvas, ...] = ()
+    controls: tuple[branches.Prepared, ...] = ()
     then: "Plan | None" = None
 
 
@@ -105,6 +112,7 @@ class Pipeline:
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
         # Called with the part's name and the bytes of each tensor that is read, as parts come in.
         self.on_read: Callable[[str, int], None] | None = None
+        self.controlnets: dict[str, ControlNetConfig] = {}
         self._tile: int | None = None
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
@@ -170,6 +178,9 @@ class Pipeline:
                 module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
             elif part == "vae":
                 module, unused = Autoencoder(self.config.vae), ()
+            elif part in self.controlnets:
+                module = ControlNet(self.controlnets[part], self.config.transformer)
+                unused = self.controlnets[part].unused(self.checkpoints[part])
             else:
                 module = encoder = TextEncoder(self.config.text_encoder)
                 unused = encoder.unused
@@ -191,7 +202,7 @@ class Pipeline:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(module, self.checkpoints[part], dtype=None, unused=unused)
                 stream(module, device, kept, dtype)
-            if self.compiled and part == "transformer":
+            if self.compiled and part not in ("text_encoder", "vae"):
                 compile_blocks(module)
             return module.eval()
 
@@ -211,6 +222,20 @@ class Pipeline:
         self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
         return self._weights[part]
 
+    def _controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
+        """The part that a control wants, and what it is; opened and held to this model when first asked for."""
+        if self.graphs:
+            raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
+        path = resolve_file(str(control.model))
+        part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
+        if part not in self.controlnets:
+            checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
+            self.checkpoints[part], self.controlnets[part] = checkpoint, config
+            self.parts.add(part, self._maker(part))
+            if self.parts.mode == "streamed":
+                self.parts.kept = {**self.parts.kept, part: 0}
+        return part, self.controlnets[part]
+
     def _stage(self, part: str, work: str, kept: Mapping[str, int]) -> Stage:
         read, fixed, blocks = self._sizes(part)
         whole = fixed + sum(blocks)
@@ -220,7 +245,8 @@ class Pipeline:
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
         request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
-        request = request.resolve(self.config)
+        request, controls, more = branches.prepare(request.resolve(self.config), self._controlnet)
+        said = [*said, *more]
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
         new = {
@@ -231,23 +257,29 @@ class Pipeline:
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
         found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
-        if canvases:
-            works.append(("vae", f"{request.count} start images"))
+        if canvases or controls:
+            inputs = [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
+            works.append(("vae", " and ".join(inputs)))
         for turn, count in enumerate(calls, 1):
             works.append(("transformer", f"{count} model calls, {len(self._items(request)[1])} items each"))
+            works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
             if turn < len(calls):
                 works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
         if request.output_type != "latent":
             works.append(("vae", f"{request.count} pictures"))
         largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
-        fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts)
+        fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts, len(controls))
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
+        held = sum({stage.part: stage.holds for stage in stages if stage.part in self.controlnets}.values())
+        stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
         notes = tuple(dict.fromkeys([*said, *self._notes(request), *self._notes(largest)]))
-        first, *later = (Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit) for one, few in found)
+        first, *later = (
+            Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls) for one, few in found
+        )
         return replace(first, canvases=canvases, then=later[0] if later else None)
 
-    def _fit(self, request: Request, new: int, parts: tuple[str, ...]) -> budget.Fit:
+    def _fit(self, request: Request, new: int, parts: tuple[str, ...], controls: int) -> budget.Fit:
         """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
         config, compute, device = self.config, self.placement.compute, self.placement.device.type
         sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
@@ -256,17 +288,20 @@ class Pipeline:
         # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
         lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
         kind = {"lean": backend() in lean, "quantized": bool(self.formats["transformer"])}
+        passing = budget.transformer_work(config.transformer, tokens, compute, **kind)
+        passing += budget.control_work(config.transformer, tokens, compute, controls)
         tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
         works: dict[str, list[tuple[int | None, int]]] = {
             "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
-            "transformer": [(None, budget.transformer_work(config.transformer, tokens, compute, **kind))],
+            "transformer": [(None, passing)],
             "vae": [
                 (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
                 for tile in tiles
             ],
         }
-        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works[part])) for part in parts}
-        return budget.fit(self.vram or 0, needs, budget.RESERVE[device])
+        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works.get(part, [(None, 0)]))) for part in parts}
+        guests = {part: needs.pop(part) for part in parts if part in self.controlnets}
+        return budget.fit_beside(self.vram or 0, needs, "transformer", guests, budget.RESERVE[device])
 
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
@@ -382,8 +417,11 @@ class Pipeline:
         sources = conditioning.generators(request)
         sampled = sources if request.posterior == "sample" else None
         start = self.encode_images([canvas.pixels for canvas in plan.canvases], sampled)
+        shown = [branches.patches(one, request, lambda one: self.encode_images([one])[0]) for one in plan.controls]
         transformer = self.parts["transformer"]
         assert isinstance(transformer, Transformer)
+        with self.parts.beside():
+            nets = {one.part: self.parts[one.part] for one in plan.controls}
 
         @cache
         def context(guided: bool) -> Context:
@@ -404,14 +442,23 @@ class Pipeline:
             if "replay" not in vars(transformer):
                 vars(transformer)["replay"] = Replay(transformer)
             run = vars(transformer)["replay"]
-        velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids])
+        control = branches.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
+        velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
+        beside = [(net, self.checkpoints[part]) for part, net in nets.items()]
 
         def fresh() -> Tensor:
             return conditioning.draw(grids, sources).to(device)
 
         for step in solve(request.solver, velocity, x, steps, fresh, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma))
-            _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"], again)
+            _finite(
+                step.velocity,
+                f"velocity of step {step.i}",
+                transformer,
+                self.checkpoints["transformer"],
+                again,
+                *beside,
+            )
             yield replace(step, grids=grids)
 
     @torch.inference_mode()
@@ -506,26 +553,41 @@ class Pipeline:
         found = []
         for i, (prompt, seed, *values) in enumerate(rows):
             own = dict(zip(names, values, strict=True))
-            data = replace(shared, prompt=prompt, seed=seed, **own).to_json()
+            controls = request.controls_of(i)
+            data = replace(shared, prompt=prompt, seed=seed, control=controls or None, **own).to_json()
             # Without these the request alone does not say where noise and images came from.
             whole = request.generator is None and request.latents is None
             whole = whole and all(name in data for name, value in own.items() if value is not None)
-            inputs = {"inputs": dict(plan.canvases[i].hashes)} if plan.canvases else {}
+            whole = whole and all(one.named for one in controls)
+            hashes = dict(plan.canvases[i].hashes) if plan.canvases else {}
+            hashes |= branches.hashes(plan.controls, i)
+            inputs = {"inputs": hashes} if hashes else {}
             found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs})
         return found
 
 
-def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, again: Callable[[], object]) -> None:
-    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault."""
+def _finite(
+    x: Tensor,
+    what: str,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    again: Callable[[], object],
+    *beside: tuple[nn.Module, Checkpoint],
+) -> None:
+    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
+
+    beside: models that take part in what `model` computes.
+    """
     if x.isfinite().all():
         return
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        # Codes of 8 bits and less are finite; their scales may not be.
-        if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{what} is not finite because {name} in {checkpoint.path} holds NaN or infinity; "
-                "needed finite weights; download the file again"
-            )
+    for suspect, stored in (*beside, (model, checkpoint)):
+        for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
+            # Codes of 8 bits and less are finite; their scales may not be.
+            if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{what} is not finite because {name} in {stored.path} holds NaN or infinity; "
+                    "needed finite weights; download the file again"
+                )
     with first_nonfinite(model) as found:
         again()
     raise BackendError(
@@ -535,7 +597,7 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, agai
 
 
 def _memory(plan: Plan, error: str) -> str:
-    held = max(stage.holds for stage in plan.stages)
+    held = max(stage.holds + stage.beside for stage in plan.stages)
     return (
         f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
         "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from s3dit.control import IMAGES as CONTROL_IMAGES
+from s3dit.control import Control
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -116,6 +119,7 @@ class Request:
     upscale_strength: float | None = field(
         default=None, metadata=_says("how much the second pass redraws, up to 1 (default: 0.35)")
     )
+    control: Control | Sequence[Control] | None = None
     output_type: OutputType = "pil"
 
     @property
@@ -128,9 +132,24 @@ class Request:
         """Pictures in all."""
         return len(self.prompts) * self.num_images_per_prompt
 
+    @property
+    def controls(self) -> list[Control]:
+        """The controls as a list of their own."""
+        return [] if self.control is None else [self.control] if isinstance(self.control, Control) else [*self.control]
+
+    def controls_of(self, i: int) -> list[Control]:
+        """The controls of picture i alone."""
+        return [
+            replace(one, **{name: self.spread(f"control {name}", getattr(one, name))[i] for name in CONTROL_IMAGES})
+            for one in self.controls
+        ]
+
     def per_image(self, name: str) -> list[Any]:
         """Spread a field over all pictures: one value for all, or one a prompt, or one a picture."""
-        value = getattr(self, name)
+        return self.spread(name, getattr(self, name))
+
+    def spread(self, name: str, value: Any) -> list[Any]:
+        """The same with any value, which messages call `name`."""
         if value is None or isinstance(value, str) or not isinstance(value, Sequence):
             return [value] * self.count
         if len(value) == self.count:
@@ -209,6 +228,7 @@ class Request:
             if getattr(self, name) not in get_args(kind):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; needed one of {', '.join(get_args(kind))}")
         self._check_start()
+        self._check_control()
         self._check_sigmas()
 
     def _check_prompts(self) -> None:
@@ -254,6 +274,18 @@ class Request:
                     f"extend is {self.extend!r}; needed four margins in pixels: left, top, right, bottom"
                 )
 
+    def _check_control(self) -> None:
+        given = self.control
+        known = isinstance(given, Control | list | tuple | None)
+        if not known or not all(isinstance(one, Control) for one in self.controls):
+            raise RequestError(f"control is {given!r:.80}; needed a Control, or a list of them")
+        try:
+            for one in self.controls:
+                one.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        self.controls_of(0)
+
     def _check_sigmas(self) -> None:
         if self.sigmas is None:
             return
@@ -291,6 +323,7 @@ class Request:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {k: v for k, v in values.items() if k not in ("generator", "latents", "output_type") and v is not None}
         values = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
+        values |= {"control": [one.to_json() for one in self.controls]} if self.controls else {}
         for name in set(IMAGES) & set(values):
             given = values[name] if isinstance(values[name], list) else [values[name]]
             paths = [str(one) if isinstance(one, str | PathLike) else None for one in given]
@@ -308,7 +341,11 @@ class Request:
             raise RequestError(f"replay data has unknown keys {', '.join(unknown)}; it was written by another version")
         if "prompt" not in data:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
-        return cls(**data)
+        try:
+            controls = {"control": [Control.from_json(one) for one in data["control"]]} if data.get("control") else {}
+        except (ValueError, TypeError) as error:
+            raise RequestError(str(error)) from None
+        return cls(**data | controls)
 
 
 def _check_side(name: str, value: Any) -> None:

@@ -7,6 +7,7 @@ The embedded model is not a name for this room; the pipeline knows it.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from s3dit.weights.container import CheckpointError
@@ -20,6 +21,9 @@ FILES = (
     "*/tokenizer.model",
 )
 NOT_READ = ("assets/*", "*/assets/*")
+SUFFIX = ".safetensors"
+# What a repository of one adapter calls it.
+ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -29,15 +33,8 @@ def resolve(name: str) -> Path:
 
     Raises CheckpointError when it is neither, or when the Hub does not give it; the message is one line.
     """
-    try:
-        path = Path(name).expanduser()
-        if name and path.exists():
-            return path
-    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
-        ) from None
+    if (path := _local(name)) is not None:
+        return path
     if not REPOSITORY.fullmatch(name):
         raise CheckpointError(
             f"{name!r}: no such file or folder; needed a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo"
@@ -45,13 +42,48 @@ def resolve(name: str) -> Path:
     return _snapshot(name)
 
 
-def _snapshot(name: str) -> Path:
+def resolve_file(name: str) -> Path:
+    """The local path of an adapter: a file or folder as it is, "org/name/file.safetensors" or "org/name" of the Hub.
+
+    Of a bare repository only the names that PEFT and diffusers give are asked for. Raises CheckpointError.
+    """
+    if (path := _local(name)) is not None:
+        return path
+    repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    named = inner.endswith(SUFFIX) or (not inner and not repository.endswith(SUFFIX))
+    if not REPOSITORY.fullmatch(repository) or ".." in inner.split("/") or not named:
+        raise CheckpointError(
+            f"{name!r}: no such file or folder; needed the path of an adapter ({SUFFIX}), or one of the Hub as in "
+            f"org/name/file{SUFFIX}"
+        )
+    folder = _snapshot(repository, (inner,) if inner else ADAPTERS)
+    if not (folder / inner).exists() or not (inner or any(folder.glob(f"*{SUFFIX}"))):
+        raise CheckpointError(
+            f"{name}: the repository holds no {inner or 'adapter under the usual names'}; needed its file, as in "
+            f"{repository}/file{SUFFIX}; look them up on huggingface.co"
+        )
+    return folder / inner
+
+
+def _local(name: str) -> Path | None:
+    """The path of that name, None where nothing lies there; raises CheckpointError for what can be no path."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
+        ) from None
+
+
+def _snapshot(name: str, files: Sequence[str] = FILES) -> Path:
     """Let huggingface_hub bring a repository into its cache; its errors become one line each."""
     # Slow to import, and needed by few runs.
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=list(NOT_READ)))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(NOT_READ)))
     except errors.GatedRepoError:
         fault = "the repository is gated; accept its terms on huggingface.co and log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
