@@ -278,7 +278,7 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
     lines = [
         f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
-        + "".join(f", {part} in {scheme.name}" for part, scheme in pipe.schemes.items() if scheme is not None),
+        + "".join(f", {part} in {name}" for part, name in pipe.formats.items() if name),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),

@@ -39,10 +39,10 @@ from s3dit.trace import first_nonfinite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
-from s3dit.weights.assign import assign, pending
+from s3dit.weights.assign import assign, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.hub import resolve
-from s3dit.weights.quantize import layers, scheme_for
+from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -93,8 +93,7 @@ class Pipeline:
         self.vram, self.compiled, self.graphs = vram, compiled, graphs
         self.tokenizer = Tokenizer(folder / "tokenizer")
         self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
-        asked = {"transformer": quantize, "text_encoder": quantize_text}
-        self.schemes = {part: scheme_for(stored, asked.get(part)) for part, stored in self.checkpoints.items()}
+        self._asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
@@ -102,6 +101,8 @@ class Pipeline:
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+        # The number format that each part is in, "" for plain floats.
+        self.formats = {part: named(schemes(self._blank(part)[0])) for part in self.checkpoints}
         for part in self.checkpoints:
             self._sizes(part)
 
@@ -164,11 +165,9 @@ class Pipeline:
             else:
                 module = encoder = TextEncoder(self.config.text_encoder)
                 unused = encoder.unused
-            scheme = self.schemes[part]
-            if scheme is not None:
-                stored = keymap.official(self.checkpoints[part], module.state_dict())
-                for name, kind in layers(part, stored, scheme).items():
-                    swap(module, kind, name.__eq__)
+            stored = keymap.official(self.checkpoints[part], module.state_dict())
+            for name, kind in schemes_for(part, stored, self._asked.get(part)).items():
+                swap(module, kind, name.__eq__)
         return module, unused
 
     def _maker(self, part: str) -> Callable[[], nn.Module]:
@@ -240,7 +239,7 @@ class Pipeline:
         tokens = sum(padded(rows * columns) for rows, columns in grids) + sum(map(padded, items))
         # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
         lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
-        kind = {"lean": backend() in lean, "quantized": self.schemes["transformer"] is not None}
+        kind = {"lean": backend() in lean, "quantized": bool(self.formats["transformer"])}
         tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
         works: dict[str, list[tuple[int | None, int]]] = {
             "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
@@ -448,7 +447,7 @@ class Pipeline:
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
-            "quantized": {part: scheme.name for part, scheme in self.schemes.items() if scheme is not None},
+            "quantized": {part: name for part, name in self.formats.items() if name},
             "levels": list(plan.sigmas),
             "model_calls": plan.calls,
             # With these the request alone does not say where the noise came from.
