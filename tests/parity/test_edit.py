@@ -128,7 +128,7 @@ def test_one_time_for_all_items(both):
 
 @pytest.mark.parametrize("item", ITEMS, ids=["one", "two", "three"])
 def test_the_intended_positions(both, item, monkeypatch):
-    """diffusers without its surplus caption positions gives what `slide=False` gives, and something else than before."""
+    """diffusers without its surplus positions gives what `slide=False` gives, and something else than before."""
     theirs, ours = both
     items = [Inputs(item, 7)]
     released = theirs_of(theirs, items)[0]
