@@ -2,8 +2,8 @@
 
 The template is a constant: a single user turn that asks for an answer, no system turn, thinking left open. A template
 in the model's folder is not executed. Where there are reference pictures (Omni, Edit) the turn is cut into the texts
-around them, and each is encoded by itself: no text knows of another. Special tokens typed by a user are parsed as special, and a prompt that is too
-long is cut from the right, closing tags and all: both as the official pipeline does.
+around them, and each is encoded by itself: no text knows of another. Special tokens typed by a user are parsed as
+special, and a prompt that is too long is cut from the right, closing tags and all: both as the official pipeline does.
 
 Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same
 BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces.
