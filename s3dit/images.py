@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from s3dit.request import RequestError
+
+if TYPE_CHECKING:
+    from s3dit.request import ImageSource
 
 # Larger pictures are refused before their pixels are unpacked: 8192 × 8192, more than any model here reads or makes.
 LARGEST_PIXELS = 1 << 26
@@ -66,9 +69,6 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(item) for item in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-ImageSource = str | Path | Image.Image | np.ndarray | Tensor
-
-
 @dataclass(frozen=True, slots=True)
 class Picture:
     """An image that was given, checked, upright and opaque; `name` is what messages call it.
@@ -80,14 +80,14 @@ class Picture:
     content: Image.Image | Tensor
 
     @classmethod
-    def open(cls, source: ImageSource, name: str = "image") -> "Picture":
+    def open(cls, source: "ImageSource", name: str = "image") -> "Picture":
         """Read what was given, whole; RequestError if it is missing, damaged, moving, far too large or no picture.
 
         source: a file; a Pillow image of any mode; an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W), of
         1, 3 or 4 channels: 8 or 16 bits, or floats in [0, 1], as diffusers takes them. EXIF says which side is up,
         transparency is laid over white, 16-bit gray is scaled to 8.
         """
-        if isinstance(source, str | Path):
+        if isinstance(source, str | os.PathLike):
             with _reading(str(source)), Image.open(source, formats=_formats()) as image:
                 return cls(str(source), _loaded(image, str(source)))
         if isinstance(source, Image.Image):

@@ -12,7 +12,7 @@ What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), w
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -22,17 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3dit import __version__, budget, images
+from s3dit import __version__, budget, conditioning, images
 from s3dit.config import ModelConfig, read_model
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
-from s3dit.layout import padded, patchify, text_to_image
+from s3dit.layout import padded, text_to_image
 from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
-from s3dit.request import Request, RequestError, Result
-from s3dit.sampler import Step, model_calls, sigmas, solve
+from s3dit.request import IMAGES, Request, RequestError, Result
+from s3dit.sampler import Step, model_calls, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
 from s3dit.tokenizer import Tokenizer
 from s3dit.trace import first_nonfinite
@@ -63,7 +63,11 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will do, known before any weight is read; `fit` is its plan of memory where there is a budget."""
+    """What a request will do, known before any weight is read.
+
+    calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
+    then: the second pass if there is one, whose canvases the first one draws.
+    """
 
     request: Request
     stages: tuple[Stage, ...]
@@ -71,6 +75,8 @@ class Plan:
     calls: int
     notes: tuple[str, ...]
     fit: budget.Fit | None = None
+    canvases: tuple[conditioning.Canvas, ...] = ()
+    then: "Plan | None" = None
 
 
 class Pipeline:
@@ -210,26 +216,31 @@ class Pipeline:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
-        request = (Request(**fields) if request is None else request).resolve(self.config)
+        request, canvases, notes = conditioning.prepare(Request(**fields) if request is None else request)
+        request = request.resolve(self.config)
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
-        levels = sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
-        calls = model_calls(request.solver, levels)
         new = {
             ids
             for text in self._texts(request)
             if (ids := self._ids(text, request.max_sequence_length)) not in self._features
         }
-        branches = 2 if request.guidance_scale else 1
-        works = {"transformer": f"{calls} model calls, {request.count * branches} items each"}
-        if new:
-            works = {"text_encoder": f"{sum(map(len, new))} tokens"} | works
-        if request.output_type != "latent":
-            works["vae"] = f"{request.count} pictures"
-        fit = None if self.vram is None else self._fit(request, sum(map(len, new)), tuple(works))
+        works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
+        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request)]
+        calls = [model_calls(request.solver, few) for _, few in found]
+        for turn, count in enumerate(calls):
+            if canvases or turn:
+                works.append(("vae", f"{request.count} start images"))
+            works.append(("transformer", f"{count} model calls, {len(self._items(request)[1])} items each"))
+            if turn + 1 < len(calls) or request.output_type != "latent":
+                works.append(("vae", f"{request.count} pictures"))
+        largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
+        fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
-        stages = tuple(self._stage(part, work, kept) for part, work in works.items())
-        return Plan(request, stages, tuple(levels.tolist()), calls, tuple(self._notes(request)), fit)
+        stages = tuple(self._stage(part, work, kept) for part, work in works)
+        notes = (*notes, *self._notes(request))
+        first, *later = (Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit) for one, few in found)
+        return replace(first, canvases=canvases, then=later[0] if later else None)
 
     def _fit(self, request: Request, new: int, parts: tuple[str, ...]) -> budget.Fit:
         """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
@@ -333,7 +344,21 @@ class Pipeline:
 
     def stream(self, request: Request | None = None, **fields: Any) -> Iterator[Step]:
         """Sample a request and yield a Step after every step of the solver."""
-        yield from self._sample(self.plan(request, **fields))
+        for _, step in self._passes(self.plan(request, **fields)):
+            yield step
+
+    def _passes(self, plan: Plan) -> Iterator[tuple[Plan, Step]]:
+        """Every step of a plan and of what follows it, counted through, with the plan that it belongs to."""
+        step = None
+        for step in self._sample(plan):
+            yield plan, step if plan.then is None else replace(step, n=step.n + len(plan.then.sigmas) - 1)
+        if plan.then is None:
+            return
+        assert step is not None
+        pictures = self._pictures(plan, step.latents)
+        then = replace(plan.then, canvases=conditioning.enlarged(plan.canvases, pictures, plan.then.request))
+        for later in self._sample(then):
+            yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
     @torch.inference_mode()
     def _sample(self, plan: Plan) -> Iterator[Step]:
@@ -349,6 +374,9 @@ class Pipeline:
         positive = self.encode(prompts, length)
         negatives = [n or "" for n in request.per_image("negative_prompt")]
         negative = self.encode(negatives, length) if request.guidance_scale else []
+        sources = conditioning.generators(request)
+        sampled = sources if request.posterior == "sample" else None
+        start = self.encode_images([canvas.pixels for canvas in plan.canvases], sampled)
         transformer = self.parts["transformer"]
         assert isinstance(transformer, Transformer)
 
@@ -358,8 +386,10 @@ class Pipeline:
             layout = text_to_image(grids * (2 if guided else 1), [len(t) for t in text], device)
             return transformer.context(layout, torch.cat(text))
 
-        generators = self._generators(request)
-        x = self._noise(request, grids, generators).to(device)
+        steps = torch.tensor(plan.sigmas)
+        x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
+        if start:
+            x, keep = conditioning.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
@@ -370,32 +400,37 @@ class Pipeline:
                 vars(transformer)["replay"] = Replay(transformer)
             run = vars(transformer)["replay"]
         velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids])
-        levels = torch.tensor(plan.sigmas)
 
         def fresh() -> Tensor:
-            return _draw(grids, generators).to(device)
+            return conditioning.draw(grids, sources).to(device)
 
-        for step in solve(request.solver, velocity, x, levels, fresh):
+        for step in solve(request.solver, velocity, x, steps, fresh, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma))
             _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"], again)
             yield replace(step, grids=grids)
 
-    @staticmethod
-    def _generators(request: Request) -> list[torch.Generator]:
-        """One source of random numbers a picture; a single generator given by the caller serves all in order."""
-        given = request.generator
-        if given is None:
-            return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
-        several = [given] * request.count if isinstance(given, torch.Generator) else list(given)
-        if len(several) != request.count:
-            raise RequestError(f"{len(several)} generators for {request.count} pictures; needed one, or one a picture")
-        return several
+    @torch.inference_mode()
+    def encode_images(
+        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None
+    ) -> list[Tensor]:
+        """Latents (16, H/8, W/8) fp32 of pictures (3, H, W) in [-1, 1]; large ones by tiles.
 
-    @staticmethod
-    def _noise(request: Request, grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
-        if request.latents is not None:
-            return torch.cat([patchify(one.float().contiguous()) for one in request.latents])
-        return _draw(grids, generators)
+        The mode of what the autoencoder answers, or with generators, one a picture, a sample.
+        """
+        found: dict[int, Tensor] = {}
+        latents = []
+        for i, one in enumerate(pixels):
+            # The same tensor twice is encoded once.
+            if generators is not None or id(one) not in found:
+                vae = self.parts["vae"]
+                assert isinstance(vae, Autoencoder)
+                tile = self._tile or (TILE if one.shape[-1] * one.shape[-2] > 64 * WHOLE_CELLS else None)
+                generator = None if generators is None else generators[i]
+                run = partial(vae.encode, one[None].to(self.placement.device), generator, tile)
+                found[id(one)] = run()[0]
+                _finite(found[id(one)], "encoded picture", vae, self.checkpoints["vae"], run)
+            latents.append(found[id(one)])
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents: list[Tensor], tile: int | None = None) -> list[Tensor]:
@@ -420,15 +455,14 @@ class Pipeline:
         plan = self.plan(request, **fields)
         request = plan.request
         try:
-            step = None
-            for step in self._sample(plan):
+            for done in self._passes(plan):
                 if on_step is not None:
-                    on_step(step)
-            assert step is not None
+                    on_step(done[1])
+            last, step = done
             latents = [one.cpu() for one in step.latents]
             pictures: list[Any] = []
             if request.output_type != "latent":
-                pictures = self.decode(latents)
+                pictures = self._pictures(last, latents)
         except torch.OutOfMemoryError as error:
             raise BackendError(_memory(plan, str(error))) from None
         except RuntimeError as error:
@@ -438,6 +472,14 @@ class Pipeline:
         if request.output_type == "pil":
             pictures = [images.to_pil(picture[None])[0] for picture in pictures]
         return Result(pictures, latents, self._metadata(plan))
+
+    def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
+        """Decode, and lay what was to be kept of start images over it."""
+        pictures = self.decode(latents)
+        if not plan.canvases or not plan.request.composite:
+            return pictures
+        differential = plan.request.mask_mode == "differential"
+        return [canvas.over(one, differential) for canvas, one in zip(plan.canvases, pictures, strict=True)]
 
     def _metadata(self, plan: Plan) -> list[dict[str, Any]]:
         """For each picture, a request that draws it alone, and what drew it."""
@@ -450,29 +492,22 @@ class Pipeline:
             "quantized": {part: name for part, name in self.formats.items() if name},
             "levels": list(plan.sigmas),
             "model_calls": plan.calls,
-            # With these the request alone does not say where the noise came from.
-            "replayable": request.generator is None and request.latents is None,
         }
         shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
         prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        spread = [request.per_image(name) for name in ("negative_prompt", "height", "width")]
-        rows = zip(prompts, *spread, request.seeds(), strict=True)
+        names = ("negative_prompt", "height", "width", *IMAGES)
+        rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
-        return [
-            replace(shared, prompt=p, negative_prompt=n, height=h, width=w, seed=s).to_json()
-            | {"model": model, "engine": engine}
-            for p, n, h, w, s in rows
-        ]
-
-
-def _draw(grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
-    """Noise for every picture from its own generator, drawn as latents so that it is diffusers' noise: (tokens, 64)."""
-    return torch.cat(
-        [
-            patchify(torch.randn(16, 2 * rows, 2 * columns, generator=g, device=g.device).cpu())
-            for (rows, columns), g in zip(grids, generators, strict=True)
-        ]
-    )
+        found = []
+        for i, (prompt, seed, *values) in enumerate(rows):
+            own = dict(zip(names, values, strict=True))
+            data = replace(shared, prompt=prompt, seed=seed, **own).to_json()
+            # Without these the request alone does not say where noise and images came from.
+            whole = request.generator is None and request.latents is None
+            whole = whole and all(name in data for name, value in own.items() if value is not None)
+            inputs = {"inputs": dict(plan.canvases[i].hashes)} if plan.canvases else {}
+            found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs})
+        return found
 
 
 def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, again: Callable[[], object]) -> None:

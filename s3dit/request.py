@@ -15,11 +15,14 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
 
     from s3dit.config import ModelConfig
-    from s3dit.images import ImageSource
+
+    # Whatever `images.Picture` opens.
+    ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
 Schedule = Literal["official", "simple", "beta", "karras"]

@@ -24,12 +24,13 @@ import torch
 from bench import machine, watched, write_checkpoint
 from torch import Tensor
 
+from s3dit.conditioning import draw
 from s3dit.config import TransformerConfig
 from s3dit.devices import place
 from s3dit.kernels.linear import SCHEMES
 from s3dit.layout import text_to_image
 from s3dit.linear import swap
-from s3dit.pipeline import Pipeline, _draw
+from s3dit.pipeline import Pipeline
 from s3dit.transformer import Transformer
 from s3dit.weights.quantize import chosen
 
@@ -107,7 +108,7 @@ def trajectory(pipe: Pipeline, prompts: tuple[str, ...]) -> Iterator[tuple[Tenso
     for seed, prompt in enumerate(prompts):
         text = pipe.encode([prompt])[0]
         context = transformer.context(text_to_image([(8, 8)], [len(text)]), text)
-        x = _draw(((8, 8),), [torch.Generator().manual_seed(seed)])
+        x = draw(((8, 8),), [torch.Generator().manual_seed(seed)])
         levels = pipe.plan(prompt=prompt, seed=seed).sigmas
         for sigma, following in zip(levels, levels[1:], strict=False):
             velocity = transformer(x, torch.tensor([1 - sigma]), context)
