@@ -16,6 +16,7 @@ the tokens stand (layout.py), the tower (vision_encoder.py).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from s3dit.config import ModelConfig, VisionInputConfig
 from s3dit.images import Picture, resized, spread, to_pil
 from s3dit.layout import Grid, patchify, released_order
 from s3dit.request import Request, RequestError
+from s3dit.vae import Autoencoder
 from s3dit.vision_encoder import patches_of
 from s3dit.weights.checkpoint import CheckpointError
 
@@ -88,15 +90,7 @@ def prepare(
     rows = request.references()
     if not any(rows):
         return request, ((),) * request.count, ()
-    if config.transformer.siglip_feat_dim is None:
-        raise RequestError(
-            f"reference images are given to a {config.variant} model; needed an Omni or Edit model, which has siglip/; "
-            "for a start image give image"
-        )
-    if config.vision_input is None:
-        raise CheckpointError(
-            f"{folder}: no siglip/ in it; reference images need the vision tower; download the whole model directory"
-        )
+    vision = _eyes(config, folder)
     made: dict[tuple[int, int], Reference] = {}
     notes: list[str] = []
     found, sizes, areas = [], [], []
@@ -107,11 +101,10 @@ def prepare(
         for i, source in enumerate(given):
             if (id(source), area) not in made:
                 picture = Picture.open(source, f"reference {i + 1}")
-                made[id(source), area] = _reference(picture, area, config.vision_input, notes)
+                made[id(source), area] = _reference(picture, area, vision, notes)
         found.append(tuple(made[id(source), area] for source in given))
-        last = (
-            [PATCH * side for side in found[-1][-1].grid] if given else [config.settings.height, config.settings.width]
-        )
+        settings = (config.settings.height, config.settings.width)
+        last = tuple(PATCH * side for side in found[-1][-1].grid) if given else settings
         sizes.append((last[0] if height is None else height, last[1] if width is None else width))
         areas.append(area)
     request = replace(request, reference_area=areas)
@@ -119,6 +112,20 @@ def prepare(
     if request.latents is None:
         request = replace(request, height=[h for h, _ in sizes], width=[w for _, w in sizes])
     return request, tuple(found), tuple(notes)
+
+
+def _eyes(config: ModelConfig, folder: Path) -> VisionInputConfig:
+    """How the model's tower takes pictures, if it has one."""
+    if config.transformer.siglip_feat_dim is None:
+        raise RequestError(
+            f"reference images are given to a {config.variant} model; needed an Omni or Edit model, which has siglip/; "
+            "for a start image give image"
+        )
+    if config.vision_input is None:
+        raise CheckpointError(
+            f"{folder}: no siglip/ in it; reference images need the vision tower; download the whole model directory"
+        )
+    return config.vision_input
 
 
 def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: list[str]) -> Reference:
@@ -164,9 +171,13 @@ def look(
     looks = []
     for one, seen in zip(references, features.split([len(one.patches) for one in references]), strict=True):
         pixels = one.pixels[None].to(device)
-        latents = run("vae", f"latents of {one.name}", lambda vae, pixels=pixels: vae.encode(pixels, tile=tile))
+        latents = run("vae", f"latents of {one.name}", partial(_encoded, pixels=pixels, tile=tile))
         looks.append(Look(patchify(latents[0].float().contiguous()), released_order(seen)))
     return looks
+
+
+def _encoded(vae: Autoencoder, pixels: Tensor, tile: int | None) -> Tensor:
+    return vae.encode(pixels, tile=tile)
 
 
 def joined(rows: Sequence[Sequence[Look]]) -> tuple[Tensor | None, Tensor | None]:
