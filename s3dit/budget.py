@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
 from s3dit.kernels.dispatch import BackendError
 from s3dit.offload import repeated
 from s3dit.request import RequestError
@@ -175,6 +175,15 @@ def encoder_work(config: TextEncoderConfig, tokens: int, dtype: torch.dtype) -> 
     inner = config.num_attention_heads * config.head_dim
     row = 4 * (config.hidden_size + inner) * (dtype.itemsize + 4) + config.intermediate_size * (2 * dtype.itemsize + 16)
     return tokens * row + 4 * config.hidden_size * config.intermediate_size
+
+
+def vision_work(config: VisionConfig, patches: int, dtype: torch.dtype) -> int:
+    """Bytes that looking at `patches` patches of pictures allocates at most.
+
+    A layer's stream, its normed copy, q, k, v and what attention gives, or the widened row of its MLP; one weight.
+    """
+    row = 7 * config.hidden_size + 2 * config.intermediate_size + 3 * config.patch_size**2
+    return patches * row * (dtype.itemsize + 4) + 4 * config.hidden_size * config.intermediate_size
 
 
 def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype, device: str) -> int:

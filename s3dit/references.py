@@ -2,7 +2,7 @@
 
 An Omni model looks at each reference twice: the autoencoder makes latents of it, which stand among the tokens as clean
 ones, and the vision tower makes features, which stand behind them. Both are the same for every step, every prompt and
-every seed, so they are made once and kept.
+every seed, so they are made once and kept (`Look`).
 
 A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.reference_area`), its proportions kept; for the
 autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
@@ -14,11 +14,9 @@ the tokens stand (layout.py), the tower (vision_encoder.py).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +26,6 @@ from s3dit.config import ModelConfig, VisionInputConfig
 from s3dit.images import Picture, resized, spread, to_pil
 from s3dit.layout import Grid, patchify, released_order
 from s3dit.request import Request, RequestError
-from s3dit.vae import Autoencoder
 from s3dit.vision_encoder import patches_of
 from s3dit.weights.checkpoint import CheckpointError
 
@@ -37,14 +34,13 @@ PATCH = 16
 # A picture of more pixels is scaled; smaller sides and longer shapes are refused.
 LARGE, SMALLEST_SIDE, LONGEST = 1024 * 1024, 64, 8
 
-# run(part, what, call): call(module of the part), checked to be finite; `what` is what errors call it.
-Run = Callable[[str, str, Callable[[Any], Tensor]], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A picture to look at. pixels (3, H, W) fp32 in [-1, 1], sides multiples of 16 · patches (n, 3 · 16²) fp32 on the
-    grid `seen` · sha256 of the picture as it was given · name: what messages call it.
+    """A picture to look at.
+
+    pixels (3, H, W) fp32 in [-1, 1], sides multiples of 16 · patches (n, 3 · 16²) fp32 on the grid `seen` · sha256 of
+    the picture as it was given · size (height, width) that it was scaled to · name: what messages call it.
     """
 
     name: str
@@ -52,6 +48,7 @@ class Reference:
     patches: Tensor
     seen: Grid
     sha256: str
+    size: tuple[int, int]
 
     @property
     def grid(self) -> Grid:
@@ -64,17 +61,22 @@ class Reference:
         return self.grid, self.seen
 
     @property
-    def key(self) -> tuple[str, Grid]:
-        """The same for pictures that look the same to the model."""
-        return self.sha256, self.grid
+    def key(self) -> tuple[str, tuple[int, int]]:
+        """The same for pictures that are the same to the model."""
+        return self.sha256, self.size
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """What the transformer reads of a reference: patches of latents (n, 64) fp32, and features (m, D)."""
 
-    latents: Tensor
+    patches: Tensor
     features: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, features: Tensor) -> "Look":
+        """From the autoencoder's (16, H/8, W/8) and the tower's (m, D), row by row."""
+        return cls(patchify(latents.float().contiguous()), released_order(features))
 
 
 def prepare(
@@ -106,7 +108,7 @@ def prepare(
         settings = (config.settings.height, config.settings.width)
         last = tuple(PATCH * side for side in found[-1][-1].grid) if given else settings
         sizes.append((last[0] if height is None else height, last[1] if width is None else width))
-        areas.append(area)
+        areas.append(area if given else None)
     request = replace(request, reference_area=areas)
     # Given latents say the size by themselves.
     if request.latents is None:
@@ -156,33 +158,11 @@ def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: li
     image = content if isinstance(content, Image.Image) else to_pil(pixels[None])[0]
     top, left = (height - rows * PATCH) // 2, (width - columns * PATCH) // 2
     cut = pixels[:, top : top + rows * PATCH, left : left + columns * PATCH]
-    return Reference(picture.name, cut, *patches_of(image, config), picture.sha256)
+    return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width))
 
 
-def look(
-    references: Sequence[Reference], run: Run, device: torch.device, dtype: torch.dtype, tile: int | None = None
-) -> list[Look]:
-    """Show references to tower and autoencoder; computes in dtype, the autoencoder by tiles of `tile` cells."""
-    if not references:
-        return []
-    patches = torch.cat([one.patches for one in references]).to(device, dtype)
-    grids = [one.seen for one in references]
-    features = run("siglip", "vision features", lambda tower: tower(patches, grids))
-    looks = []
-    for one, seen in zip(references, features.split([len(one.patches) for one in references]), strict=True):
-        pixels = one.pixels[None].to(device)
-        latents = run("vae", f"latents of {one.name}", partial(_encoded, pixels=pixels, tile=tile))
-        looks.append(Look(patchify(latents[0].float().contiguous()), released_order(seen)))
-    return looks
-
-
-def _encoded(vae: Autoencoder, pixels: Tensor, tile: int | None) -> Tensor:
-    return vae.encode(pixels, tile=tile)
-
-
-def joined(rows: Sequence[Sequence[Look]]) -> tuple[Tensor | None, Tensor | None]:
-    """Latents' patches and features of the references of all items, end to end; None where there is none."""
-    looks = [one for row in rows for one in row]
+def joined(looks: Sequence[Look]) -> tuple[Tensor | None, Tensor | None]:
+    """Patches and features of all references of a pass, end to end; None where there is none."""
     if not looks:
         return None, None
-    return torch.cat([one.latents for one in looks]), torch.cat([one.features for one in looks])
+    return torch.cat([one.patches for one in looks]), torch.cat([one.features for one in looks])

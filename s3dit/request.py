@@ -123,7 +123,7 @@ class Request:
             "picture for an Omni or Edit model to look at, once for each; the last one's size is the default"
         ),
     )
-    reference_area: int | Sequence[int] | None = field(
+    reference_area: int | Sequence[int | None] | None = field(
         default=None,
         metadata=_says(
             "pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both are "
