@@ -254,7 +254,7 @@ class Pipeline:
         fit = None if self.vram is None else self._fit(largest, seen, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
-        notes = (*notes, *more, *self._notes(request))
+        notes = tuple(dict.fromkeys([*notes, *more, *self._notes(request), *self._notes(largest)]))
         first, *later = (
             Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, references=seen) for one, few in found
         )
