@@ -150,7 +150,7 @@ def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: li
     rows, columns = height // PATCH, width // PATCH
     if min(rows, columns) < 1:
         raise RequestError(
-            f"{shape}, which {area} pixels make {width}×{height}; needed 16 a side; raise reference_area"
+            f"{shape}, scaled to {area} in all {width}×{height}; needed {PATCH} a side; raise reference_area"
         )
     if (rows * PATCH, columns * PATCH) != picture.size:
         notes.append(f"{shape}; the model looks at {columns * PATCH}×{rows * PATCH} of it")
