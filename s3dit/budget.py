@@ -180,10 +180,12 @@ def encoder_work(config: TextEncoderConfig, tokens: int, dtype: torch.dtype) -> 
 def vision_work(config: VisionConfig, patches: int, dtype: torch.dtype) -> int:
     """Bytes that looking at `patches` patches of pictures allocates at most.
 
-    A layer's stream, its normed copy, q, k, v and what attention gives, or the widened row of its MLP; one weight.
+    The patches; then a layer's stream, its normed copy, q, k, v and what attention gives, or two rows of its MLP; the
+    stretched places in fp32, twice; one weight may be widened.
     """
-    row = 7 * config.hidden_size + 2 * config.intermediate_size + 3 * config.patch_size**2
-    return patches * row * (dtype.itemsize + 4) + 4 * config.hidden_size * config.intermediate_size
+    row = 3 * config.patch_size**2 + max(7 * config.hidden_size, 2 * config.hidden_size + 2 * config.intermediate_size)
+    weight = 4 * config.hidden_size * config.intermediate_size
+    return patches * (row * dtype.itemsize + 8 * config.hidden_size) + weight
 
 
 def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype, device: str) -> int:

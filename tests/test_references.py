@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline, RequestError
 from s3dit.config import read_model
+from s3dit.graphs import Replay
+from s3dit.layout import edit
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
 from s3dit.transformer import Transformer
@@ -250,3 +252,24 @@ def test_two_passes(pipe):
     drawn = pipe(**options, reference=picture()).latents[0]
     assert drawn.shape == (16, 20, 28)
     assert relative(pipe(**options, reference=picture(seed=1)).latents[0], drawn) > 1e-3
+
+
+def test_recorded_passes(pipe):
+    """A pass with references is a recording of its own; where the recorder only runs again, the bits are the same."""
+    transformer, recorded = pipe.parts["transformer"], []
+
+    def record(run):
+        output = run()
+        recorded.append(output)
+        return lambda: output.copy_(run()), output
+
+    replay = Replay(transformer, record)
+    g = torch.Generator().manual_seed(1)
+    for shapes, lengths in (([((4, 6), (3, 3))], (5, 9, 2)), ([((4, 6), (3, 3))], (5, 9, 2)), ([], (9,))):
+        layout = edit([(4, 4)], [lengths], [shapes])
+        text, x = torch.randn(sum(lengths), transformer.config.cap_feat_dim, generator=g), torch.randn(16, 64)
+        looks = [torch.randn(24, 64, generator=g), torch.randn(9, 24, generator=g)] if shapes else []
+        with torch.inference_mode():
+            context = transformer.context(layout, text, *looks)
+            assert torch.equal(replay(x, torch.tensor([0.3]), context), transformer(x, torch.tensor([0.3]), context))
+    assert len(recorded) == 2
