@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from s3dit import __version__
-from s3dit.request import Request, RequestError, Schedule, Solver
+from s3dit.request import Positions, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +31,7 @@ EXAMPLES = """examples:
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
+  s3dit generate "the fox, in oil" --model path/to/Z-Image-Edit --reference fox.png
 environment:
   S3DIT_BACKEND=auto|reference|torch|triton             who computes, where --backend does not say; see plan --kernels
 """
@@ -40,6 +41,7 @@ KINDS: dict[str, Any] = {
     "max_sequence_length": int, "strength": float, "negative_prompt": str,
 }  # fmt: skip
 SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"]}
+REFERENCES = ("reference", "reference_area", "reference_positions")
 CHOICES = {"solver": get_args(Solver), "schedule": get_args(Schedule)}
 
 
@@ -109,11 +111,25 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request")
     group.add_argument("prompt", nargs="?", help="what to draw (default: the embedded model's example)")
     group.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    _add_references(group)
     for field in fields(Request):
         if field.name in KINDS or field.name in CHOICES:
             _add_field(group, field)
     group.add_argument(
         "--sigmas", type=_floats, metavar="A,B,…", help="explicit noise levels before the shift, such as 1,0.75,0.4"
+    )
+
+
+def _add_references(group: Any) -> None:
+    says = {field.name: field.metadata.get("help") for field in fields(Request)}
+    group.add_argument(
+        "--reference", action="append", metavar="FILE", help=f"{says['reference']}; give it again for another"
+    )
+    group.add_argument("--reference-area", type=int, metavar="N", help=says["reference_area"])
+    group.add_argument(
+        "--reference-positions",
+        choices=get_args(Positions),
+        help=f"{says['reference_positions']} (default: released)",
     )
 
 
@@ -184,6 +200,7 @@ def _run(args: argparse.Namespace) -> int:
         if prompt is not None:
             raise RequestError("both a prompt and --prompt-file are given; needed one of them")
         prompt = _lines(args.prompt_file)
+    wanted |= {name: value for name in REFERENCES if (value := getattr(args, name)) is not None}
     if args.command == "generate" and args.replay is not None:
         wanted = _replayed(args, prompt) | wanted
     if prompt is not None:
@@ -257,10 +274,26 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()
+    if args.reference is None:
+        _check_references(args.replay, request, engine)
     values = request.to_json()
     if prompt is not None:
         values.pop("prompt")
     return values
+
+
+def _check_references(replay: Path, request: Request, engine: Any) -> None:
+    """References that a replayed picture names must be what they were."""
+    from s3dit.images import Picture
+
+    inputs = engine.get("inputs") if isinstance(engine, dict) else None
+    hashes = inputs.get("reference") if isinstance(inputs, dict) else None
+    for path, known in zip(request.references()[0], hashes if isinstance(hashes, list) else (), strict=False):
+        if Picture.open(path).sha256 != known:
+            raise RequestError(
+                f"{path} is not what it was when {replay} was drawn; needed the same pixels; give the files with "
+                "--reference"
+            )
 
 
 def _check_output(path: Path) -> None:

@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline, RequestError
+from s3dit.cli import main
 from s3dit.config import read_model
 from s3dit.graphs import Replay
+from s3dit.images import read_metadata
 from s3dit.layout import edit
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
@@ -273,3 +275,48 @@ def test_recorded_passes(pipe):
             context = transformer.context(layout, text, *looks)
             assert torch.equal(replay(x, torch.tensor([0.3]), context), transformer(x, torch.tensor([0.3]), context))
     assert len(recorded) == 2
+
+
+@pytest.fixture
+def command(folder, tmp_path, capsys):
+    """Run a command on the model -> exit code, what it said, and where pictures go."""
+
+    def run(name, *options):
+        code = main([name, *map(str, options), "--model", str(folder), "--device", "cpu", "--dtype", "fp32"])
+        captured = capsys.readouterr()
+        return code, captured.out + captured.err
+
+    return run
+
+
+def test_the_command_line(command, file, tmp_path):
+    other = tmp_path / "b.png"
+    picture(64, 80, 5).save(other)
+    drawn, again = tmp_path / "out.png", tmp_path / "again.png"
+    options = ["--reference", file, "--reference", other, "--steps", 1, "--guidance", 1, "--seed", 3]
+    code, said = command("generate", "a red star", *options, "--preview", "-o", drawn)
+    assert code == 0 and Image.open(drawn).size == (80, 64), said
+    data = read_metadata(drawn)
+    assert data["reference"] == [str(file), str(other)] and len(data["engine"]["inputs"]["reference"]) == 2
+    code, said = command("generate", "--replay", drawn, "-o", again)
+    assert code == 0 and np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(again))), said
+    # another picture of the same name is another picture
+    picture(64, 80, 6).save(other)
+    code, said = command("generate", "--replay", drawn, "-o", again)
+    assert code == 2 and f"{other} is not what it was" in said and said.count("\n") == 1
+    code, said = command("generate", "--replay", drawn, "--reference", other, "-o", again)
+    assert code == 0 and read_metadata(again)["reference"] == [str(other)], said
+
+
+def test_the_plan_on_the_command_line(command, file):
+    code, said = command("plan", "a red star", "--reference", file, "--reference-positions", "intended", "--kernels")
+    assert code == 0 and "siglip" in said and "1 references" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--reference", "none.png"], "none.png: not found"), (["--reference-area", "9000"], "are about references")],
+)
+def test_one_line_for_what_is_wrong(command, options, words):
+    code, said = command("generate", "a red star", *options)
+    assert code == 2 and words in said and said.count("\n") == 1
