@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from s3dit import __version__
-from s3dit.request import Positions, Request, RequestError, Schedule, Solver
+from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,6 +28,9 @@ EXAMPLES = """examples:
   s3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --height 768 --width 1024
   s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
+  s3dit generate "a blue star" --image star.png --strength 0.8 -o blue.png
+  s3dit generate "a blue star" --image star.png --mask mask.png        white in the mask is painted anew
+  s3dit generate "a red star" --image star.png --extend 64,0,64,0      margins: left,top,right,bottom
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
@@ -38,11 +41,17 @@ environment:
 KINDS: dict[str, Any] = {
     "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float, "cfg": float,
     "cfg_normalization": float, "cfg_truncation": float, "num_images_per_prompt": int, "seed": int, "shift": float,
-    "max_sequence_length": int, "strength": float, "negative_prompt": str,
+    "max_sequence_length": int, "negative_prompt": str, "image": str, "mask_image": str, "strength": float,
+    "mask_blur": float, "upscale": float, "upscale_strength": float, "reference_area": int,
 }  # fmt: skip
-SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"]}
-REFERENCES = ("reference", "reference_area", "reference_positions")
-CHOICES = {"solver": get_args(Solver), "schedule": get_args(Schedule)}
+SHORT = {
+    "num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"],
+    "mask_image": ["--mask"],
+}  # fmt: skip
+CHOICES = {
+    "solver": get_args(Solver), "schedule": get_args(Schedule), "mask_mode": get_args(MaskMode),
+    "posterior": get_args(Posterior), "reference_positions": get_args(Positions),
+}  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,26 +120,24 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request")
     group.add_argument("prompt", nargs="?", help="what to draw (default: the embedded model's example)")
     group.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
-    _add_references(group)
     for field in fields(Request):
         if field.name in KINDS or field.name in CHOICES:
             _add_field(group, field)
     group.add_argument(
         "--sigmas", type=_floats, metavar="A,B,…", help="explicit noise levels before the shift, such as 1,0.75,0.4"
     )
-
-
-def _add_references(group: Any) -> None:
-    says = {field.name: field.metadata.get("help") for field in fields(Request)}
     group.add_argument(
-        "--reference", action="append", metavar="FILE", help=f"{says['reference']}; give it again for another"
-    )
-    group.add_argument("--reference-area", type=int, metavar="N", help=says["reference_area"])
+        "--extend", type=_margins, metavar="L,T,R,B",
+        help="margins in pixels to paint around the start image: left,top,right,bottom",
+    )  # fmt: skip
     group.add_argument(
-        "--reference-positions",
-        choices=get_args(Positions),
-        help=f"{says['reference_positions']} (default: released)",
-    )
+        "--reference", action="append", metavar="FILE",
+        help="picture for an Omni or Edit model to look at, once for each; the last one's size is the default",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-composite", dest="composite", action="store_const", const=False,
+        help="do not lay the start image's own pixels over what the mask keeps",
+    )  # fmt: skip
 
 
 def _add_field(group: Any, field: "Field[Any]") -> None:
@@ -142,7 +149,7 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
         )
     else:
         kind = KINDS[field.name]
-        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        metavar = "FILE" if field.name in IMAGES else {int: "N", float: "X", str: "TEXT"}[kind]
         group.add_argument(*flags, dest=field.name, type=kind, metavar=metavar, help=help_text)
 
 
@@ -167,6 +174,13 @@ def _floats(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.75,0.4") from None
+
+
+def _margins(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four margins in pixels such as 64,0,64,0") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,13 +208,13 @@ def _ours(error: Exception) -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
-    wanted = {name: value for name in (*KINDS, *CHOICES, "sigmas") if (value := getattr(args, name)) is not None}
+    names = (*KINDS, *CHOICES, "sigmas", "extend", "composite", "reference")
+    wanted = {name: value for name in names if (value := getattr(args, name)) is not None}
     prompt: Any = args.prompt
     if args.prompt_file is not None:
         if prompt is not None:
             raise RequestError("both a prompt and --prompt-file are given; needed one of them")
         prompt = _lines(args.prompt_file)
-    wanted |= {name: value for name in REFERENCES if (value := getattr(args, name)) is not None}
     if args.command == "generate" and args.replay is not None:
         wanted = _replayed(args, prompt) | wanted
     if prompt is not None:
@@ -262,38 +276,49 @@ def _lines(path: Path) -> list[str]:
 
 def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
     """The request that a picture was made with; its model too, unless another is named."""
-    from s3dit.images import read_metadata
+    from s3dit.images import Picture, read_metadata
 
     data = read_metadata(args.replay)
-    model, engine = data.pop("model", None), data.pop("engine", {})
-    if isinstance(engine, dict) and engine.get("replayable") is False:
+    model, engine = data.pop("model", None), _mapping(data.pop("engine", None))
+    if engine.get("replayable") is False:
         raise RequestError(
-            f"{args.replay}: its noise was given from Python, not by a seed; it cannot be drawn again from here"
+            f"{args.replay}: its noise or an image was given from Python, not by a seed and files; it cannot be drawn "
+            "again from here"
         )
+    inputs = _mapping(engine.get("inputs"))
+    for name in set(IMAGES) & set(inputs):
+        # Another file may be given instead; one that is taken from there must be what it was.
+        if getattr(args, name) is None and Picture.open(str(data.get(name)), name).sha256 != inputs[name]:
+            raise RequestError(
+                f"{data[name]} is not what it was when {args.replay} was drawn; needed the same pixels; give the file "
+                f"with {SHORT.get(name, ['--image'])[0]}"
+            )
     if args.model == "embedded" and model not in (None, "embedded"):
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()
     if args.reference is None:
-        _check_references(args.replay, request, engine)
+        _check_references(args.replay, request, inputs.get("reference"))
     values = request.to_json()
     if prompt is not None:
         values.pop("prompt")
     return values
 
 
-def _check_references(replay: Path, request: Request, engine: Any) -> None:
+def _check_references(replay: Path, request: Request, known: Any) -> None:
     """References that a replayed picture names must be what they were."""
     from s3dit.images import Picture
 
-    inputs = engine.get("inputs") if isinstance(engine, dict) else None
-    hashes = inputs.get("reference") if isinstance(inputs, dict) else None
-    for path, known in zip(request.references()[0], hashes if isinstance(hashes, list) else (), strict=False):
-        if Picture.open(path).sha256 != known:
+    for path, sha256 in zip(request.references()[0], known if isinstance(known, list) else (), strict=False):
+        if Picture.open(path).sha256 != sha256:
             raise RequestError(
                 f"{path} is not what it was when {replay} was drawn; needed the same pixels; give the files with "
                 "--reference"
             )
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def _check_output(path: Path) -> None:
@@ -316,9 +341,15 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
+    if request.strength is not None:
+        lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "
+                     f"{request.num_inference_steps}")  # fmt: skip
+    if plan.then is not None:
+        lines.append(f"then {request.upscale:g} times as large, noise levels "
+                     + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
     for turn, stage in enumerate(plan.stages, 1):
         lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
-    held = [stage.holds for stage in plan.stages]
+    held = {stage.part: stage.holds for stage in plan.stages}.values()
     most = sum(held) if pipe.parts.mode == "resident" else max(held)
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.fit is None else str(plan.fit))

@@ -56,7 +56,7 @@ class Canvas:
         return torch.where(mask > 0, (1 - mask) * self.pixels + mask * drawn, self.pixels)
 
 
-def prepare(request: Request) -> tuple[Request, tuple[Canvas, ...], tuple[str, ...]]:
+def prepare(request: Request) -> tuple[Request, tuple[Canvas, ...], list[str]]:
     """Read and check a request's images; returns it with sizes filled in, a canvas a picture, and notes for the user.
 
     A request without a start image has no canvases. Raises RequestError.
@@ -64,7 +64,7 @@ def prepare(request: Request) -> tuple[Request, tuple[Canvas, ...], tuple[str, .
     request = replace(request, **{name: spread(getattr(request, name)) for name in IMAGES})
     request.check()
     if request.image is None:
-        return request, (), ()
+        return request, (), []
     notes: list[str] = []
     margins = _margins(request.extend, notes)
     opened: dict[int, Picture] = {}
@@ -92,7 +92,7 @@ def prepare(request: Request) -> tuple[Request, tuple[Canvas, ...], tuple[str, .
         width=tuple(width for (_, width), _ in found),
         extend=request.extend and margins,
     )
-    return request, tuple(canvas for _, canvas in found), tuple(dict.fromkeys(notes))
+    return request, tuple(canvas for _, canvas in found), notes
 
 
 def _margins(extend: Sequence[int] | None, notes: list[str]) -> tuple[int, int, int, int]:
@@ -256,8 +256,11 @@ def begin(
                    len(levels) - 1, differential)  # fmt: skip
 
 
-def passes(request: Request) -> Iterator[Request]:
-    """A resolved request, and its second pass if it wants one: the same, larger, for the last part of the flow."""
+def passes(request: Request, notes: list[str]) -> Iterator[Request]:
+    """A resolved request, and its second pass if it wants one: the same, larger, for the last part of the flow.
+
+    Raises RequestError where that is too large.
+    """
     yield request
     if request.upscale is None:
         return
@@ -269,6 +272,10 @@ def passes(request: Request) -> Iterator[Request]:
         raise RequestError(
             f"upscale {request.upscale:g} makes a side of {largest} pixels; needed at most {LARGEST_SIDE}; scale less"
         )
+    pairs = zip(heights, widths, request.per_image("height"), request.per_image("width"), strict=True)
+    for height, width, h, w in pairs:
+        if (height, width) != (h * request.upscale, w * request.upscale):
+            notes.append(f"{w}×{h} enlarged {request.upscale:g} times is made whole patches: {width}×{height}")
     yield replace(
         request, height=heights, width=widths, strength=request.upscale_strength, upscale=None, upscale_strength=None,
         latents=None,

@@ -231,7 +231,7 @@ class Pipeline:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
-        request, canvases, notes = conditioning.prepare(Request(**fields) if request is None else request)
+        request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
         request, seen, more = references.prepare(request, self.config, self.folder)
         request = request.resolve(self.config)
         if request.seed is None:
@@ -242,19 +242,21 @@ class Pipeline:
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
         if strange:
             works += [(part, f"{len(strange)} references") for part in ("siglip", "vae")]
-        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request)]
+        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
-        for turn, count in enumerate(calls):
-            if canvases or turn:
-                works.append(("vae", f"{request.count} start images"))
+        if canvases:
+            works.append(("vae", f"{request.count} start images"))
+        for turn, count in enumerate(calls, 1):
             works.append(("transformer", f"{count} model calls, {len(self._captions(request))} items each"))
-            if turn + 1 < len(calls) or request.output_type != "latent":
-                works.append(("vae", f"{request.count} pictures"))
+            if turn < len(calls):
+                works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
+        if request.output_type != "latent":
+            works.append(("vae", f"{request.count} pictures"))
         largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
         fit = None if self.vram is None else self._fit(largest, seen, sum(map(len, new)), parts)
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
-        notes = tuple(dict.fromkeys([*notes, *more, *self._notes(request), *self._notes(largest)]))
+        notes = tuple(dict.fromkeys([*said, *more, *self._notes(request), *self._notes(largest)]))
         first, *later = (
             Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, references=seen) for one, few in found
         )

@@ -31,6 +31,36 @@ def test_generate_and_replay(tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
 
 
+def test_start_images_and_their_replay(tmp_path, capsys):
+    star, mask, drawn, again = (tmp_path / name for name in ("star.png", "mask.png", "drawn.png", "again.png"))
+    assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", star) == 0
+    white = np.zeros((128, 128), np.uint8)
+    white[:64] = 255
+    Image.fromarray(white).save(mask)
+    options = ("--image", star, "--mask", mask, "--mask-blur", 2, "--extend", "16,0,0,0", "--upscale", 1.5)
+    assert run("generate", PROMPT, "--steps", 2, *options, "--preview", "-o", drawn) == 0
+    assert Image.open(drawn).size == (224, 192)
+    assert run("generate", "--replay", drawn, "-o", again) == 0
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(again)))
+    capsys.readouterr()
+    star.unlink()
+    assert run("generate", "--replay", drawn, "-o", again) == 2
+    assert f"s3dit: {star}: not found" in capsys.readouterr().err
+    Image.new("RGB", (128, 128)).save(star)
+    assert run("generate", "--replay", drawn, "-o", again) == 2
+    assert "is not what it was when" in capsys.readouterr().err
+    assert run("generate", "--replay", drawn, "--image", star, "--no-composite", "-o", again) == 0
+
+
+def test_plan_of_start_images(tmp_path, capsys):
+    Image.new("RGB", (130, 100)).save(tmp_path / "a.png")
+    assert run("plan", PROMPT, "--image", tmp_path / "a.png", "--upscale", 2, "--residency", "resident") == 0
+    out = capsys.readouterr().out
+    assert "1 picture(s) of 128×96: 8 model calls" in out and "from start images of strength 0.6: 5 steps of 8" in out
+    assert "then 2 times as large, noise levels 0.6429 0.5 0.3 0" in out
+    assert "2. vae" in out and "1 start images" in out and "a.png is 130×100 pixels; it is scaled to 128×96" in out
+
+
 def test_prompt_file_and_json_lines(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
@@ -100,6 +130,10 @@ def test_plan_kernels(capsys):
         (["plan", "x", "--device", "cpu", "--graphs"], "graphs need a CUDA device, found cpu"),
         (["plan", "x", "--graphs", "--residency", "streamed"], "graphs need weights that stay where they are"),
         (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),
+        (["generate", "x", "--image", "none.png"], "none.png: not found"),
+        (["generate", "x", "--mask", "none.png"], "mask_image is given without a start image"),
+        (["generate", "x", "--image", "none.png", "--extend", "16,0"], "needed four margins"),
+        (["plan", "x", "--image", "none.png", "--strength", "0"], "strength is 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
