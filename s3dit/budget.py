@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
 from s3dit.kernels.dispatch import BackendError
 from s3dit.offload import repeated
 from s3dit.request import RequestError
@@ -200,6 +200,17 @@ def encoder_work(config: TextEncoderConfig, tokens: int, dtype: torch.dtype) -> 
     inner = config.num_attention_heads * config.head_dim
     row = 4 * (config.hidden_size + inner) * (dtype.itemsize + 4) + config.intermediate_size * (2 * dtype.itemsize + 16)
     return tokens * row + 4 * config.hidden_size * config.intermediate_size
+
+
+def vision_work(config: VisionConfig, patches: int, dtype: torch.dtype) -> int:
+    """Bytes that looking at `patches` patches of pictures allocates at most.
+
+    The patches; then a layer's stream, its normed copy, q, k, v and what attention gives, or two rows of its MLP; the
+    stretched places in fp32, twice; one weight may be widened.
+    """
+    row = 3 * config.patch_size**2 + max(7 * config.hidden_size, 2 * config.hidden_size + 2 * config.intermediate_size)
+    weight = 4 * config.hidden_size * config.intermediate_size
+    return patches * (row * dtype.itemsize + 8 * config.hidden_size) + weight
 
 
 def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype, device: str) -> int:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from s3dit import __version__
 from s3dit.control import FORM, Control
-from s3dit.request import IMAGES, MaskMode, Posterior, Request, RequestError, Schedule, Solver
+from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,7 @@ EXAMPLES = """examples:
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
+  s3dit generate "the fox, in oil" --model path/to/Z-Image-Edit --reference fox.png
 environment:
   S3DIT_BACKEND=auto|reference|torch|triton             who computes, where --backend does not say; see plan --kernels
 """
@@ -43,7 +44,7 @@ KINDS: dict[str, Any] = {
     "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float, "cfg": float,
     "cfg_normalization": float, "cfg_truncation": float, "num_images_per_prompt": int, "seed": int, "shift": float,
     "max_sequence_length": int, "negative_prompt": str, "image": str, "mask_image": str, "strength": float,
-    "mask_blur": float, "upscale": float, "upscale_strength": float,
+    "mask_blur": float, "upscale": float, "upscale_strength": float, "reference_area": int,
 }  # fmt: skip
 SHORT = {
     "num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"],
@@ -51,7 +52,7 @@ SHORT = {
 }  # fmt: skip
 CHOICES = {
     "solver": get_args(Solver), "schedule": get_args(Schedule), "mask_mode": get_args(MaskMode),
-    "posterior": get_args(Posterior),
+    "posterior": get_args(Posterior), "reference_positions": get_args(Positions),
 }  # fmt: skip
 # Bytes of a part from which its loading is worth a bar.
 LONG = 1 << 28
@@ -138,6 +139,10 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         help="margins in pixels to paint around the start image: left,top,right,bottom",
     )  # fmt: skip
     group.add_argument(
+        "--reference", action="append", metavar="FILE",
+        help="picture for an Omni or Edit model to look at, once for each; the last one's size is the default",
+    )  # fmt: skip
+    group.add_argument(
         "--no-composite", dest="composite", action="store_const", const=False,
         help="do not lay the start image's own pixels over what the mask keeps",
     )  # fmt: skip
@@ -211,7 +216,7 @@ def _ours(error: Exception) -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
-    names = (*KINDS, *CHOICES, "sigmas", "extend", "composite")
+    names = (*KINDS, *CHOICES, "sigmas", "extend", "composite", "reference")
     wanted = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.control:
         wanted["control"] = _controls(args.control)
@@ -309,6 +314,8 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()
+    if args.reference is None:
+        _check_references(args.replay, request, inputs.get("reference"))
     values = request.to_json()
     if request.control and not args.control:
         from s3dit.branches import hold
@@ -319,6 +326,18 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
     if prompt is not None:
         values.pop("prompt")
     return values
+
+
+def _check_references(replay: Path, request: Request, known: Any) -> None:
+    """References that a replayed picture names must be what they were."""
+    from s3dit.images import Picture
+
+    for path, sha256 in zip(request.references()[0], known if isinstance(known, list) else (), strict=False):
+        if Picture.open(path).sha256 != sha256:
+            raise RequestError(
+                f"{path} is not what it was when {replay} was drawn; needed the same pixels; give the files with "
+                "--reference"
+            )
 
 
 def _mapping(found: Any) -> dict[str, Any]:

@@ -12,9 +12,10 @@ Source: the official Z-Image configuration files; Qwen3 keys as written by trans
 """
 
 import json
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from s3dit.weights.checkpoint import CheckpointError
 
@@ -46,9 +47,9 @@ class Part:
 def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
     """Convert one JSON value to the annotated type, or say what was found and what was needed."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind == tuple[int, ...]:
+    if kind in (tuple[int, ...], tuple[float, ...]):
         if isinstance(value, list) and 0 < len(value) <= 16:
-            return tuple(_checked(item, int, name, source) for item in value)
+            return tuple(_checked(item, get_args(kind)[0], name, source) for item in value)
     elif kind is bool:
         if isinstance(value, bool):
             return value
@@ -159,6 +160,60 @@ class VAEConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
+class VisionConfig(Part):
+    """SigLIP2 (NaFlex), `siglip/config.json`; only Omni and Edit have one."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_channels: int
+    patch_size: int
+    num_patches: int
+    layer_norm_eps: float
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        if data.get("hidden_act") != "gelu_pytorch_tanh":
+            raise CheckpointError(
+                f"{source}: hidden_act is {data.get('hidden_act')!r}; this engine runs gelu_pytorch_tanh, SigLIP2's "
+                "own; restore the official file"
+            )
+        config = super(VisionConfig, cls).from_json(data, source)
+        if config.hidden_size % config.num_attention_heads or math.isqrt(config.num_patches) ** 2 != config.num_patches:
+            raise CheckpointError(
+                f"{source}: hidden_size {config.hidden_size}, {config.num_attention_heads} heads, num_patches "
+                f"{config.num_patches}; needed a width that the heads divide and a square of positions"
+            )
+        return config
+
+
+@dataclass(frozen=True, slots=True)
+class VisionInputConfig(Part):
+    """How a picture becomes SigLIP2's patches, `siglip_processor/preprocessor_config.json`."""
+
+    patch_size: int
+    max_num_patches: int
+    rescale_factor: float
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        steps = ("do_resize", "do_rescale", "do_normalize")
+        # 2 is Pillow's number for bilinear.
+        if data.get("resample") != 2 or not all(data.get(step) is True for step in steps):
+            raise CheckpointError(
+                f"{source}: resample {data.get('resample')!r} with {', '.join(f'{s} {data.get(s)!r}' for s in steps)}; "
+                "this engine resizes (bilinear, 2), rescales and normalizes; restore the official file"
+            )
+        config = super(VisionInputConfig, cls).from_json(data, source)
+        if len(config.image_mean) != 3 or len(config.image_std) != 3 or 0.0 in config.image_std:
+            raise CheckpointError(f"{source}: image_mean and image_std need three numbers, and no deviation of 0")
+        return config
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerConfig(Part):
     """Flow schedule, `scheduler/scheduler_config.json`: 3.0 is Turbo's shift, 6.0 Z-Image's."""
 
@@ -193,6 +248,9 @@ class ModelConfig:
     scheduler: SchedulerConfig
     variant: Variant
     settings: Settings
+    # None where the directory has no siglip/: then the model takes no reference images.
+    vision: VisionConfig | None = None
+    vision_input: VisionInputConfig | None = None
     # What the directory says of its own world (embedded model): words it knows, one sentence, a prompt that suits it.
     words: frozenset[str] = frozenset()
     note: str = ""
@@ -245,6 +303,17 @@ def read_model(folder: Path) -> ModelConfig:
             f"{folder}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
             f"{text_encoder.hidden_size}; the parts are of different models"
         )
+    vision, vision_input = None, None
+    if transformer.siglip_feat_dim is not None and (folder / "siglip").is_dir():
+        vision = part(VisionConfig, "siglip")
+        vision_input = part(VisionInputConfig, "siglip_processor", "preprocessor_config.json")
+        found = (vision.hidden_size, vision.patch_size, vision.num_channels)
+        needed = (transformer.siglip_feat_dim, vision_input.patch_size, 3)
+        if found != needed:
+            raise CheckpointError(
+                f"{folder}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
+                f"{needed}; the parts are of different models"
+            )
     own = read_json(folder / "s3dit.json") if (folder / "s3dit.json").is_file() else {}
     variant: Variant = own.get("variant") or variant_of(transformer, scheduler)
     if variant not in VARIANTS:
@@ -258,6 +327,8 @@ def read_model(folder: Path) -> ModelConfig:
         scheduler=scheduler,
         variant=variant,
         settings=Settings(**known),
+        vision=vision,
+        vision_input=vision_input,
         words=frozenset(own.get("words", ())),
         note=str(own.get("note", "")),
         prompt=str(own.get("prompt", "")),

@@ -7,11 +7,16 @@ sizes, other prompts) is the ordinary case and no attention mask exists.
 Facts kept from the official model: each stream of an item is filled up to a multiple of 32 with a learned pad token
 that *is* attended to; caption tokens, pads included, stand at (1 … padded length, 0, 0); image tokens at
 (padded caption length + 1, row, column); image pads at (0, 0, 0); the joint order is image, then caption.
-Source: `patchify_and_embed` and `forward` of the official transformer.
+
+Facts of Omni and Edit: the caption comes in segments, with the pictures between them; each segment of each stream is
+filled up by itself; a reference's tokens are clean, which is to say that they, and the caption before them, read the
+modulation of t = 1; the joint order is caption, image, vision.
+
+Source: `patchify_and_embed`, `patchify_and_embed_omni` and `forward` of the official transformer and diffusers'.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +25,9 @@ from s3dit.kernels.attention import Spans
 
 # Tokens of a stream are filled up to a multiple of this (official SEQ_MULTI_OF).
 MULTIPLE = 32
+
+# Rows and columns: of 2 × 2 latent cells for pictures (pixels / 16), of patches for the vision tower's features.
+Grid = tuple[int, int]
 
 
 def padded(length: int) -> int:
@@ -32,21 +40,29 @@ class Segment:
     """One run of tokens: `length` real ones on a grid (frames, rows, columns) that starts at `origin`.
 
     A grid with more cells than `length` gives positions to the padding too (captions); padding beyond the grid
-    stands at (0, 0, 0) (images).
+    stands at (0, 0, 0) (images). A segment without real tokens is one run of padding.
+
+    clean: whether its tokens are no noisy ones, so that they read the modulation of t = 1 · stretch (rows, columns):
+    the grid is spread over one of this size, positions rounded down.
     """
 
     length: int
     grid: tuple[int, int, int]
     origin: tuple[int, int, int]
+    clean: bool = False
+    stretch: Grid | None = None
 
     @property
     def padded(self) -> int:
         """Length with padding."""
-        return padded(self.length)
+        return padded(max(self.length, 1))
 
     def positions(self) -> Tensor:
         """Positions of all tokens, padding included: (padded, 3) int64."""
         axes = [torch.arange(start, start + size) for start, size in zip(self.origin, self.grid, strict=True)]
+        for axis, extent in enumerate(self.stretch or (), 1):
+            # parity: in float32 and in this order, because what is rounded down may lie just below a whole number.
+            axes[axis] = (axes[axis].float() / max(self.grid[axis] - 1, 1) * (extent - 1)).long()
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 2)
         return torch.cat((grid, grid.new_zeros(self.padded - len(grid), 3)))
 
@@ -55,8 +71,9 @@ class Segment:
 class Pack:
     """One stream of several items, end to end, N tokens in all.
 
-    spans: the items · positions (N, 3) int64 · row (N,) int64, the item of each token, which is the row of the
-    modulation table that it reads · real (n,) int64, the places of the tokens that are not padding.
+    spans: the items that have tokens in it · positions (N, 3) int64 · row (N,) int64, the row of the modulation table
+    that each token reads: its item's, or for clean tokens the one after all items' · real (n,) int64, the places that
+    tokens are put into from outside: of the image stream those that are denoised, of the others all but padding.
     """
 
     spans: Spans
@@ -65,67 +82,151 @@ class Pack:
     real: Tensor
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], device: torch.device | str) -> "Pack":
-        """Lay one segment an item end to end."""
-        lengths = tuple(s.padded for s in segments)
-        rows = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(lengths))
+    def of(cls, items: Sequence[Sequence[Segment]], device: torch.device | str, slide: bool = False) -> "Pack":
+        """Lay the segments of all items end to end; `slide` as in `_places`."""
+        segments = [segment for item in items for segment in item]
+        rows = [len(items) if s.clean else i for i, item in enumerate(items) for s in item]
+        row = torch.repeat_interleave(torch.tensor(rows), torch.tensor([s.padded for s in segments]))
         real = torch.cat([torch.arange(s.padded) < s.length for s in segments]).nonzero()[:, 0]
-        positions = torch.cat([s.positions() for s in segments])
-        return cls(Spans.of(lengths, device), positions.to(device), rows.to(device), real.to(device))
+        positions = torch.cat([_places(item, slide) for item in items])
+        spans = Spans.of(tuple(length for item in items if (length := _length(item))), device)
+        return cls(spans, positions.to(device), row.to(device), real.to(device))
 
-    def fill(self, tokens: Tensor, pad: Tensor) -> Tensor:
-        """Put tokens (n, D) in their places and the pad token (1, D) everywhere else -> (N, D)."""
+    def fill(self, tokens: Tensor, rest: Tensor) -> Tensor:
+        """Put tokens (n, D) in their places -> (N, D); everywhere else is `rest`, the pad token (1, D) or (N, D)."""
         if len(tokens) == len(self.positions):
             return tokens
-        return pad.to(tokens.dtype).repeat(len(self.positions), 1).index_copy_(0, self.real, tokens)
+        return rest.to(tokens.dtype).repeat(len(self.positions) // len(rest), 1).index_copy_(0, self.real, tokens)
+
+
+def _length(segments: Sequence[Segment]) -> int:
+    """Tokens of one item in one stream."""
+    return sum(segment.padded for segment in segments)
+
+
+def _places(segments: Sequence[Segment], slide: bool) -> Tensor:
+    """Positions of one item's tokens in one stream: (length, 3).
+
+    slide: as the released code has it, where the padding of a caption segment is counted twice, so that every later
+    segment stands behind its positions; one segment alone is not concerned.
+    """
+    runs = [segment.positions() for segment in segments] or [torch.zeros(0, 3, dtype=torch.int64)]
+    if slide:
+        # parity: the released code appends (0, 0, 0) for padding that has positions already, and cuts off the end.
+        runs = [torch.cat((run, run.new_zeros(len(run) - s.length, 3))) for run, s in zip(runs, segments, strict=True)]
+    return torch.cat(runs)[: _length(segments)]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A request's tokens: the image and text streams, and the joint sequence in which `layers` run.
+    """A request's tokens: the streams, and the joint sequence in which `layers` run.
 
-    gather (N,) takes the concatenation of the image pack and the text pack into joint order; `whole.real` are the
-    places, in joint order, of the image tokens that are denoised.
+    gather (N,) takes the concatenation of the image, text and vision packs into joint order; `whole.real` are the
+    places, in joint order, of the image tokens that are denoised. Only where there are references: vision, the stream
+    of their features, and clean (n,), the places in the image pack of their latents' patches.
     """
 
     image: Pack
     text: Pack
     whole: Pack
     gather: Tensor
+    vision: Pack | None = None
+    clean: Tensor | None = None
 
 
-def text_to_image(
-    grids: Sequence[tuple[int, int]], text_lengths: Sequence[int], device: torch.device | str = "cpu"
-) -> Layout:
+def text_to_image(grids: Sequence[Grid], text_lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
     """Lay out B text-to-image items.
 
-    grids: (rows, columns) of 2 × 2 latent patches an item (pixels / 16) · text_lengths: real caption tokens an item.
+    grids: of each item's picture · text_lengths: real caption tokens an item.
     """
     texts = [Segment(n, (padded(n), 1, 1), (1, 0, 0)) for n in text_lengths]
     images = [
         Segment(rows * columns, (1, rows, columns), (text.padded + 1, 0, 0))
         for (rows, columns), text in zip(grids, texts, strict=True)
     ]
-    image, text = Pack.of(images, device), Pack.of(texts, device)
-    return _join(image, text, device)
+    streams = {"image": [[image] for image in images], "text": [[text] for text in texts]}
+    return _joined(streams, ("image", "text"), device)
 
 
-def _join(image: Pack, text: Pack, device: torch.device | str) -> Layout:
-    """Interleave two streams item by item: image of item 0, text of item 0, image of item 1, …"""
-    n_image = len(image.positions)
-    places = torch.arange(n_image + len(text.positions), device=device)
-    runs = zip(places[:n_image].split(image.spans.lengths), places[n_image:].split(text.spans.lengths), strict=True)
-    gather = torch.cat([part for run in runs for part in run])
-    is_target = torch.zeros_like(places, dtype=torch.bool)
+def edit(
+    grids: Sequence[Grid],
+    text_lengths: Sequence[Sequence[int]],
+    references: Sequence[Sequence[tuple[Grid, Grid]]],
+    device: torch.device | str = "cpu",
+    *,
+    slide: bool = True,
+) -> Layout:
+    """Lay out B items of an Omni model, each with any number of reference pictures, none included.
+
+    grids: of each picture to be drawn · text_lengths: real tokens of each caption segment, n + 2 segments for n > 0
+    references, else one · references: each one's grids, of its latents' patches and of its vision features · slide:
+    positions of captions as in the released code; False gives every segment its own.
+    """
+    found = [
+        _edited(grid, lengths, given) for grid, lengths, given in zip(grids, text_lengths, references, strict=True)
+    ]
+    streams = {name: [item[name] for item in found] for name in ("image", "text", "vision")}
+    return _joined(streams, ("text", "image", "vision"), device, slide)
+
+
+def _edited(grid: Grid, lengths: Sequence[int], references: Sequence[tuple[Grid, Grid]]) -> dict[str, list[Segment]]:
+    """The segments of one item; `edit` has the arguments."""
+    n = len(references)
+    if len(lengths) != (n + 2 if n else 1):
+        raise ValueError(f"{len(lengths)} caption segments for {n} references; needed n + 2, or one without references")
+    item: dict[str, list[Segment]] = {"image": [], "text": [], "vision": []}
+    pictures = [*references, (grid, None)]
+    place = 1
+    for i, length in enumerate(lengths):
+        clean = i < n
+        item["text"].append(Segment(length, (padded(length), 1, 1), (place, 0, 0), clean))
+        # Padding runs on past this, into the positions of what follows.
+        place += length
+        if i < len(pictures):
+            (rows, columns), seen = pictures[i]
+            item["image"].append(Segment(rows * columns, (1, rows, columns), (place, 0, 0), clean))
+            if seen is not None:
+                # Over the cells of the latents, not over the tokens, which are half as many a side.
+                stretch = (2 * rows, 2 * columns)
+                item["vision"].append(Segment(seen[0] * seen[1], (1, *seen), (place + 1, 0, 0), clean, stretch))
+            elif n:
+                item["vision"].append(Segment(0, (0, 0, 0), (0, 0, 0)))
+        place += 2
+    return item
+
+
+def _joined(
+    streams: dict[str, list[list[Segment]]], order: Sequence[str], device: torch.device | str, slide: bool = False
+) -> Layout:
+    """Interleave the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, …"""
+    packs = {name: Pack.of(items, device, slide and name == "text") for name, items in streams.items() if any(items)}
+    lengths = [[_length(item) for item in streams[name]] for name in packs]
+    places = torch.arange(sum(map(sum, lengths)), device=device).split([n for stream in lengths for n in stream])
+    count = len(streams["image"])
+    runs = {name: places[i * count : (i + 1) * count] for i, name in enumerate(packs)}
+    gather = torch.cat([runs[name][i] for i in range(count) for name in order if name in runs])
+    image, clean = packs["image"], None
+    if any(segment.clean for item in streams["image"] for segment in item):
+        still = image.row[image.real] == count
+        image, clean = replace(image, real=image.real[~still]), image.real[still]
+    is_target = torch.zeros(len(gather), dtype=torch.bool, device=device)
     is_target[image.real] = True
-    lengths = tuple(a + b for a, b in zip(image.spans.lengths, text.spans.lengths, strict=True))
     whole = Pack(
-        spans=Spans.of(lengths, device),
-        positions=torch.cat((image.positions, text.positions))[gather],
-        row=torch.cat((image.row, text.row))[gather],
+        spans=Spans.of(tuple(map(sum, zip(*lengths, strict=True))), device),
+        positions=torch.cat([pack.positions for pack in packs.values()])[gather],
+        row=torch.cat([pack.row for pack in packs.values()])[gather],
         real=is_target[gather].nonzero()[:, 0],
     )
-    return Layout(image, text, whole, gather)
+    return Layout(image, packs["text"], whole, gather, packs.get("vision"), clean)
+
+
+def released_order(features: Tensor) -> Tensor:
+    """A picture's vision features (n, D) as the transformer reads them: -> (n, D).
+
+    The released code lays them out feature by feature and reads them token by token, so that a token holds pieces of
+    many features. It looks unintended, but it is what a model was trained with that is run by that code.
+    """
+    return features.T.reshape(features.shape)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -134,7 +235,7 @@ def patchify(latents: Tensor) -> Tensor:
     return latents.view(c, h // 2, 2, w // 2, 2).permute(1, 3, 2, 4, 0).reshape(-1, 4 * c)
 
 
-def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+def unpatchify(patches: Tensor, grid: Grid) -> Tensor:
     """Undo `patchify`: patches (rows · columns, 4·C) -> latents (C, 2·rows, 2·columns)."""
     rows, columns = grid
     c = patches.shape[-1] // 4

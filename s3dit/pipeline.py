@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3dit import __version__, branches, budget, conditioning, images
+from s3dit import __version__, branches, budget, conditioning, images, references
 from s3dit.config import ModelConfig, read_model
 from s3dit.control import Control
 from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
@@ -30,7 +30,7 @@ from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
-from s3dit.layout import padded, text_to_image
+from s3dit.layout import Layout, edit, text_to_image
 from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
 from s3dit.request import IMAGES, Request, RequestError, Result
@@ -40,6 +40,7 @@ from s3dit.tokenizer import Tokenizer
 from s3dit.trace import first_nonfinite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
+from s3dit.vision_encoder import VisionEncoder
 from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -49,8 +50,16 @@ from s3dit.weights.quantize import named, schemes_for
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
 PROMPTS_KEPT = 256
+# What the model reads of so many reference pictures is kept, 2 to 3 MB each in fp32.
+LOOKS_KEPT = 64
 # Latent cells (16,384 is 1024 × 1024 pixels) above which a picture is decoded by tiles, and a tile's side in cells.
 WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
+
+
+# Token ids of an item's texts: one, or the segments around its references.
+Caption = tuple[tuple[int, ...], ...]
+# References of every picture.
+Seen = tuple[tuple[references.Reference, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,8 @@ class Plan:
     """What a request will do, known before any weight is read.
 
     calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
-    controls: what steers it, read · then: the second pass if there is one, whose canvases the first one draws.
+    controls: what steers it, read · references: of each picture, read · then: the second pass if there is one, whose
+    canvases the first one draws.
     """
 
     request: Request
@@ -84,6 +94,7 @@ class Plan:
     canvases: tuple[conditioning.Canvas, ...] = ()
     controls: tuple[branches.Prepared, ...] = ()
     then: "Plan | None" = None
+    references: Seen = ()
 
 
 class Pipeline:
@@ -105,7 +116,8 @@ class Pipeline:
         self.folder, self.config, self.placement = folder, config, placement
         self.vram, self.compiled, self.graphs = vram, compiled, graphs
         self.tokenizer = Tokenizer(folder / "tokenizer")
-        self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
+        parts = ("text_encoder", "transformer", "vae", *(() if config.vision is None else ("siglip",)))
+        self.checkpoints = {part: open_checkpoint(folder / part) for part in parts}
         self._asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         if residency == "streamed":
@@ -116,7 +128,8 @@ class Pipeline:
         self._tile: int | None = None
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+        self._looks: OrderedDict[Any, references.Look] = OrderedDict()
+        self._tokens: dict[tuple[str, int, int], Caption] = {}
         # The number format that each part is in, "" for plain floats.
         self.formats = {part: named(schemes(self._blank(part)[0])) for part in self.checkpoints}
         for part in self.checkpoints:
@@ -181,6 +194,9 @@ class Pipeline:
             elif part in self.controlnets:
                 module = ControlNet(self.controlnets[part], self.config.transformer)
                 unused = self.controlnets[part].unused(self.checkpoints[part])
+            elif part == "siglip":
+                assert self.config.vision is not None
+                module, unused = VisionEncoder(self.config.vision), VisionEncoder.unused
             else:
                 module = encoder = TextEncoder(self.config.text_encoder)
                 unused = encoder.unused
@@ -245,46 +261,49 @@ class Pipeline:
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
         request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
-        request, controls, more = branches.prepare(request.resolve(self.config), self._controlnet)
-        said = [*said, *more]
+        request, seen, more = references.prepare(request, self.config, self.folder)
+        request, controls, rest = branches.prepare(request.resolve(self.config), self._controlnet)
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
-        new = {
-            ids
-            for text in self._texts(request)
-            if (ids := self._ids(text, request.max_sequence_length)) not in self._features
-        }
+        texts = dict.fromkeys(ids for caption in self._captions(request) for ids in caption)
+        new = [ids for ids in texts if ids not in self._features]
+        strange = {one.key: one for row in seen for one in row if one.key not in self._looks}.values()
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
+        if strange:
+            works += [(part, f"{len(strange)} references") for part in ("siglip", "vae")]
         found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
         if canvases or controls:
             inputs = [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
             works.append(("vae", " and ".join(inputs)))
         for turn, count in enumerate(calls, 1):
-            works.append(("transformer", f"{count} model calls, {len(self._items(request)[1])} items each"))
+            works.append(("transformer", f"{count} model calls, {len(self._captions(request))} items each"))
             works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
             if turn < len(calls):
                 works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
         if request.output_type != "latent":
             works.append(("vae", f"{request.count} pictures"))
         largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
-        fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts, len(controls))
+        fit = None if self.vram is None else self._fit(largest, seen, sum(map(len, new)), parts, len(controls))
         kept = self.parts.kept if fit is None else fit.kept
         stages = tuple(self._stage(part, work, kept) for part, work in works)
         held = sum({stage.part: stage.holds for stage in stages if stage.part in self.controlnets}.values())
         stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
-        notes = tuple(dict.fromkeys([*said, *self._notes(request), *self._notes(largest)]))
+        notes = tuple(dict.fromkeys([*said, *more, *rest, *self._notes(request), *self._notes(largest)]))
         first, *later = (
-            Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls) for one, few in found
+            Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls, references=seen)
+            for one, few in found
         )
         return replace(first, canvases=canvases, then=later[0] if later else None)
 
-    def _fit(self, request: Request, new: int, parts: tuple[str, ...], controls: int) -> budget.Fit:
+    def _fit(self, request: Request, seen: Seen, new: int, parts: tuple[str, ...], controls: int) -> budget.Fit:
         """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
         config, compute, device = self.config, self.placement.compute, self.placement.device.type
-        sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
-        grids, items = self._items(request)
-        tokens = sum(padded(rows * columns) for rows, columns in grids) + sum(map(padded, items))
+        pictures = [one for row in seen for one in row]
+        # Encoding a reference takes less than decoding a picture of its size.
+        sides = [(one.pixels.shape[1], one.pixels.shape[2]) for one in pictures]
+        sides += zip(request.per_image("height"), request.per_image("width"), strict=True)
+        tokens = sum(self._layout(request, seen, bool(request.guidance_scale), "cpu").whole.spans.lengths)
         # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
         lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
         kind = {"lean": backend() in lean, "quantized": bool(self.formats["transformer"])}
@@ -299,6 +318,9 @@ class Pipeline:
                 for tile in tiles
             ],
         }
+        if config.vision is not None:
+            patches = sum(len(one.patches) for one in pictures)
+            works["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
         needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works.get(part, [(None, 0)]))) for part in parts}
         guests = {part: needs.pop(part) for part in parts if part in self.controlnets}
         return budget.fit_beside(self.vram or 0, needs, "transformer", guests, budget.RESERVE[device])
@@ -318,16 +340,32 @@ class Pipeline:
 
     @staticmethod
     def _texts(request: Request) -> list[str]:
-        """Every text a request needs features of: prompts, and the negative ones when guidance is on."""
+        """The text of every item of a pass: prompts, and after them the negative ones when guidance is on."""
         negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
-        return [*request.prompts, *negatives]
+        return [*(p for p in request.prompts for _ in range(request.num_images_per_prompt)), *negatives]
 
-    def _ids(self, text: str, max_length: int) -> tuple[int, ...]:
+    def _captions(self, request: Request) -> list[Caption]:
+        """Token ids of those texts, cut into segments where there are references."""
+        texts = self._texts(request)
+        counts = [len(row) for row in request.references()] * (len(texts) // request.count)
+        return [self._caption(*item, request.max_sequence_length) for item in zip(texts, counts, strict=True)]
+
+    def _caption(self, text: str, pictures: int, max_length: int) -> Caption:
         """Token ids of one text; kept, so that a cut prompt is warned of once."""
-        key = (text, max_length)
+        key = (text, pictures, max_length)
         if key not in self._tokens:
-            self._tokens[key] = tuple(self.tokenizer.encode(text, max_length))
+            self._tokens[key] = tuple(map(tuple, self.tokenizer.segments(text, pictures, max_length)))
         return self._tokens[key]
+
+    def _layout(self, request: Request, seen: Seen, guided: bool, device: torch.device | str) -> Layout:
+        """Where the tokens of a pass stand: with guidance the pictures twice, with their prompts and negative ones."""
+        times = 2 if guided else 1
+        grids = _grids(request) * times
+        lengths = [tuple(map(len, caption)) for caption in self._captions(request)[: len(grids)]]
+        if self.config.transformer.siglip_feat_dim is None:
+            return text_to_image(grids, [length for (length,) in lengths], device)
+        shapes = [[one.shape for one in row] for row in seen] * times
+        return edit(grids, lengths, shapes, device, slide=request.reference_positions == "released")
 
     @torch.no_grad()
     def rehearse(self, request: Request) -> None:
@@ -336,9 +374,9 @@ class Pipeline:
         `dispatch.asked` hears what would be computed.
         """
         device, compute, config = self.placement.device, self.placement.compute, self.config
-        lengths = [len(self._ids(text, request.max_sequence_length)) for text in self._texts(request)]
-        grids, items = self._items(request)
-        layout = text_to_image(grids, items, device)
+        lengths = list(map(len, dict.fromkeys(ids for caption in self._captions(request) for ids in caption)))
+        seen = references.prepare(request, config, self.folder)[1]
+        layout = self._layout(request, seen, bool(request.guidance_scale), device)
         encoder, transformer = (self._blank(part)[0] for part in ("text_encoder", "transformer"))
         assert isinstance(transformer, Transformer)
         with FakeTensorMode(allow_non_fake_inputs=True), device:
@@ -347,23 +385,21 @@ class Pipeline:
                 blank = torch.empty(tensor.shape, dtype=self.placement.dtype if weight else tensor.dtype)
                 shelf[name] = nn.Parameter(blank, requires_grad=False) if weight else blank
             encoder(torch.empty(sum(lengths), config.text_encoder.hidden_size, dtype=compute), lengths)
-            text = torch.empty(sum(items), config.transformer.cap_feat_dim, dtype=compute)
-            x = torch.empty(sum(rows * columns for rows, columns in grids), config.transformer.patch_dim)
-            transformer(x, torch.zeros(1), transformer.context(layout, text))
-
-    def _items(self, request: Request) -> tuple[tuple[tuple[int, int], ...], list[int]]:
-        """Of the items of a pass with guidance, if that is on: grids of patches, and lengths of texts in tokens."""
-        heights, widths = request.per_image("height"), request.per_image("width")
-        grids = tuple((h // 16, w // 16) for h, w in zip(heights, widths, strict=True))
-        texts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        if request.guidance_scale:
-            texts, grids = texts + [n or "" for n in request.per_image("negative_prompt")], grids * 2
-        return grids, [len(self._ids(text, request.max_sequence_length)) for text in texts]
+            text = torch.empty(len(layout.text.real), config.transformer.cap_feat_dim, dtype=compute)
+            x = torch.empty(len(layout.image.real), config.transformer.patch_dim)
+            looks: list[Tensor] = []
+            if layout.vision is not None and layout.clean is not None:
+                looks = [x.new_empty(len(layout.clean), x.shape[1])]
+                looks += [text.new_empty(len(layout.vision.real), config.transformer.siglip_feat_dim or 0)]
+            transformer(x, torch.zeros(1), transformer.context(layout, text, *looks))
 
     @torch.inference_mode()
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (n, cap_feat_dim) each, from the kept ones or the text encoder."""
-        ids = [self._ids(text, max_sequence_length) for text in texts]
+        return self._encode([self._caption(text, 0, max_sequence_length)[0] for text in texts])
+
+    def _encode(self, ids: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        """`encode` of token ids."""
         new = [one for one in dict.fromkeys(ids) if one not in self._features]
         if new:
             encoder = self.parts["text_encoder"]
@@ -406,14 +442,9 @@ class Pipeline:
         if plan.fit is not None:
             self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
             self._tile = plan.fit.tile
-        grids = tuple(
-            (h // 16, w // 16) for h, w in zip(request.per_image("height"), request.per_image("width"), strict=True)
-        )
-        prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        length = request.max_sequence_length
-        positive = self.encode(prompts, length)
-        negatives = [n or "" for n in request.per_image("negative_prompt")]
-        negative = self.encode(negatives, length) if request.guidance_scale else []
+        grids = _grids(request)
+        texts = self._encode([ids for caption in self._captions(request) for ids in caption])
+        looks = self.look([one for row in plan.references for one in row])
         sources = conditioning.generators(request)
         sampled = sources if request.posterior == "sample" else None
         start = self.encode_images([canvas.pixels for canvas in plan.canvases], sampled)
@@ -425,9 +456,9 @@ class Pipeline:
 
         @cache
         def context(guided: bool) -> Context:
-            text = positive + negative if guided else positive
-            layout = text_to_image(grids * (2 if guided else 1), [len(t) for t in text], device)
-            return transformer.context(layout, torch.cat(text))
+            layout = self._layout(request, plan.references, guided, device)
+            few = texts if guided else texts[: sum(map(len, self._captions(request)[: request.count]))]
+            return transformer.context(layout, torch.cat(few), *references.joined(looks * (2 if guided else 1)))
 
         steps = torch.tensor(plan.sigmas)
         x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
@@ -460,6 +491,24 @@ class Pipeline:
                 *beside,
             )
             yield replace(step, grids=grids)
+
+    @torch.inference_mode()
+    def look(self, pictures: Sequence[references.Reference]) -> list[references.Look]:
+        """What the transformer reads of reference pictures, from what is kept or the tower and the autoencoder."""
+        new = list({one.key: one for one in pictures if one.key not in self._looks}.values())
+        if new:
+            tower = self.parts["siglip"]
+            patches = torch.cat([one.patches for one in new]).to(self.placement.device, self.placement.compute)
+            run = partial(tower, patches, [one.seen for one in new])
+            features = run()
+            _finite(features, "vision features", tower, self.checkpoints["siglip"], run)
+            latents = self.encode_images([one.pixels for one in new])
+            parts = features.split([len(one.patches) for one in new])
+            self._looks |= {one.key: references.Look.of(*of) for one, *of in zip(new, latents, parts, strict=True)}
+        found = [self._looks[one.key] for one in pictures]
+        while len(self._looks) > LOOKS_KEPT:
+            self._looks.popitem(last=False)
+        return found
 
     @torch.inference_mode()
     def encode_images(
@@ -547,23 +596,33 @@ class Pipeline:
         }
         shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
         prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        names = ("negative_prompt", "height", "width", *IMAGES)
+        names = ("negative_prompt", "height", "width", *IMAGES, "reference_area")
         rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
         found = []
         for i, (prompt, seed, *values) in enumerate(rows):
-            own = dict(zip(names, values, strict=True))
+            own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
+            if own["reference"] is None:
+                own["reference_positions"] = "released"
             controls = request.controls_of(i)
             data = replace(shared, prompt=prompt, seed=seed, control=controls or None, **own).to_json()
             # Without these the request alone does not say where noise and images came from.
             whole = request.generator is None and request.latents is None
             whole = whole and all(name in data for name, value in own.items() if value is not None)
             whole = whole and all(one.named for one in controls)
-            hashes = dict(plan.canvases[i].hashes) if plan.canvases else {}
+            hashes: dict[str, Any] = dict(plan.canvases[i].hashes) if plan.canvases else {}
             hashes |= branches.hashes(plan.controls, i)
+            if plan.references[i]:
+                hashes["reference"] = [one.sha256 for one in plan.references[i]]
             inputs = {"inputs": hashes} if hashes else {}
             found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs})
         return found
+
+
+def _grids(request: Request) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of patches of every picture."""
+    sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
+    return tuple((height // 16, width // 16) for height, width in sides)
 
 
 def _finite(

@@ -32,6 +32,7 @@ Schedule = Literal["official", "simple", "beta", "karras"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
+Positions = Literal["released", "intended"]
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -120,6 +121,23 @@ class Request:
         default=None, metadata=_says("how much the second pass redraws, up to 1 (default: 0.35)")
     )
     control: Control | Sequence[Control] | None = None
+    reference: "ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None" = field(
+        default=None,
+        metadata=_says(
+            "picture for an Omni or Edit model to look at, once for each; the last one's size is the default"
+        ),
+    )
+    reference_area: int | Sequence[int | None] | None = field(
+        default=None,
+        metadata=_says(
+            "pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both are "
+            "given, else 1024 × 1024)"
+        ),
+    )
+    reference_positions: Positions = field(
+        default="released",
+        metadata=_says("where captions between references stand: as in the released code, or as it was meant"),
+    )
     output_type: OutputType = "pil"
 
     @property
@@ -148,8 +166,22 @@ class Request:
         """Spread a field over all pictures: one value for all, or one a prompt, or one a picture."""
         return self.spread(name, getattr(self, name))
 
+    def references(self) -> list[list[Any]]:
+        """Reference images of every picture: one list serves all; a list of lists has one a prompt, or one a picture.
+
+        Raises RequestError.
+        """
+        given = self.reference
+        several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        lists = [one is None or isinstance(one, list | tuple) for one in several]
+        if not any(lists):
+            return [list(several) for _ in range(self.count)]
+        if not all(lists):
+            raise RequestError("reference mixes images and lists of images; needed one list, or a list for each prompt")
+        return [list(one or ()) for one in self.spread("reference", several)]
+
     def spread(self, name: str, value: Any) -> list[Any]:
-        """The same with any value, which messages call `name`."""
+        """`per_image` of any value, which messages call `name`."""
         if value is None or isinstance(value, str) or not isinstance(value, Sequence):
             return [value] * self.count
         if len(value) == self.count:
@@ -223,12 +255,13 @@ class Request:
             )
         for name, kind in (
             ("solver", Solver), ("schedule", Schedule), ("output_type", OutputType), ("mask_mode", MaskMode),
-            ("posterior", Posterior),
+            ("posterior", Posterior), ("reference_positions", Positions),
         ):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; needed one of {', '.join(get_args(kind))}")
         self._check_start()
         self._check_control()
+        self._check_references()
         self._check_sigmas()
 
     def _check_prompts(self) -> None:
@@ -286,6 +319,17 @@ class Request:
             raise RequestError(str(error)) from None
         self.controls_of(0)
 
+    def _check_references(self) -> None:
+        """What belongs to reference images; the images themselves are read later, by `references`."""
+        for area in self.per_image("reference_area"):
+            _check_int("reference_area", area, 64 * 64, LARGEST_SIDE**2)
+        if any(self.references()):
+            return
+        if self.reference_area is not None or self.reference_positions != "released":
+            raise RequestError(
+                "reference_area and reference_positions are about references; give reference, or leave them out"
+            )
+
     def _check_sigmas(self) -> None:
         if self.sigmas is None:
             return
@@ -324,13 +368,10 @@ class Request:
         values = {k: v for k, v in values.items() if k not in ("generator", "latents", "output_type") and v is not None}
         values = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
         values |= {"control": [one.to_json() for one in self.controls]} if self.controls else {}
-        for name in set(IMAGES) & set(values):
-            given = values[name] if isinstance(values[name], list) else [values[name]]
-            paths = [str(one) if isinstance(one, str | PathLike) else None for one in given]
-            if None in paths:
+        for name in {*IMAGES, "reference"} & set(values):
+            values[name] = _paths(values[name])
+            if values[name] is None:
                 del values[name]
-            else:
-                values[name] = paths if isinstance(values[name], list) else paths[0]
         return values
 
     @classmethod
@@ -346,6 +387,16 @@ class Request:
         except (ValueError, TypeError) as error:
             raise RequestError(str(error)) from None
         return cls(**data | controls)
+
+
+def _paths(given: Any) -> Any:
+    """Paths of image files as JSON has them, in lists like theirs; None where one is no file."""
+    if isinstance(given, str | PathLike):
+        return str(given)
+    if not isinstance(given, list | tuple):
+        return None
+    paths = [_paths(one) for one in given]
+    return None if None in paths else paths
 
 
 def _check_side(name: str, value: Any) -> None:

@@ -1,8 +1,9 @@
 """From a prompt to the ids that the text encoder reads: Qwen's byte-level BPE, inside Qwen's chat template.
 
 The template is a constant: a single user turn that asks for an answer, no system turn, thinking left open. A template
-in the model's folder is not executed. Special tokens typed by a user are parsed as special, and a prompt that is too
-long is cut from the right, closing tags and all: both as the official pipeline does.
+in the model's folder is not executed. Where there are reference pictures (Omni, Edit) the turn is cut into the texts
+around them, and each is encoded by itself: no text knows of another. Special tokens typed by a user are parsed as
+special, and a prompt that is too long is cut from the right, closing tags and all: both as the official pipeline does.
 
 Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same
 BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces.
@@ -26,6 +27,13 @@ from s3dit.weights.checkpoint import CheckpointError
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TURN = ("<|im_start|>", "<|im_end|>")
+# The turn around pictures: a text before the first, one between each two, the prompt between the last and the picture
+# that is to be drawn, and one after that.
+BEFORE, BETWEEN = "<|im_start|>user\n<|vision_start|>", "<|vision_end|><|vision_start|>"
+PROMPT, AFTER = (
+    "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
+    "<|vision_end|><|im_end|>",
+)
 
 # How Qwen2 cuts text before any merge: English clitics, words with the mark before them, single digits, runs of
 # marks, line breaks, spaces.
@@ -79,20 +87,39 @@ class Tokenizer:
         Warns, with the number of ids, when the end was cut off. Raises TypeError for anything but a str, ValueError for
         a max_length below 1 or text that is not Unicode (a lone surrogate).
         """
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt is a {type(prompt).__name__}; needed a str; encode several prompts one by one")
-        if max_length < 1:
-            raise ValueError(f"max_length is {max_length}; needed at least 1; 512 is usual")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise ValueError("prompt holds half of a surrogate pair; needed Unicode text; decode it as UTF-8 or UTF-16")
-        ids = self._ids(TEMPLATE.format(prompt))
+        _check(prompt, max_length)
+        return self._cut(TEMPLATE.format(prompt), max_length)
+
+    def segments(self, prompt: str, references: int, max_length: int = 512) -> list[list[int]]:
+        """Ids of the texts around `references` pictures: n + 2 of them, or one where there is no picture.
+
+        Each is cut to `max_length` by itself. Warns and raises as `encode` does.
+        """
+        _check(prompt, max_length)
+        texts = [BEFORE, *[BETWEEN] * (references - 1), PROMPT.format(prompt), AFTER]
+        found = []
+        for text in texts if references else [TEMPLATE.format(prompt)]:
+            found.append(self._cut(text, max_length))
+        return found
+
+    def _cut(self, text: str, max_length: int) -> list[int]:
+        ids = self._ids(text)
         if len(ids) > max_length:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, the last {len(ids) - max_length} were cut off; "
                 f"shorten it, or raise max_sequence_length above {max_length}",
-                stacklevel=2,
+                stacklevel=3,
             )
         return ids[:max_length]
+
+
+def _check(prompt: str, max_length: int) -> None:
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is a {type(prompt).__name__}; needed a str; encode several prompts one by one")
+    if max_length < 1:
+        raise ValueError(f"max_length is {max_length}; needed at least 1; 512 is usual")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("prompt holds half of a surrogate pair; needed Unicode text; decode it as UTF-8 or UTF-16")
 
 
 def _json(folder: Path) -> Callable[[str], list[int]]:

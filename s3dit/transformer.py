@@ -167,7 +167,9 @@ class FinalLayer(nn.Module):
 class Context:
     """What no step changes: where tokens stand, the refined caption tokens (N_text, dim) and the rotary tables.
 
-    It holds what `forward` reads and no more, so that requests of one size have contexts of one shape.
+    It holds what `forward` reads and no more, so that requests of one size have contexts of one shape. rest: what the
+    image stream holds besides the tokens that are denoised, (1, dim) padding or (N_image, dim) with embedded
+    references. Where there are references, `text` goes on with the refined vision tokens, and clean (1,) is their time.
     """
 
     image: Pack
@@ -176,6 +178,8 @@ class Context:
     text: Tensor
     image_rope: Tensor
     whole_rope: Tensor
+    rest: Tensor
+    clean: Tensor | None = None
 
 
 class Control(Protocol):
@@ -211,17 +215,27 @@ class Transformer(nn.Module):
             self.siglip_pad_token = nn.Parameter(torch.empty(1, dim))
         self.layers = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_layers))
 
-    def context(self, layout: Layout, text: Tensor) -> Context:
+    def context(
+        self, layout: Layout, text: Tensor, references: Tensor | None = None, vision: Tensor | None = None
+    ) -> Context:
         """Do everything that no step changes.
 
         text (n, cap_feat_dim): features of the real caption tokens of all items, end to end, in the dtype that the
-        pass is to compute in.
+        pass is to compute in · where the layout has references: their latents' patches (n_clean, patch_dim) and the
+        vision tower's features of them (n_vision, siglip_feat_dim), end to end like the text.
         """
-        config = self.config
+        config, dtype = self.config, text.dtype
         tokens = layout.text.fill(self.cap_embedder(text), self.cap_pad_token)
-        rope = rope_table(layout.text.positions, config.axes_dims, config.rope_theta)
-        for block in self.context_refiner:
-            tokens = block(tokens, rope, layout.text.spans)
+        tokens = self._refined(tokens, layout.text, self.context_refiner)
+        if layout.vision is not None and vision is not None:
+            seen = layout.vision.fill(self.siglip_embedder(vision.to(dtype)), self.siglip_pad_token)
+            tokens = torch.cat((tokens, self._refined(seen, layout.vision, self.siglip_refiner)))
+        rest: Tensor = self.x_pad_token
+        clean = None
+        if layout.clean is not None and references is not None:
+            embedded = self.all_x_embedder[PATCH](references.to(dtype))
+            rest = rest.to(dtype).repeat(len(layout.image.positions), 1).index_copy_(0, layout.clean, embedded)
+            clean = torch.ones(1, device=rest.device)
         return Context(
             image=layout.image,
             whole=layout.whole,
@@ -229,7 +243,16 @@ class Transformer(nn.Module):
             text=tokens,
             image_rope=rope_table(layout.image.positions, config.axes_dims, config.rope_theta),
             whole_rope=rope_table(layout.whole.positions, config.axes_dims, config.rope_theta),
+            rest=rest,
+            clean=clean,
         )
+
+    def _refined(self, tokens: Tensor, pack: Pack, refiner: nn.ModuleList) -> Tensor:
+        """Run a stream (N, dim) that knows no time through its refiner -> (N, dim)."""
+        rope = rope_table(pack.positions, self.config.axes_dims, self.config.rope_theta)
+        for block in refiner:
+            tokens = block(tokens, rope, pack.spans)
+        return tokens
 
     def forward(self, x: Tensor, t: Tensor, context: Context, control: Control | None = None) -> Tensor:
         """The velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
@@ -238,8 +261,11 @@ class Transformer(nn.Module):
         control: what adds to the streams on their way -> (n, patch_dim), dtype of the context's tokens.
         """
         pack, whole, dtype = context.image, context.whole, context.text.dtype
+        if context.clean is not None:
+            # One row an item, and after them the one that all clean tokens read.
+            t = torch.cat((t.expand(len(whole.spans.lengths)), context.clean))
         time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
-        image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), self.x_pad_token)
+        image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), context.rest)
         hints: Iterable[Tensor | None] = (None,) * len(self.layers)
         if control is None:
             tokens = self.joined(image, time, context)

@@ -20,8 +20,9 @@ from s3dit.budget import (
     parse_size,
     sizes,
     transformer_work,
+    vision_work,
 )
-from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
 from s3dit.controlnet import Branch, ControlNet, ControlNetConfig, Controls
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
 from s3dit.kernels.linear import SCHEMES
@@ -31,6 +32,7 @@ from s3dit.offload import tensors
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
 from s3dit.vae import Autoencoder
+from s3dit.vision_encoder import VisionEncoder
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,19 @@ def test_the_encoders_formula(config, dtype):
     x = torch.randn(300, config.hidden_size, dtype=dtype)
     most = measured(lambda: model(x, [100, 200]))
     assert most <= encoder_work(config, 300, dtype) < 8 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_towers_formula(dtype):
+    """Widths in the proportions of the official tower; three pictures."""
+    config = VisionConfig(
+        hidden_size=288, intermediate_size=1076, num_hidden_layers=2, num_attention_heads=4, num_channels=3,
+        patch_size=16, num_patches=256, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    model, grids = built(VisionEncoder, config, dtype), [(16, 16), (8, 30), (5, 40)]
+    patches = torch.randn(sum(rows * columns for rows, columns in grids), 768, dtype=dtype)
+    most = measured(lambda: model(patches, grids))
+    assert most <= vision_work(config, len(patches), dtype) < 2 * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,6 +1,7 @@
 """Compiled blocks: one graph a kind of block for every size, and the eager answer."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from s3dit import Pipeline
 from s3dit.graphs import check_compiler, compile_blocks
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import BackendError
-from s3dit.layout import text_to_image
+from s3dit.layout import edit, text_to_image
 from s3dit.offload import stream
+from s3dit.transformer import Transformer
 
 # Picture sizes, prompt lengths, items, and guidance (twice the items): also as many tokens as a head or row is wide.
 CASES = [
@@ -52,6 +54,47 @@ def test_two_graphs_serve_every_size_batch_and_time(counter):
         # the very same operations, run from a graph: not a bit may differ
         assert torch.equal(velocity(compiled, *case, t=0.1 * i), velocity(eager, *case, t=0.1 * i))
         assert counter.frame_count == 2, f"modulated and plain blocks, and no more for {case}"
+
+
+def omni(layers):
+    """A model that takes references, of random weights."""
+    config = replace(load().config, siglip_feat_dim=24, n_layers=layers)
+    torch.manual_seed(0)
+    model = Transformer(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    return model
+
+
+def edited(model, grids, lengths, references):
+    """The velocity where there are references."""
+    g = torch.Generator().manual_seed(1)
+    layout = edit(grids, lengths, references)
+    text, x = torch.randn(sum(map(sum, lengths)), model.config.cap_feat_dim, generator=g), layout.image.real
+    looks = [] if layout.clean is None else [(layout.clean, 64), (layout.vision.real, model.config.siglip_feat_dim)]
+    with torch.inference_mode():
+        given = (torch.randn(len(places), width, generator=g) for places, width in looks)
+        return model(torch.randn(len(x), 64, generator=g), torch.tensor([0.3]), model.context(layout, text, *given))
+
+
+ONE, TWO = [((4, 6), (3, 5))], [((4, 4), (2, 2)), ((8, 4), (1, 9))]
+
+
+def test_references_are_served_by_one_graph_more(counter):
+    """Clean tokens read a row of their own; a table of one row, which all tokens share, is the other graph."""
+    eager = omni(2)
+    compiled = omni(2)
+    compile_blocks(compiled, counter)
+    cases = [
+        ([(8, 8)], [(5, 33, 3)], [ONE]),
+        ([(8, 8), (4, 6)], [(5, 2, 33, 3), (2, 4, 6)], [TWO, ONE]),
+        ([(6, 4), (4, 4)], [(7,), (2, 4, 6)], [[], ONE]),
+    ]
+    for case in cases:
+        assert torch.equal(edited(compiled, *case), edited(eager, *case))
+        assert counter.frame_count == 2
+    edited(compiled, [(8, 8)], [(5,)], [[]])
+    assert counter.frame_count == 3
 
 
 def test_a_whole_request_with_guidance_and_truncation_compiles_nothing_anew(counter, monkeypatch):

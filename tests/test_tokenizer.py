@@ -134,6 +134,22 @@ def test_long_prompt_is_cut_with_a_warning(vocabulary):
         assert tokenizer.encode(prompt, len(whole)) == whole
 
 
+def test_segments_around_pictures(vocabulary):
+    tokenizer = Tokenizer(vocabulary)
+    assert tokenizer.segments("a red fox", 0) == [tokenizer.encode("a red fox")]
+    for n in (1, 2, 3):
+        first, *between, prompt, last = tokenizer.segments("a red fox", n)
+        assert len(between) == n - 1 and all(one == between[0] for one in between)
+        # the words stand in one segment, behind the last picture
+        assert RED in prompt and FOX in prompt and FOX not in first + last
+        assert last[-1] == END and END not in first
+    with pytest.warns(UserWarning, match="were cut off") as caught:
+        assert len(tokenizer.segments("b" * 600, 1)[1]) == 512
+    assert caught[0].filename == __file__
+    with pytest.raises(TypeError, match="needed a str"):
+        tokenizer.segments(None, 1)
+
+
 @pytest.mark.parametrize("prompt", [None, 3, b"bytes", ["a list"]])
 def test_prompt_that_is_no_text(vocabulary, prompt):
     with pytest.raises(TypeError, match="needed a str"):
@@ -257,6 +273,13 @@ def test_ids_of_the_official_tokenizer(qwen):
     assert qwen.encode("") == [151644, 872, 198, 151645, 198, 151644, 77091, 198]
     assert qwen.encode("<|vision_start|>")[:4] == [151644, 872, 198, 151652]
     assert qwen.encode("<think>")[3] == 151667
+    # around one picture, and between two
+    assert [qwen.segments("A cat", 2)[i] for i in (0, 1, 3)] == [
+        [151644, 872, 198, 151652],
+        [151653, 151652],
+        [151653, 151645],
+    ]
+    assert qwen.segments("A cat", 1)[1] == [151653, 32, 8251, 151645, 198, 151644, 77091, 198, 151652]
 
 
 @real

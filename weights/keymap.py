@@ -4,7 +4,8 @@ The official directory's names are the names of our modules. Another spelling is
 once a layer; which one a file has is told from its keys. `official` gives the same checkpoint under official names.
 
 Source: the key sets of transformers 4.51 (`Qwen3ForCausalLM`: with `model.`) and 5.x (`Qwen3Model`: without), both
-seen in model folders. Single-file and adapter spellings are not here yet.
+seen in model folders; `Siglip2VisionModel` has `vision_model.` in 4.x and no prefix in 5.x. Single-file and adapter
+spellings are not here yet.
 """
 
 from collections.abc import Collection, Iterable
@@ -31,6 +32,7 @@ class Spelling:
 SPELLINGS = (
     Spelling("official"),
     Spelling("bare Qwen3Model", official="model.", stored=""),
+    Spelling("bare Siglip2VisionModel", official="vision_model.", stored=""),
 )
 
 

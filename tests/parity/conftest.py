@@ -19,7 +19,7 @@ def randomize(module, seed):
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if parameter.dim() == 1:
-            is_norm = "norm" in name or name.endswith(("cap_embedder.0.weight",))
+            is_norm = "norm" in name or name.endswith(("cap_embedder.0.weight", "siglip_embedder.0.weight"))
             parameter.data.copy_(0.1 * noise + (1.0 if is_norm and name.endswith("weight") else 0.0))
         else:
             fan = parameter[0].numel()
@@ -76,3 +76,50 @@ def ours(official_dir):
 def randomized():
     """`randomize`, for tests that build models of their own."""
     return randomize
+
+
+@pytest.fixture(scope="session")
+def omni_dir(official_dir, reference, tmp_path_factory):
+    """Path of an Omni model, as ZImageOmniPipeline saves it; text encoder, VAE and tokenizer are the other model's."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    transformer = diffusers.ZImageTransformer2DModel(
+        dim=96, n_heads=3, n_kv_heads=3, n_layers=2, n_refiner_layers=2, cap_feat_dim=128, siglip_feat_dim=48,
+        axes_dims=[8, 12, 12], axes_lens=[1536, 512, 512],
+    )  # fmt: skip
+    tower = transformers.Siglip2VisionModel(
+        transformers.Siglip2VisionConfig(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, num_patches=64
+        )
+    )
+    folder = tmp_path_factory.mktemp("omni") / "model"
+    diffusers.ZImageOmniPipeline(
+        transformer=randomize(transformer, 10), siglip=randomize(tower, 11), vae=reference.vae,
+        text_encoder=reference.text_encoder, tokenizer=reference.tokenizer, scheduler=reference.scheduler,
+        siglip_processor=Siglip2ImageProcessorPil(),
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def omni_reference(omni_dir, reference):
+    """diffusers' Omni pipeline on that model, fp32."""
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    # The processor that it would load by itself needs torchvision.
+    pipe = diffusers.ZImageOmniPipeline(
+        transformer=diffusers.ZImageTransformer2DModel.from_pretrained(omni_dir / "transformer"),
+        siglip=transformers.Siglip2VisionModel.from_pretrained(omni_dir / "siglip"),
+        vae=reference.vae, text_encoder=reference.text_encoder, tokenizer=reference.tokenizer,
+        scheduler=reference.scheduler, siglip_processor=Siglip2ImageProcessorPil(),
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def omni(omni_dir):
+    """This engine on that model, fp32."""
+    from s3dit import Pipeline
+
+    return Pipeline.load(omni_dir, device="cpu", dtype="fp32", residency="resident")
