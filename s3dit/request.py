@@ -51,7 +51,11 @@ def _says(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What to draw. Sequences (prompts, sizes, seeds) give one picture an entry; a single value serves all."""
+    """What to draw. Sequences (prompts, sizes, seeds, images) give one picture an entry; a single value serves all.
+
+    latents: the noise to start from; a start image is mixed with it. composite: lay the start image's own pixels over
+    what a mask keeps.
+    """
 
     prompt: str | Sequence[str] = field(metadata=_says("what to draw"))
     negative_prompt: str | Sequence[str] | None = field(

@@ -142,11 +142,10 @@ def heun(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free
     n, calls = len(levels) - 1, 0
     for i, sigma, after in _pairs(levels):
         v, start, calls = velocity(x, sigma), x, calls + 1
-        x = start + (sigma - after) * v
+        x = keep(start + (sigma - after) * v, i, after)
         if after > 0:
             ahead, calls = velocity(x, after), calls + 1
-            x = start + (sigma - after) * (v + ahead) / 2
-        x = keep(x, i, after)
+            x = keep(start + (sigma - after) * (v + ahead) / 2, i, after)
         yield Step(i, n, calls, sigma.item(), after.item(), x, start, v)
 
 

@@ -3,6 +3,7 @@
     python tools/train_tiny.py                 all stages, work files under build/tiny, result in weights/tiny
     python tools/train_tiny.py --stage dit     one stage: vae, text, data, dit, distil or export; a cut stage resumes
     python tools/train_tiny.py --score         measure weights/tiny on the 500 fixed prompts
+    python tools/train_tiny.py --score-edit    measure how it edits start images, 40 pictures a row
 
 Stages count steps, not minutes, and every random number has a seed. All training is on the CPU, with weights in fp32;
 the S3-DiT's products are in bf16 where the CPU has it (six times the pace on a core with AVX512-BF16). The text
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import tiny_export
 import torch
+from tiny_edit import as_table, score_edits
 from tiny_fast import GRID, Muon, fast_forward
 from tiny_score import judge, table
 from tiny_text import pretrain, read
@@ -248,11 +250,17 @@ def main() -> None:
     parser.add_argument("--dit-steps", type=int, default=12_000)
     parser.add_argument("--distil-steps", type=int, default=800)
     parser.add_argument("--score", action="store_true", help="score --out on the 500 fixed prompts and stop")
+    parser.add_argument("--score-edit", action="store_true", help="score edits of start images by --out and stop")
     args = parser.parse_args()
     if args.score:
         found = score(args.out)
         (args.out / "score.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))
+        return
+    if args.score_edit:
+        from s3dit import Pipeline
+
+        print(as_table(score_edits(Pipeline.load(args.out))))
         return
     args.work.mkdir(parents=True, exist_ok=True)
     vae = Autoencoder(VAE_CONFIG)
