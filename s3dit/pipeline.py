@@ -240,12 +240,12 @@ class Pipeline:
         new = [ids for ids in texts if ids not in self._features]
         strange = {one.key: one for row in seen for one in row if one.key not in self._looks}.values()
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
-        if strange:
-            works += [(part, f"{len(strange)} references") for part in ("siglip", "vae")]
+        read = [f"{len(strange)} references"] if strange else []
+        works += [("siglip", read[0])] if strange else []
         found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
-        if canvases:
-            works.append(("vae", f"{request.count} start images"))
+        read += [f"{request.count} start images"] if canvases else []
+        works += [("vae", " and ".join(read))] if read else []
         for turn, count in enumerate(calls, 1):
             works.append(("transformer", f"{count} model calls, {len(self._captions(request))} items each"))
             if turn < len(calls):
