@@ -406,7 +406,11 @@ class Pipeline:
             self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
             self._tile = plan.fit.tile
         grids = _grids(request)
-        texts = self._encode([ids for caption in self._captions(request) for ids in caption])
+        captions = self._captions(request)
+        positive, negative = (
+            self._encode([ids for caption in few for ids in caption])
+            for few in (captions[: request.count], captions[request.count :])
+        )
         looks = self.look([one for row in plan.references for one in row])
         sources = conditioning.generators(request)
         sampled = sources if request.posterior == "sample" else None
@@ -417,8 +421,8 @@ class Pipeline:
         @cache
         def context(guided: bool) -> Context:
             layout = self._layout(request, plan.references, guided, device)
-            few = texts if guided else texts[: sum(map(len, self._captions(request)[: request.count]))]
-            return transformer.context(layout, torch.cat(few), *references.joined(looks * (2 if guided else 1)))
+            text = positive + negative if guided else positive
+            return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
 
         steps = torch.tensor(plan.sigmas)
         x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
