@@ -270,13 +270,12 @@ class Pipeline:
         new = [ids for ids in texts if ids not in self._features]
         strange = {one.key: one for row in seen for one in row if one.key not in self._looks}.values()
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
-        if strange:
-            works += [(part, f"{len(strange)} references") for part in ("siglip", "vae")]
+        read = [f"{len(strange)} references"] if strange else []
+        works += [("siglip", read[0])] if strange else []
         found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
-        if canvases or controls:
-            inputs = [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
-            works.append(("vae", " and ".join(inputs)))
+        read += [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
+        works += [("vae", " and ".join(read))] if read else []
         for turn, count in enumerate(calls, 1):
             works.append(("transformer", f"{count} model calls, {len(self._captions(request))} items each"))
             works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
@@ -444,7 +443,11 @@ class Pipeline:
             self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
             self._tile = plan.fit.tile
         grids = _grids(request)
-        texts = self._encode([ids for caption in self._captions(request) for ids in caption])
+        captions = self._captions(request)
+        positive, negative = (
+            self._encode([ids for caption in few for ids in caption])
+            for few in (captions[: request.count], captions[request.count :])
+        )
         looks = self.look([one for row in plan.references for one in row])
         sources = conditioning.generators(request)
         sampled = sources if request.posterior == "sample" else None
@@ -458,8 +461,8 @@ class Pipeline:
         @cache
         def context(guided: bool) -> Context:
             layout = self._layout(request, plan.references, guided, device)
-            few = texts if guided else texts[: sum(map(len, self._captions(request)[: request.count]))]
-            return transformer.context(layout, torch.cat(few), *references.joined(looks * (2 if guided else 1)))
+            text = positive + negative if guided else positive
+            return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
 
         steps = torch.tensor(plan.sigmas)
         x, keep = conditioning.starting_noise(request, grids, sources).to(device), None

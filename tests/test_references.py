@@ -248,6 +248,15 @@ def test_replay_is_the_same_picture(pipe, tmp_path):
     assert not pipe(**OPTIONS, reference=picture()).metadata[0]["engine"]["replayable"]
 
 
+def test_a_start_image_beside_references(pipe):
+    """The start image says where the flow begins, and the size; the reference is looked at."""
+    options = OPTIONS | {"num_inference_steps": 2, "strength": 0.5}
+    drawn = pipe(**options, image=picture(64, 96, 8), reference=picture()).latents[0]
+    assert drawn.shape == (16, 8, 12)
+    for other in ({"image": picture(64, 96, 9), "reference": picture()}, {"image": picture(64, 96, 8)}):
+        assert relative(pipe(**options, **other).latents[0], drawn) > 1e-3
+
+
 def test_two_passes(pipe):
     """The second, larger pass sees the same references."""
     options = OPTIONS | {"num_inference_steps": 2, "upscale": 2.0}
