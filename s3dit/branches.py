@@ -7,10 +7,9 @@ branches act that have it in their steps (`acting`). A control of strength 0 is 
 Not here: what a ControlNet computes (`controlnet`), what the user may say (`control`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +126,8 @@ def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
     }
 
 
-def hold(controls: Sequence[Control], known: Any, drawn: Path) -> None:
+def hold(controls: Sequence[Control], known: Mapping[str, str], drawn: Path) -> None:
     """Hold the images of controls to the `hashes` in a drawn picture's metadata; raises RequestError."""
-    known = known if isinstance(known, dict) else {}
     for number, one in enumerate(controls, 1):
         for name in IMAGES:
             path, wanted = getattr(one, name), known.get(f"control {number} {name}")

@@ -320,7 +320,7 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
     if request.control and not args.control:
         from s3dit.branches import hold
 
-        hold(request.controls, engine.get("inputs") if isinstance(engine, dict) else None, args.replay)
+        hold(request.controls, inputs, args.replay)
     if request.control:
         values["control"] = request.control
     if prompt is not None:

@@ -258,7 +258,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """One or more branches that act in a pass: a `transformer.Control`. Their hints add up."""
+    """One or more branches that act in a pass: a `transformer.Steering`. Their hints add up."""
 
     branches: tuple[Branch, ...]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s3dit.sampler import Velocity
-from s3dit.transformer import Context, Control
+from s3dit.transformer import Context, Steering
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def guide(
     context: Callable[[bool], Context],
     guidance: Guidance,
     lengths: Sequence[int],
-    control: Callable[[Tensor], tuple[Control, ...]] = lambda sigma: (),
+    control: Callable[[Tensor], tuple[Steering, ...]] = lambda sigma: (),
 ) -> Velocity:
     """Make the velocity that a solver calls.
 

@@ -182,7 +182,7 @@ class Context:
     clean: Tensor | None = None
 
 
-class Control(Protocol):
+class Steering(Protocol):
     """What may add to the streams of a pass; `controlnet.Controls` is one."""
 
     def __call__(
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
             tokens = block(tokens, rope, pack.spans)
         return tokens
 
-    def forward(self, x: Tensor, t: Tensor, context: Context, control: Control | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context, control: Steering | None = None) -> Tensor:
         """The velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
 
         x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·

@@ -13,7 +13,9 @@ from s3dit import Control, Pipeline
 from s3dit.cli import describe, main
 from s3dit.config import read_model
 from s3dit.controlnet import ControlNet, ControlNetConfig
+from s3dit.guidance import Guidance, guide
 from s3dit.images import read_metadata
+from s3dit.layout import text_to_image
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import RequestError
 from s3dit.weights.checkpoint import CheckpointError
@@ -76,23 +78,15 @@ def test_strength_zero_is_no_control(pipe, nets, plain):
 )
 def test_it_acts_in_its_steps_only(pipe, nets, plain, span, acts):
     control = Control(nets["2.1"], picture(1), start=span[0], end=span[1])
-    velocities, seen = [], None
-    for step in pipe.stream(**SHORT, control=control):
-        velocities.append(step)
-    transformer = pipe.parts["transformer"]
-    seen = [step.x for step in velocities]
+    steps = list(pipe.stream(**SHORT, control=control))
     first = acts.index(1)
-    assert all(torch.equal(a, b) for a, b in zip(seen[:first], plain[:first], strict=True))
-    assert not torch.equal(seen[first], plain[first])
+    assert all(torch.equal(step.x, x) for step, x in zip(steps[:first], plain[:first], strict=True))
     # From any state, the steps without control are those of the model alone.
-    from s3dit.guidance import Guidance, guide
-    from s3dit.layout import text_to_image
-
     with torch.inference_mode():
-        text = pipe.encode(["a red star"])[0]
-        context = pipe.parts["transformer"].context(text_to_image([(4, 6)], [len(text)]), text)
+        text, transformer = pipe.encode(["a red star"])[0], pipe.parts["transformer"]
+        context = transformer.context(text_to_image([(4, 6)], [len(text)]), text)
         alone = guide(transformer, lambda guided: context, Guidance(0.0, 0.0, 1.0), [24])
-        same = [torch.equal(alone(step.start, torch.tensor(step.sigma)), step.velocity) for step in velocities]
+        same = [torch.equal(alone(step.start, torch.tensor(step.sigma)), step.velocity) for step in steps]
     assert same == [not act for act in acts]
 
 
@@ -136,7 +130,7 @@ def test_every_residency_gives_the_same_bits(pipe, nets, load):
     assert kept == streamed.get(load.get("vram"), [])
 
 
-def test_a_quantized_base_and_a_compiled_one(pipe, nets):
+def test_a_quantized_base(pipe, nets):
     control = Control(nets["2.1"], picture(1))
     exact, plain = states(pipe, control)[-1], states(pipe, None)[-1]
     rounded = states(Pipeline.load(device="cpu", dtype="fp32", quantize="int8"), control)[-1]

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from s3dit import Control
+from s3dit import Control, branches
 from s3dit.controlnet import Branch, ControlNet, Controls, open_controlnet
 from s3dit.layout import patchify, text_to_image
 from s3dit.weights.assign import assign
@@ -192,8 +192,6 @@ def compare(ours, kind, reference, model, control, options, theirs):
     handle.remove()
     options = options | {"prompt": ["a red star above a blue ring"], "seed": 4, "control": control}
     plan = ours.plan(**options)
-    from s3dit import branches
-
     with torch.inference_mode():
         mine = branches.patches(plan.controls[0], plan.request, lambda one: ours.encode_images([one])[0])
     assert relative(mine, patchify(seen[0][0][:, 0])) < 1e-5
