@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, budget, images
+from s3dit.adapters import Adapters
 from s3dit.config import ModelConfig, read_model
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
@@ -96,6 +97,9 @@ class Pipeline:
         asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.schemes = {part: scheme_for(stored, asked.get(part)) for part, stored in self.checkpoints.items()}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
+        self.lora = Adapters(
+            self.parts, lambda part: self._blank(part)[0], placement.device, placement.compute, self._adapted
+        )
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
         self._tile: int | None = None
@@ -183,11 +187,17 @@ class Pipeline:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(module, self.checkpoints[part], dtype=None, unused=unused)
                 stream(module, device, kept, dtype)
+            self.lora.give(part, module)
             if self.compiled and part == "transformer":
                 compile_blocks(module)
             return module.eval()
 
         return make
+
+    def _adapted(self, part: str) -> None:
+        """Forget what was computed before a part's adapters changed."""
+        if part == "text_encoder":
+            self._features.clear()
 
     def _sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
         """Bytes of a part: read, held outside of its blocks, held by each block.
@@ -195,7 +205,8 @@ class Pipeline:
         Raises CheckpointError when names or shapes are not this model's.
         """
         if part in self._weights:
-            return self._weights[part]
+            read, fixed, blocks = self._weights[part]
+            return read, fixed + self.lora.nbytes(part), blocks
         module, unused = self._blank(part)
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self.placement.compute if part == "vae" else self.placement.dtype, unused)
@@ -458,10 +469,11 @@ class Pipeline:
         prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
         spread = [request.per_image(name) for name in ("negative_prompt", "height", "width")]
         rows = zip(prompts, *spread, request.seeds(), strict=True)
-        model = "embedded" if self.folder == EMBEDDED else self.folder.name
+        model, adapters = "embedded" if self.folder == EMBEDDED else self.folder.name, self.lora.records()
         return [
             replace(shared, prompt=p, negative_prompt=n, height=h, width=w, seed=s).to_json()
             | {"model": model, "engine": engine}
+            | ({"adapters": adapters} if adapters else {})
             for p, n, h, w, s in rows
         ]
 

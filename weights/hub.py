@@ -7,6 +7,7 @@ The embedded model is not a name for this room; the pipeline knows it.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from s3dit.weights.container import CheckpointError
@@ -20,6 +21,8 @@ FILES = (
     "*/tokenizer.model",
 )
 NOT_READ = ("assets/*", "*/assets/*")
+# What a repository of one adapter calls it.
+ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -45,13 +48,33 @@ def resolve(name: str) -> Path:
     return _snapshot(name)
 
 
-def _snapshot(name: str) -> Path:
+def resolve_file(name: str) -> Path:
+    """The local path of an adapter: a file or folder as it is, "org/name/file.safetensors" or "org/name" of the Hub.
+
+    Of a bare repository only the names that PEFT and diffusers give are asked for. Raises CheckpointError.
+    """
+    repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if not REPOSITORY.fullmatch(repository) or not (inner == "" or inner.endswith(".safetensors")):
+        return resolve(name)
+    try:
+        if Path(name).expanduser().exists():
+            return Path(name).expanduser()
+    except (RuntimeError, OSError):
+        return resolve(name)
+    folder = _snapshot(repository, (inner,) if inner else ADAPTERS)
+    if not (folder / inner).exists() or (not inner and not any(folder.glob("*.safetensors"))):
+        fault = f"no {inner} in it" if inner else "holds no adapter under the usual names"
+        raise CheckpointError(f"{repository}: {fault}; say its file, as in {repository}/file.safetensors")
+    return folder / inner
+
+
+def _snapshot(name: str, files: Sequence[str] = FILES) -> Path:
     """Let huggingface_hub bring a repository into its cache; its errors become one line each."""
     # Slow to import, and needed by few runs.
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), ignore_patterns=list(NOT_READ)))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(NOT_READ)))
     except errors.GatedRepoError:
         fault = "the repository is gated; accept its terms on huggingface.co and log in with `hf auth login`"
     except errors.RepositoryNotFoundError:
