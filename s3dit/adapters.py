@@ -22,6 +22,7 @@ from s3dit.offload import Residency
 from s3dit.request import RequestError
 from s3dit.weights.adapter import Adapter, Deltas, read_adapter
 from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.delta import Delta
 from s3dit.weights.hub import resolve_file
 
 # Layers that a report spells out, and the largest strength that is no accident.
@@ -63,8 +64,8 @@ def fit(
             home = shapes.get(part, {}).get(layer)
             if home is None:
                 unmatched.append(f"{part}.{layer}")
-            elif not delta.fits(home) or (len(home) < 2 and (delta.bias is not None or delta.magnitude is not None)):
-                misshapen.append(f"{layer} {list(delta.shape)}, needed {list(home)}")
+            elif wrong := _unfit(delta, home):
+                misshapen.append(f"{layer} {wrong}")
             else:
                 fitting.setdefault(part, {})[layer] = delta
     matched = tuple(layer for deltas in fitting.values() for layer in deltas)
@@ -77,6 +78,13 @@ def fit(
             "use (--lora-allow-partial)"
         )
     return fitting, report
+
+
+def _unfit(delta: Delta, home: tuple[int, ...]) -> str:
+    """What keeps a Delta from a layer, in a few words; empty where nothing does."""
+    if len(home) < 2 and (delta.bias is not None or delta.magnitude is not None):
+        return "with a bias or norms, needed a change of its weight"
+    return "" if delta.fits(home) else f"{list(delta.shape)}, needed {list(home)}"
 
 
 @dataclass(slots=True)
@@ -255,7 +263,7 @@ def _checked(records: Any) -> list[dict[str, Any]]:
     return records
 
 
-def _tensors(delta: Any) -> list[Tensor]:
+def _tensors(delta: Delta) -> list[Tensor]:
     """Every tensor of a Delta."""
     inside = [] if delta.term is None else [getattr(delta.term, field.name) for field in fields(delta.term)]
     return [tensor for tensor in (*inside, delta.bias, delta.magnitude) if tensor is not None]

@@ -190,6 +190,8 @@ class Delta:
 
     def part(self, i: int, count: int) -> "Delta":
         """The i-th of `count` equal runs of rows; ValueError where it cannot be cut."""
+        if count == 1:
+            return self
         total = self.shape[0]
         if total % count:
             raise ValueError(f"{total} rows, needed a multiple of {count}, for as many layers")
