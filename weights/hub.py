@@ -21,6 +21,7 @@ FILES = (
     "*/tokenizer.model",
 )
 NOT_READ = ("assets/*", "*/assets/*")
+SUFFIX = ".safetensors"
 # What a repository of one adapter calls it.
 ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors")
 
@@ -32,15 +33,8 @@ def resolve(name: str) -> Path:
 
     Raises CheckpointError when it is neither, or when the Hub does not give it; the message is one line.
     """
-    try:
-        path = Path(name).expanduser()
-        if name and path.exists():
-            return path
-    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
-        ) from None
+    if (path := _local(name)) is not None:
+        return path
     if not REPOSITORY.fullmatch(name):
         raise CheckpointError(
             f"{name!r}: no such file or folder; needed a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo"
@@ -53,19 +47,34 @@ def resolve_file(name: str) -> Path:
 
     Of a bare repository only the names that PEFT and diffusers give are asked for. Raises CheckpointError.
     """
+    if (path := _local(name)) is not None:
+        return path
     repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-    if not REPOSITORY.fullmatch(repository) or not (inner == "" or inner.endswith(".safetensors")):
-        return resolve(name)
-    try:
-        if Path(name).expanduser().exists():
-            return Path(name).expanduser()
-    except (RuntimeError, OSError):
-        return resolve(name)
+    named = inner.endswith(SUFFIX) or (not inner and not repository.endswith(SUFFIX))
+    if not REPOSITORY.fullmatch(repository) or ".." in inner.split("/") or not named:
+        raise CheckpointError(
+            f"{name!r}: no such file or folder; needed the path of an adapter ({SUFFIX}), or one of the Hub as in "
+            f"org/name/file{SUFFIX}"
+        )
     folder = _snapshot(repository, (inner,) if inner else ADAPTERS)
-    if not (folder / inner).exists() or (not inner and not any(folder.glob("*.safetensors"))):
-        fault = f"no {inner} in it" if inner else "holds no adapter under the usual names"
-        raise CheckpointError(f"{repository}: {fault}; say its file, as in {repository}/file.safetensors")
+    if not (folder / inner).exists() or not (inner or any(folder.glob(f"*{SUFFIX}"))):
+        raise CheckpointError(
+            f"{name}: the repository holds no {inner or 'adapter under the usual names'}; needed its file, as in "
+            f"{repository}/file{SUFFIX}; look them up on huggingface.co"
+        )
     return folder / inner
+
+
+def _local(name: str) -> Path | None:
+    """The path of that name, None where nothing lies there; raises CheckpointError for what can be no path."""
+    try:
+        path = Path(name).expanduser()
+        return path if name and path.exists() else None
+    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
+        ) from None
 
 
 def _snapshot(name: str, files: Sequence[str] = FILES) -> Path:
