@@ -182,7 +182,7 @@ def test_lora_of_every_dialect(model, weights, random, tmp_path, dialect):
 
 
 def test_fused_layers_are_cut_by_rows(model, weights, random, tmp_path):
-    """qkv: rows q, then k, then v. net.0.proj: rows w3, then w1 (diffusers' SwiGLU multiplies the first by the second)."""
+    """qkv: rows q, k, v. net.0.proj: rows w3, w1, as diffusers' SwiGLU multiplies its first half by the second."""
     tensors, changes = {}, {}
     fused = {
         "diffusion_model.layers.1.attention.qkv.": [f"layers.1.attention.to_{one}" for one in "qkv"],
@@ -191,7 +191,7 @@ def test_fused_layers_are_cut_by_rows(model, weights, random, tmp_path):
     }
     for key, layers in fused.items():
         heights = [len(weights[f"{layer}.weight"]) for layer in layers]
-        b, a, bias = random(sum(heights), 3), random(3, 96), random(sum(heights))
+        b, a = random(sum(heights), 3), random(3, 96)
         tensors |= {f"{key}lora_up.weight": b, f"{key}lora_down.weight": a, f"{key}alpha": torch.tensor(1.0)}
         for layer, piece in zip(layers, (b.double() @ a.double() / 3).split(heights), strict=True):
             changes[f"{layer}.weight"] = lambda w, piece=piece: w + piece

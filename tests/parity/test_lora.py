@@ -189,6 +189,24 @@ def test_dialects_that_diffusers_reads(ours, theirs, tmp_path, dialect):
     assert relative(found, wanted) < CLOSE
 
 
+@pytest.mark.parametrize("ranks", [(None, 2), (3, None), (None, None)])
+def test_lokr_of_ai_toolkit(ours, theirs, tmp_path, ranks):
+    """Which alpha counts, by whether a factor is a product: diffusers folds it in by the same rule."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = {}
+    for layer, (out, in_) in LAYERS.items():
+        tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(5.0)
+        for i, ((rows, columns), rank) in enumerate(zip(((8, 8), (out // 8, in_ // 8)), ranks, strict=True), 1):
+            ends = {f"lokr_w{i}_a": (rows, rank), f"lokr_w{i}_b": (rank, columns)}
+            for end, shape in (ends if rank else {f"lokr_w{i}": (rows, columns)}).items():
+                tensors[f"diffusion_model.{layer}.{end}"] = 0.3 * torch.randn(shape, generator=generator)
+    save_file(tensors, tmp_path / "lokr.safetensors")
+    theirs.load_lora_weights(tmp_path / "lokr.safetensors")
+    ours.lora.attach(tmp_path / "lokr.safetensors")
+    found, wanted = velocities(ours, theirs.transformer)
+    assert relative(found, wanted) < CLOSE
+
+
 def test_converted_is_read_by_diffusers(ours, theirs, tmp_path):
     """A fused file with an alpha, which diffusers does not read, is read by it once it is converted."""
     generator = torch.Generator().manual_seed(6)
