@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.scheme import Rows
 from s3dit.linear import Linear, QuantLinear
-from s3dit.offload import Shelf, hang
+from s3dit.offload import Shelf, hang, lands_as
 from s3dit.weights.delta import Delta, norms
 
 
@@ -212,15 +212,14 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta], scale: float) -> None:
             continue
         wide = weight.float()
         changed = torch.lerp(wide, delta.changed(weight), scale)
-        hang(model, shelf, leaf, _like(changed, weight))
+        hang(model, shelf, leaf, _parameter_of(changed, lands_as(model, shelf, leaf)))
         if delta.bias is not None and home is not None and home.bias is not None:
-            bias = home.bias
-            added = bias.float() + scale * delta.bias.to(bias.device, torch.float32)
-            hang(model, home._parameters, "bias", _like(added, bias))
+            added = home.bias.float() + scale * delta.bias.to(home.bias.device, torch.float32)
+            hang(model, shelf, "bias", _parameter_of(added, lands_as(model, shelf, "bias")))
 
 
-def _like(tensor: Tensor, parameter: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.to(parameter.dtype), requires_grad=False)
+def _parameter_of(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(tensor.to(dtype), requires_grad=False)
 
 
 def _module(model: nn.Module, layer: str) -> Any:
@@ -263,7 +262,7 @@ def _revise(model: nn.Module, layer: str) -> None:
     for strength, delta in found:
         value = value + strength.to(wide.device) * (delta.changed(original) - wide)
     if shelf[leaf] is original:
-        hang(model, shelf, leaf, _like(original.clone(), original))
+        hang(model, shelf, leaf, _parameter_of(original.clone(), lands_as(model, shelf, leaf)))
     # In place, so that what was recorded or compiled reads it; hung again, as a slot may hold a copy.
     shelf[leaf].copy_(value)
     hang(model, shelf, leaf, shelf[leaf])

@@ -162,6 +162,13 @@ def hang(model: nn.Module, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
         belt.load(shelf, leaf, tensor)
 
 
+def lands_as(model: nn.Module, shelf: Shelf, leaf: str) -> torch.dtype:
+    """The dtype that a parameter of a model computes in: its own, or that of its slot where it is streamed."""
+    belt: Belt | None = vars(model).get("belt")
+    home = None if belt is None else next(belt.carried(shelf, leaf), None)
+    return shelf[leaf].dtype if home is None else home.views[0].dtype
+
+
 @dataclass(slots=True)
 class Home:
     """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots."""
@@ -209,10 +216,14 @@ class Belt:
 
     def load(self, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
         """Let a block carry another tensor in host memory from its next turn on; others than its own are ignored."""
-        for home in (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf):
+        for home in self.carried(shelf, leaf):
             home.host = tensor
             # The slots may hold the old one.
             self._holds = [None, None]
+
+    def carried(self, shelf: Shelf, leaf: str) -> Iterator[Home]:
+        """The home of what hangs there, if a block carries it."""
+        return (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf)
 
     def _enter(self, i: int) -> None:
         """Hang block i into the slot that holds it, and send for the one that follows."""
