@@ -262,7 +262,9 @@ def _revise(model: nn.Module, layer: str) -> None:
     for strength, delta in found:
         value = value + strength.to(wide.device) * (delta.changed(original) - wide)
     if shelf[leaf] is original:
-        hang(model, shelf, leaf, _parameter_of(original.clone(), lands_as(model, shelf, leaf)))
+        # Compiled blocks tell tensors that were made in inference mode from others.
+        with torch.inference_mode(original.is_inference()):
+            hang(model, shelf, leaf, _parameter_of(original.clone(), lands_as(model, shelf, leaf)))
     # In place, so that what was recorded or compiled reads it; hung again, as a slot may hold a copy.
     shelf[leaf].copy_(value)
     hang(model, shelf, leaf, shelf[leaf])

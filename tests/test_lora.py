@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from s3dit import lora
 from s3dit.adapters import fit
@@ -465,19 +466,22 @@ def test_streamed_blocks_take_adapters(model, weights, random, tmp_path, kept):
     assert torch.equal(velocity(streamed), plain) and list(streamed.state_dict()) == list(weights)
 
 
-def test_compiled_blocks_take_a_new_strength_without_compiling(model, weights, random, tmp_path):
-    path, deltas = lora_file(weights, random, tmp_path)
-    compile_blocks(model, "eager")
-    velocity(model)
+def test_compiled_blocks_take_adapters_and_a_new_strength_for_nothing(model, weights, random, tmp_path):
+    """One more graph serves all blocks that an adapter stands beside, and a strength is no constant of it."""
+    blocks = ["noise_refiner.0", "layers.0", "layers.1"]
+    path, deltas = lora_file(weights, random, tmp_path, [f"{block}.attention.to_q" for block in blocks])
+    counter = CompileCounter()
+    compile_blocks(model, counter)
     attach(model, path, 0.5)
     attach(model, norm_file(random, tmp_path), 0.0, "norms")
     half = {name: lambda w, d=d: w + 0.5 * d for name, d in deltas.items()}
     assert relative(velocity(model), changed(weights, half)) < CLOSE
-    with torch.compiler.set_stance("fail_on_recompile"):
-        lora.rescale(model, "one", 2.0)
-        found = velocity(model)
+    # Of modulated blocks and of plain ones.
+    assert counter.frame_count == 2
+    lora.rescale(model, "one", 2.0)
     double = {name: lambda w, d=d: w + 2 * d for name, d in deltas.items()}
-    assert relative(found, changed(weights, double)) < CLOSE
+    assert relative(velocity(model), changed(weights, double)) < CLOSE
+    assert counter.frame_count == 2
 
 
 def test_a_recording_of_the_model_is_forgotten(model, weights, random, tmp_path):
