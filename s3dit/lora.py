@@ -44,25 +44,26 @@ class Branch:
             gain = (delta.magnitude.to(whole) / norms(whole, rows=delta.by_rows()) - 1).flatten()
             self.rows, self.columns = (placed(gain), None) if delta.by_rows() else (None, placed(gain))
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """What is added to y, the layer's own answer to x (…, in) -> (…, out)."""
-        added = None
-        if self.term is not None:
-            # Columns of a weight are grown on the side of x.
-            grown = x if self.columns is None else x * (1 + self.columns)
-            bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
-            product = y if bias is None else y - bias.to(y.dtype)
-            added = self.term.times(grown)
-            if self.replaces:
-                added = added - product
-            elif self.columns is not None:
-                added = added + (self.layer(grown) - y)
-            if self.rows is not None:
-                added = added + self.rows * (product + added)
+    def __call__(self, y: Tensor, x: Tensor, plain: Tensor) -> Tensor:
+        """y (…, out), and beside it what the adapter makes of x (…, in); plain: the layer's own answer to x."""
         if self.bias is not None:
-            added = self.bias if added is None else added + self.bias
-        assert added is not None
-        return self.strength * added
+            y = y + self.strength * self.bias
+        if self.term is None:
+            return y
+        if self.rows is None and self.columns is None and not self.replaces:
+            return self.term.onto(y, x, self.strength)
+        # Columns of a weight are grown on the side of x.
+        grown = x if self.columns is None else x * (1 + self.columns)
+        bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
+        product = plain if bias is None else plain - bias.to(plain.dtype)
+        added = self.term.times(grown)
+        if self.replaces:
+            added = added - product
+        elif self.columns is not None:
+            added = added + (self.layer(grown) - plain)
+        if self.rows is not None:
+            added = added + self.rows * (product + added)
+        return y + self.strength * added
 
 
 class Adapted(nn.Module):
@@ -89,7 +90,7 @@ class Adapted(nn.Module):
         plain = y = self.layer(x)
         wide = x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
         for branch in self.branches.values():
-            y = y + branch(wide, plain)
+            y = branch(y, wide, plain)
         return y
 
 

@@ -484,6 +484,31 @@ def test_compiled_blocks_take_adapters_and_a_new_strength_for_nothing(model, wei
     assert counter.frame_count == 2
 
 
+def test_every_kind_compiles_beside_plain_and_quantized_layers(model, weights, random, tmp_path):
+    """Without a break in the graph (blocks are compiled whole), and to the answer of the blocks as they are."""
+    kinds = dict(
+        zip(("to_q", "to_k", "to_v", "to_out.0"), ("DoRA by rows", "DoRA by columns", "LoHa", "LoKr"), strict=True)
+    )
+    tensors = {}
+    for block in ("noise_refiner.0", "layers.0", "layers.1"):
+        attention = model.get_submodule(block).attention
+        for name in ("to_q", "to_k"):
+            quantized = QuantLinear(SCHEMES["int8"], 96, 96)
+            quantized._buffers |= SCHEMES["int8"].encode(getattr(attention, name).weight)
+            setattr(attention, name, quantized)
+        for name, kind in kinds.items():
+            leaves, _ = KINDS[kind](random, 96, 96)
+            tensors |= {f"{block}.attention.{name}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        tensors[f"{block}.feed_forward.w1.set_weight"] = random(256, 96)
+        tensors[f"{block}.feed_forward.w3.diff"] = random(256, 96)
+        tensors[f"{block}.feed_forward.w2.diff_b"] = random(96)
+    attach(model, write(tensors, tmp_path))
+    wanted = velocity(model)
+    counter = CompileCounter()
+    compile_blocks(model, counter)
+    assert relative(velocity(model), wanted) < CLOSE and counter.frame_count == 2
+
+
 def test_a_recording_of_the_model_is_forgotten(model, weights, random, tmp_path):
     path, _ = lora_file(weights, random, tmp_path)
     vars(model)["replay"] = "recorded"

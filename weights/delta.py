@@ -40,6 +40,10 @@ class Term:
         """x (…, K) of the factors' dtype -> x @ matrix.T (…, N)."""
         raise NotImplementedError
 
+    def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        """y (…, N) + strength · `times(x)`; strength () fp32."""
+        return y + strength * self.times(x)
+
     def dense(self) -> Tensor:
         """The matrix, fp32."""
         raise NotImplementedError
@@ -71,6 +75,11 @@ class LowRank(Term):
 
     def times(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down), self.up)
+
+    def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        # The strength goes where there are few numbers, and the sum into the second product.
+        inner = F.linear(x, self.down) * strength
+        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.up.T).view(y.shape)
 
     def dense(self) -> Tensor:
         return self.up.float() @ self.down.float()

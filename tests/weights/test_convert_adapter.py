@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from s3dit.weights.adapter import METADATA, read_adapter
 from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.convert_adapter import convert_adapter
-from s3dit.weights.delta import Delta, Full, LowRank, fused, scaled
 
 OUT, IN = 24, 8
 
@@ -151,29 +150,3 @@ def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="No space left"):
         convert_adapter(source, tmp_path / "target.safetensors", version="1")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
-
-
-def test_fused_is_what_its_pieces_are_row_upon_row(random):
-    """Of each kind, with a layer that has none; cutting it again gives the pieces back."""
-    kinds = {
-        "low rank": [Delta(LowRank(random(OUT, rank), random(rank, IN))) for rank in (1, 2)],
-        "full": [Delta(Full(random(OUT, IN)), random(OUT)) for _ in range(2)],
-        "mixed": [Delta(Full(random(OUT, IN))), Delta(LowRank(random(OUT, 2), random(2, IN)))],
-    }
-    for first, second in kinds.values():
-        whole = fused([first, None, second], OUT)
-        wanted = torch.cat([first.term.dense(), torch.zeros(OUT, IN), second.term.dense()])
-        assert torch.allclose(whole.term.dense(), wanted, atol=1e-6) and whole.shape == (3 * OUT, IN)
-        for i, piece in enumerate((first, None, second)):
-            dense = torch.zeros(OUT, IN) if piece is None else piece.term.dense()
-            assert torch.allclose(whole.part(i, 3).term.dense(), dense, atol=1e-6)
-    bias = fused([None, Delta(None, torch.ones(OUT)), None], OUT)
-    assert bias.term is None and bias.bias.sum() == OUT and bias.bias[OUT:-OUT].sum() == OUT
-
-
-def test_a_strength_keeps_every_bit(random):
-    half = random(9, 9, dtype=torch.bfloat16)
-    assert scaled(half, 1.0) is half
-    assert scaled(half, 0.25).dtype == torch.bfloat16 and torch.equal(scaled(half, 0.25) * 4, half)
-    third = scaled(half, 1 / 3)
-    assert third.dtype == torch.float32 and torch.allclose(third.double(), half.double() / 3, rtol=1e-7)
