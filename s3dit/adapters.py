@@ -136,8 +136,13 @@ class Adapters:
         shapes = {part: lora.homes(self._blank(part)) for part in adapter.deltas}
         deltas, report = fit(adapter, shapes, name, allow_partial)
         loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
-        for part, module in self._held(deltas):
-            lora.attach(module, name, deltas[part], scale, self._device, self._dtype)
+        try:
+            for part, module in self._held(deltas):
+                lora.attach(module, name, deltas[part], scale, self._device, self._dtype)
+        except BaseException:
+            # Made anew, a part has nothing half attached.
+            self._parts.free()
+            raise
         self._loaded[name] = loaded
         self._tell(deltas)
         return report

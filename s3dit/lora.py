@@ -197,7 +197,7 @@ def check_merge(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
             )
         if home is not None and home.bias is None and delta.bias is not None:
             raise BackendError(f"{layer} has no bias to merge one into; leave the adapter beside it (attach)")
-    if vars(model).get("adapters"):
+    if "adapters" in vars(model) and vars(model)["adapters"].attached:
         raise BackendError(f"{type(model).__name__} has adapters attached; merge first, then attach")
 
 

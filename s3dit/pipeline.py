@@ -1,13 +1,14 @@
 """The story in one file: load, plan, encode, sample, decode.
 
     pipe = Pipeline.load("Tongyi-MAI/Z-Image-Turbo")
+    pipe.lora.attach("style.safetensors", scale=0.8)
     pipe(prompt="a red fox in the snow", seed=7).images[0].save("fox.png")
 
 Headers are read and checked at `load`; weights come into memory when a stage needs them (`offload.Residency`). Prompt
 features are kept, so that more pictures of a prompt never load the text encoder again. `stream` yields Steps: progress
 bars, previews and early stops are a `for` loop around it.
 
-What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), where tokens stand (`layout`).
+`lora` keeps the adapters (`adapters`). What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), where tokens stand (`layout`).
 """
 
 import secrets

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from s3dit import Pipeline, RequestError
+from s3dit import Pipeline, RequestError, lora
 from s3dit.cli import main
 from s3dit.kernels.dispatch import BackendError
 from s3dit.pipeline import EMBEDDED
@@ -176,6 +176,35 @@ def test_names_scales_and_reports(files):
         pipe.lora.attach(files / "part.safetensors")
     report = pipe.lora.attach(files / "part.safetensors", allow_partial=True)
     assert report.unmatched == ("transformer.nothing",) and len(report.matched) == 4
+
+
+def test_a_stop_in_the_middle_leaves_nothing_half_attached(files, drawn, monkeypatch):
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
+    latents(pipe)
+    whole, built = lora.Branch, []
+
+    def third_stops(*args):
+        built.append(args)
+        if len(built) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(lora, "Branch", third_stops)
+    with pytest.raises(KeyboardInterrupt):
+        pipe.lora.attach(files / "style.safetensors")
+    monkeypatch.undo()
+    assert pipe.lora.names == () and torch.equal(latents(pipe), drawn[0])
+
+
+def test_a_file_that_is_written_anew_is_not_read_again(files, drawn, tmp_path):
+    shutil.copy(files / "style.safetensors", tmp_path)
+    pipe = Pipeline.load(device="cpu", dtype="fp32")
+    pipe.lora.attach(tmp_path / "style.safetensors")
+    before = latents(pipe)
+    with (tmp_path / "style.safetensors").open("r+b") as file:
+        file.truncate(100)
+    pipe.parts.free()
+    assert torch.equal(latents(pipe), before)
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ Delta with its strength folded in; a matrix for q, k and v is cut into three. Wh
 there: the layer's own `.alpha`; the header (`lora_adapter_metadata`, diffusers) or `adapter_config.json` (PEFT); else
 the factor is 1. What cannot be placed is counted and kept by name: whether that is an error is for the user to say.
 
-Tensors stay views of the mapped file where nothing had to be folded in. Values are looked at: a NaN is found here, and
-not in a black picture.
+Values are looked at: a NaN is found here, and not in a black picture.
 
 `convert_adapter` writes the same in official names for any other tool, or in ComfyUI's.
 """
@@ -128,7 +127,8 @@ def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[s
     """The tensors of one stored layer by role, matrices as matrices; CheckpointError for what no training leaves."""
     tensors = {}
     for role, key in keys.items():
-        tensor = checkpoint.load(key)
+        # Of its own memory: trainers write their file anew, in place, under a running engine.
+        tensor = checkpoint.load(key).clone()
         if not tensor.numel():
             raise CheckpointError(
                 f"{checkpoint.path}: {key} is {list(tensor.shape)}, of rank 0; needed a trained adapter; download it "
