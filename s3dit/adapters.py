@@ -25,8 +25,8 @@ from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.delta import Delta
 from s3dit.weights.hub import resolve_file
 
-# Layers that a report spells out, and the largest strength that is no accident.
-SHOWN = 10
+# Layers that a report spells out, how much of a name, and the largest strength that is no accident.
+SHOWN, LONGEST = 10, 120
 STRONGEST = 1000.0
 
 
@@ -47,7 +47,7 @@ class Report:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def fit(

@@ -8,7 +8,8 @@ Headers are read and checked at `load`; weights come into memory when a stage ne
 features are kept, so that more pictures of a prompt never load the text encoder again. `stream` yields Steps: progress
 bars, previews and early stops are a `for` loop around it.
 
-`lora` keeps the adapters (`adapters`). What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), where tokens stand (`layout`).
+What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), where tokens stand (`layout`), the list
+of adapters (`adapters`).
 """
 
 import secrets

@@ -64,25 +64,17 @@ def read_adapter(path: str | Path) -> Adapter:
     if checkpoint.path.is_dir():
         raise CheckpointError(f"{path}: an adapter in shards; needed one .safetensors file; join the shards first")
     adapter = Adapter(checkpoint.path)
-    stored: dict[str, dict[str, str]] = {}
-    for key in checkpoint:
-        found = dialects.split(key)
-        if found is None:
-            adapter.unmatched.append(key)
-        elif found[1] in stored.setdefault(found[0], {}):
-            raise CheckpointError(
-                f"{path}: {key} and {stored[found[0]][found[1]]} are for one place; needed one adapter in a file"
-            )
-        else:
-            stored[found[0]][found[1]] = key
-    places = {layer: dialects.place(layer) for layer in stored}
-    if not any(places.values()):
+    stored = _layers(checkpoint, adapter.unmatched)
+    places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
+    if not places:
         raise CheckpointError(_stranger(checkpoint, bool(stored)))
-    adapter.unmatched += [layer for layer, place in places.items() if place is None]
+    adapter.unmatched += [layer for layer in stored if layer not in places]
     settings = _settings(checkpoint)
-    known = [(layer, place) for layer, place in places.items() if place is not None]
-    # Official names first: what says the same again under another name is then seen to.
-    for layer, place in sorted(known, key=lambda pair: not pair[1].plain):
+    official = {one for place in places.values() if place.plain for one in place.layers}
+    for layer, place in places.items():
+        if not place.plain and official.issuperset(place.layers):
+            adapter.redundant.append(layer)
+            continue
         tensors = _load(checkpoint, layer, stored[layer])
         try:
             delta = _delta(tensors, settings.get(place.part), place.layers[0])
@@ -90,23 +82,32 @@ def read_adapter(path: str | Path) -> Adapter:
         except ValueError as error:
             adapter.misshapen.append(f"{layer}: {error}")
             continue
-        _put(adapter, layer, place, pieces)
+        there = adapter.deltas.setdefault(place.part, {})
+        if taken := [one for one in place.layers if one in there]:
+            raise CheckpointError(
+                f"{path}: {layer} changes {taken[0]}, which another tensor of the file changes already; needed one "
+                "change a layer; train or convert it again"
+            )
+        there |= dict(zip(place.layers, pieces, strict=True))
     return adapter
 
 
-def _put(adapter: Adapter, layer: str, place: dialects.Place, pieces: list[Delta]) -> None:
-    """Give deltas to the layers of a place; CheckpointError where only some of them are taken already."""
-    there = adapter.deltas.setdefault(place.part, {})
-    taken = [one for one in place.layers if one in there]
-    if len(taken) == len(place.layers) and not place.plain:
-        adapter.redundant.append(layer)
-    elif taken:
-        raise CheckpointError(
-            f"{adapter.path}: {layer} changes {taken[0]}, which another tensor of the file changes already; needed one "
-            "change a layer; train or convert it again"
-        )
-    else:
-        there |= dict(zip(place.layers, pieces, strict=True))
+def _layers(checkpoint: Checkpoint, unmatched: list[str]) -> dict[str, dict[str, str]]:
+    """Stored layer -> role -> key; keys that are no adapter's go to `unmatched`."""
+    stored: dict[str, dict[str, str]] = {}
+    for key in checkpoint:
+        found = dialects.split(key)
+        if found is None:
+            unmatched.append(key)
+            continue
+        layer, role = found
+        roles = stored.setdefault(layer, {})
+        if role in roles:
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} and {roles[role]} are for one place; needed one adapter in a file"
+            )
+        roles[role] = key
+    return stored
 
 
 def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
@@ -114,7 +115,7 @@ def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
     names = list(checkpoint)
     if not names:
         return f"{checkpoint.path}: holds no tensors; needed an adapter (LoRA); download it again"
-    shown = f"{len(names)} tensors such as {names[0]}"
+    shown = f"{len(names)} tensors such as {names[0][:120]}"
     if not adapter:
         return f"{checkpoint.path}: is no adapter: {shown}; needed keys such as …lora_A.weight; a model goes to --model"
     family = dialects.family(names)

@@ -24,6 +24,9 @@ PREFIXES = (
     "lora_transformer_", "lycoris_", "text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_",
 )  # fmt: skip
 
+# As many stand before each other at most.
+DEEPEST = 4
+
 # Layers of a block: official name -> what else it is called.
 BLOCK = {
     "attention.to_q": ("attention.processor.to_q",),
@@ -139,12 +142,12 @@ def split(key: str) -> tuple[str, str] | None:
 def place(layer: str) -> Place | None:
     """Where a stored layer belongs, None where no part has such a one."""
     name = flat(layer)
-    while (found := _lookup(name)) is None:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        if prefix is None:
-            return None
+    for _ in range(DEEPEST + 1):
+        if (found := _lookup(name)) is not None:
+            return found
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         name = name[len(prefix) :]
-    return found
+    return None
 
 
 def _lookup(name: str) -> Place | None:
