@@ -122,8 +122,8 @@ def _norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 # On a CPU every pass of a reference goes through memory, and every result of a pass faults new pages in. The same
-# arithmetic on a few rows at a time, in place, stays in the cache and gives the same bits. 1,088 tokens of width 3,840 on
-# one (shared) core of a Zen 5, bf16: 1.8 to 4 times less time than the references, 6 for the rotation.
+# arithmetic on a few rows at a time, in place, stays in the cache and gives the same bits. 1,088 tokens of width 3,840
+# on one (shared) core of a Zen 5, bf16: 1.8 to 4 times less time than the references, 6 for the rotation.
 @rms_norm_modulate.on("cpu", "torch", when=_in_pieces)
 def _norm_modulate_in_pieces(
     x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None

@@ -7,11 +7,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from s3dit.control import Control
     from s3dit.pipeline import Pipeline
     from s3dit.request import Request, RequestError, Result
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "Request", "RequestError", "Result", "__version__"]
+__all__ = ["Control", "Pipeline", "Request", "RequestError", "Result", "__version__"]
 
 # Fresh activations of tens of megabytes cost more in 4 KiB page faults than in arithmetic on a CPU; torch reads this
 # once, at its first allocation, and asks the kernel for huge pages.
@@ -23,6 +24,10 @@ def __getattr__(name: str) -> Any:
         from s3dit.pipeline import Pipeline
 
         return Pipeline
+    if name == "Control":
+        from s3dit.control import Control
+
+        return Control
     if name in ("Request", "RequestError", "Result"):
         from s3dit import request
 

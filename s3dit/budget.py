@@ -14,7 +14,7 @@ quantized already stays mapped. Pictures looked at while they form (previews) co
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -117,6 +117,22 @@ def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> Fit:
     return Fit(budget, "staged", peak, kept, {part: len(needs[part].blocks) for part in kept}, tile)
 
 
+def fit_beside(budget: int, needs: Mapping[str, Need], host: str, guests: Mapping[str, Need], reserve: int = 0) -> Fit:
+    """`fit` where guests share the turn of their host: whole where it stays whole too, else all of them streamed."""
+    whole = replace(needs[host], fixed=needs[host].fixed + sum(guest.weights for guest in guests.values()))
+    try:
+        found = fit(budget, {**needs, host: whole}, reserve)
+        if not guests or host not in found.kept:
+            return found
+    except BackendError:
+        if not guests:
+            raise
+    slots = replace(needs[host], fixed=needs[host].fixed + sum(guest.fixed + guest.slots for guest in guests.values()))
+    found = fit(budget, {**needs, host: slots}, reserve)
+    counts = {name: len(guest.blocks) for name, guest in guests.items()}
+    return replace(found, kept={**found.kept, **dict.fromkeys(guests, 0)}, counts={**found.counts, **counts})
+
+
 def _smallest(need: Need) -> int:
     least = min(size for _, size in need.work)
     return min(need.weights, need.fixed + need.slots) + least if need.blocks else need.weights + least
@@ -168,6 +184,15 @@ def transformer_work(
     feed = 2 * c * dim + hidden * (2 * c + (0 if lean else 16))
     constants = dim * c + 8 * config.head_dim + 64 + (16 * min(hidden, CHANNELS) if quantized else 0)
     return tokens * (max(attention, feed) + constants) + 4 * dim * hidden
+
+
+def control_work(config: TransformerConfig, tokens: int, dtype: torch.dtype, branches: int) -> int:
+    """Bytes that so many control branches allocate beside a pass over `tokens`.
+
+    Each its own stream, the base's at entry, its hint and that times its strength, two hints for the refiner; and their
+    sum.
+    """
+    return branches * tokens * config.dim * dtype.itemsize * 7
 
 
 def encoder_work(config: TextEncoderConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -6,15 +6,16 @@ and leaves no half-written picture. torch is imported only when there is somethi
 
 import argparse
 import json
-import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from s3dit import __version__
-from s3dit.request import Request, RequestError, Schedule, Solver
+from s3dit.control import FORM, Control
+from s3dit.request import IMAGES, MaskMode, Posterior, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +30,10 @@ EXAMPLES = """examples:
   s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
   s3dit generate "a fox" --model path/to/Z-Image --lora style.safetensors:0.8
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
+  s3dit generate "a blue star" --image star.png --strength 0.8 -o blue.png
+  s3dit generate "a blue star" --image star.png --mask mask.png        white in the mask is painted anew
+  s3dit generate "a red star" --image star.png --extend 64,0,64,0      margins: left,top,right,bottom
+  s3dit generate "a dancer" --model path/to/Z-Image-Turbo --control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
@@ -38,10 +43,19 @@ environment:
 KINDS: dict[str, Any] = {
     "height": int, "width": int, "num_inference_steps": int, "guidance_scale": float, "cfg": float,
     "cfg_normalization": float, "cfg_truncation": float, "num_images_per_prompt": int, "seed": int, "shift": float,
-    "max_sequence_length": int, "strength": float, "negative_prompt": str,
+    "max_sequence_length": int, "negative_prompt": str, "image": str, "mask_image": str, "strength": float,
+    "mask_blur": float, "upscale": float, "upscale_strength": float,
 }  # fmt: skip
-SHORT = {"num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"]}
-CHOICES = {"solver": get_args(Solver), "schedule": get_args(Schedule)}
+SHORT = {
+    "num_inference_steps": ["--steps"], "guidance_scale": ["--guidance"], "num_images_per_prompt": ["--count"],
+    "mask_image": ["--mask"],
+}  # fmt: skip
+CHOICES = {
+    "solver": get_args(Solver), "schedule": get_args(Schedule), "mask_mode": get_args(MaskMode),
+    "posterior": get_args(Posterior),
+}  # fmt: skip
+# Bytes of a part from which its loading is worth a bar.
+LONG = 1 << 28
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,8 +135,20 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
         if field.name in KINDS or field.name in CHOICES:
             _add_field(group, field)
     group.add_argument(
+        "--control", action="append", metavar="FILE:IMAGE[:…]",
+        help=f"steer with a ControlNet and a control image; may be repeated; in full: {FORM.replace('%', '%%')}",
+    )  # fmt: skip
+    group.add_argument(
         "--sigmas", type=_floats, metavar="A,B,…", help="explicit noise levels before the shift, such as 1,0.75,0.4"
     )
+    group.add_argument(
+        "--extend", type=_margins, metavar="L,T,R,B",
+        help="margins in pixels to paint around the start image: left,top,right,bottom",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-composite", dest="composite", action="store_const", const=False,
+        help="do not lay the start image's own pixels over what the mask keeps",
+    )  # fmt: skip
 
 
 def _add_field(group: Any, field: "Field[Any]") -> None:
@@ -134,7 +160,7 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
         )
     else:
         kind = KINDS[field.name]
-        metavar = {int: "N", float: "X", str: "TEXT"}[kind]
+        metavar = "FILE" if field.name in IMAGES else {int: "N", float: "X", str: "TEXT"}[kind]
         group.add_argument(*flags, dest=field.name, type=kind, metavar=metavar, help=help_text)
 
 
@@ -170,6 +196,13 @@ def _lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def _margins(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not four margins in pixels such as 64,0,64,0") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = _parser()
@@ -195,7 +228,10 @@ def _ours(error: Exception) -> bool:
 
 
 def _run(args: argparse.Namespace) -> int:
-    wanted = {name: value for name in (*KINDS, *CHOICES, "sigmas") if (value := getattr(args, name)) is not None}
+    names = (*KINDS, *CHOICES, "sigmas", "extend", "composite")
+    wanted = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.control:
+        wanted["control"] = _controls(args.control)
     prompt: Any = args.prompt
     if args.prompt_file is not None:
         if prompt is not None:
@@ -255,6 +291,13 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
+def _controls(texts: Sequence[str]) -> list[Control]:
+    try:
+        return [Control.parse(text) for text in texts]
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
@@ -267,22 +310,41 @@ def _lines(path: Path) -> list[str]:
 
 def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], Any]:
     """The request that a picture was made with, and its adapters; its model too, unless another is named."""
-    from s3dit.images import read_metadata
+    from s3dit.images import Picture, read_metadata
 
     data = read_metadata(args.replay)
-    model, engine, adapters = data.pop("model", None), data.pop("engine", {}), data.pop("adapters", [])
-    if isinstance(engine, dict) and engine.get("replayable") is False:
+    model, engine, adapters = data.pop("model", None), _mapping(data.pop("engine", None)), data.pop("adapters", [])
+    if engine.get("replayable") is False:
         raise RequestError(
-            f"{args.replay}: its noise was given from Python, not by a seed; it cannot be drawn again from here"
+            f"{args.replay}: its noise or an image was given from Python, not by a seed and files; it cannot be drawn "
+            "again from here"
         )
+    inputs = _mapping(engine.get("inputs"))
+    for name in set(IMAGES) & set(inputs):
+        # Another file may be given instead; one that is taken from there must be what it was.
+        if getattr(args, name) is None and Picture.open(str(data.get(name)), name).sha256 != inputs[name]:
+            raise RequestError(
+                f"{data[name]} is not what it was when {args.replay} was drawn; needed the same pixels; give the file "
+                f"with {SHORT.get(name, ['--image'])[0]}"
+            )
     if args.model == "embedded" and model not in (None, "embedded"):
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()
     values = request.to_json()
+    if request.control and not args.control:
+        from s3dit.branches import hold
+
+        hold(request.controls, engine.get("inputs") if isinstance(engine, dict) else None, args.replay)
+    if request.control:
+        values["control"] = request.control
     if prompt is not None:
         values.pop("prompt")
     return values, adapters
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def _check_output(path: Path) -> None:
@@ -290,8 +352,15 @@ def _check_output(path: Path) -> None:
         raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
     if not path.parent.is_dir():
         raise RequestError(f"output folder {path.parent} does not exist; make it or choose another")
-    if not os.access(path.parent, os.W_OK) or path.is_dir():
-        raise RequestError(f"output {path} cannot be written; needed a writable folder and a file name; choose another")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError:
+        raise RequestError(
+            f"output {path} cannot be written; needed a writable folder and a file name; choose another"
+        ) from None
 
 
 def describe(pipe: "Pipeline", plan: "Plan") -> str:
@@ -300,15 +369,22 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
     lines = [
         f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
-        + "".join(f", {part} in {scheme.name}" for part, scheme in pipe.schemes.items() if scheme is not None),
+        + "".join(f", {part} in {name}" for part, name in pipe.formats.items() if name),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
+    if request.strength is not None:
+        lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "
+                     f"{request.num_inference_steps}")  # fmt: skip
+    if plan.then is not None:
+        lines.append(f"then {request.upscale:g} times as large, noise levels "
+                     + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
     for turn, stage in enumerate(plan.stages, 1):
         lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
-    held = [stage.holds for stage in plan.stages]
-    most = sum(held) if pipe.parts.mode == "resident" else max(held)
+    held = {stage.part: stage.holds for stage in plan.stages}
+    turns = [stage.holds + stage.beside for stage in plan.stages]
+    most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.fit is None else str(plan.fit))
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
@@ -377,14 +453,32 @@ class Progress:
 
         self.pipe, self.plan, self.args = pipe, plan, args
         self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
+        self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
+        self.loading: dict[str, tqdm[Any]] = {}
+        pipe.on_read = self.read
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.pipe.on_read = None
         self.bar.close()
         if self.args.preview:
             self._preview_path().unlink(missing_ok=True)
+
+    def read(self, part: str, count: int) -> None:
+        """Show a part coming in, where that takes long: `count` more bytes of it were read."""
+        from tqdm import tqdm
+
+        if self.args.json or part not in self.reads:
+            return
+        if part not in self.loading:
+            options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
+            self.loading[part] = tqdm(total=self.reads[part], desc=f"loading {part}", **options)
+        bar = self.loading[part]
+        bar.update(count)
+        if bar.n >= self.reads[part]:
+            self.loading.pop(part).close()
 
     def _preview_path(self) -> Path:
         output: Path = self.args.output

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from s3dit.sampler import Velocity
-from s3dit.transformer import Context
+from s3dit.transformer import Context, Control
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +39,25 @@ def flow_time(sigma: Tensor) -> Tensor:
 
 
 def guide(
-    transformer: Callable[[Tensor, Tensor, Context], Tensor],
+    transformer: Callable[..., Tensor],
     context: Callable[[bool], Context],
     guidance: Guidance,
     lengths: Sequence[int],
+    control: Callable[[Tensor], tuple[Control, ...]] = lambda sigma: (),
 ) -> Velocity:
     """Make the velocity that a solver calls.
 
     context(guided): the pictures with their prompts, and when guided also, after them, with their negative prompts;
-    asked for only when needed. lengths: patches of each picture.
+    asked for only when needed. lengths: patches of each picture. control(sigma): what adds to the model's
+    streams at a noise level, or nothing.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = flow_time(sigma)
-        time = t[None].to(x.device)
+        time, extra = t[None].to(x.device), control(sigma)
         if not guidance.on(t.item()):
-            return transformer(x, time, context(False)).float()
-        positive, negative = transformer(x.repeat(2, 1), time, context(True)).float().chunk(2)
+            return transformer(x, time, context(False), *extra).float()
+        positive, negative = transformer(x.repeat(2, 1), time, context(True), *extra).float().chunk(2)
         guided = positive + guidance.scale * (positive - negative)
         return _limit(guided, positive, guidance.normalization, lengths)
 

@@ -1,21 +1,27 @@
-"""Pictures at the border of the engine: Pillow images and PNG files on one side, tensors in [-1, 1] on the other.
+"""Pictures at the border of the engine: files, Pillow images and arrays on one side, tensors in [-1, 1] on the other.
 
-Three ideas. A conversion rounds exactly like diffusers, so that equal latents give equal bytes. A file is written whole
-or not at all: under a hidden name beside its target first, then renamed. And a picture carries what made it, twice:
-the text chunk `parameters` in the form that AUTOMATIC1111 began and galleries read, and the chunk `s3dit`, one JSON
-object that is enough to make the picture again.
+Four ideas. Whatever a user gives as an image becomes a `Picture`, in one place: its header is looked at first, then its
+pixels are read whole, turned upright and laid over white. A conversion rounds exactly like diffusers, so that equal
+latents give equal bytes. A file is written whole or not at all: under a hidden name beside its target first, then
+renamed. And a picture carries what made it, twice: the text chunk `parameters` in the form that AUTOMATIC1111 began and
+galleries read, and the chunk `s3dit`, one JSON object that is enough to make the picture again.
 
 Source: diffusers `image_processor.py` (VaeImageProcessor) for values and rounding; the PNG specification for chunks.
 Not here: which sizes a request may have (request.py), what the model does with a picture (conditioning.py).
 """
 
+import hashlib
 import json
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,8 +31,18 @@ from torch import Tensor
 
 from s3dit.request import RequestError
 
+if TYPE_CHECKING:
+    from s3dit.request import ImageSource
+
 # Larger pictures are refused before their pixels are unpacked: 8192 × 8192, more than any model here reads or makes.
 LARGEST_PIXELS = 1 << 26
+# What is read. Not everything that Pillow knows: some of its formats run other programs.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
+# What Pillow raises for files that are damaged, one way or another.
+DAMAGED = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 # Longer metadata is an accident or an attack; the longest honest one is a prompt of a few thousand words.
 LARGEST_TEXT = 1 << 20
 
@@ -53,40 +69,97 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(item) for item in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def from_pil(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-    """Turn a picture into pixels for the autoencoder.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image that was given, checked, upright and opaque; `name` is what messages call it.
 
-    image of any mode: turned as its EXIF says, transparency over white, 16-bit gray scaled down; `size` (height, width)
-    resizes by Lanczos -> (1, 3, H, W) fp32 in [-1, 1]. Raises RequestError.
+    content: RGB of 8 bits a channel; or (3, H, W) fp32 in [0, 1] where more than 8 bits were given.
     """
-    levels = np.asarray(_resized(_rgb(image), size), dtype=np.float32)
-    return 2.0 * torch.from_numpy(levels / 255.0).permute(2, 0, 1)[None].contiguous() - 1.0
+
+    name: str
+    content: Image.Image | Tensor
+
+    @classmethod
+    def open(cls, source: "ImageSource", name: str = "image") -> "Picture":
+        """Read what was given, whole; RequestError if it is missing, damaged, moving, far too large or no picture.
+
+        source: a file; a Pillow image of any mode; an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W), of
+        1, 3 or 4 channels: 8 or 16 bits, or floats in [0, 1], as diffusers takes them. EXIF says which side is up,
+        transparency is laid over white, 16-bit gray is scaled to 8.
+        """
+        if isinstance(source, str | os.PathLike):
+            with _reading(str(source)), Image.open(source, formats=_formats()) as image:
+                return cls(str(source), _loaded(image, str(source)))
+        if isinstance(source, Image.Image):
+            with _reading(name):
+                return cls(name, _loaded(source, name))
+        if isinstance(source, np.ndarray | Tensor):
+            return cls(name, _from_array(source, name))
+        raise RequestError(
+            f"{name} is a {type(source).__name__}; needed a path, a Pillow image, a numpy array or a torch tensor"
+        )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        if isinstance(self.content, Tensor):
+            return self.content.shape[1], self.content.shape[2]
+        return self.content.height, self.content.width
+
+    @property
+    def sha256(self) -> str:
+        """Hash of size and pixels: the same for the same picture in another file."""
+        exact = isinstance(self.content, Tensor)
+        data = self.content.numpy().tobytes() if isinstance(self.content, Tensor) else self.content.tobytes()
+        return hashlib.sha256(f"{'fp32' if exact else 'rgb8'} {self.size}\n".encode() + data).hexdigest()
+
+    def pixels(self, size: tuple[int, int] | None = None) -> Tensor:
+        """Pixels for the autoencoder: (3, H, W) fp32 in [-1, 1]; `size` (height, width) resizes by Lanczos."""
+        return 2.0 * self._levels(size) - 1.0
+
+    def mask(self, size: tuple[int, int] | None = None, cut: bool = True) -> Tensor:
+        """The picture read as a mask: white is 1, what is to be painted anew; black is 0, what is kept.
+
+        -> (1, H, W) fp32, zeros and ones if `cut` at one half, else gray too; `size` resizes by Lanczos before the cut.
+        Source: diffusers' mask processor of the inpainting pipelines.
+        """
+        if isinstance(self.content, Tensor):
+            # The weights of luminance, as Pillow has them.
+            red, green, blue = self._levels(size)
+            gray = (0.299 * red + 0.587 * green + 0.114 * blue)[None]
+        else:
+            levels = np.asarray(_resized(self.content, size).convert("L"), dtype=np.float32)
+            gray = torch.from_numpy(levels / 255.0)[None]
+        return (gray >= 0.5).float() if cut else gray
+
+    def _levels(self, size: tuple[int, int] | None) -> Tensor:
+        """(3, H, W) fp32 in [0, 1]."""
+        if isinstance(self.content, Tensor):
+            return self.content if size is None else resized(self.content, size).clamp(0, 1)
+        levels = np.asarray(_resized(self.content, size), dtype=np.float32)
+        return torch.from_numpy(levels / 255.0).permute(2, 0, 1).contiguous()
 
 
-def mask_from_pil(image: Image.Image, size: tuple[int, int] | None = None) -> Tensor:
-    """Turn a picture into a mask: white is 1, what is to be painted anew; black is 0, what is kept.
-
-    `size` (height, width) resizes by Lanczos, before the cut at one half -> (1, 1, H, W) fp32 of zeros and ones.
-    Raises RequestError. Source: diffusers' mask processor of the inpainting pipelines.
-    """
-    levels = np.asarray(_resized(_rgb(image), size).convert("L"), dtype=np.float32)
-    return (torch.from_numpy(levels / 255.0) >= 0.5).float()[None, None]
+def spread(given: Any) -> Any:
+    """Make a list of what is several images in one: a batch of an array or tensor; anything else stays as it is."""
+    return list(given) if isinstance(given, np.ndarray | Tensor) and given.ndim == 4 else given
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """Read a picture file whole, or pass a picture on; RequestError if it is missing, broken or far too large."""
-    if isinstance(source, Image.Image):
-        return source
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Whatever goes wrong with a file inside becomes one RequestError."""
     try:
-        with Image.open(source) as image:
-            if image.width * image.height > LARGEST_PIXELS:
-                raise RequestError(
-                    f"{source}: {image.width}x{image.height} pixels; needed at most {LARGEST_PIXELS:,}; scale it down"
-                )
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        _refuse(source, error, "a picture that can be read, such as a PNG or JPEG file")
+        with warnings.catch_warnings():
+            # Sizes are checked here; else Pillow warns of metadata that it can do without.
+            warnings.simplefilter("ignore")
+            yield
+    except DAMAGED as error:
+        _refuse(name, error, "a picture that can be read, such as a PNG or JPEG file")
 
 
 def _refuse(path: str | Path, error: BaseException, needed: str) -> NoReturn:
@@ -97,10 +170,27 @@ def _refuse(path: str | Path, error: BaseException, needed: str) -> NoReturn:
     raise RequestError(f"{path}: {found}; needed {needed}; check the file") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _check_size(name: str, height: int, width: int) -> None:
+    if height < 1 or width < 1:
+        raise RequestError(f"{name}: {width}x{height} pixels; needed at least one")
+    if height * width > LARGEST_PIXELS:
+        raise RequestError(f"{name}: {width}x{height} pixels; needed at most {LARGEST_PIXELS:,}; scale it down")
+
+
+def _loaded(image: Image.Image, name: str) -> Image.Image:
+    """Check a header, then read the pixels: upright, opaque, three channels of eight bits."""
+    _check_size(name, image.height, image.width)
+    # An MPO is what cameras write: a photograph, and the same one small or from beside.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise RequestError(f"{name}: {getattr(image, 'n_frames', 0)} frames; needed one picture; save one of them")
+    image.load()
+    return _rgb(image, name)
+
+
+def _rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """Upright, opaque, three channels of eight bits."""
     if image.mode == "F":
-        raise RequestError("the picture has floating-point pixels; needed 8 or 16 bits a channel; convert it first")
+        raise RequestError(f"{name} has floating-point pixels; needed 8 or 16 bits a channel; convert it first")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit gray at 255 instead of scaling it.
@@ -110,6 +200,48 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _from_array(given: np.ndarray | Tensor, name: str) -> Image.Image | Tensor:
+    """Check an array (H, W[, C]) or a tensor ([C, ]H, W); 8 bits become an image, anything finer stays a tensor."""
+    planes = given.ndim == 3 and isinstance(given, Tensor)
+    shape = tuple(given.shape[1:]) + tuple(given.shape[:1]) if planes else tuple(given.shape)
+    if len(shape) not in (2, 3) or (len(shape) == 3 and shape[2] not in (1, 3, 4)):
+        order = "(H, W) or (C, H, W)" if isinstance(given, Tensor) else "(H, W) or (H, W, C)"
+        raise RequestError(f"{name} has shape {tuple(given.shape)}; needed {order} with 1, 3 or 4 channels C")
+    _check_size(name, *shape[:2])
+    try:
+        levels = given.detach().cpu() if isinstance(given, Tensor) else torch.from_numpy(np.array(given, order="C"))
+    except TypeError:
+        raise RequestError(f"{name} is an array of {given.dtype}; needed 8 or 16 bits, or floats in [0, 1]") from None
+    levels = levels.permute(1, 2, 0) if planes else levels
+    levels = levels if levels.ndim == 3 else levels[..., None]
+    if levels.dtype == torch.uint8:
+        return _rgb(Image.fromarray(levels.numpy().squeeze(2) if levels.shape[2] == 1 else levels.numpy()), name)
+    if levels.dtype in (torch.bool, torch.uint16):
+        levels = levels.float() / (1.0 if levels.dtype == torch.bool else 65535.0)
+    if not levels.is_floating_point():
+        raise RequestError(f"{name} is an array of {given.dtype}; needed 8 or 16 bits, or floats in [0, 1]")
+    if not levels.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity; needed finite numbers from 0 to 1")
+    low, high = levels.min().item(), levels.max().item()
+    if low < 0 or high > 1:
+        raise RequestError(
+            f"{name} has values from {low:g} to {high:g}; needed floats from 0 to 1, as diffusers takes them; what "
+            "output_type tensor gives lies in [-1, 1], so pass (x / 2 + 0.5).clamp(0, 1)"
+        )
+    levels = levels.float().movedim(2, 0)
+    if len(levels) == 4:
+        levels = levels[:3] * levels[3:] + (1 - levels[3:])
+    return levels.expand(3, -1, -1).contiguous()
+
+
+def resized(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize planes (C, H, W) fp32 to (C, *size) by Lanczos, which may overshoot; the same planes if that is theirs."""
+    if tuple(planes.shape[1:]) == size:
+        return planes
+    scaled = [_resized(Image.fromarray(plane.numpy()), size) for plane in planes.float().cpu()]
+    return torch.stack([torch.from_numpy(np.array(plane)) for plane in scaled])
 
 
 def _resized(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
@@ -183,7 +315,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             text = image.info.get("s3dit")
         if text is not None and len(text) > LARGEST_TEXT:
             raise RequestError(f"{path}: {len(text):,} characters of metadata; needed at most {LARGEST_TEXT:,}")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         _refuse(path, error, "a PNG file written by s3dit")
     if text is None:
         raise RequestError(

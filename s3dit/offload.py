@@ -42,6 +42,10 @@ class Residency:
         self._held: dict[str, nn.Module] = {}
         self._made: dict[str, int | None] = {}
 
+    def add(self, name: str, maker: Callable[[], nn.Module]) -> None:
+        """Know one more part."""
+        self._makers = {**self._makers, name: maker}
+
     @property
     def held(self) -> tuple[str, ...]:
         """Names of the parts in memory now."""

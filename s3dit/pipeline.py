@@ -14,7 +14,7 @@ of adapters (`adapters`).
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,28 +24,30 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3dit import __version__, budget, images
+from s3dit import __version__, branches, budget, conditioning, images
 from s3dit.adapters import Adapters
 from s3dit.config import ModelConfig, read_model
+from s3dit.control import Control
+from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
-from s3dit.layout import padded, patchify, text_to_image
+from s3dit.layout import padded, text_to_image
 from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
-from s3dit.request import Request, RequestError, Result
-from s3dit.sampler import Step, model_calls, sigmas, solve
+from s3dit.request import IMAGES, Request, RequestError, Result
+from s3dit.sampler import Step, model_calls, solve
 from s3dit.text_encoder import EMBEDDING, TextEncoder
 from s3dit.tokenizer import Tokenizer
 from s3dit.trace import first_nonfinite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
-from s3dit.weights.assign import assign, pending
+from s3dit.weights.assign import assign, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from s3dit.weights.hub import resolve
-from s3dit.weights.quantize import layers, scheme_for
+from s3dit.weights.hub import resolve, resolve_file
+from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -56,17 +58,25 @@ WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One turn of a part: what is read from disk and what is then held in memory, in bytes."""
+    """One turn of a part: what is read from disk and what is then held in memory, in bytes.
+
+    beside: held in the same turn by other parts (ControlNets beside the transformer).
+    """
 
     part: str
     reads: int
     holds: int
     work: str
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will do, known before any weight is read; `fit` is its plan of memory where there is a budget."""
+    """What a request will do, known before any weight is read.
+
+    calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
+    controls: what steers it, read · then: the second pass if there is one, whose canvases the first one draws.
+    """
 
     request: Request
     stages: tuple[Stage, ...]
@@ -74,6 +84,9 @@ class Plan:
     calls: int
     notes: tuple[str, ...]
     fit: budget.Fit | None = None
+    canvases: tuple[conditioning.Canvas, ...] = ()
+    controls: tuple[branches.Prepared, ...] = ()
+    then: "Plan | None" = None
 
 
 class Pipeline:
@@ -96,18 +109,22 @@ class Pipeline:
         self.vram, self.compiled, self.graphs = vram, compiled, graphs
         self.tokenizer = Tokenizer(folder / "tokenizer")
         self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
-        asked = {"transformer": quantize, "text_encoder": quantize_text}
-        self.schemes = {part: scheme_for(stored, asked.get(part)) for part, stored in self.checkpoints.items()}
+        self._asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         self.lora = Adapters(
             self.parts, lambda part: self._blank(part)[0], placement.device, placement.compute, self._adapted
         )
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
+        # Called with the part's name and the bytes of each tensor that is read, as parts come in.
+        self.on_read: Callable[[str, int], None] | None = None
+        self.controlnets: dict[str, ControlNetConfig] = {}
         self._tile: int | None = None
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._tokens: dict[tuple[str, int], tuple[int, ...]] = {}
+        # The number format that each part is in, "" for plain floats.
+        self.formats = {part: named(schemes(self._blank(part)[0])) for part in self.checkpoints}
         for part in self.checkpoints:
             self._sizes(part)
 
@@ -167,14 +184,15 @@ class Pipeline:
                 module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
             elif part == "vae":
                 module, unused = Autoencoder(self.config.vae), ()
+            elif part in self.controlnets:
+                module = ControlNet(self.controlnets[part], self.config.transformer)
+                unused = self.controlnets[part].unused(self.checkpoints[part])
             else:
                 module = encoder = TextEncoder(self.config.text_encoder)
                 unused = encoder.unused
-            scheme = self.schemes[part]
-            if scheme is not None:
-                stored = keymap.official(self.checkpoints[part], module.state_dict())
-                for name, kind in layers(part, stored, scheme).items():
-                    swap(module, kind, name.__eq__)
+            stored = keymap.official(self.checkpoints[part], module.state_dict())
+            for name, kind in schemes_for(part, stored, self._asked.get(part)).items():
+                swap(module, kind, name.__eq__)
         return module, unused
 
     def _maker(self, part: str) -> Callable[[], nn.Module]:
@@ -184,13 +202,14 @@ class Pipeline:
             dtype = self.placement.compute if part == "vae" else self.placement.dtype
             device, kept = self.placement.device, self.parts.kept.get(part)
             if kept is None:
-                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused)
+                seen = None if self.on_read is None else partial(self.on_read, part)
+                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused, progress=seen)
             else:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(module, self.checkpoints[part], dtype=None, unused=unused)
                 stream(module, device, kept, dtype)
             self.lora.give(part, module)
-            if self.compiled and part == "transformer":
+            if self.compiled and part not in ("text_encoder", "vae"):
                 compile_blocks(module)
             return module.eval()
 
@@ -216,6 +235,20 @@ class Pipeline:
         self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
         return self._weights[part]
 
+    def _controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
+        """The part that a control wants, and what it is; opened and held to this model when first asked for."""
+        if self.graphs:
+            raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
+        path = resolve_file(str(control.model))
+        part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
+        if part not in self.controlnets:
+            checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
+            self.checkpoints[part], self.controlnets[part] = checkpoint, config
+            self.parts.add(part, self._maker(part))
+            if self.parts.mode == "streamed":
+                self.parts.kept = {**self.parts.kept, part: 0}
+        return part, self.controlnets[part]
+
     def _stage(self, part: str, work: str, kept: Mapping[str, int]) -> Stage:
         read, fixed, blocks = self._sizes(part)
         whole = fixed + sum(blocks)
@@ -224,28 +257,42 @@ class Pipeline:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
-        request = (Request(**fields) if request is None else request).resolve(self.config)
+        request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
+        request, controls, more = branches.prepare(request.resolve(self.config), self._controlnet)
+        said = [*said, *more]
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
-        levels = sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
-        calls = model_calls(request.solver, levels)
         new = {
             ids
             for text in self._texts(request)
             if (ids := self._ids(text, request.max_sequence_length)) not in self._features
         }
-        branches = 2 if request.guidance_scale else 1
-        works = {"transformer": f"{calls} model calls, {request.count * branches} items each"}
-        if new:
-            works = {"text_encoder": f"{sum(map(len, new))} tokens"} | works
+        works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
+        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
+        calls = [model_calls(request.solver, few) for _, few in found]
+        if canvases or controls:
+            inputs = [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
+            works.append(("vae", " and ".join(inputs)))
+        for turn, count in enumerate(calls, 1):
+            works.append(("transformer", f"{count} model calls, {len(self._items(request)[1])} items each"))
+            works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
+            if turn < len(calls):
+                works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
         if request.output_type != "latent":
-            works["vae"] = f"{request.count} pictures"
-        fit = None if self.vram is None else self._fit(request, sum(map(len, new)), tuple(works))
+            works.append(("vae", f"{request.count} pictures"))
+        largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
+        fit = None if self.vram is None else self._fit(largest, sum(map(len, new)), parts, len(controls))
         kept = self.parts.kept if fit is None else fit.kept
-        stages = tuple(self._stage(part, work, kept) for part, work in works.items())
-        return Plan(request, stages, tuple(levels.tolist()), calls, tuple(self._notes(request)), fit)
+        stages = tuple(self._stage(part, work, kept) for part, work in works)
+        held = sum({stage.part: stage.holds for stage in stages if stage.part in self.controlnets}.values())
+        stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
+        notes = tuple(dict.fromkeys([*said, *self._notes(request), *self._notes(largest)]))
+        first, *later = (
+            Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls) for one, few in found
+        )
+        return replace(first, canvases=canvases, then=later[0] if later else None)
 
-    def _fit(self, request: Request, new: int, parts: tuple[str, ...]) -> budget.Fit:
+    def _fit(self, request: Request, new: int, parts: tuple[str, ...], controls: int) -> budget.Fit:
         """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
         config, compute, device = self.config, self.placement.compute, self.placement.device.type
         sides = list(zip(request.per_image("height"), request.per_image("width"), strict=True))
@@ -253,18 +300,21 @@ class Pipeline:
         tokens = sum(padded(rows * columns) for rows, columns in grids) + sum(map(padded, items))
         # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
         lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
-        kind = {"lean": backend() in lean, "quantized": self.schemes["transformer"] is not None}
+        kind = {"lean": backend() in lean, "quantized": bool(self.formats["transformer"])}
+        passing = budget.transformer_work(config.transformer, tokens, compute, **kind)
+        passing += budget.control_work(config.transformer, tokens, compute, controls)
         tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
         works: dict[str, list[tuple[int | None, int]]] = {
             "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
-            "transformer": [(None, budget.transformer_work(config.transformer, tokens, compute, **kind))],
+            "transformer": [(None, passing)],
             "vae": [
                 (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
                 for tile in tiles
             ],
         }
-        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works[part])) for part in parts}
-        return budget.fit(self.vram or 0, needs, budget.RESERVE[device])
+        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works.get(part, [(None, 0)]))) for part in parts}
+        guests = {part: needs.pop(part) for part in parts if part in self.controlnets}
+        return budget.fit_beside(self.vram or 0, needs, "transformer", guests, budget.RESERVE[device])
 
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
@@ -347,7 +397,21 @@ class Pipeline:
 
     def stream(self, request: Request | None = None, **fields: Any) -> Iterator[Step]:
         """Sample a request and yield a Step after every step of the solver."""
-        yield from self._sample(self.plan(request, **fields))
+        for _, step in self._passes(self.plan(request, **fields)):
+            yield step
+
+    def _passes(self, plan: Plan) -> Iterator[tuple[Plan, Step]]:
+        """Every step of a plan and of what follows it, counted through, with the plan that it belongs to."""
+        step = None
+        for step in self._sample(plan):
+            yield plan, step if plan.then is None else replace(step, n=step.n + len(plan.then.sigmas) - 1)
+        if plan.then is None:
+            return
+        assert step is not None
+        pictures = self._pictures(plan, step.latents)
+        then = replace(plan.then, canvases=conditioning.enlarged(plan.canvases, pictures, plan.then.request))
+        for later in self._sample(then):
+            yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
     @torch.inference_mode()
     def _sample(self, plan: Plan) -> Iterator[Step]:
@@ -363,8 +427,14 @@ class Pipeline:
         positive = self.encode(prompts, length)
         negatives = [n or "" for n in request.per_image("negative_prompt")]
         negative = self.encode(negatives, length) if request.guidance_scale else []
+        sources = conditioning.generators(request)
+        sampled = sources if request.posterior == "sample" else None
+        start = self.encode_images([canvas.pixels for canvas in plan.canvases], sampled)
+        shown = [branches.patches(one, request, lambda one: self.encode_images([one])[0]) for one in plan.controls]
         transformer = self.parts["transformer"]
         assert isinstance(transformer, Transformer)
+        with self.parts.beside():
+            nets = {one.part: self.parts[one.part] for one in plan.controls}
 
         @cache
         def context(guided: bool) -> Context:
@@ -372,8 +442,10 @@ class Pipeline:
             layout = text_to_image(grids * (2 if guided else 1), [len(t) for t in text], device)
             return transformer.context(layout, torch.cat(text))
 
-        generators = self._generators(request)
-        x = self._noise(request, grids, generators).to(device)
+        steps = torch.tensor(plan.sigmas)
+        x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
+        if start:
+            x, keep = conditioning.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
@@ -383,33 +455,47 @@ class Pipeline:
             if "replay" not in vars(transformer):
                 vars(transformer)["replay"] = Replay(transformer)
             run = vars(transformer)["replay"]
-        velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids])
-        levels = torch.tensor(plan.sigmas)
+        control = branches.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
+        velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
+        beside = [(net, self.checkpoints[part]) for part, net in nets.items()]
 
         def fresh() -> Tensor:
-            return _draw(grids, generators).to(device)
+            return conditioning.draw(grids, sources).to(device)
 
-        for step in solve(request.solver, velocity, x, levels, fresh):
+        for step in solve(request.solver, velocity, x, steps, fresh, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma))
-            _finite(step.velocity, f"velocity of step {step.i}", transformer, self.checkpoints["transformer"], again)
+            _finite(
+                step.velocity,
+                f"velocity of step {step.i}",
+                transformer,
+                self.checkpoints["transformer"],
+                again,
+                *beside,
+            )
             yield replace(step, grids=grids)
 
-    @staticmethod
-    def _generators(request: Request) -> list[torch.Generator]:
-        """One source of random numbers a picture; a single generator given by the caller serves all in order."""
-        given = request.generator
-        if given is None:
-            return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
-        several = [given] * request.count if isinstance(given, torch.Generator) else list(given)
-        if len(several) != request.count:
-            raise RequestError(f"{len(several)} generators for {request.count} pictures; needed one, or one a picture")
-        return several
+    @torch.inference_mode()
+    def encode_images(
+        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None
+    ) -> list[Tensor]:
+        """Latents (16, H/8, W/8) fp32 of pictures (3, H, W) in [-1, 1]; large ones by tiles.
 
-    @staticmethod
-    def _noise(request: Request, grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
-        if request.latents is not None:
-            return torch.cat([patchify(one.float().contiguous()) for one in request.latents])
-        return _draw(grids, generators)
+        The mode of what the autoencoder answers, or with generators, one a picture, a sample.
+        """
+        found: dict[int, Tensor] = {}
+        latents = []
+        for i, one in enumerate(pixels):
+            # The same tensor twice is encoded once.
+            if generators is not None or id(one) not in found:
+                vae = self.parts["vae"]
+                assert isinstance(vae, Autoencoder)
+                tile = self._tile or (TILE if one.shape[-1] * one.shape[-2] > 64 * WHOLE_CELLS else None)
+                generator = None if generators is None else generators[i]
+                run = partial(vae.encode, one[None].to(self.placement.device), generator, tile)
+                found[id(one)] = run()[0]
+                _finite(found[id(one)], "encoded picture", vae, self.checkpoints["vae"], run)
+            latents.append(found[id(one)])
+        return latents
 
     @torch.inference_mode()
     def decode(self, latents: list[Tensor], tile: int | None = None) -> list[Tensor]:
@@ -434,15 +520,14 @@ class Pipeline:
         plan = self.plan(request, **fields)
         request = plan.request
         try:
-            step = None
-            for step in self._sample(plan):
+            for done in self._passes(plan):
                 if on_step is not None:
-                    on_step(step)
-            assert step is not None
+                    on_step(done[1])
+            last, step = done
             latents = [one.cpu() for one in step.latents]
             pictures: list[Any] = []
             if request.output_type != "latent":
-                pictures = self.decode(latents)
+                pictures = self._pictures(last, latents)
         except torch.OutOfMemoryError as error:
             raise BackendError(_memory(plan, str(error))) from None
         except RuntimeError as error:
@@ -453,6 +538,14 @@ class Pipeline:
             pictures = [images.to_pil(picture[None])[0] for picture in pictures]
         return Result(pictures, latents, self._metadata(plan))
 
+    def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
+        """Decode, and lay what was to be kept of start images over it."""
+        pictures = self.decode(latents)
+        if not plan.canvases or not plan.request.composite:
+            return pictures
+        differential = plan.request.mask_mode == "differential"
+        return [canvas.over(one, differential) for canvas, one in zip(plan.canvases, pictures, strict=True)]
+
     def _metadata(self, plan: Plan) -> list[dict[str, Any]]:
         """For each picture, a request that draws it alone, and what drew it."""
         request = plan.request
@@ -461,46 +554,54 @@ class Pipeline:
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
-            "quantized": {part: scheme.name for part, scheme in self.schemes.items() if scheme is not None},
+            "quantized": {part: name for part, name in self.formats.items() if name},
             "levels": list(plan.sigmas),
             "model_calls": plan.calls,
-            # With these the request alone does not say where the noise came from.
-            "replayable": request.generator is None and request.latents is None,
         }
         shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
         prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        spread = [request.per_image(name) for name in ("negative_prompt", "height", "width")]
-        rows = zip(prompts, *spread, request.seeds(), strict=True)
-        model, adapters = "embedded" if self.folder == EMBEDDED else self.folder.name, self.lora.records()
-        return [
-            replace(shared, prompt=p, negative_prompt=n, height=h, width=w, seed=s).to_json()
-            | {"model": model, "engine": engine}
-            | ({"adapters": adapters} if adapters else {})
-            for p, n, h, w, s in rows
-        ]
+        names = ("negative_prompt", "height", "width", *IMAGES)
+        rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
+        model = "embedded" if self.folder == EMBEDDED else self.folder.name
+        adapters = {"adapters": self.lora.records()} if self.lora.names else {}
+        found = []
+        for i, (prompt, seed, *values) in enumerate(rows):
+            own = dict(zip(names, values, strict=True))
+            controls = request.controls_of(i)
+            data = replace(shared, prompt=prompt, seed=seed, control=controls or None, **own).to_json()
+            # Without these the request alone does not say where noise and images came from.
+            whole = request.generator is None and request.latents is None
+            whole = whole and all(name in data for name, value in own.items() if value is not None)
+            whole = whole and all(one.named for one in controls)
+            hashes = dict(plan.canvases[i].hashes) if plan.canvases else {}
+            hashes |= branches.hashes(plan.controls, i)
+            inputs = {"inputs": hashes} if hashes else {}
+            found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs} | adapters)
+        return found
 
 
-def _draw(grids: tuple[tuple[int, int], ...], generators: list[torch.Generator]) -> Tensor:
-    """Noise for every picture from its own generator, drawn as latents so that it is diffusers' noise: (tokens, 64)."""
-    return torch.cat(
-        [
-            patchify(torch.randn(16, 2 * rows, 2 * columns, generator=g, device=g.device).cpu())
-            for (rows, columns), g in zip(grids, generators, strict=True)
-        ]
-    )
+def _finite(
+    x: Tensor,
+    what: str,
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    again: Callable[[], object],
+    *beside: tuple[nn.Module, Checkpoint],
+) -> None:
+    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
 
-
-def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, again: Callable[[], object]) -> None:
-    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault."""
+    beside: models that take part in what `model` computes.
+    """
     if x.isfinite().all():
         return
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        # Codes of 8 bits and less are finite; their scales may not be.
-        if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
-            raise CheckpointError(
-                f"{what} is not finite because {name} in {checkpoint.path} holds NaN or infinity; "
-                "needed finite weights; download the file again"
-            )
+    for suspect, stored in (*beside, (model, checkpoint)):
+        for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
+            # Codes of 8 bits and less are finite; their scales may not be.
+            if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{what} is not finite because {name} in {stored.path} holds NaN or infinity; "
+                    "needed finite weights; download the file again"
+                )
     with first_nonfinite(model) as found:
         again()
     raise BackendError(
@@ -510,7 +611,7 @@ def _finite(x: Tensor, what: str, model: nn.Module, checkpoint: Checkpoint, agai
 
 
 def _memory(plan: Plan, error: str) -> str:
-    held = max(stage.holds for stage in plan.stages)
+    held = max(stage.holds + stage.beside for stage in plan.stages)
     return (
         f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
         "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"

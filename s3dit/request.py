@@ -11,20 +11,32 @@ Importing this module does not import torch, so that the command line's `--help`
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
+from s3dit.control import IMAGES as CONTROL_IMAGES
+from s3dit.control import Control
+
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from PIL import Image
 
     from s3dit.config import ModelConfig
 
+    # Whatever `images.Picture` opens.
+    ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
+
 Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
 Schedule = Literal["official", "simple", "beta", "karras"]
 OutputType = Literal["pil", "tensor", "latent"]
+MaskMode = Literal["inpaint", "differential"]
+Posterior = Literal["mode", "sample"]
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
+# Fields that hold images; what goes into JSON of them is their paths.
+IMAGES = ("image", "mask_image")
 
 
 class RequestError(ValueError):
@@ -77,9 +89,37 @@ class Request:
     schedule: Schedule = field(default="official", metadata=_says("spacing of the noise levels"))
     solver: Solver = field(default="euler", metadata=_says("how the flow is integrated"))
     max_sequence_length: int = field(default=512, metadata=_says("tokens of the prompt that are read; the rest is cut"))
-    strength: float | None = field(
-        default=None, metadata=_says("how much of a start image is redrawn, 0 to 1; this version takes no start image")
+    image: "ImageSource | Sequence[ImageSource] | None" = field(
+        default=None,
+        metadata=_says("start image, to be redrawn; its size, cut to multiples of 16, is the default"),
     )
+    mask_image: "ImageSource | Sequence[ImageSource | None] | None" = field(
+        default=None, metadata=_says("mask of the start image's size: white is painted anew, black is kept")
+    )
+    strength: float | None = field(
+        default=None,
+        metadata=_says("how much of the start image is redrawn, up to 1 (default: 0.6; 1 with a mask or margins)"),
+    )
+    extend: Sequence[int] | None = field(
+        default=None, metadata=_says("margins in pixels to paint around the start image: left,top,right,bottom")
+    )
+    mask_mode: MaskMode = field(
+        default="inpaint",
+        metadata=_says("inpaint cuts the mask at one half; differential reads gray as how much is to change"),
+    )
+    mask_blur: float = field(default=0.0, metadata=_says("soften the mask's edges by this many pixels"))
+    composite: bool = True
+    posterior: Posterior = field(
+        default="mode",
+        metadata=_says("start image in latents: mode is certain, sample is drawn from the seed as diffusers does"),
+    )
+    upscale: float | None = field(
+        default=None, metadata=_says("draw a second pass, this many times as large, over the first one's picture")
+    )
+    upscale_strength: float | None = field(
+        default=None, metadata=_says("how much the second pass redraws, up to 1 (default: 0.35)")
+    )
+    control: Control | Sequence[Control] | None = None
     output_type: OutputType = "pil"
 
     @property
@@ -92,9 +132,24 @@ class Request:
         """Pictures in all."""
         return len(self.prompts) * self.num_images_per_prompt
 
+    @property
+    def controls(self) -> list[Control]:
+        """The controls as a list of their own."""
+        return [] if self.control is None else [self.control] if isinstance(self.control, Control) else [*self.control]
+
+    def controls_of(self, i: int) -> list[Control]:
+        """The controls of picture i alone."""
+        return [
+            replace(one, **{name: self.spread(f"control {name}", getattr(one, name))[i] for name in CONTROL_IMAGES})
+            for one in self.controls
+        ]
+
     def per_image(self, name: str) -> list[Any]:
         """Spread a field over all pictures: one value for all, or one a prompt, or one a picture."""
-        value = getattr(self, name)
+        return self.spread(name, getattr(self, name))
+
+    def spread(self, name: str, value: Any) -> list[Any]:
+        """The same with any value, which messages call `name`."""
         if value is None or isinstance(value, str) or not isinstance(value, Sequence):
             return [value] * self.count
         if len(value) == self.count:
@@ -127,8 +182,12 @@ class Request:
         steps = self.num_inference_steps or settings.num_inference_steps
         if self.sigmas is not None:
             steps = len([s for s in self.sigmas if s > 0])
+        masked = self.mask_image is not None or self.extend is not None
+        strength = None if self.image is None else 1.0 if masked else 0.6
         resolved = replace(
             self,
+            strength=strength if self.strength is None else float(self.strength),
+            upscale_strength=0.35 if self.upscale and self.upscale_strength is None else self.upscale_strength,
             prompt=self.prompts,
             height=size("height"),
             width=size("width"),
@@ -155,17 +214,21 @@ class Request:
         for name, low, high in (
             ("guidance_scale", 0.0, 1000.0), ("cfg", 1.0, 1001.0), ("cfg_normalization", 0.0, 1000.0),
             ("cfg_truncation", 0.0, 1000.0), ("shift", 1e-3, 1e3), ("strength", 0.0, 1.0),
+            ("upscale_strength", 0.0, 1.0), ("upscale", 1.0, 8.0), ("mask_blur", 0.0, 512.0),
         ):  # fmt: skip
             _check_float(name, getattr(self, name), low, high)
         if self.cfg is not None and self.guidance_scale is not None:
             raise RequestError(
                 "both cfg and guidance_scale are given; they are the same knob (cfg = guidance_scale + 1)"
             )
-        for name, kind in (("solver", Solver), ("schedule", Schedule), ("output_type", OutputType)):
+        for name, kind in (
+            ("solver", Solver), ("schedule", Schedule), ("output_type", OutputType), ("mask_mode", MaskMode),
+            ("posterior", Posterior),
+        ):  # fmt: skip
             if getattr(self, name) not in get_args(kind):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; needed one of {', '.join(get_args(kind))}")
-        if self.strength is not None:
-            raise RequestError("strength needs a start image, and this version takes none; leave it out")
+        self._check_start()
+        self._check_control()
         self._check_sigmas()
 
     def _check_prompts(self) -> None:
@@ -185,6 +248,43 @@ class Request:
             raise RequestError(
                 f"{len(negatives)} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
             )
+
+    def _check_start(self) -> None:
+        """What belongs to a start image; the images themselves are read later, by `conditioning`."""
+        if self.image is None:
+            for name in ("strength", "mask_image", "extend"):
+                if getattr(self, name) is not None:
+                    raise RequestError(f"{name} is given without a start image; give image too, or leave {name} out")
+        if self.mask_image is None and self.extend is None and (self.mask_blur or self.mask_mode != "inpaint"):
+            raise RequestError("mask_blur and mask_mode are about a mask; give mask_image or extend, or leave them out")
+        if self.upscale is None and self.upscale_strength is not None:
+            raise RequestError("upscale_strength is given without upscale; needed both, such as 0.35 and 2")
+        for name in ("strength", "upscale_strength"):
+            if getattr(self, name) == 0:
+                raise RequestError(f"{name} is 0, which would redraw nothing; needed more than 0, up to 1")
+        if self.upscale == 1:
+            raise RequestError("upscale is 1; needed more, such as 2, or none")
+        for name in IMAGES:
+            self.per_image(name)
+        if self.extend is not None:
+            margins = list(self.extend) if isinstance(self.extend, Sequence) else [self.extend]
+            whole = all(isinstance(m, int) and not isinstance(m, bool) and 0 <= m < LARGEST_SIDE for m in margins)
+            if len(margins) != 4 or not whole or not any(margins):
+                raise RequestError(
+                    f"extend is {self.extend!r}; needed four margins in pixels: left, top, right, bottom"
+                )
+
+    def _check_control(self) -> None:
+        given = self.control
+        known = isinstance(given, Control | list | tuple | None)
+        if not known or not all(isinstance(one, Control) for one in self.controls):
+            raise RequestError(f"control is {given!r:.80}; needed a Control, or a list of them")
+        try:
+            for one in self.controls:
+                one.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        self.controls_of(0)
 
     def _check_sigmas(self) -> None:
         if self.sigmas is None:
@@ -219,10 +319,19 @@ class Request:
             raise RequestError("latents holds NaN or infinity; needed the starting noise, finite numbers")
 
     def to_json(self) -> dict[str, Any]:
-        """The replayable fields as plain JSON values; tensors and generators are left out."""
+        """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values = {k: v for k, v in values.items() if k not in ("generator", "latents", "output_type") and v is not None}
-        return {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
+        values = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
+        values |= {"control": [one.to_json() for one in self.controls]} if self.controls else {}
+        for name in set(IMAGES) & set(values):
+            given = values[name] if isinstance(values[name], list) else [values[name]]
+            paths = [str(one) if isinstance(one, str | PathLike) else None for one in given]
+            if None in paths:
+                del values[name]
+            else:
+                values[name] = paths if isinstance(values[name], list) else paths[0]
+        return values
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -232,7 +341,11 @@ class Request:
             raise RequestError(f"replay data has unknown keys {', '.join(unknown)}; it was written by another version")
         if "prompt" not in data:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
-        return cls(**data)
+        try:
+            controls = {"control": [Control.from_json(one) for one in data["control"]]} if data.get("control") else {}
+        except (ValueError, TypeError) as error:
+            raise RequestError(str(error)) from None
+        return cls(**data | controls)
 
 
 def _check_side(name: str, value: Any) -> None:

@@ -3,7 +3,8 @@
 The flow goes from sigma 1 (noise) to 0 (image); the state is x = (1 - sigma)·image + sigma·noise, and the model's
 velocity v points from noise to image, so that the image it believes in is x + sigma·v. A solver knows a function
 `velocity(x, sigma)` and nothing else: not guidance, not text, not shapes. The state is one flat fp32 tensor of patches
-(tokens, 64) for all pictures together; every solver here is element-wise, so pictures do not see each other.
+(tokens, 64) for all pictures together; every solver here is element-wise, so pictures do not see each other. The one
+thing from outside is `keep`, which has the state after every step and may put parts of it back on a course of theirs.
 
 One step of euler is one model call: 8 steps are 8 calls (older diffusers releases spent a ninth at sigma 0).
 
@@ -25,6 +26,8 @@ from s3dit.request import Schedule, Solver
 Velocity = Callable[[Tensor, Tensor], Tensor]
 # noise() -> (tokens, 64) fp32, fresh at every call
 Noise = Callable[[], Tensor]
+# keep(x (tokens, 64), i from 1, sigma after step i) -> x (tokens, 64)
+Keep = Callable[[Tensor, int, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ def sigmas(
 
     `explicit` levels replace the even spacing and are shifted like it, as diffusers does with its `sigmas` argument.
     """
-    even = np.linspace(1.0, 1.0 / n, n) if explicit is None else [s for s in explicit if s > 0]
-    # parity: float32 from here on, in diffusers' order; the last bit of t moves the picture.
+    # parity: float32 from the start, as diffusers' pipelines space them; the last bit of t moves the picture.
+    even = torch.linspace(1.0, 1.0 / n, n).numpy() if explicit is None else [s for s in explicit if s > 0]
     levels = _shift(np.asarray(even, dtype=np.float32), shift)
     if schedule == "simple":
         # n picks out of the 1000 training levels, the largest first.
@@ -105,11 +108,19 @@ def model_calls(solver: Solver, levels: Tensor) -> int:
     return 2 * n - 1 if solver == "heun" else n
 
 
-def solve(solver: Solver, velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise) -> Iterator[Step]:
+def all_is_free(x: Tensor, i: int, sigma: Tensor) -> Tensor:
+    """The `keep` that keeps nothing."""
+    return x
+
+
+def solve(
+    solver: Solver, velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise, keep: Keep | None = None
+) -> Iterator[Step]:
     """Integrate from x at levels[0] to levels[-1]; yields one Step a step."""
+    keep = keep or all_is_free
     if solver == "euler_ancestral":
-        return euler_ancestral(velocity, x, levels, noise)
-    return {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[solver](velocity, x, levels)
+        return euler_ancestral(velocity, x, levels, noise, keep)
+    return {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[solver](velocity, x, levels, keep)
 
 
 def _pairs(levels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -117,16 +128,16 @@ def _pairs(levels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     return zip(range(1, len(levels)), levels[:-1], levels[1:], strict=True)
 
 
-def euler(velocity: Velocity, x: Tensor, levels: Tensor) -> Iterator[Step]:
+def euler(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """First order: x + (sigma - sigma_next)·v; the bits of FlowMatchEulerDiscreteScheduler."""
     n = len(levels) - 1
     for i, sigma, after in _pairs(levels):
         v, start = velocity(x, sigma), x
-        x = x + (sigma - after) * v
+        x = keep(x + (sigma - after) * v, i, after)
         yield Step(i, n, i, sigma.item(), after.item(), x, start, v)
 
 
-def heun(velocity: Velocity, x: Tensor, levels: Tensor) -> Iterator[Step]:
+def heun(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """Second order: the mean of the velocities at both ends of the step; the last step, to 0, is Euler's."""
     n, calls = len(levels) - 1, 0
     for i, sigma, after in _pairs(levels):
@@ -135,10 +146,11 @@ def heun(velocity: Velocity, x: Tensor, levels: Tensor) -> Iterator[Step]:
         if after > 0:
             ahead, calls = velocity(x, after), calls + 1
             x = start + (sigma - after) * (v + ahead) / 2
+        x = keep(x, i, after)
         yield Step(i, n, calls, sigma.item(), after.item(), x, start, v)
 
 
-def dpmpp_2m(velocity: Velocity, x: Tensor, levels: Tensor) -> Iterator[Step]:
+def dpmpp_2m(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """DPM-Solver++ 2M: second order in the log-SNR, from the last two believed images; one call a step.
 
     The first step has no history and the last one (to sigma 0) infinite length in log-SNR: both are first order.
@@ -151,9 +163,9 @@ def dpmpp_2m(velocity: Velocity, x: Tensor, levels: Tensor) -> Iterator[Step]:
         blend = image
         if old is not None and np.isfinite(h) and np.isfinite(old_h):
             blend = image + (image - old) * (h / old_h / 2)
-        keep = after / sigma
+        share = after / sigma
         # (1 - after) - (1 - sigma)·after/sigma, which is 1 - after/sigma
-        x = keep * x + (1 - keep) * blend
+        x = keep(share * x + (1 - share) * blend, i, after)
         old, old_h = image, h
         yield Step(i, n, i, sigma.item(), after.item(), x, start, v)
 
@@ -164,7 +176,9 @@ def _log_snr(sigma: Tensor) -> float:
     return float(np.inf) if s == 0 else float(-np.inf) if s == 1 else float(np.log((1 - s) / s))
 
 
-def euler_ancestral(velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise) -> Iterator[Step]:
+def euler_ancestral(
+    velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise, keep: Keep = all_is_free
+) -> Iterator[Step]:
     """Euler past the next level, then fresh noise back up to it, with the flow's own mixture.
 
     For a flow the image's weight is 1 - sigma, so after stepping down to `down` the state is scaled by
@@ -179,4 +193,5 @@ def euler_ancestral(velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise)
         if after > 0:
             scale = (1 - after) / (1 - down)
             x = scale * x + (after**2 - (scale * down) ** 2).sqrt() * noise()
+        x = keep(x, i, after)
         yield Step(i, n, i, sigma.item(), after.item(), x, start, v)

@@ -13,7 +13,9 @@ patch size (2 × 2 pixels of latents, 1 frame), which is the only one here.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -176,6 +178,15 @@ class Context:
     whole_rope: Tensor
 
 
+class Control(Protocol):
+    """What may add to the streams of a pass; `controlnet.Controls` is one."""
+
+    def __call__(
+        self, model: "Transformer", image: Tensor, time: Tensor, context: Context
+    ) -> tuple[Tensor, Iterable[Tensor | None]]:
+        """From embedded image tokens (N_image, dim) to the joined stream (N, dim), and what to add after each layer."""
+
+
 class Transformer(nn.Module):
     """The velocity of the flow; see the module's docstring."""
 
@@ -220,18 +231,32 @@ class Transformer(nn.Module):
             whole_rope=rope_table(layout.whole.positions, config.axes_dims, config.rope_theta),
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, context: Context, control: Control | None = None) -> Tensor:
         """The velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
 
-        x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ->
-        (n, patch_dim), dtype of the context's tokens.
+        x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·
+        control: what adds to the streams on their way -> (n, patch_dim), dtype of the context's tokens.
         """
         pack, whole, dtype = context.image, context.whole, context.text.dtype
         time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
         image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), self.x_pad_token)
-        for block in self.noise_refiner:
-            image = block(image, context.image_rope, pack.spans, time, pack.row)
-        tokens = torch.cat((image, context.text))[context.gather]
-        for block in self.layers:
+        hints: Iterable[Tensor | None] = (None,) * len(self.layers)
+        if control is None:
+            tokens = self.joined(image, time, context)
+        else:
+            tokens, hints = control(self, image, time, context)
+        for block, hint in zip(self.layers, hints, strict=True):
             tokens = block(tokens, context.whole_rope, whole.spans, time, whole.row)
+            tokens = tokens if hint is None else tokens + hint
         return self.all_final_layer[PATCH](tokens[whole.real], time, whole.row[whole.real])
+
+    def joined(self, image: Tensor, time: Tensor, context: Context, hints: Sequence[Tensor] = ()) -> Tensor:
+        """Refine embedded image tokens (N_image, dim), after each block plus its hint, and join them with the caption.
+
+        time (R, adaln_dim) · hints: none, or one (N_image, dim) a block of the refiner -> (N, dim) in joint order.
+        """
+        pack = context.image
+        for i, block in enumerate(self.noise_refiner):
+            image = block(image, context.image_rope, pack.spans, time, pack.row)
+            image = image + hints[i] if hints else image
+        return torch.cat((image, context.text))[context.gather]

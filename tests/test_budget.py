@@ -9,8 +9,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from s3dit import Pipeline, RequestError
-from s3dit.budget import RESERVE, Need, decoder_work, encoder_work, fit, parse_size, sizes, transformer_work
+from s3dit.budget import (
+    RESERVE,
+    Need,
+    control_work,
+    decoder_work,
+    encoder_work,
+    fit,
+    fit_beside,
+    parse_size,
+    sizes,
+    transformer_work,
+)
 from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.controlnet import Branch, ControlNet, ControlNetConfig, Controls
 from s3dit.kernels.dispatch import BackendError, backend, set_backend
 from s3dit.kernels.linear import SCHEMES
 from s3dit.layout import text_to_image
@@ -84,6 +96,23 @@ def test_an_impossible_budget_names_the_smallest_which_is_possible():
 def test_more_memory_is_never_slower():
     kept = [fit(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
     assert kept == sorted(kept)
+
+
+def test_guests_of_the_transformer():
+    """Whole beside it where it stays whole, else streamed through slots of their own; no guests, no difference."""
+    guest = Need(5, (40, 40, 40), ((None, 0),))
+    for size in (260, 549, 1049):
+        assert fit_beside(size, NEEDS, "transformer", {}) == fit(size, NEEDS)
+    found = [fit_beside(size, NEEDS, "transformer", {"control": guest}) for size in (1175, 700, 640, 400)]
+    assert [(one.mode, dict(one.kept)) for one in found] == [
+        ("resident", {}),  # 750 of the others, 125 and the VAE's 300
+        ("staged", {}),  # 510 + 125, and 40 for the pass
+        ("staged", {"control": 0}),  # 510 + 85 + 40
+        ("staged", {"transformer": 0, "control": 0}),
+    ]
+    assert found[2].counts == {"control": 3} and [one.peak for one in found[:3]] == [1175, 675, 635]
+    with pytest.raises(BackendError, match="smallest budget"):
+        fit_beside(300, NEEDS, "transformer", {"control": guest})
 
 
 def test_official_sizes():
@@ -191,6 +220,30 @@ def test_the_transformers_formula(config, dtype, lean, scheme):
     assert most <= said < (2.5 if scheme else 2) * most
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.0", "2.1"])
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("rule", ["authors", "diffusers"])
+def test_the_control_formula(config, version, branches, rule):
+    """A pass with control never takes more than both formulas say; feed-forward plain, attention is not the widest."""
+    config = replace(config.transformer, dim=384, n_heads=3, axes_dims=(32, 48, 48), n_layers=4)
+    model, grids, lengths = built(Transformer, config, torch.float32), [(16, 16), (12, 20)], [60, 40]
+    channels = 16 if version == "1.0" else 33
+    net = ControlNet(ControlNetConfig(version, channels, (0, 1, 2, 3)), config).eval().requires_grad_(False)
+    x, shown = torch.randn(496, 64), torch.randn(496, 4 * channels)
+    layout = text_to_image(grids, lengths)
+    with torch.inference_mode():
+        context = model.context(layout, torch.randn(sum(lengths), config.cap_feat_dim))
+    controls = Controls((Branch(net, shown, 0.5, rule),) * branches)
+    tokens, t, before = len(layout.whole.positions), torch.tensor([0.5]), backend()
+    try:
+        set_backend("torch")
+        plain, most = measured(lambda: model(x, t, context)), measured(lambda: model(x, t, context, controls))
+    finally:
+        set_backend(before)
+    said = control_work(config, tokens, torch.float32, branches)
+    assert most - plain <= said < 1.5 * (most - plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_encoders_formula(config, dtype):
     config = config.text_encoder
@@ -207,6 +260,14 @@ def test_the_decoders_formula(config, dtype, tile):
     z = torch.randn(1, 16, 32, 24)
     most = measured(lambda: model.decode(z, tile))
     assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < 4 * most
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_encoding_pictures_takes_no_more_than_decoding_them(config, dtype, tile):
+    model = built(Autoencoder, config.vae, dtype)
+    pixels = torch.rand(1, 3, 256, 192)
+    assert measured(lambda: model.encode(pixels, tile=tile)) <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu")
 
 
 def test_sizes_are_what_is_held(config):

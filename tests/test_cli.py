@@ -31,6 +31,36 @@ def test_generate_and_replay(tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
 
 
+def test_start_images_and_their_replay(tmp_path, capsys):
+    star, mask, drawn, again = (tmp_path / name for name in ("star.png", "mask.png", "drawn.png", "again.png"))
+    assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", star) == 0
+    white = np.zeros((128, 128), np.uint8)
+    white[:64] = 255
+    Image.fromarray(white).save(mask)
+    options = ("--image", star, "--mask", mask, "--mask-blur", 2, "--extend", "16,0,0,0", "--upscale", 1.5)
+    assert run("generate", PROMPT, "--steps", 2, *options, "--preview", "-o", drawn) == 0
+    assert Image.open(drawn).size == (224, 192)
+    assert run("generate", "--replay", drawn, "-o", again) == 0
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(again)))
+    capsys.readouterr()
+    star.unlink()
+    assert run("generate", "--replay", drawn, "-o", again) == 2
+    assert f"s3dit: {star}: not found" in capsys.readouterr().err
+    Image.new("RGB", (128, 128)).save(star)
+    assert run("generate", "--replay", drawn, "-o", again) == 2
+    assert "is not what it was when" in capsys.readouterr().err
+    assert run("generate", "--replay", drawn, "--image", star, "--no-composite", "-o", again) == 0
+
+
+def test_plan_of_start_images(tmp_path, capsys):
+    Image.new("RGB", (130, 100)).save(tmp_path / "a.png")
+    assert run("plan", PROMPT, "--image", tmp_path / "a.png", "--upscale", 2, "--residency", "resident") == 0
+    out = capsys.readouterr().out
+    assert "1 picture(s) of 128×96: 8 model calls" in out and "from start images of strength 0.6: 5 steps of 8" in out
+    assert "then 2 times as large, noise levels 0.6429 0.5 0.3 0" in out
+    assert "2. vae" in out and "1 start images" in out and "a.png is 130×100 pixels; it is scaled to 128×96" in out
+
+
 def test_prompt_file_and_json_lines(tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\n\na blue square\n")
@@ -100,6 +130,10 @@ def test_plan_kernels(capsys):
         (["plan", "x", "--device", "cpu", "--graphs"], "graphs need a CUDA device, found cpu"),
         (["plan", "x", "--graphs", "--residency", "streamed"], "graphs need weights that stay where they are"),
         (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),
+        (["generate", "x", "--image", "none.png"], "none.png: not found"),
+        (["generate", "x", "--mask", "none.png"], "mask_image is given without a start image"),
+        (["generate", "x", "--image", "none.png", "--extend", "16,0"], "needed four margins"),
+        (["plan", "x", "--image", "none.png", "--strength", "0"], "strength is 0"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, monkeypatch):
@@ -109,6 +143,23 @@ def test_mistakes_are_one_line_and_exit_code_2(args, message, capsys, tmp_path, 
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("s3dit: ") and message in lines[0]
     assert captured.out == "" and list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp_path, monkeypatch):
+    def full(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    assert run("generate", "x", "-o", tmp_path / "a.png") == 2
+    captured = capsys.readouterr()
+    assert "a.png cannot be written" in captured.err and "call" not in captured.err
+
+
+def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("s3dit.cli.LONG", 1 << 20)
+    assert run("generate", "a red star", "--steps", 1, "-o", tmp_path / "a.png") == 0
+    err = capsys.readouterr().err
+    assert "loading transformer:" in err and "/10.3M" in err and "loading text_encoder" not in err
 
 
 def test_an_unknown_backend_in_the_environment_is_one_line():

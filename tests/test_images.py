@@ -1,6 +1,7 @@
 """Pictures and files: conversions to the value, files whole or not at all, metadata there and back."""
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -15,8 +16,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from s3dit import images
-from s3dit.images import ansi, contact_sheet, from_pil, mask_from_pil, open_image, read_metadata, save_png, to_pil
+from s3dit.images import Picture, ansi, contact_sheet, read_metadata, save_png, spread, to_pil
 from s3dit.request import Request, RequestError
+
+
+def pixels_of(source):
+    return Picture.open(source).pixels()
+
+
+def back(source):
+    """The picture that pixels of an input make."""
+    return to_pil(pixels_of(source)[None])[0]
 
 
 def gradient(width=7, height=5):
@@ -33,9 +43,9 @@ def test_levels_round_half_to_even_and_clamp():
 
 def test_pixels_there_and_back_are_equal():
     image = gradient()
-    pixels = from_pil(image)
-    assert pixels.shape == (1, 3, 5, 7) and pixels.dtype == torch.float32
-    assert to_pil(pixels)[0].tobytes() == image.tobytes()
+    pixels = pixels_of(image)
+    assert pixels.shape == (3, 5, 7) and pixels.dtype == torch.float32
+    assert to_pil(pixels[None])[0].tobytes() == image.tobytes()
     assert len(to_pil(pixels.expand(3, -1, -1, -1).bfloat16())) == 3
 
 
@@ -56,47 +66,164 @@ def test_pixels_that_are_not_finite_are_refused(value):
 def test_transparency_is_laid_over_white():
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
-    assert to_pil(from_pil(image))[0].getpixel((0, 0)) == (255, 255, 255)
-    assert to_pil(from_pil(image))[0].getpixel((1, 0)) == (255, 0, 0)
+    assert back(image).getpixel((0, 0)) == (255, 255, 255)
+    assert back(image).getpixel((1, 0)) == (255, 0, 0)
     palette = Image.new("P", (1, 1))
     palette.putpalette([9, 9, 9])
     palette.info["transparency"] = 0
-    assert to_pil(from_pil(palette))[0].getpixel((0, 0)) == (255, 255, 255)
+    assert back(palette).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "HSV", "YCbCr"])
 def test_every_usual_mode_becomes_three_channels(mode):
     image = gradient().convert("L") if mode == "LA" else gradient()
-    assert from_pil(image.convert(mode)).shape == (1, 3, 5, 7)
+    assert pixels_of(image.convert(mode)).shape == (3, 5, 7)
 
 
 def test_sixteen_bit_gray_is_scaled_not_clipped():
     image = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    assert [to_pil(from_pil(image))[0].getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
+    assert [back(image).getpixel((x, 0))[0] for x in range(3)] == [0, 100, 255]
 
 
 def test_floating_point_pixels_are_refused():
     with pytest.raises(RequestError, match="floating-point"):
-        from_pil(Image.new("F", (2, 2)))
+        Picture.open(Image.new("F", (2, 2)))
 
 
 def test_rotation_of_a_camera_is_applied(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     gradient(7, 5).save(tmp_path / "turned.jpg", exif=exif)
-    assert from_pil(open_image(tmp_path / "turned.jpg")).shape == (1, 3, 7, 5)
+    picture = Picture.open(tmp_path / "turned.jpg")
+    assert picture.size == (7, 5) and picture.pixels().shape == (3, 7, 5)
 
 
 def test_resize_is_height_by_width():
-    assert from_pil(gradient(), (16, 32)).shape == (1, 3, 16, 32)
+    assert Picture.open(gradient()).pixels((16, 32)).shape == (3, 16, 32)
+    assert Picture.open(torch.rand(3, 5, 7)).pixels((16, 32)).shape == (3, 16, 32)
 
 
 def test_mask_is_zeros_and_ones():
     image = Image.new("L", (4, 1))
     image.putdata([0, 127, 128, 255])
-    mask = mask_from_pil(image)
-    assert mask.shape == (1, 1, 1, 4) and mask.flatten().tolist() == [0, 0, 1, 1]
-    assert set(mask_from_pil(gradient(), (16, 24)).unique().tolist()) <= {0.0, 1.0}
+    mask = Picture.open(image).mask()
+    assert mask.shape == (1, 1, 4) and mask.flatten().tolist() == [0, 0, 1, 1]
+    assert set(Picture.open(gradient()).mask((16, 24)).unique().tolist()) <= {0.0, 1.0}
+    assert (Picture.open(image).mask(cut=False).flatten() * 255).round().tolist() == [0, 127, 128, 255]
+
+
+ARRAYS = {
+    "8 bits": lambda levels: levels,
+    "16 bits": lambda levels: levels.astype(np.uint16) * 257,
+    "half": lambda levels: (levels / 255).astype(np.float16),
+    "single": lambda levels: (levels / 255).astype(np.float32),
+    "double, read only": lambda levels: np.broadcast_to(levels / 255, levels.shape),
+}
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("channels", [0, 1, 3, 4])
+def test_arrays_and_tensors_are_the_picture_that_they_hold(kind, channels):
+    levels = np.asarray(gradient().convert({0: "L", 1: "L", 3: "RGB", 4: "RGBA"}[channels]))
+    expected = np.asarray(Image.fromarray(levels).convert("RGB"))
+    array = ARRAYS[kind](levels if channels != 1 else levels[..., None])
+    # A half has 11 bits: 255 levels come back.
+    assert np.array_equal(np.asarray(back(array)), expected)
+    if array.dtype != np.uint16:
+        tensor = torch.from_numpy(array.copy())
+        tensor = tensor.movedim(2, 0) if channels else tensor
+        assert np.array_equal(np.asarray(back(tensor)), expected)
+
+
+def test_transparent_floats_are_laid_over_white():
+    pixels = pixels_of(torch.tensor([1.0, 0.0, 0.0, 0.25])[:, None, None])
+    assert torch.allclose(pixels.flatten(), torch.tensor([1.0, 0.5, 0.5]))
+
+
+def test_a_bool_array_is_a_mask():
+    assert Picture.open(np.array([[True, False]])).mask().flatten().tolist() == [1, 0]
+
+
+def test_a_batch_is_several_pictures():
+    assert len(spread(np.zeros((3, 4, 4, 3)))) == 3 == len(spread(torch.zeros(3, 3, 4, 4)))
+    assert spread("a.png") == "a.png" and spread(np.zeros((4, 4))).shape == (4, 4)
+
+
+def test_a_hash_is_of_the_pixels(tmp_path):
+    gradient().save(tmp_path / "a.png")
+    gradient().save(tmp_path / "a.bmp")
+    hashes = {Picture.open(source).sha256 for source in (tmp_path / "a.png", tmp_path / "a.bmp", gradient())}
+    assert len(hashes) == 1
+    assert Picture.open(gradient().transpose(Image.Transpose.TRANSPOSE)).sha256 not in hashes
+    assert Picture.open(torch.zeros(3, 2, 3)).sha256 != Picture.open(torch.zeros(3, 3, 2)).sha256
+
+
+def moving():
+    """An animated GIF's bytes."""
+    file = io.BytesIO()
+    gradient().save(file, "GIF", save_all=True, append_images=[Image.new("RGB", (7, 5))])
+    return file.getvalue()
+
+
+def cut_jpeg():
+    file = io.BytesIO()
+    gradient(70, 50).save(file, "JPEG")
+    return file.getvalue()[:-200]
+
+
+WRONG = {
+    "a list": ([1, 2], "image is a list; needed a path"),
+    "nothing": (None, "image is a NoneType"),
+    "a flat array": (np.zeros(5), "shape"),
+    "two channels": (np.zeros((4, 4, 2)), "needed .H, W. or .H, W, C."),
+    "planes last": (torch.zeros(5, 4, 3), "needed .H, W. or .C, H, W."),
+    "objects": (np.array([["a", "b"]]), "is an array of"),
+    "integers": (torch.zeros(4, 4, dtype=torch.int64), "is an array of torch.int64"),
+    "complex": (np.zeros((4, 4), np.complex64), "is an array of complex64"),
+    "NaN": (torch.full((3, 4, 4), float("nan")), "NaN"),
+    "infinity": (np.array([[0.0, np.inf]]), "NaN or infinity"),
+    "the other range": (torch.linspace(-1, 1, 12).view(3, 2, 2), "as diffusers takes them"),
+    "levels as floats": (np.full((4, 4), 255.0), "from 255 to 255"),
+    "empty": (np.zeros((0, 4)), "needed at least one"),
+    "an empty image": (Image.new("RGB", (0, 3)), "needed at least one"),
+    "four gigapixels": (np.broadcast_to(np.uint8(0), (1 << 16, 1 << 16)), "65536x65536 pixels"),
+    "no file": ("none.png", "none.png: not found"),
+    "moving": (moving, "2 frames; needed one picture"),
+    "cut": (cut_jpeg, "cannot be read .*truncated"),
+    "script": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_picture_is_one_clear_line(tmp_path, name):
+    source, message = WRONG[name]
+    if callable(source):
+        (tmp_path / "bad").write_bytes(source())
+        source = tmp_path / "bad"
+    with pytest.raises(RequestError, match=message) as caught:
+        Picture.open(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_camera_writes_is_one_picture(tmp_path):
+    """An MPO holds more pictures behind the photograph."""
+    gradient(16, 16).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    assert Picture.open(tmp_path / "a.jpg").size == (16, 16)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
+def test_damaged_files_of_every_form_raise_nothing_but_request_errors(tmp_path, form):
+    path, rng = tmp_path / "a", random.Random(0)
+    gradient(40, 30).save(path, form)
+    good = path.read_bytes()
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        with contextlib.suppress(RequestError):
+            Picture.open(path)
 
 
 METADATA = {
@@ -151,7 +278,7 @@ def test_saving_replaces_and_leaves_nothing_else(tmp_path):
     path.write_bytes(b"old")
     save_png(gradient(), path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert open_image(path).size == (7, 5)
+    assert Picture.open(path).size == (5, 7)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
 
 
@@ -226,7 +353,7 @@ def test_files_without_good_metadata_are_refused(tmp_path, name):
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
-    for read in (read_metadata, open_image):
+    for read in (read_metadata, Picture.open):
         with pytest.raises(RequestError, match="not found"):
             read(tmp_path / "none.png")
         with pytest.raises(RequestError, match="cannot be read"):
@@ -253,10 +380,10 @@ def test_huge_pictures_are_refused_before_they_are_unpacked(tmp_path, monkeypatc
     path.write_bytes(png(width=1 << 14, height=1 << 13))
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("unpacked"))
     with pytest.raises(RequestError, match="16384x8192"):
-        open_image(path)
+        Picture.open(path)
     path.write_bytes(png(width=1 << 20, height=1 << 20))
     with pytest.raises(RequestError, match="cannot be read"):
-        open_image(path)
+        Picture.open(path)
 
 
 def test_broken_files_raise_nothing_but_request_errors(tmp_path):
@@ -268,7 +395,7 @@ def test_broken_files_raise_nothing_but_request_errors(tmp_path):
         for _ in range(rng.randint(1, 4)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
-        for read in (read_metadata, open_image):
+        for read in (read_metadata, Picture.open):
             with contextlib.suppress(RequestError):
                 read(path)
 

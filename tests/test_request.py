@@ -1,5 +1,7 @@
 """Every wrong request is one clear RequestError; None becomes the model's setting, 0.0 stays a value."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -29,7 +31,27 @@ WRONG = [
     ({"cfg": 0.5}, "cfg is 0.5"),
     ({"cfg": 3.0, "guidance_scale": 2.0}, "same knob"),
     ({"strength": 1.5}, "strength is 1.5"),
-    ({"strength": 0.5}, "takes none"),
+    ({"strength": 0.5}, "strength is given without a start image"),
+    ({"strength": 0, "image": "a.png"}, "strength is 0, which would redraw nothing"),
+    ({"strength": -0.1, "image": "a.png"}, "strength is -0.1"),
+    ({"strength": float("nan"), "image": "a.png"}, "strength is nan"),
+    ({"mask_image": "a.png"}, "mask_image is given without a start image"),
+    ({"extend": [16, 0, 0, 0]}, "extend is given without a start image"),
+    ({"image": "a.png", "extend": [16, 0, 0]}, "needed four margins"),
+    ({"image": "a.png", "extend": 16}, "needed four margins"),
+    ({"image": "a.png", "extend": [0, 0, 0, 0]}, "needed four margins"),
+    ({"image": "a.png", "extend": [-16, 0, 0, 0]}, "needed four margins"),
+    ({"image": "a.png", "extend": [1.5, 0, 0, 0]}, "needed four margins"),
+    ({"image": "a.png", "mask_blur": 4}, "about a mask"),
+    ({"image": "a.png", "mask_mode": "differential"}, "about a mask"),
+    ({"image": "a.png", "mask_image": "b.png", "mask_mode": "soft"}, "needed one of inpaint, differential"),
+    ({"image": "a.png", "posterior": "mean"}, "needed one of mode, sample"),
+    ({"image": ["a.png"] * 3}, "image has 3 entries"),
+    ({"upscale": 0.5}, "upscale is 0.5"),
+    ({"upscale": 1}, "upscale is 1; needed more"),
+    ({"upscale": 9}, "needed a number from 1 to 8"),
+    ({"upscale": 2, "upscale_strength": 0.0}, "upscale_strength is 0"),
+    ({"upscale_strength": 0.5}, "without upscale"),
     ({"shift": 0}, "shift is 0"),
     ({"sigmas": [0.5, 0.7]}, "descending"),
     ({"sigmas": []}, "descending"),
@@ -62,6 +84,24 @@ def test_none_is_the_model_s_setting_and_zero_is_a_value(config):
     assert (resolved.guidance_scale, resolved.shift) == (0.0, 3.0)
     assert Request(prompt="a", guidance_scale=0.0).resolve(config).guidance_scale == 0.0
     assert Request(prompt="a", cfg=4.0).resolve(config).guidance_scale == 3.0
+
+
+def test_how_much_is_redrawn_where_nothing_is_said(config):
+    def strength(**fields):
+        return Request(prompt="a", **fields).resolve(config).strength
+
+    assert strength() is None and strength(image="a.png") == 0.6
+    assert strength(image="a.png", mask_image="b.png") == 1.0 == strength(image="a.png", extend=[16, 0, 0, 0])
+    assert strength(image="a.png", mask_image="b.png", strength=0.4) == 0.4
+    assert Request(prompt="a", upscale=2).resolve(config).upscale_strength == 0.35
+
+
+def test_images_are_named_in_json_where_they_are_files():
+    request = Request(prompt=["a", "b"], image=[Path("a.png"), "b.png"], mask_image="m.png", strength=0.5)
+    data = request.to_json()
+    assert data["image"] == ["a.png", "b.png"] and data["mask_image"] == "m.png"
+    assert Request.from_json(data).image == ["a.png", "b.png"]
+    assert "image" not in Request(prompt="a", image=torch.zeros(3, 16, 16)).to_json()
 
 
 def test_the_caller_s_list_is_left_alone(config):

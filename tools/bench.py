@@ -5,6 +5,7 @@
     python tools/bench.py vae                decode of a 512² picture
     python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps
     python tools/bench.py table FILE         the README's table from a file of results
+    python tools/bench.py --quality …        what number formats cost in quality (bench_formats.py; --quality --help)
     python tools/bench.py --gpu …            the same questions on a CUDA device (bench_gpu.py; --gpu --help)
 
 Every measurement is one JSON line (also appended to --json FILE) with the machine, torch, threads and commit; times are
@@ -321,6 +322,11 @@ def main() -> None:
         import bench_gpu
 
         bench_gpu.main([one for one in sys.argv[1:] if one != "--gpu"])
+        return
+    if "--quality" in sys.argv:
+        import bench_formats
+
+        bench_formats.main(["quality", *(one for one in sys.argv[1:] if one != "--quality")])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("transformer", "text", "vae", "checkpoint", "table"))

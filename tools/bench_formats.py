@@ -4,6 +4,7 @@
     python tools/bench_formats.py memory           a full-size random model: quantize it, draw 256², peaks of memory
     python tools/bench_formats.py quality          velocity error on the embedded model, teacher-forced, against fp32
     python tools/bench_formats.py quality --score 500        and the share of pictures that show their prompt
+    python tools/bench.py --quality …                        the same, from the program that measures the rest
 
 Every measurement is one JSON line; `quality` prints a markdown table. transformer: random weights, all formats in one
 process and each beside bf16 measured just before it; times are medians, of processor time with --cpu-time (on a machine
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ import torch
 from bench import machine, watched, write_checkpoint
 from torch import Tensor
 
+from s3dit.conditioning import draw
 from s3dit.config import TransformerConfig
 from s3dit.devices import place
 from s3dit.kernels.linear import SCHEMES
 from s3dit.layout import text_to_image
 from s3dit.linear import swap
-from s3dit.pipeline import Pipeline, _draw
+from s3dit.pipeline import Pipeline
 from s3dit.transformer import Transformer
 from s3dit.weights.quantize import chosen
 
@@ -107,7 +110,7 @@ def trajectory(pipe: Pipeline, prompts: tuple[str, ...]) -> Iterator[tuple[Tenso
     for seed, prompt in enumerate(prompts):
         text = pipe.encode([prompt])[0]
         context = transformer.context(text_to_image([(8, 8)], [len(text)]), text)
-        x = _draw(((8, 8),), [torch.Generator().manual_seed(seed)])
+        x = draw(((8, 8),), [torch.Generator().manual_seed(seed)])
         levels = pipe.plan(prompt=prompt, seed=seed).sigmas
         for sigma, following in zip(levels, levels[1:], strict=False):
             velocity = transformer(x, torch.tensor([1 - sigma]), context)
@@ -134,6 +137,8 @@ def bench_quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name in ("fp32", "bf16", *args.formats):
         dtype, quantize = (name, None) if name in ("fp32", "bf16") else ("bf16", name)
         pipe = Pipeline.load(dtype=dtype, quantize=quantize, **options)
+        # In the arithmetic that a GPU has, also where this CPU would be faster, and more exact, in fp32.
+        pipe.placement = replace(pipe.placement, compute=pipe.placement.dtype)
         errors = velocity_errors(states, pipe)
         score = share(pipe, args.score) if args.score else None
         mean, worst = statistics.mean(errors), max(errors)
@@ -151,7 +156,7 @@ def share(pipe: Pipeline, count: int) -> float:
     return sum(judge(np.asarray(picture), scene).everything for scene, picture in drawn) / len(drawn)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("transformer", "memory", "quality"))
@@ -162,7 +167,7 @@ def main() -> None:
     parser.add_argument("--score", type=int, default=0, metavar="N", help="quality: draw N of the fixed prompts")
     parser.add_argument("--cpu-time", action="store_true", help="transformer: processor time instead of the clock")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="memory: where the models go")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     bench = {"transformer": bench_transformer, "memory": bench_memory, "quality": bench_quality}[args.what]
     with torch.inference_mode():
         for row in bench(args):

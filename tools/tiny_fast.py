@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3dit.devices import native_bf16
+from s3dit.devices import fast_bf16
 from s3dit.layout import text_to_image
 from s3dit.transformer import Block, FinalLayer, Transformer, rope_table
 
@@ -122,7 +122,7 @@ class Muon:
     def step(self, lr: float) -> None:
         """Update every matrix from its gradient; the size of an update is like AdamW's at the same rate."""
         # Orthogonal to three digits is all that is wanted, which bf16 gives where it is quick.
-        product = torch.bfloat16 if native_bf16(torch.device("cpu")) else torch.float32
+        product = torch.bfloat16 if fast_bf16(torch.device("cpu")) else torch.float32
         for shape, group in self.groups.items():
             gradient = torch.stack([p.grad for p in group if p.grad is not None])
             state = self.state[shape].lerp_(gradient, 1 - self.momentum)

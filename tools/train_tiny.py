@@ -31,7 +31,7 @@ from tiny_world import caption_of, draw_scene, fixed_prompts, render
 from torch import Tensor, nn
 
 from s3dit.config import TextEncoderConfig, TransformerConfig
-from s3dit.devices import native_bf16
+from s3dit.devices import fast_bf16
 from s3dit.layout import patchify, unpatchify
 from s3dit.sampler import euler, sigmas
 from s3dit.text_encoder import TextEncoder
@@ -77,7 +77,7 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, features: list[Tensor]) -> Tensor:
         """x (B, 64, 64) patches, t (B,), features: (tokens, hidden) of each caption -> velocity (B, 64, 64)."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=native_bf16(torch.device("cpu"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16(torch.device("cpu"))):
             return fast_forward(self.dit, x, t, torch.cat(features), [len(one) for one in features]).float()
 
     @torch.no_grad()

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
 from s3dit.weights.keymap import official
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def assign(
@@ -45,10 +43,10 @@ def assign(
     fp16, or what the scheme of a layer says), and for NaN in a weight that is to be encoded.
     """
     checkpoint, needed = _verified(model, checkpoint, unused)
-    schemes = _schemes(model)
+    formats = schemes(model)
     for name in needed:
         layer, _, leaf = name.rpartition(".")
-        scheme = schemes.get(layer)
+        scheme = formats.get(layer)
         if scheme is not None and leaf == "weight" and checkpoint.entry(name).dtype in FLOATS:
             for part, tensor in encoded(scheme, checkpoint.load(name).to(device), name, checkpoint).items():
                 _put(model, f"{layer}.{part}", tensor)
@@ -86,7 +84,7 @@ def encoded(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -
         raise CheckpointError(f"{checkpoint.path}: {name} {error}") from None
 
 
-def _schemes(model: nn.Module) -> dict[str, Scheme]:
+def schemes(model: nn.Module) -> dict[str, Scheme]:
     """The number formats of a model's layers, by the layer's name."""
     found = ((name, getattr(module, "scheme", None)) for name, module in model.named_modules())
     return {name: scheme for name, scheme in found if isinstance(scheme, Scheme)}
@@ -97,12 +95,12 @@ def _needs(model: nn.Module, homes: dict[str, Tensor], stored: dict[str, Entry])
 
     The dtype is a torch.dtype where it must be that one, else "float"; bytes are not known.
     """
-    schemes = _schemes(model)
+    formats = schemes(model)
     needs = {}
     for name, home in homes.items():
         layer, _, leaf = name.rpartition(".")
         weight = stored.get(f"{layer}.weight")
-        if layer not in schemes or leaf == "bias":
+        if layer not in formats or leaf == "bias":
             needs[name] = Entry(tuple(home.shape), "float", 0)
         elif weight is None or weight.dtype not in FLOATS:
             needs[name] = Entry(tuple(home.shape), home.dtype, 0)

@@ -7,6 +7,7 @@ repositories use. A new container is one module with one `Checkpoint`, and one l
 from pathlib import Path
 
 from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, sniff
+from s3dit.weights.formats import recognized
 from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -18,7 +19,10 @@ INDEX = ".safetensors.index.json"
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a .safetensors file, or a folder with one or with the shards of an index; raises CheckpointError."""
-    path = Path(path)
+    return recognized(_open(Path(path)))
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():

@@ -8,13 +8,18 @@ This room knows no model and no names. Pickles are recognized and refused unopen
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from s3dit.kernels.scheme import Scheme
+
+# What a plain weight may be stored in.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CheckpointError(ValueError):
@@ -31,10 +36,15 @@ class Entry:
 
 
 class Checkpoint(ABC):
-    """A lazy mapping from name to tensor; reading a header is cheap, tensors are read one by one on demand."""
+    """A lazy mapping from name to tensor; reading a header is cheap, tensors are read one by one on demand.
+
+    `schemes` says of each quantized layer, by its name in this checkpoint, its number format; such a layer's tensors
+    are `layer.part` for the parts of the scheme's spec (see `formats`).
+    """
 
     path: Path
     metadata: dict[str, str]
+    schemes: Mapping[str, Scheme] = {}
 
     @abstractmethod
     def keys(self) -> list[str]:

@@ -55,6 +55,7 @@ class Respelled(Checkpoint):
         self.metadata = checkpoint.metadata
         self._checkpoint = checkpoint
         self._stored = {spelling.to_official(key): key for key in checkpoint}
+        self.schemes = {spelling.to_official(layer): scheme for layer, scheme in checkpoint.schemes.items()}
 
     def keys(self) -> list[str]:
         """All names, in the order in which the tensors lie on disk."""

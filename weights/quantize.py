@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from torch import Tensor
 from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.linear import SCHEMES
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.assign import FLOATS, encoded
+from s3dit.weights.assign import encoded
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.container import FLOATS
+from s3dit.weights.formats import FINER
 from s3dit.weights.safetensors_dir import SUFFIX
 
 # Layers that may be of a number format, by part, under official names.
@@ -39,7 +42,6 @@ LAYERS = {
 }
 # What attention hands on: a sixth of the weights, and half of the error of a 4-bit model. They are given 8 bits.
 SENSITIVE = re.compile(r"\.(to_v|to_out\.0|v_proj|o_proj)$")
-FINER = {"int4": "int8-weights"}
 # The last layers of the text encoder stay wide, at most this many and at most a quarter; one more is never computed.
 WIDE_LAST = 8
 # Bytes of one file of the new directory, gathered in memory; read before the source's map is let go; hashed at a time.
@@ -58,41 +60,26 @@ def scheme_named(name: str) -> Scheme:
     return SCHEMES[name]
 
 
-def stored_scheme(checkpoint: Checkpoint) -> Scheme | None:
-    """The number format that a checkpoint says it is in, None for plain floats; raises CheckpointError."""
-    name = checkpoint.metadata.get("scheme")
-    if name is not None and name not in SCHEMES:
-        raise CheckpointError(
-            f"{checkpoint.path}: its metadata says scheme {name!r}; needed {', '.join(SCHEMES)} or plain floats; take "
-            "the unquantized files, or a newer s3dit"
-        )
-    return None if name is None else SCHEMES[name]
-
-
-def scheme_for(checkpoint: Checkpoint, asked: str | None) -> Scheme | None:
-    """The number format that a checkpoint is to be run in: its own, or for plain floats the one asked for, if any."""
+def schemes_for(part: str, checkpoint: Checkpoint, asked: str | None) -> dict[str, Scheme]:
+    """The number formats that a part's layers are to be run in, as the checkpoint spells them: those it is stored in,
+    or for plain floats the one asked for, if any; raises CheckpointError and BackendError.
+    """
     wanted = None if asked is None else scheme_named(asked)
-    stored = stored_scheme(checkpoint)
-    if stored is not None and wanted is not None and stored is not wanted:
+    stored = named(checkpoint.schemes)
+    if wanted is not None and stored not in ("", wanted.name):
         raise CheckpointError(
-            f"{checkpoint.path}: is {stored.name} already, {wanted.name} was asked for; leave the choice out, or take "
+            f"{checkpoint.path}: is {stored} already, {wanted.name} was asked for; leave the choice out, or take "
             "the unquantized files"
         )
-    return stored or wanted
+    if stored or wanted is None:
+        return dict(checkpoint.schemes)
+    return chosen(part, (name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")), wanted)
 
 
-def layers(part: str, checkpoint: Checkpoint, scheme: Scheme) -> dict[str, Scheme]:
-    """The layers of a part, as the checkpoint spells them, that are quantized in it, or else that should be: how."""
-    names = [name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")]
-    if stored_scheme(checkpoint) is None:
-        return chosen(part, names, scheme)
-    dtypes = {name: checkpoint.entry(f"{name}.weight").dtype for name in names}
-    finer = FINER.get(scheme.name)
-    return {
-        name: SCHEMES[finer] if finer is not None and dtype == torch.int8 else scheme
-        for name, dtype in dtypes.items()
-        if dtype not in FLOATS
-    }
+def named(schemes: Mapping[str, Scheme]) -> str:
+    """What a part is called whose layers are in these formats: the commonest one; empty for plain floats."""
+    counts = Counter(scheme.name for scheme in schemes.values())
+    return max(counts, key=counts.__getitem__, default="")
 
 
 def chosen(part: str, names: Iterable[str], scheme: Scheme) -> dict[str, Scheme]:
@@ -159,12 +146,12 @@ def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: b
     checkpoints = {part: open_checkpoint(source / part) for part in schemes}
     needed = SPARE
     for part, checkpoint in checkpoints.items():
-        stored = stored_scheme(checkpoint)
+        stored = named(checkpoint.schemes)
         odd = [name for name in checkpoint if checkpoint.entry(name).dtype not in FLOATS]
-        if stored is not None or odd:
-            what = stored.name if stored is not None else f"not plain floats ({odd[0]})"
+        if stored or odd:
+            what = stored or f"not plain floats ({odd[0]})"
             raise CheckpointError(f"{checkpoint.path}: is {what} already; needed the unquantized files")
-        needed += _size(checkpoint, layers(part, checkpoint, schemes[part]))
+        needed += _size(checkpoint, schemes_for(part, checkpoint, schemes[part].name))
     others = (path for path in source.rglob("*") if path.is_file() and path.relative_to(source).parts[0] not in schemes)
     # Links take no room, but a file system without them would copy.
     needed += sum(path.stat().st_size for path in others if path.stat().st_dev != real.parent.stat().st_dev)
@@ -221,7 +208,7 @@ def _write(
     checkpoint: Checkpoint, part: str, folder: Path, scheme: Scheme, version: str, progress: Callable[[int], None]
 ) -> None:
     """Stream one part into shards of its folder, and write the index that names them."""
-    inside = layers(part, checkpoint, scheme)
+    inside = schemes_for(part, checkpoint, scheme.name)
     wide = sorted(name for name in checkpoint if name.removesuffix(".weight") not in inside)
     skipped = json.dumps(wide)
     metadata = {"format": "pt", "scheme": scheme.name, "source": UNKNOWN, "skipped": skipped, "s3dit": version}

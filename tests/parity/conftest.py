@@ -70,3 +70,9 @@ def ours(official_dir):
     from s3dit import Pipeline
 
     return Pipeline.load(official_dir, device="cpu", dtype="fp32", residency="resident")
+
+
+@pytest.fixture(scope="session")
+def randomized():
+    """`randomize`, for tests that build models of their own."""
+    return randomize

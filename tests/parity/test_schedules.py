@@ -1,21 +1,22 @@
 """Noise levels and single steps against diffusers' FlowMatchEulerDiscreteScheduler."""
 
 import diffusers
-import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 
+from s3dit.conditioning import Keep, noised
 from s3dit.sampler import euler, sigmas
 
 
 def theirs(n, shift, **options):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, **options)
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / n, n).tolist())
+    scheduler.set_timesteps(sigmas=get_default_z_image_sigmas(n))
     return scheduler
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0, 2.7])
-@pytest.mark.parametrize("n", [1, 4, 8, 9, 28, 50])
+@pytest.mark.parametrize("n", [1, 4, 7, 8, 9, 28, 50])
 def test_official_levels_are_the_same_bits(n, shift):
     assert torch.equal(sigmas(n, shift), theirs(n, shift).sigmas)
 
@@ -42,3 +43,21 @@ def test_euler_s_steps_are_the_same_bits():
         # their model output is minus ours
         y = scheduler.step(-step.velocity, t, y, return_dict=False)[0]
         assert torch.equal(step.x, y)
+
+
+def test_a_start_image_and_what_is_kept_are_the_same_bits():
+    """The scheduler's own mixture to start from, and after each step the inpaint pipeline's blend with it."""
+    scheduler, levels = theirs(8, 3.0), sigmas(8, 3.0)[3:]
+    image, noise = torch.randn(2, 1, 16, 8, 8)
+    paint = (torch.rand(1, 1, 8, 8) > 0.5).float().expand_as(image)
+    timesteps = scheduler.timesteps[3:]
+    scheduler.set_begin_index(3)
+    x = scheduler.scale_noise(image, timesteps[:1], noise)
+    assert torch.equal(noised(image, noise, levels[0]), x)
+    keep = Keep(image, noise, paint, 5, False)
+    velocities = iter(torch.randn(5, *image.shape))
+    for i, step in enumerate(euler(lambda x, s: next(velocities), x, levels, keep)):
+        x = scheduler.step(-step.velocity, timesteps[i], x, return_dict=False)[0]
+        known = image if i == 4 else scheduler.scale_noise(image, timesteps[i + 1 : i + 2], noise)
+        x = (1 - paint) * known + paint * x
+        assert torch.equal(step.x, x)

@@ -83,13 +83,17 @@ def test_pictures_are_equal_to_the_byte():
 def test_pixels_and_masks_are_equal_to_the_bit():
     from PIL import Image
 
-    from s3dit.images import from_pil, mask_from_pil
+    from s3dit.images import Picture
 
     levels = torch.randint(0, 256, (70, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(levels.numpy())
     processor = diffusers.image_processor.VaeImageProcessor(vae_scale_factor=8)
-    assert torch.equal(from_pil(image, (48, 64)), processor.preprocess(image, height=48, width=64))
+    picture = Picture.open(image)
+    assert torch.equal(picture.pixels((48, 64))[None], processor.preprocess(image, height=48, width=64))
+    # A tensor is not rounded to 8 bits.
+    exact = torch.rand(3, 48, 64, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(Picture.open(exact).pixels()[None], processor.preprocess(exact))
     masks = diffusers.image_processor.VaeImageProcessor(
         vae_scale_factor=8, do_normalize=False, do_binarize=True, do_convert_grayscale=True
     )
-    assert torch.equal(mask_from_pil(image, (48, 64)), masks.preprocess(image, height=48, width=64))
+    assert torch.equal(picture.mask((48, 64))[None], masks.preprocess(image, height=48, width=64))

@@ -1,0 +1,126 @@
+"""Control: one ControlNet of a request, as the user says it; whose hints, of which picture, how strongly, when.
+
+In Python `Control("Union-2.1.safetensors", "pose.png", 0.8, end=0.7)`; on the command line the same in one word,
+`Union-2.1.safetensors:pose.png:0.8:0-0.7`, with `name=value` behind it for what is rarer (`inpaint`, `mask`, `version`,
+`rule`). Importing this module does not import torch. What is wrong raises ValueError, which a Request turns into its
+own error. Not here: files and pictures, which `branches` opens.
+"""
+
+import re
+from dataclasses import dataclass, fields
+from os import PathLike
+from typing import Any, Literal, Self, get_args
+
+Version = Literal["1.0", "2.0", "2.1"]
+Rule = Literal["authors", "diffusers"]
+
+FORM = "FILE:IMAGE[:STRENGTH][:START-END][:inpaint=IMAGE:mask=IMAGE][:version=2.0][:rule=diffusers]"
+# Fields that hold images, one for all pictures or one a prompt or picture.
+IMAGES = ("image", "inpaint", "mask")
+# Twice what a ControlNet was trained for is no use any more, and more is a slip of the pen.
+STRONGEST = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Steer with a ControlNet.
+
+    model: a file, a folder as diffusers writes it, or a hub name · image: the control image (canny, depth, pose, …) ·
+    strength: times its hints (default: as its authors use it, 0.75 or 0.9) · start, end: of the run, the steps i of n
+    with start <= i/n < end · inpaint, mask: for 2.x, a picture to paint into and where (white) · version: when the
+    tensors do not tell 2.0 from 2.1 rightly · rule: what becomes of the hints for the refiner, see `controlnet`.
+    Images are a path, a Pillow image, an array or a tensor, or a sequence of them, one a prompt or picture.
+    """
+
+    model: str | PathLike[str]
+    image: Any = None
+    strength: float | None = None
+    start: float = 0.0
+    end: float = 1.0
+    inpaint: Any = None
+    mask: Any = None
+    version: Version | None = None
+    rule: Rule = "authors"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read the command line's form (FORM); raises ValueError."""
+        # Not at the colon of a Windows drive.
+        model, *parts = re.split(r":(?!\\)", text)
+        values: dict[str, Any] = {"image": parts.pop(0) or None} if parts and "=" not in parts[0] else {}
+        for part in parts:
+            name, found, value = part.partition("=")
+            if found and name in ("inpaint", "mask", "version", "rule") and name not in values:
+                values[name] = value
+            elif "start" not in values and (span := re.fullmatch(r"([\d.]+)-([\d.]+)", part)):
+                values |= {"start": _number(span[1], text), "end": _number(span[2], text)}
+            elif "strength" not in values:
+                values["strength"] = _number(part, text)
+            else:
+                raise ValueError(f"control {text!r} has {part!r} in it; needed {FORM}")
+        return cls(model, **values)
+
+    def check(self) -> None:
+        """Find what is wrong without opening anything; raises ValueError."""
+        if not isinstance(self.model, str | PathLike) or not str(self.model):
+            raise ValueError(f"control model is {self.model!r}; needed a file, a folder or a hub name")
+        for name, low, high in (("strength", 0.0, STRONGEST), ("start", 0.0, 1.0), ("end", 0.0, 1.0)):
+            value = getattr(self, name)
+            fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+            if not fits and not (value is None and name == "strength"):
+                raise ValueError(f"control {name} is {value!r}; needed a number from {low:g} to {high:g}")
+        if self.start >= self.end:
+            raise ValueError(
+                f"control acts from {self.start:g} to {self.end:g} of the steps, which is none; needed start below end"
+            )
+        for name, kinds in (("version", (*get_args(Version), None)), ("rule", get_args(Rule))):
+            if getattr(self, name) not in kinds:
+                needed = ", ".join(filter(None, kinds))
+                raise ValueError(f"control {name} is {getattr(self, name)!r}; needed one of {needed}")
+        if (self.inpaint is None) != (self.mask is None):
+            given, other = ("inpaint", "mask") if self.mask is None else ("mask", "inpaint")
+            raise ValueError(f"control has {given} but no {other}; needed both, a picture and where to paint in it")
+        if self.image is None and self.inpaint is None:
+            raise ValueError(f"control {self.model} has no image; needed the picture that it is to follow")
+
+    def acts(self, i: int, n: int) -> bool:
+        """Whether it acts in step i (from 0) of n."""
+        return self.strength != 0 and self.start <= i / n < self.end
+
+    @property
+    def named(self) -> bool:
+        """Whether all of its images are files, so that they can be found again."""
+        given = [getattr(self, name) for name in IMAGES]
+        return all(image is None or _paths(image) is not None for image in given)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not a default, as plain JSON values; images only where they are paths."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        paths = {name: _paths(values[name]) for name in ("model", *IMAGES)}
+        others = {f.name: f.default for f in fields(self) if f.name not in paths}
+        return {name: found for name, found in paths.items() if found is not None} | {
+            name: values[name] for name, default in others.items() if values[name] != default
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Self:
+        """Read back `to_json`; ValueError on unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        if not isinstance(data, dict) or "model" not in data or set(data) - known:
+            raise ValueError(f"replay data has a control {data!r}; needed the JSON that this program writes")
+        return cls(**data)
+
+
+def _paths(given: Any) -> str | list[str] | None:
+    """Paths as text: of one, or of a sequence of them; None where there is anything else."""
+    if isinstance(given, str | PathLike):
+        return str(given)
+    found = [_paths(one) for one in given] if isinstance(given, list | tuple) else []
+    return [one for one in found if isinstance(one, str)] if found and all(isinstance(f, str) for f in found) else None
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"control {whole!r} has {text!r} for a number; needed {FORM}") from None
