@@ -28,6 +28,7 @@ EXAMPLES = """examples:
   s3dit generate "a red star above a blue ring" -o star.png
   s3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --height 768 --width 1024
   s3dit generate --prompt-file prompts.txt --seed 7     one prompt a line, one picture each
+  s3dit generate "a fox" --model path/to/Z-Image --lora style.safetensors:0.8
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
   s3dit generate "a blue star" --image star.png --strength 0.8 -o blue.png
   s3dit generate "a blue star" --image star.png --mask mask.png        white in the mask is painted anew
@@ -117,6 +118,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         help="number format of the transformer: fp8, int8, int4, fp8-weights or int8-weights (default: as stored)",
     )  # fmt: skip
     group.add_argument("--quantize-text", metavar="NAME", help="the same for the text encoder (default: as stored)")
+    group.add_argument(
+        "--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
+        help="an adapter (LoRA, LoHa, LoKr, DoRA, …): a file, or org/name/file of the Hub; may be given several times",
+    )  # fmt: skip
+    group.add_argument(
+        "--lora-allow-partial", action="store_true", help="use an adapter although some of it fits no layer"
+    )
     group.add_argument("--backend", help="auto (default), reference, torch or triton")
 
 
@@ -184,6 +192,15 @@ def _floats(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.75,0.4") from None
 
 
+def _lora(text: str) -> tuple[str, float]:
+    """A file and its strength; a colon that no number follows belongs to the name."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path and not Path(text).exists() else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def _margins(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
@@ -225,8 +242,10 @@ def _run(args: argparse.Namespace) -> int:
         if prompt is not None:
             raise RequestError("both a prompt and --prompt-file are given; needed one of them")
         prompt = _lines(args.prompt_file)
+    adapters: list[Any] = []
     if args.command == "generate" and args.replay is not None:
-        wanted = _replayed(args, prompt) | wanted
+        replayed, adapters = _replayed(args, prompt)
+        wanted = replayed | wanted
     if prompt is not None:
         wanted["prompt"] = prompt
     # Whatever can be found wrong without torch is found before it is imported.
@@ -243,6 +262,9 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
+    reports = [pipe.lora.attach(file, scale, allow_partial=args.lora_allow_partial) for file, scale in args.lora]
+    for report in reports or pipe.lora.attach_records(adapters):
+        print(f"s3dit: adapter {report}", file=sys.stderr)
     if "prompt" not in wanted:
         if not pipe.config.prompt:
             raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
@@ -291,12 +313,12 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
-    """The request that a picture was made with; its model too, unless another is named."""
+def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], Any]:
+    """The request that a picture was made with, and its adapters; its model too, unless another is named."""
     from s3dit.images import Picture, read_metadata
 
     data = read_metadata(args.replay)
-    model, engine = data.pop("model", None), _mapping(data.pop("engine", None))
+    model, engine, adapters = data.pop("model", None), _mapping(data.pop("engine", None)), data.pop("adapters", [])
     if engine.get("replayable") is False:
         raise RequestError(
             f"{args.replay}: its noise or an image was given from Python, not by a seed and files; it cannot be drawn "
@@ -325,7 +347,7 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
         values["control"] = request.control
     if prompt is not None:
         values.pop("prompt")
-    return values
+    return values, adapters
 
 
 def _check_references(replay: Path, request: Request, known: Any) -> None:

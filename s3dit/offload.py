@@ -62,6 +62,10 @@ class Residency:
             self._made[name] = wanted
         return self._held[name]
 
+    def peek(self, name: str) -> nn.Module:
+        """A part that is held, as it is: nothing is made or made anew."""
+        return self._held[name]
+
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Inside the `with`, parts come in beside those that are held (for previews)."""
@@ -155,6 +159,20 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
+def hang(model: nn.Module, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
+    """Let a parameter of a model be another tensor of the same shape, on the belt too where it is streamed."""
+    shelf[leaf] = tensor
+    if (belt := vars(model).get("belt")) is not None:
+        belt.load(shelf, leaf, tensor)
+
+
+def lands_as(model: nn.Module, shelf: Shelf, leaf: str) -> torch.dtype:
+    """The dtype that a parameter of a model computes in: its own, or that of its slot where it is streamed."""
+    belt: Belt | None = vars(model).get("belt")
+    home = None if belt is None else next(belt.carried(shelf, leaf), None)
+    return shelf[leaf].dtype if home is None else home.views[0].dtype
+
+
 @dataclass(slots=True)
 class Home:
     """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots."""
@@ -199,6 +217,17 @@ class Belt:
             block.register_forward_pre_hook(lambda *_, i=i: self._enter(i))
             # Also after an exception: a block must not be left in a slot that is going to hold another.
             block.register_forward_hook(lambda *_: self._leave(), always_call=True)
+
+    def load(self, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
+        """Let a block carry another tensor in host memory from its next turn on; others than its own are ignored."""
+        for home in self.carried(shelf, leaf):
+            home.host = tensor
+            # The slots may hold the old one.
+            self._holds = [None, None]
+
+    def carried(self, shelf: Shelf, leaf: str) -> Iterator[Home]:
+        """The home of what hangs there, if a block carries it."""
+        return (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf)
 
     def _enter(self, i: int) -> None:
         """Hang block i into the slot that holds it, and send for the one that follows."""

@@ -1,6 +1,7 @@
 """The story in one file: load, plan, encode, sample, decode.
 
     pipe = Pipeline.load("Tongyi-MAI/Z-Image-Turbo")
+    pipe.lora.attach("style.safetensors", scale=0.8)
     pipe(prompt="a red fox in the snow", seed=7).images[0].save("fox.png")
 
 Headers are read and checked at `load`; weights come into memory when a stage needs them (`offload.Residency`). Prompt
@@ -8,7 +9,7 @@ features are kept, so that more pictures of a prompt never load the text encoder
 bars, previews and early stops are a `for` loop around it.
 
 What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), noise and start images (`conditioning`),
-where tokens stand (`layout`).
+where tokens stand (`layout`), the list of adapters (`adapters`).
 """
 
 import secrets
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, branches, budget, conditioning, images, references
+from s3dit.adapters import Adapters
 from s3dit.config import ModelConfig, read_model
 from s3dit.control import Control
 from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
@@ -121,6 +123,9 @@ class Pipeline:
         self.checkpoints = {part: open_checkpoint(folder / part) for part in parts}
         self._asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
+        self.lora = Adapters(
+            self.parts, lambda part: self._blank(part)[0], placement.device, placement.compute, self._adapted
+        )
         if residency == "streamed":
             self.parts.kept = {"text_encoder": 0, "transformer": 0}
         # Called with the part's name and the bytes of each tensor that is read, as parts come in.
@@ -219,11 +224,17 @@ class Pipeline:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(module, self.checkpoints[part], dtype=None, unused=unused)
                 stream(module, device, kept, dtype)
+            self.lora.give(part, module)
             if self.compiled and part not in ("text_encoder", "vae"):
                 compile_blocks(module)
             return module.eval()
 
         return make
+
+    def _adapted(self, part: str) -> None:
+        """Forget what was computed before a part's adapters changed."""
+        if part == "text_encoder":
+            self._features.clear()
 
     def _sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
         """Bytes of a part: read, held outside of its blocks, held by each block.
@@ -231,7 +242,8 @@ class Pipeline:
         Raises CheckpointError when names or shapes are not this model's.
         """
         if part in self._weights:
-            return self._weights[part]
+            read, fixed, blocks = self._weights[part]
+            return read, fixed + self.lora.nbytes(part), blocks
         module, unused = self._blank(part)
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self.placement.compute if part == "vae" else self.placement.dtype, unused)
@@ -603,6 +615,7 @@ class Pipeline:
         names = ("negative_prompt", "height", "width", *IMAGES, "reference_area")
         rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
+        adapters = {"adapters": self.lora.records()} if self.lora.names else {}
         found = []
         for i, (prompt, seed, *values) in enumerate(rows):
             own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
@@ -619,7 +632,7 @@ class Pipeline:
             if plan.references[i]:
                 hashes["reference"] = [one.sha256 for one in plan.references[i]]
             inputs = {"inputs": hashes} if hashes else {}
-            found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs})
+            found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs} | adapters)
         return found
 
 

@@ -19,7 +19,7 @@ FLOORS = {
     2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control"),
     3: ("tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
-    4: ("lora", "offload", "graphs", "budget", "parallel", "trace"),
+    4: ("lora", "adapters", "offload", "graphs", "budget", "parallel", "trace"),
     5: ("sampler", "guidance", "conditioning", "branches", "references"),
     6: ("pipeline",),
     7: ("cli", "serve"),
@@ -33,6 +33,9 @@ SIDEWAYS = {
     ("s3dit.images", "s3dit.request"),
     ("s3dit.request", "s3dit.control"),
     ("s3dit.controlnet", "s3dit.transformer"),
+    ("s3dit.lora", "s3dit.offload"),
+    ("s3dit.adapters", "s3dit.lora"),
+    ("s3dit.adapters", "s3dit.offload"),
     ("s3dit.budget", "s3dit.offload"),
     ("s3dit.graphs", "s3dit.offload"),
     ("s3dit.guidance", "s3dit.sampler"),

@@ -13,7 +13,7 @@ from s3dit import Pipeline
 from s3dit.graphs import compile_blocks
 from s3dit.kernels.dispatch import BackendError
 from s3dit.layout import text_to_image
-from s3dit.offload import Residency, repeated, stream
+from s3dit.offload import Residency, hang, lands_as, repeated, stream
 
 
 class Odd(nn.Module):
@@ -86,6 +86,25 @@ def test_a_stop_in_the_middle_leaves_it_usable():
             streamed(x)
         hook.remove()
         assert torch.equal(streamed(x), resident(x))
+
+
+def test_a_parameter_that_is_changed_passes_through_the_slots_too():
+    resident, streamed = same(Model)
+    stream(streamed, "cpu", 2, torch.float32)
+    x = torch.randn(7)
+    streamed(x)
+    for name in ("layers.0", "layers.2", "layers.4", "head"):
+        for model in (resident, streamed):
+            shelf = model.get_submodule(name)._parameters
+            assert lands_as(model, shelf, "weight") == torch.float32
+            changed = nn.Parameter(shelf["weight"] + 1, requires_grad=False)
+            hang(model, shelf, "weight", changed)
+            assert shelf["weight"] is changed
+        # Also right after a pass, when a slot holds it as it was.
+        assert torch.equal(streamed(x), resident(x))
+    stream(low := Model().bfloat16(), "cpu", 0, torch.float32)
+    shelf = low.layers[0]._parameters
+    assert shelf["weight"].dtype == torch.bfloat16 and lands_as(low, shelf, "weight") == torch.float32
 
 
 def test_parameters_are_cast_on_the_way_and_parts_are_not():

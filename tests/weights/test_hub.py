@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from s3dit.weights.checkpoint import CheckpointError
-from s3dit.weights.hub import FILES, NOT_READ, resolve
+from s3dit.weights.hub import ADAPTERS, FILES, NOT_READ, resolve, resolve_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -119,3 +119,37 @@ def test_offline_cache(tmp_path):
     )
     assert done.stdout.strip() == str(snapshot), done.stderr
     assert "org/absent" in done.stderr and "not in the Hugging Face cache" in done.stderr.splitlines()[-1]
+
+
+def test_adapters_are_files_folders_or_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, allow_patterns, **_):
+        asked.append((name, allow_patterns))
+        folder = tmp_path / "cache"
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        for file in ("adapter_model.safetensors", "sub/style.safetensors"):
+            (folder / file).write_bytes(b"x")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "x.safetensors").write_bytes(b"x")
+    assert resolve_file("loras/x.safetensors") == Path("loras/x.safetensors") and resolve_file("loras") == Path("loras")
+    assert resolve_file("org/name/sub/style.safetensors") == tmp_path / "cache" / "sub" / "style.safetensors"
+    assert resolve_file("org/name") == tmp_path / "cache"
+    assert asked == [("org/name", ["sub/style.safetensors"]), ("org/name", list(ADAPTERS))]
+    with pytest.raises(CheckpointError, match="the repository holds no other.safetensors"):
+        resolve_file("org/name/other.safetensors")
+    asked.clear()
+    for missing in ("x.safetensors", "loras/y.safetensors", "org/name/x.bin", "org/name/../x.safetensors", "", "/no/x"):
+        with pytest.raises(CheckpointError, match=r"no such file or folder; needed the path of an adapter"):
+            resolve_file(missing)
+    assert asked == []
+
+
+def test_a_repository_without_an_adapter_under_the_usual_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match="holds no adapter under the usual names; .* org/name/file.safetensors"):
+        resolve_file("org/name")

@@ -1,0 +1,229 @@
+"""Adapter files that are broken, hostile or of another model: one clear line each. And where alpha comes from.
+
+What good files do to a model is in tests/test_lora.py and tests/parity/test_lora.py.
+"""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from s3dit.weights.adapter import CONFIG, METADATA, read_adapter
+from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.delta import LowRank
+
+LAYER = "transformer.layers.0.attention.to_q"
+
+
+def pair(layer=LAYER, rank=2, out=8, in_=6, dtype=torch.float32):
+    return {
+        f"{layer}.lora_A.weight": torch.ones(rank, in_, dtype=dtype),
+        f"{layer}.lora_B.weight": torch.ones(out, rank, dtype=dtype),
+    }
+
+
+def write(tmp_path, tensors, metadata=None, name="adapter.safetensors"):
+    save_file(tensors, tmp_path / name, metadata)
+    return tmp_path / name
+
+
+def with_value(value):
+    tensors = pair()
+    tensors[f"{LAYER}.lora_A.weight"][1, 3] = value
+    return tensors
+
+
+BROKEN = {
+    "NaN": (with_value(float("nan")), r"to_q\.lora_A\.weight holds NaN or infinity"),
+    "infinity": (with_value(float("inf")), "holds NaN or infinity"),
+    "an alpha of NaN": (pair() | {f"{LAYER}.alpha": torch.tensor(float("nan"))}, r"\.alpha holds NaN"),
+    "rank 0": (pair(rank=0), "of rank 0"),
+    "integers": (pair(dtype=torch.int32), r"is torch\.int32; needed float32"),
+    "half a pair": ({f"{LAYER}.lora_A.weight": torch.ones(2, 6)}, "has down but no up"),
+    "half of a LoKr": (
+        {f"{LAYER}.lokr_w1": torch.ones(2, 2), f"{LAYER}.lokr_w2_a": torch.ones(2, 2)},
+        "lokr_w2 or lokr_w2_b",
+    ),
+    "two kinds": (pair() | {f"{LAYER}.diff": torch.ones(8, 6)}, "is lora and diff at once"),
+    "two adapters": (pair() | {f"{LAYER}.lora_A.other.weight": torch.ones(2, 6)}, "for one place"),
+    "one layer twice": (pair() | pair("lora_unet_layers_0_attention_to_q"), "changes already"),
+    "fused twice": (
+        pair("diffusion_model.layers.0.attention.qkv", out=24) | pair("lora_unet_layers_0_attention_qkv", out=24),
+        "changes already",
+    ),
+    "fused, and one of it": (pair() | pair("layers.0.attention.qkv", out=24), "changes already"),
+    "no tensors": ({}, "holds no tensors"),
+    "a model": ({"layers.0.attention.to_q.weight": torch.ones(2, 2)}, "is no adapter: .* a model goes to --model"),
+    "FLUX": (pair("transformer.single_transformer_blocks.0.attn.to_q"), "is an adapter of FLUX"),
+    "SDXL": (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "is an adapter of SDXL"),
+    "Qwen-Image": (pair("transformer.transformer_blocks.0.img_mod.1"), "is an adapter of Qwen-Image"),
+    "nobody's": (pair("a.b"), "changes no layer of Z-Image"),
+    "thousands of unknown keys": (
+        {f"unknown.{i}.lora_A.weight": torch.ones(1, 1) for i in range(5000)},
+        "changes no layer of Z-Image .5000 tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_files_are_refused_in_one_line(tmp_path, case):
+    tensors, words = BROKEN[case]
+    path = write(tmp_path, tensors)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        read_adapter(path)
+    message = str(caught.value)
+    assert "\n" not in message and str(path) in message and len(message) < 600
+
+
+def test_cut_short_empty_and_pickled(tmp_path):
+    path = write(tmp_path, pair())
+    data = path.read_bytes()
+    for content, words in (
+        (data[:-10], "not a whole safetensors file"),
+        (data[:40], "not a whole"),
+        (b"", "is empty"),
+        (b"\x80\x04pickled", "never opened"),
+        (b"PK\x03\x04" + data, "never opened"),
+        (b"<html>", "web page"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=words):
+            read_adapter(path)
+    with pytest.raises(CheckpointError, match="not found"):
+        read_adapter(tmp_path / "nothing.safetensors")
+
+
+def test_thousands_of_unknown_keys_are_counted_quickly(tmp_path):
+    unknown = {f"x.{i}.lora_A.weight": torch.ones(1, 1) for i in range(5000)} | {
+        f"lora_unet_{'unet_' * 5000}{i}.alpha": torch.ones(()) for i in range(100)
+    }
+    path = write(tmp_path, pair() | unknown | {"nonsense": torch.ones(1)})
+    start = time.process_time()
+    adapter = read_adapter(path)
+    assert time.process_time() - start < 5
+    assert len(adapter.unmatched) == 5101 and "nonsense" in adapter.unmatched
+    assert list(adapter.deltas) == ["transformer"] and list(adapter.deltas["transformer"]) == [
+        "layers.0.attention.to_q"
+    ]
+
+
+MISSHAPEN = {
+    "ranks differ": (
+        {f"{LAYER}.lora_A.weight": torch.ones(2, 6), f"{LAYER}.lora_B.weight": torch.ones(8, 3)},
+        r"\[8, 3\] and \[2, 6\]",
+    ),
+    "no matrices": (
+        {f"{LAYER}.lora_A.weight": torch.ones(2), f"{LAYER}.lora_B.weight": torch.ones(2)},
+        r"needed \[N, r\]",
+    ),
+    "norms of neither": (pair() | {f"{LAYER}.dora_scale": torch.ones(5)}, r"norms of \[5, 1\] beside"),
+    "norms alone": ({f"{LAYER}.dora_scale": torch.ones(5, 1)}, "without a change"),
+    "a bias too long": (pair() | {f"{LAYER}.diff_b": torch.ones(9)}, r"a bias of \[9\]"),
+    "rows that three cannot share": (pair("layers.1.attention.qkv"), "a multiple of 3"),
+    "columns' norms that three share": (
+        pair("layers.1.attention.qkv", out=24) | {"layers.1.attention.qkv.dora_scale": torch.ones(1, 6)},
+        "cannot be cut",
+    ),
+    "a tucker core": (pair() | {f"{LAYER}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "of a convolution"),
+    "a weight of another shape first": (
+        pair() | {f"{LAYER}.reshape_weight": torch.tensor([9, 6])},
+        r"made \[9, 6\] first",
+    ),
+    "LoHa of two shapes": (
+        {
+            f"{LAYER}.hada_w1_a": torch.ones(8, 2),
+            f"{LAYER}.hada_w1_b": torch.ones(2, 6),
+            f"{LAYER}.hada_w2_a": torch.ones(8, 2),
+            f"{LAYER}.hada_w2_b": torch.ones(2, 5),
+        },
+        "needed equal ones",
+    ),
+    "LoKr of vectors": ({f"{LAYER}.lokr_w1": torch.ones(2), f"{LAYER}.lokr_w2": torch.ones(2, 2)}, "two matrices"),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_tensors_that_disagree_are_kept_by_name(tmp_path, case):
+    """Not an error by itself: with partial use allowed, the rest of the file still serves."""
+    tensors, words = MISSHAPEN[case]
+    adapter = read_adapter(write(tmp_path, tensors | pair("layers.5.attention.to_v")))
+    assert list(adapter.deltas["transformer"]) == ["layers.5.attention.to_v"]
+    (said,) = adapter.misshapen
+    with pytest.raises(AssertionError, match=words):
+        raise AssertionError(said)
+
+
+def strength(tmp_path, tensors, metadata=None, layer="layers.0.attention.to_q", part="transformer", **options):
+    """What a file of ones does, in units of its plain product."""
+    delta = read_adapter(write(tmp_path, tensors, metadata, **options)).deltas[part][layer]
+    ones = delta.term.shape
+    return (delta.term.dense() / (2 if isinstance(delta.term, LowRank) else 1) / torch.ones(ones)).mean().item()
+
+
+def header(**settings):
+    return {"format": "pt", METADATA: json.dumps(settings)}
+
+
+def test_where_alpha_comes_from(tmp_path):
+    assert strength(tmp_path, pair()) == 1
+    assert strength(tmp_path, pair() | {f"{LAYER}.alpha": torch.tensor(8.0)}) == 4
+    said = {"transformer.r": 2, "transformer.lora_alpha": 6}
+    assert strength(tmp_path, pair(), header(**said)) == 3
+    # The tensor is nearer to the layer than the header.
+    assert strength(tmp_path, pair() | {f"{LAYER}.alpha": torch.tensor(8.0)}, header(**said)) == 4
+    assert strength(tmp_path, pair(), header(**said, **{"transformer.use_rslora": True})) == pytest.approx(6 / 2**0.5)
+    named = said | {"transformer.alpha_pattern": {"attention.to_q": 10}}
+    assert strength(tmp_path, pair(), header(**named)) == 5
+    assert (
+        strength(tmp_path, pair("transformer.layers.0.attention.to_k"), header(**named), "layers.0.attention.to_k") == 3
+    )
+    # What is said of one part says nothing of another.
+    te = pair("text_encoder.layers.0.mlp.up_proj") | pair()
+    assert strength(tmp_path, te, header(**said), "model.layers.0.mlp.up_proj", "text_encoder") == 1
+
+
+def test_settings_beside_the_file_are_those_of_peft(tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps({"r": 2, "lora_alpha": 6}))
+    assert strength(tmp_path, pair(f"base_model.model.{LAYER}"), name="adapter_model.safetensors") == 3
+    # Another file in that folder is not what the settings are of.
+    assert strength(tmp_path, pair(), name="other.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not usable"),
+        ("[1]", "no JSON object"),
+        ("[" * 100_000, "not usable"),
+        ('{"transformer.lora_alpha": "much"}', "alpha is 'much', needed a number"),
+        ('{"transformer.lora_alpha": NaN}', "alpha is nan, needed a number"),
+        ('{"transformer.lora_alpha": 1, "transformer.r": 0}', "needed one above 0"),
+        ('{"transformer.lora_alpha": 1, "transformer.alpha_pattern": 3}', "alpha_pattern is 3"),
+        ('{"transformer.lora_alpha": 1, "transformer.rank_pattern": {"(a+)+$": 3}}', "regular expression"),
+    ],
+)
+def test_settings_that_are_not_usable(tmp_path, text, words):
+    with pytest.raises(CheckpointError, match=words):
+        read_adapter(write(tmp_path, pair(), {METADATA: text}))
+
+
+def test_8_bit_floats_and_halves_are_read(tmp_path):
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64):
+        assert strength(tmp_path, {name: tensor.to(dtype) for name, tensor in pair().items()}) == 1
+
+
+def test_shards_are_refused(tmp_path):
+    for i in (1, 2):
+        write(tmp_path, pair(f"layers.{i}.attention.to_q"), name=f"model-{i:05}-of-00002.safetensors")
+    names = {n: f"model-{i:05}-of-00002.safetensors" for i in (1, 2) for n in pair(f"layers.{i}.attention.to_q")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(CheckpointError, match="in shards"):
+        read_adapter(tmp_path)
+
+
+def test_a_weight_reshaped_to_its_own_shape_is_no_change(tmp_path):
+    adapter = read_adapter(write(tmp_path, pair() | {f"{LAYER}.reshape_weight": torch.tensor([8, 6])}))
+    assert not adapter.misshapen and adapter.deltas["transformer"]

@@ -1,0 +1,307 @@
+"""Adapter files, read into one normal form, whatever their dialect.
+
+`read_adapter` gives {part: {official layer: Delta}}. Keys are told apart by `dialects`; tensors of one layer become one
+Delta with its strength folded in; a matrix for q, k and v is cut into three. Where alpha comes from, first that is
+there: the layer's own `.alpha`; the header (`lora_adapter_metadata`, diffusers) or `adapter_config.json` (PEFT); else
+the factor is 1. What cannot be placed is counted and kept by name: whether that is an error is for the user to say.
+
+Values are looked at: a NaN is found here, and not in a black picture.
+
+`convert_adapter` writes the same in official names for any other tool, or in ComfyUI's.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3dit.weights import dialects
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
+METADATA = "lora_adapter_metadata"
+CONFIG = "adapter_config.json"
+
+Deltas = dict[str, Delta]
+
+
+@dataclass(slots=True)
+class Adapter:
+    """What a file holds: deltas by part and official layer, and what of it is of no use.
+
+    unmatched: stored layers (and keys) of no part · misshapen: layers whose tensors disagree, and how · redundant:
+    stored layers that say again, under another name, what official ones say.
+    """
+
+    path: Path
+    deltas: dict[str, Deltas] = field(default_factory=dict)
+    unmatched: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
+    redundant: list[str] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """The sha256 of the file, in hex."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a .safetensors file, or the folder of PEFT that holds one; no model is needed.
+
+    Raises CheckpointError: not readable, no adapter, an adapter of another model, NaN, rank 0, two tensors for one
+    place, half a pair.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.path.is_dir():
+        raise CheckpointError(f"{path}: an adapter in shards; needed one .safetensors file; join the shards first")
+    adapter = Adapter(checkpoint.path)
+    stored = _layers(checkpoint, adapter.unmatched)
+    places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
+    if not places:
+        raise CheckpointError(_stranger(checkpoint, bool(stored)))
+    adapter.unmatched += [layer for layer in stored if layer not in places]
+    settings = _settings(checkpoint)
+    official = {one for place in places.values() if place.plain for one in place.layers}
+    for layer, place in places.items():
+        if not place.plain and official.issuperset(place.layers):
+            adapter.redundant.append(layer)
+            continue
+        tensors = _load(checkpoint, layer, stored[layer])
+        try:
+            delta = _delta(tensors, settings.get(place.part), place.layers[0])
+            pieces = [delta.part(i, len(place.layers)) for i in range(len(place.layers))]
+        except ValueError as error:
+            adapter.misshapen.append(f"{layer}: {error}")
+            continue
+        there = adapter.deltas.setdefault(place.part, {})
+        if taken := [one for one in place.layers if one in there]:
+            raise CheckpointError(
+                f"{path}: {layer} changes {taken[0]}, which another tensor of the file changes already; needed one "
+                "change a layer; train or convert it again"
+            )
+        there |= dict(zip(place.layers, pieces, strict=True))
+    return adapter
+
+
+def _layers(checkpoint: Checkpoint, unmatched: list[str]) -> dict[str, dict[str, str]]:
+    """Stored layer -> role -> key; keys that are no adapter's go to `unmatched`."""
+    stored: dict[str, dict[str, str]] = {}
+    for key in checkpoint:
+        found = dialects.split(key)
+        if found is None:
+            unmatched.append(key)
+            continue
+        layer, role = found
+        roles = stored.setdefault(layer, {})
+        if role in roles:
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} and {roles[role]} are for one place; needed one adapter in a file"
+            )
+        roles[role] = key
+    return stored
+
+
+def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
+    """What to say of a file without a single layer of ours."""
+    names = list(checkpoint)
+    if not names:
+        return f"{checkpoint.path}: holds no tensors; needed an adapter (LoRA); download it again"
+    shown = f"{len(names)} tensors such as {names[0][:120]}"
+    if not adapter:
+        return f"{checkpoint.path}: is no adapter: {shown}; needed keys such as …lora_A.weight; a model goes to --model"
+    family = dialects.family(names)
+    if family is not None:
+        return f"{checkpoint.path}: is an adapter of {family} ({shown}); needed one that was trained on Z-Image"
+    return f"{checkpoint.path}: changes no layer of Z-Image ({shown}); needed one that was trained on Z-Image"
+
+
+def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of one stored layer by role, matrices as matrices; CheckpointError for what no training leaves."""
+    tensors = {}
+    for role, key in keys.items():
+        # Of its own memory: trainers write their file anew, in place, under a running engine.
+        tensor = checkpoint.load(key).clone()
+        if not tensor.numel():
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} is {list(tensor.shape)}, of rank 0; needed a trained adapter; download it "
+                "again"
+            )
+        if role not in ("alpha", "shape") and tensor.dtype not in (*FLOATS, *EIGHT_BIT):
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} is {tensor.dtype}; needed float32, bfloat16, float16 or an 8-bit float; "
+                "save it in one of them"
+            )
+        # 8-bit floats have no arithmetic, and are numbers of bf16 all of them.
+        tensor = tensor.bfloat16() if tensor.dtype in EIGHT_BIT else tensor
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{checkpoint.path}: {key} holds NaN or infinity; needed finite ones; take another")
+        # Trainers that know convolutions keep linear layers as such, of size 1 × 1.
+        tensors[role] = tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
+    _whole(checkpoint, layer, tensors)
+    return tensors
+
+
+# Of each kind: what must be there; "a|b" is either.
+KINDS = {
+    "lora": ("down", "up"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    "lokr": ("lokr_w1|lokr_w1_a", "lokr_w1|lokr_w1_b", "lokr_w2|lokr_w2_a", "lokr_w2|lokr_w2_b"),
+    "diff": ("diff",),
+    "set": ("set",),
+}
+
+
+def _kinds(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The kinds of which something is there."""
+    return [kind for kind, roles in KINDS.items() if any(one in tensors for role in roles for one in role.split("|"))]
+
+
+def _whole(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError where a layer has half of a kind, or two kinds."""
+    kinds = _kinds(tensors)
+    if len(kinds) > 1:
+        raise CheckpointError(f"{checkpoint.path}: {layer} is {' and '.join(kinds)} at once; needed one kind a layer")
+    lacking = [role for kind in kinds for role in KINDS[kind] if not any(one in tensors for one in role.split("|"))]
+    if lacking:
+        raise CheckpointError(
+            f"{checkpoint.path}: {layer} has {', '.join(sorted(tensors))} but no {lacking[0].replace('|', ' or ')}; "
+            "the file was cut short or badly converted, take it from its source"
+        )
+
+
+def _delta(tensors: Mapping[str, Tensor], settings: "Settings | None", layer: str) -> Delta:
+    """One layer's tensors in the normal form; ValueError where they do not fit together."""
+    if "core" in tensors:
+        raise ValueError("a core between its factors (of a convolution), needed a linear layer")
+    alpha = float(tensors["alpha"].double().flatten()[0]) if "alpha" in tensors else None
+    term = _term(tensors, alpha, settings, layer)
+    bias, magnitude = tensors.get("diff_b"), tensors.get("magnitude")
+    if "up.bias" in tensors:
+        # PEFT's bias stands behind the up factor, so it shares its strength.
+        bias = scaled(tensors["up.bias"], _factor(tensors["down"].shape[0], alpha, settings, layer))
+    if magnitude is not None and magnitude.ndim == 1:
+        magnitude = magnitude[:, None]
+    delta = Delta(term, bias, magnitude, replaces="set" in tensors)
+    shape, wanted = delta.shape, tensors.get("shape")
+    if wanted is not None and tuple(wanted.flatten().tolist()) != shape:
+        raise ValueError(
+            f"a weight that is made {wanted.flatten().tolist()} first, needed one of the model's own shape"
+        )
+    return delta
+
+
+def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Settings | None", layer: str) -> Term | None:
+    """The matrix of a layer, its strength folded in."""
+    kind = next(iter(_kinds(tensors)), None)
+    if kind == "lora":
+        term = LowRank(tensors["up"], tensors["down"])
+        return term.scaled(_factor(term.down.shape[0], alpha, settings, layer))
+    if kind == "loha":
+        hada = Hadamard(*(tensors[role] for role in KINDS["loha"]))
+        return hada.scaled(_factor(hada.w1b.shape[0], alpha, settings, layer))
+    if kind == "lokr":
+        return _lokr(tensors, alpha, settings, layer)
+    return None if kind is None else Full(tensors[kind])
+
+
+def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Settings | None", layer: str) -> Term:
+    """A Kronecker product; factors that are products themselves are multiplied out, they are small."""
+    factors, dim = [], None
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in tensors:
+            factors.append(tensors[name])
+            continue
+        pair = LowRank(tensors[f"{name}_a"], tensors[f"{name}_b"])
+        _, dim = pair.shape, len(pair.down)
+        factors.append(pair.dense())
+    term = Kronecker(*factors)
+    if alpha is None and settings is not None:
+        return term.scaled(_factor(None, None, settings, layer))
+    # Without a rank the alpha that LyCORIS writes means nothing.
+    return term if dim is None else term.scaled(_factor(dim, alpha, settings, layer))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a trainer wrote down of a part: alpha, the rank where tensors do not tell it, and exceptions by layer."""
+
+    alpha: float
+    rank: float | None
+    root: bool
+    alphas: Mapping[str, float]
+    ranks: Mapping[str, float]
+
+
+def _factor(rank: float | None, alpha: float | None, settings: Settings | None, layer: str) -> float:
+    """alpha / rank of one layer; 1 where nobody says alpha. rank None: what the trainer wrote down."""
+    if alpha is None and settings is None:
+        return 1.0
+    if alpha is None:
+        assert settings is not None
+        alpha = _of(settings.alphas, layer, settings.alpha)
+    if rank is None:
+        declared = None if settings is None else _of(settings.ranks, layer, settings.rank)
+        if declared is None:
+            raise ValueError("an alpha without a rank")
+        rank = declared
+    return alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
+
+
+def _of(exceptions: Mapping[str, float], layer: str, default: Any) -> Any:
+    """A layer's own value, under its name or the end of it."""
+    return next((value for name, value in exceptions.items() if f".{layer}".endswith(f".{name}")), default)
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
+    """What the header, or PEFT's file beside, says of each part; raises CheckpointError."""
+    config = checkpoint.path.with_name(CONFIG)
+    text, source = checkpoint.metadata.get(METADATA), f"{checkpoint.path}: {METADATA}"
+    beside = text is None and checkpoint.path.name.startswith("adapter_model.") and config.is_file()
+    try:
+        if beside:
+            text, source = config.read_text(encoding="utf-8"), str(config)
+        values = {} if text is None else json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("no JSON object")
+        parts = ("transformer", "text_encoder")
+        said = {
+            part: values
+            if beside
+            else {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
+            for part in parts
+        }
+        return {part: _read_settings(one) for part, one in said.items() if "lora_alpha" in one or "alpha" in one}
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source} is not usable ({error}); needed PEFT's settings; take the file anew") from None
+
+
+def _read_settings(values: Mapping[str, Any]) -> Settings:
+    """PEFT's settings of one part; ValueError where one is of another kind."""
+    patterns: list[dict[str, float]] = []
+    for name in ("alpha_pattern", "rank_pattern"):
+        pattern = values.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise ValueError(f"{name} is {pattern!r}")
+        if odd := [key for key in pattern if not re.fullmatch(r"[\w.-]+", key)]:
+            raise ValueError(f"{name} names layers by a regular expression, {odd[0]!r}, needed their names")
+        patterns.append({key: _number(value, name) for key, value in pattern.items()})
+    alpha = _number(values.get("lora_alpha", values.get("alpha")), "alpha")
+    rank = None if values.get("r") is None else _number(values["r"], "r")
+    return Settings(alpha, rank, bool(values.get("use_rslora")), *patterns)
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}, needed a number")
+    if value <= 0 and name != "alpha":
+        raise ValueError(f"{name} is {value!r}, needed one above 0")
+    return float(value)

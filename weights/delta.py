@@ -1,0 +1,275 @@
+"""What an adapter does to one layer: a change of its weight, in the factors that it was trained in.
+
+The kinds differ only in how they spell a matrix of the weight's shape, the term:
+
+    LowRank    up · down                                      LoRA
+    Hadamard   (w1a · w1b) ⊙ (w2a · w2b)                      LoHa
+    Kronecker  w1 ⊗ w2                                        LoKr
+    Full       the matrix itself, or a vector of a norm       differences, new weights
+
+Each multiplies tokens without becoming that matrix where it can (`times`), becomes it (`dense`), and can be cut by
+rows, which is how one matrix for q, k and v is given to three layers. The strength alpha / rank is folded into a
+factor, so a Delta alone says everything.
+
+Besides, a Delta may add to the bias, replace the weight instead of adding to it, and rescale the sum to given norms
+(DoRA): with N magnitudes W'' = (W + Δ) · magnitude / norm of its rows, with K of its columns.
+
+Source: LoRA (2106.09685), LyCORIS (2309.14859), DoRA (2402.09353). ComfyUI's row norm is that of W alone; here, as in
+the paper, PEFT and LyCORIS, it is that of W + Δ.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """A matrix of a weight's shape (N, K), in factors."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix; ValueError where the factors do not fit together."""
+        raise NotImplementedError
+
+    def times(self, x: Tensor) -> Tensor:
+        """x (…, K) of the factors' dtype -> x @ matrix.T (…, N)."""
+        raise NotImplementedError
+
+    def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        """y (…, N) + strength · `times(x)`; strength () fp32."""
+        return y + strength * self.times(x)
+
+    def dense(self) -> Tensor:
+        """The matrix, fp32."""
+        raise NotImplementedError
+
+    def rows(self, start: int, stop: int) -> "Term":
+        """Some rows of the matrix."""
+        raise NotImplementedError
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same term of other tensors."""
+        return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
+
+    def scaled(self, factor: float) -> Self:
+        """The term times a number, which goes into the first factor."""
+        first = fields(self)[0].name
+        return replace(self, **{first: scaled(getattr(self, first), factor)})
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank(Term):
+    """up (N, r) · down (r, K)."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return _product(self.up, self.down)
+
+    def times(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down), self.up)
+
+    def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
+        # The strength goes where there are few numbers, and the sum into the second product.
+        inner = F.linear(x, self.down) * strength
+        return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.up.T).view(y.shape)
+
+    def dense(self) -> Tensor:
+        return self.up.float() @ self.down.float()
+
+    def rows(self, start: int, stop: int) -> "LowRank":
+        return LowRank(self.up[start:stop], self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard(Term):
+    """(w1a (N, r) · w1b (r, K)) ⊙ (w2a · w2b)."""
+
+    w1a: Tensor
+    w1b: Tensor
+    w2a: Tensor
+    w2b: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        one, other = _product(self.w1a, self.w1b), _product(self.w2a, self.w2b)
+        if one != other:
+            raise ValueError(f"factors of {list(one)} and {list(other)}, needed equal ones")
+        return one
+
+    def times(self, x: Tensor) -> Tensor:
+        # Cheap beside the product with x: there are fewer ranks than tokens, by far.
+        return F.linear(x, (self.w1a @ self.w1b) * (self.w2a @ self.w2b))
+
+    def dense(self) -> Tensor:
+        return (self.w1a.float() @ self.w1b.float()) * (self.w2a.float() @ self.w2b.float())
+
+    def rows(self, start: int, stop: int) -> "Hadamard":
+        return Hadamard(self.w1a[start:stop], self.w1b, self.w2a[start:stop], self.w2b)
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker(Term):
+    """w1 (a, b) ⊗ w2 (c, d), a matrix (a · c, b · d)."""
+
+    w1: Tensor
+    w2: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.w1.ndim != 2 or self.w2.ndim != 2:
+            raise ValueError(f"factors {list(self.w1.shape)} and {list(self.w2.shape)}, needed two matrices")
+        (a, b), (c, d) = self.w1.shape, self.w2.shape
+        return (a * c, b * d)
+
+    def times(self, x: Tensor) -> Tensor:
+        inner = F.linear(x.unflatten(-1, (self.w1.shape[1], -1)), self.w2)  # (…, b, c)
+        return (self.w1 @ inner).flatten(-2)
+
+    def dense(self) -> Tensor:
+        return torch.kron(self.w1.float(), self.w2.float())
+
+    def rows(self, start: int, stop: int) -> Term:
+        height = self.w2.shape[0]
+        if start % height or stop % height:
+            return Full(self.dense()[start:stop])
+        return Kronecker(self.w1[start // height : stop // height], self.w2)
+
+
+@dataclass(frozen=True, slots=True)
+class Full(Term):
+    """The change itself: (N, K), or of a vector's shape."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def times(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def dense(self) -> Tensor:
+        return self.weight.float()
+
+    def rows(self, start: int, stop: int) -> "Full":
+        return Full(self.weight[start:stop])
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """All that an adapter does to one layer; see the module's docstring.
+
+    bias (N,) is added · magnitude (N, 1) or (1, K) rescales the sum · replaces: the term stands for the weight.
+    """
+
+    term: Term | None
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    replaces: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it fits; (N,) where only a bias is known. ValueError where its tensors disagree."""
+        if self.term is None:
+            if self.bias is None or self.magnitude is not None:
+                raise ValueError("norms of rows or columns without a change of the weight")
+            return tuple(self.bias.shape)
+        shape = self.term.shape
+        if self.bias is not None and tuple(self.bias.shape) != shape[:1]:
+            raise ValueError(f"a bias of {list(self.bias.shape)} beside a weight of {list(shape)}")
+        if self.magnitude is not None and tuple(self.magnitude.shape) not in ((shape[0], 1), (1, shape[-1])):
+            raise ValueError(f"norms of {list(self.magnitude.shape)} beside a weight of {list(shape)}")
+        return shape
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it can change a weight of this shape."""
+        return self.shape == (shape if self.term is not None else shape[:1])
+
+    def by_rows(self) -> bool:
+        """Whether the norms, if it has any, are those of rows."""
+        return self.magnitude is not None and self.magnitude.shape[-1] == 1
+
+    def part(self, i: int, count: int) -> "Delta":
+        """The i-th of `count` equal runs of rows; ValueError where it cannot be cut."""
+        if count == 1:
+            return self
+        total = self.shape[0]
+        if total % count:
+            raise ValueError(f"{total} rows, needed a multiple of {count}, for as many layers")
+        if self.magnitude is not None and not self.by_rows():
+            raise ValueError(f"norms of columns that {count} layers share, which cannot be cut; train them apart")
+        start, stop = total // count * i, total // count * (i + 1)
+        bias, magnitude = (None if t is None else t[start:stop] for t in (self.bias, self.magnitude))
+        return Delta(None if self.term is None else self.term.rows(start, stop), bias, magnitude, self.replaces)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """The weight at strength 1: weight of any float dtype -> fp32."""
+        weight = weight.float()
+        if self.term is None:
+            return weight
+        dense = self.term.map(lambda tensor: tensor.to(weight.device)).dense()
+        changed = dense if self.replaces else weight + dense
+        if self.magnitude is None:
+            return changed
+        return changed * (self.magnitude.to(changed) / norms(changed, rows=self.by_rows()))
+
+
+def norms(weight: Tensor, *, rows: bool) -> Tensor:
+    """Euclidean norms of the rows (N, 1) or the columns (1, K) of a weight."""
+    return torch.linalg.vector_norm(weight, dim=1 if rows else 0, keepdim=True).clamp(min=1e-12)
+
+
+def scaled(tensor: Tensor, factor: float) -> Tensor:
+    """A tensor times a number: in its own dtype where that keeps every bit, else in fp32."""
+    if factor == 1:
+        return tensor
+    product = tensor.double() * factor
+    narrow = product.to(tensor.dtype)
+    return narrow if torch.equal(narrow.double(), product) else product.float()
+
+
+def fused(deltas: Sequence[Delta | None], rows: int) -> Delta:
+    """One Delta for several layers laid row upon row, `rows` each; None is a layer without change.
+
+    LoRA stays LoRA of the summed rank and LoHa stays LoHa, by factors along a diagonal; others become full. ValueError
+    where the layers are changed in ways that one layer cannot be.
+    """
+    found = [delta for delta in deltas if delta is not None]
+    if any(delta.magnitude is not None or delta.replaces for delta in found):
+        raise ValueError("norms or new weights, which are of one layer each")
+    biases = [torch.zeros(rows) if delta is None or delta.bias is None else delta.bias.float() for delta in deltas]
+    bias = torch.cat(biases) if any(delta.bias is not None for delta in found) else None
+    terms = [None if delta is None else delta.term for delta in deltas]
+    there = [term for term in terms if term is not None]
+    if not there:
+        return Delta(None, bias)
+    # What is stacked, and what goes along a diagonal, of the kinds that a diagonal of factors can hold.
+    for kind, diagonal, stacked in ((LowRank, ("up",), ("down",)), (Hadamard, ("w1a", "w2a"), ("w1b", "w2b"))):
+        if all(isinstance(term, kind) for term in there):
+            factors = {leaf: _diagonal(terms, rows, leaf) for leaf in diagonal}
+            factors |= {leaf: torch.cat([getattr(term, leaf) for term in there]) for leaf in stacked}
+            return Delta(kind(**factors), bias)
+    width = there[0].shape[1]
+    return Delta(Full(torch.cat([torch.zeros(rows, width) if t is None else t.dense() for t in terms])), bias)
+
+
+def _diagonal(terms: Sequence[Term | None], rows: int, leaf: str) -> Tensor:
+    """One factor of several terms along a diagonal; nothing for a layer without one but its rows."""
+    first = next(getattr(term, leaf) for term in terms if term is not None)
+    blocks = [first.new_zeros(rows, 0) if term is None else getattr(term, leaf) for term in terms]
+    return torch.block_diag(*blocks)
+
+
+def _product(one: Tensor, other: Tensor) -> tuple[int, ...]:
+    """The shape of a product of two factors."""
+    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[0]:
+        raise ValueError(f"factors {list(one.shape)} and {list(other.shape)}, needed [N, r] and [r, K]")
+    return (one.shape[0], other.shape[1])

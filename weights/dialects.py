@@ -1,0 +1,170 @@
+"""Dialects of adapter files: from a stored key to the official layers it changes and the role its tensor plays.
+
+Trainers spell one layer in a dozen ways: behind prefixes, with dots or underscores between (and inside) words, under
+ComfyUI's names, with q, k and v as one matrix. Three tables and one rule read them all. The rule: dots become
+underscores before a path is looked up. So `layers.0.attention.to_q`, `layers_0_attention_to_q` and
+`layers.0.attention.to.q` are one spelling, and no list of words that keep their underscores is needed. The tables:
+what may stand in front (`PREFIXES`), what a layer may be called (`BLOCK`, `OUTSIDE`, `TEXT`), what stands behind it
+(`ROLES`).
+
+No model is looked at, so a file can be read and rewritten without one; whether a layer exists, and with which shape, is
+for whoever attaches it. The autoencoder has no adapters.
+
+Source: the key sets that diffusers 0.42, PEFT, ai-toolkit, musubi-tuner, OneTrainer, LyCORIS, DiffSynth-Studio and
+ComfyUI write or read.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Stripped one after another, flat, until what is left is a layer.
+PREFIXES = (
+    "base_model_model_", "model_diffusion_model_", "diffusion_model_", "transformer_", "unet_", "lora_unet_",
+    "lora_transformer_", "lycoris_", "text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_",
+)  # fmt: skip
+
+# As many stand before each other at most.
+DEEPEST = 4
+
+# Layers of a block: official name -> what else it is called.
+BLOCK = {
+    "attention.to_q": ("attention.processor.to_q",),
+    "attention.to_k": ("attention.processor.to_k",),
+    "attention.to_v": ("attention.processor.to_v",),
+    "attention.to_out.0": ("attention.out", "attention.to_out", "attention.processor.to_out"),
+    "attention.norm_q": ("attention.q_norm",),
+    "attention.norm_k": ("attention.k_norm",),
+    "feed_forward.w1": (),
+    "feed_forward.w2": ("feed_forward.net.2",),
+    "feed_forward.w3": (),
+    "adaLN_modulation.0": (),
+    "attention_norm1": (),
+    "attention_norm2": (),
+    "ffn_norm1": (),
+    "ffn_norm2": (),
+}
+# Several layers of a block as one matrix, whose rows they share equally, in this order.
+FUSED = {
+    "attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.to_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),
+    "feed_forward.w13": ("feed_forward.w3", "feed_forward.w1"),
+}
+OUTSIDE = {
+    "all_x_embedder.2-1": ("x_embedder",),
+    "all_final_layer.2-1.linear": ("final_layer.linear",),
+    "all_final_layer.2-1.adaLN_modulation.1": ("final_layer.adaLN_modulation.1",),
+    "t_embedder.mlp.0": (),
+    "t_embedder.mlp.2": (),
+    "cap_embedder.0": (),
+    "cap_embedder.1": (),
+    "siglip_embedder.0": (),
+    "siglip_embedder.1": (),
+    "x_pad_token": (),
+    "cap_pad_token": (),
+    "siglip_pad_token": (),
+}
+TEXT = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+
+# What a tensor is to its layer, told by the end of its key. "[^.]+" is the name that PEFT gives an adapter.
+WORD = r"[._]lora(?:_linear_layer)?"
+LORA = WORD + r"[._]"
+ROLES = tuple(
+    (role, re.compile(pattern + "$"))
+    for role, pattern in (
+        ("up.bias", LORA + r"(?:B|up)(?:\.[^.]+)?\.bias"),
+        ("down", LORA + r"(?:A|down)(?:\.[^.]+)?\.weight"),
+        ("up", LORA + r"(?:B|up)(?:\.[^.]+)?\.weight"),
+        ("magnitude", r"\.dora_scale|[._]lora_magnitude_vector(?:\.[^.]+)?"),
+        ("alpha", rf"(?:{WORD})?\.alpha"),
+        *((name, rf"\.{name}") for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")),
+        *((name, rf"\.{name}") for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")),
+        ("diff", r"\.(?:diff|w_norm)"),
+        ("diff_b", r"\.(?:diff_b|b_norm)"),
+        ("set", r"\.set_weight"),
+        ("shape", r"\.reshape_weight"),
+        ("core", r"\.(?:lora_mid\.weight|hada_t[12]|lokr_t2)"),
+    )
+)
+
+# Adapters of other models, by what only their keys hold, read flat.
+FOREIGN = (
+    ("FLUX", r"single_blocks_|double_blocks_|single_transformer_blocks_"),
+    ("SDXL", r"lora_te2_|text_encoder_2_|blocks_\d+_(?:\d+_|attentions_\d+_)transformer_blocks_[1-9]"),
+    ("Qwen-Image", r"transformer_blocks_\d+_(?:img_mod|txt_mod|img_mlp|txt_mlp|attn_add_)"),
+    ("Stable Diffusion 3", r"joint_blocks_|transformer_blocks_\d+_(?:norm1_context|ff_context)"),
+    ("Stable Diffusion", r"(?:down|up|input|output|mid|middle)_blocks?_"),
+    ("Wan", r"(?:^|_)blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a stored layer belongs: the part, its official layers (several share the rows equally), official words."""
+
+    part: str
+    layers: tuple[str, ...]
+    plain: bool
+
+
+def flat(path: str) -> str:
+    """A path with underscores for dots: the one spelling that all dialects share."""
+    return path.replace(".", "_")
+
+
+def _spellings(table: dict[str, tuple[str, ...]]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Flat spelling -> official names, and whether they are spelled officially."""
+    found: dict[str, tuple[tuple[str, ...], bool]] = {flat(name): ((name,), True) for name in table}
+    return found | {flat(other): ((name,), False) for name, others in table.items() for other in others}
+
+
+_BLOCK = _spellings(BLOCK) | {flat(name): (layers, False) for name, layers in FUSED.items()}
+_OUTSIDE = _spellings(OUTSIDE)
+_TEXT = {flat(name): name for name in TEXT}
+_STACK = re.compile(r"(layers|noise_refiner|context_refiner|siglip_refiner)_(\d{1,4})_(.+)")
+_TEXT_STACK = re.compile(r"(?:transformer_)?(?:model_)?layers_(\d{1,4})_(.+)")
+
+
+def split(key: str) -> tuple[str, str] | None:
+    """(stored layer, role) of a key, None where it is no adapter's."""
+    for role, pattern in ROLES:
+        if match := pattern.search(key):
+            return key[: match.start()], role
+    return None
+
+
+def place(layer: str) -> Place | None:
+    """Where a stored layer belongs, None where no part has such a one."""
+    name = flat(layer)
+    for _ in range(DEEPEST + 1):
+        if (found := _lookup(name)) is not None:
+            return found
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        name = name[len(prefix) :]
+    return None
+
+
+def _lookup(name: str) -> Place | None:
+    """Where a flat name without prefix belongs."""
+    if name in _OUTSIDE:
+        return Place("transformer", *_OUTSIDE[name])
+    match = _STACK.fullmatch(name)
+    if match and match[3] in _BLOCK:
+        names, plain = _BLOCK[match[3]]
+        return Place("transformer", tuple(f"{match[1]}.{match[2]}.{one}" for one in names), plain)
+    match = _TEXT_STACK.fullmatch(name)
+    if match and match[2] in _TEXT:
+        return Place("text_encoder", (f"model.layers.{match[1]}.{_TEXT[match[2]]}",), True)
+    return None
+
+
+def family(keys: Iterable[str]) -> str | None:
+    """The model that the keys of a foreign adapter are of, None where they do not say."""
+    names = "\n".join(map(flat, keys))
+    return next((name for name, pattern in FOREIGN if re.search(pattern, names, re.MULTILINE)), None)
