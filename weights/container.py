@@ -96,13 +96,13 @@ Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty",
 LONGEST_HEADER = 100_000_000
 
 REFUSED: dict[Container, str] = {
-    "gguf": "is a GGUF file, which this version does not read; take the safetensors files of the model",
+    "gguf": "is a GGUF file, where safetensors was needed; give its own path, or name it *.gguf",
     "pickle": "is a pickle (.bin, .pt, .ckpt), which is never opened, because loading one runs code it carries; "
     "take the safetensors files of the model",
     "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
     "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
     "empty": "is empty; download it again",
-    "unknown": "is not a safetensors file; needed an 8-byte header length followed by JSON; download it again",
+    "unknown": "is neither safetensors nor GGUF, told by its first bytes; needed one of them; download it again",
 }
 
 
