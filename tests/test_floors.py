@@ -20,7 +20,7 @@ FLOORS = {
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "offload", "graphs", "budget", "parallel", "trace"),
-    5: ("sampler", "guidance", "conditioning"),
+    5: ("sampler", "guidance", "conditioning", "look"),
     6: ("pipeline",),
     7: ("cli", "serve"),
     8: ("__main__", "__init__"),

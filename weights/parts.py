@@ -105,9 +105,9 @@ def split(checkpoint: Checkpoint) -> Found:
 def kind(keys: Collection[str]) -> str:
     """What a checkpoint is that holds no part of the model, in a clause that says what to do."""
     if any(map(ADAPTER.search, keys)):
-        return "is an adapter (LoRA or one of its kin), not a model; draw with a model, and give it this as its adapter"
+        return "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE"
     if any(CONTROL in key for key in keys):
-        return "is a ControlNet of Z-Image, not the model; draw with a model, and give it this as its control model"
+        return "is a ControlNet of Z-Image, not the model; draw with a model and add --control FILE:IMAGE"
     if other := _other(keys):
         return f"is {other}; needed a part of Z-Image: its transformer, a Qwen3 text encoder, or FLUX.1's VAE"
     few = ", ".join(list(keys)[:3])
