@@ -1,4 +1,4 @@
-"""The command line: `s3dit generate`, `s3dit plan`, `s3dit quantize`. Flags are made from Request's fields.
+"""The command line: `s3dit generate`, `plan`, `look`, `convert`, `quantize`. Flags are made from Request's fields.
 
 Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
 and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
@@ -13,7 +13,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from s3dit import __version__
+from s3dit import __version__, cli_files
 from s3dit.control import FORM, Control
 from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
 
@@ -36,6 +36,8 @@ EXAMPLES = """examples:
   s3dit generate "a dancer" --model path/to/Z-Image-Turbo --control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
+  s3dit look z-image.gguf                               what is in this file, and how to use it
+  s3dit convert z-image.gguf Z-Image-plain              the same in the official layout, for any tool
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
   s3dit generate "the fox, in oil" --model path/to/Z-Image-Edit --reference fox.png
 environment:
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"s3dit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,plan,quantize}")
+    commands = parser.add_subparsers(dest="command", metavar="{generate,plan,look,convert,quantize}")
     for name, text in (("generate", "draw pictures"), ("plan", "print what a request will load and compute")):
         command = commands.add_parser(
             name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -80,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--kernels", action="store_true", help="also print which implementation serves each operation, and why"
             )
+    cli_files.add(commands)
     text = "write a model directory in a number format"
     _add_quantize(commands.add_parser("quantize", help=text, description=text))
     return parser
@@ -98,8 +101,13 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="embedded", help="embedded (default), a folder in the official layout, or a hub name"
+        "--model", help="embedded (default), a folder in the official layout, one file of all parts, or a hub name"
     )
+    for part in ("transformer", "text encoder", "vae"):
+        group.add_argument(
+            f"--{part.replace(' ', '-')}", metavar="FILE", help=f"take the {part} from this file or folder instead"
+        )
+    group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", help="bf16 or fp32 (default: bf16 where the device computes it natively)")
     group.add_argument(
@@ -216,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _quantize(args) if args.command == "quantize" else _run(args)
+        return {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
     except KeyboardInterrupt:
         print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
         return 130
@@ -258,7 +266,8 @@ def _run(args: argparse.Namespace) -> int:
     from s3dit.pipeline import Pipeline
 
     pipe = Pipeline.load(
-        args.model, quantize=args.quantize, quantize_text=args.quantize_text,
+        args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
+        tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
@@ -332,7 +341,7 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], An
                 f"{data[name]} is not what it was when {args.replay} was drawn; needed the same pixels; give the file "
                 f"with {SHORT.get(name, ['--image'])[0]}"
             )
-    if args.model == "embedded" and model not in (None, "embedded"):
+    if args.model in (None, "embedded") and model not in (None, "embedded"):
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()

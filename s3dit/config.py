@@ -13,6 +13,7 @@ Source: the official Z-Image configuration files; Qwen3 keys as written by trans
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -220,6 +221,12 @@ class SchedulerConfig(Part):
     shift: float
 
 
+# By the folder that holds it.
+KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+# What a directory may say of its own world.
+OWN = "s3dit.json"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a variant is meant to be run, where neither the request nor the directory says otherwise."""
@@ -295,35 +302,54 @@ def read_model(folder: Path) -> ModelConfig:
         path = folder / name / file
         return kind.from_json(read_json(path), path)
 
-    transformer: TransformerConfig = part(TransformerConfig, "transformer")
-    text_encoder: TextEncoderConfig = part(TextEncoderConfig, "text_encoder")
-    scheduler: SchedulerConfig = part(SchedulerConfig, "scheduler", "scheduler_config.json")
+    scheduler = part(SchedulerConfig, "scheduler", "scheduler_config.json")
+    configs = {name: part(kind, name) for name, kind in KINDS.items()}
+    if configs["transformer"].siglip_feat_dim is not None:
+        configs |= read_vision(folder)
+    own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
+    return compose(configs, scheduler, own, folder)
+
+
+def read_vision(folder: Path) -> dict[str, Any]:
+    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/."""
+    if not (folder / "siglip").is_dir():
+        return {}
+    tower, pictures = folder / "siglip" / "config.json", folder / "siglip_processor" / "preprocessor_config.json"
+    return {
+        "siglip": VisionConfig.from_json(read_json(tower), tower),
+        "siglip_processor": VisionInputConfig.from_json(read_json(pictures), pictures),
+    }
+
+
+def compose(
+    configs: Mapping[str, Any], scheduler: SchedulerConfig, own: Mapping[str, Any], source: Path
+) -> ModelConfig:
+    """One model of the configurations of its parts; own: what its `s3dit.json` says. Raises CheckpointError."""
+    transformer: TransformerConfig = configs["transformer"]
+    text_encoder: TextEncoderConfig = configs["text_encoder"]
     if transformer.cap_feat_dim != text_encoder.hidden_size:
         raise CheckpointError(
-            f"{folder}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
+            f"{source}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
             f"{text_encoder.hidden_size}; the parts are of different models"
         )
-    vision, vision_input = None, None
-    if transformer.siglip_feat_dim is not None and (folder / "siglip").is_dir():
-        vision = part(VisionConfig, "siglip")
-        vision_input = part(VisionInputConfig, "siglip_processor", "preprocessor_config.json")
+    vision, vision_input = configs.get("siglip"), configs.get("siglip_processor")
+    if vision is not None and vision_input is not None:
         found = (vision.hidden_size, vision.patch_size, vision.num_channels)
         needed = (transformer.siglip_feat_dim, vision_input.patch_size, 3)
         if found != needed:
             raise CheckpointError(
-                f"{folder}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
+                f"{source}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
                 f"{needed}; the parts are of different models"
             )
-    own = read_json(folder / "s3dit.json") if (folder / "s3dit.json").is_file() else {}
     variant: Variant = own.get("variant") or variant_of(transformer, scheduler)
     if variant not in VARIANTS:
-        raise CheckpointError(f"{folder / 's3dit.json'}: variant is {variant!r}; needed one of {', '.join(VARIANTS)}")
+        raise CheckpointError(f"{source / OWN}: variant is {variant!r}; needed one of {', '.join(VARIANTS)}")
     settings = VARIANTS[variant]
     known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
     return ModelConfig(
         transformer=transformer,
         text_encoder=text_encoder,
-        vae=part(VAEConfig, "vae"),
+        vae=configs["vae"],
         scheduler=scheduler,
         variant=variant,
         settings=Settings(**known),

@@ -16,13 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
     1: ("config",),
-    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control"),
-    3: ("tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
+    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control", "shapes"),
+    3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "adapters", "offload", "graphs", "budget", "parallel", "trace"),
-    5: ("sampler", "guidance", "conditioning", "branches", "references"),
+    5: ("sampler", "guidance", "conditioning", "branches", "references", "look", "convert"),
     6: ("pipeline",),
-    7: ("cli", "serve"),
+    7: ("cli", "cli_files", "serve"),
     8: ("__main__", "__init__"),
 }
 # The highest floor that a floor may look down on, where it is not the one below.
@@ -40,6 +40,8 @@ SIDEWAYS = {
     ("s3dit.graphs", "s3dit.offload"),
     ("s3dit.guidance", "s3dit.sampler"),
     ("s3dit.conditioning", "s3dit.sampler"),
+    ("s3dit.convert", "s3dit.look"),
+    ("s3dit.cli", "s3dit.cli_files"),
 }
 # From the ground up; rooms of one rank do not know each other.
 KERNELS = (

@@ -1,13 +1,15 @@
 """From a path to the checkpoint that lies there: a file, or a folder with one file or with an index and its shards.
 
 The container is told from the bytes (`container.sniff`), the one file of a folder from the names that the official
-repositories use. A new container is one module with one `Checkpoint`, and one line in `open_checkpoint`.
+repositories use. A new container is one module with one `Checkpoint`, and one line in `READERS`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
-from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, sniff
+from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, Container, sniff
 from s3dit.weights.formats import recognized
+from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
@@ -15,10 +17,11 @@ __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 # The stems of the official repositories, in a folder that holds more than one checkpoint (fp16 variants, say).
 STEMS = ("diffusion_pytorch_model", "model")
 INDEX = ".safetensors.index.json"
+READERS: dict[Container, Callable[[Path], Checkpoint]] = {"safetensors": open_file, "gguf": GGUFFile}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a .safetensors file, or a folder with one or with the shards of an index; raises CheckpointError."""
+    """Open a safetensors or GGUF file, or a folder with one or with the shards of an index; raises CheckpointError."""
     return recognized(_open(Path(path)))
 
 
@@ -26,11 +29,11 @@ def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: not found; needed a .safetensors file or a folder that holds one")
+        raise CheckpointError(f"{path}: not found; needed a .safetensors or .gguf file, or a folder with one")
     container = sniff(path)
-    if container != "safetensors":
+    if container not in READERS:
         raise CheckpointError(f"{path}: {REFUSED[container]}")
-    return open_file(path)
+    return READERS[container](path)
 
 
 def _open_folder(folder: Path) -> Checkpoint:
@@ -43,10 +46,10 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: shards ({files[0].name}) without the *{INDEX} that names them; download the whole folder"
         )
-    file = _one(folder, SUFFIX)
+    file = _one(folder, SUFFIX) or _one(folder, ".gguf")
     if file is None:
         raise CheckpointError(f"{folder}: no *{SUFFIX} in it; {_instead(folder)}")
-    return open_file(file)
+    return _open(file)
 
 
 def _visible(folder: Path, suffix: str) -> list[Path]:
@@ -73,8 +76,6 @@ def _instead(folder: Path) -> str:
         return "it is a whole model; give the folder of one part, such as transformer/"
     names = sorted(path.name for path in folder.iterdir())
     for name in names:
-        if name.endswith(".gguf"):
-            return f"{name} {REFUSED['gguf']}"
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
             return f"{name} {REFUSED['pickle']}"
     return f"found {', '.join(names[:10]) or 'nothing'}; download the folder again"

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class Checkpoint(ABC):
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns); only these rows are read.
 
+        A quantized matrix is decoded, in these rows only, to fp32.
         Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
         """
         shape = self.entry(name).shape
@@ -87,23 +88,53 @@ class Checkpoint(ABC):
                 f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
                 "take the tokenizer from the same model as the weights"
             )
-        return self.load(name).index_select(0, ids.to("cpu", torch.int64))
+        ids, layer = ids.to("cpu", torch.int64), name.removesuffix(".weight")
+        if layer not in self.schemes:
+            return self.load(name).index_select(0, ids)
+        parts = {
+            key.rpartition(".")[2]: self.load(key)
+            for key in self
+            if key.rpartition(".")[0] == layer and not key.endswith(".bias")
+        }
+        # What is not of as many rows as the weight is shared by all of them.
+        cut = {
+            leaf: part.index_select(0, ids) if part.dim() and len(part) == shape[0] else part
+            for leaf, part in parts.items()
+        }
+        return self.schemes[layer].decode(cut)
+
+    def format(self, name: str) -> str:
+        """What numbers a tensor is stored in, in a word: of its layer's scheme, or of its dtype."""
+        scheme = self.schemes.get(name.rpartition(".")[0])
+        return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
 
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]
 
-# The safetensors library's own limit.
-LONGEST_HEADER = 100_000_000
+# A header is parsed into objects ten times its size. Real ones are far below 1 MB, with a trainer's notes below 10; the
+# safetensors library would take 100 MB.
+LONGEST_HEADER = 1 << 25
+# Far above what any model has, in any container.
+MOST_TENSORS = 1 << 16
 
 REFUSED: dict[Container, str] = {
-    "gguf": "is a GGUF file, which this version does not read; take the safetensors files of the model",
+    "gguf": "is a GGUF file, where safetensors was needed; give its own path, or name it *.gguf",
     "pickle": "is a pickle (.bin, .pt, .ckpt), which is never opened, because loading one runs code it carries; "
     "take the safetensors files of the model",
     "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
     "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
     "empty": "is empty; download it again",
-    "unknown": "is not a safetensors file; needed an 8-byte header length followed by JSON; download it again",
+    "unknown": "is neither safetensors nor GGUF, told by its first bytes; needed one of them; download it again",
 }
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; ValueError where it has a key twice, of which readers take the one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
+    return found
 
 
 def sniff(path: Path) -> Container:

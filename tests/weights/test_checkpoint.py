@@ -14,7 +14,7 @@ from s3dit.weights.container import sniff
 
 PICKLE = pickle.dumps({"weight": [1.0, 2.0]}, protocol=2)
 FOREIGN = {
-    "gguf": b"GGUF\x03\x00\x00\x00" + bytes(64),
+    "gguf": b"GGUF\x01\x00\x00\x00" + bytes(64),
     "pickle": PICKLE,
     "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
     "page": b"\n<!DOCTYPE html><html><body>Log in</body></html>",
@@ -89,7 +89,7 @@ def test_safetensors_under_another_name(tmp_path):
 
 
 def test_missing_path(tmp_path):
-    with pytest.raises(CheckpointError, match="not found; needed a .safetensors file or a folder"):
+    with pytest.raises(CheckpointError, match="not found; needed a .safetensors or .gguf file"):
         open_checkpoint(tmp_path / "nothing.safetensors")
 
 

@@ -192,7 +192,7 @@ def test_garbage_header(header, length, tmp_path):
 
 
 def test_header_longer_than_the_format_allows(tmp_path):
-    refused(write_raw(tmp_path / "x.safetensors", b"{}", length=200_000_000), "not a safetensors file")
+    refused(write_raw(tmp_path / "x.safetensors", b"{}", length=200_000_000), "neither safetensors nor GGUF")
 
 
 def test_shard_that_is_no_safetensors(sharded):
@@ -287,7 +287,7 @@ def test_folder_as_a_link(sharded, tmp_path):
         (None, "found nothing; download the folder again"),
         ("readme.txt", "found readme.txt"),
         ("model_index.json", "a whole model; give the folder of one part"),
-        ("model.gguf", "is a GGUF file"),
+        ("model.gguf", "neither safetensors nor GGUF"),
         ("pytorch_model.bin", "is a pickle"),
     ],
 )
