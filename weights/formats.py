@@ -2,7 +2,7 @@
 
 `recognized` looks at a checkpoint's names, dtypes and metadata, and at the configuration beside it, never at the file's
 name, and gives it back with its `schemes`. A producer whose tensors are not the parts that a Scheme names is shown
-through a view (`parts.Parted`) that makes them so, one layer at a time, when they are asked for. A room each knows the
+through a view (`stored.Parted`) that makes them so, one layer at a time, when they are asked for. A room each knows the
 producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8 are here.
 
 The names of layers are the file's own here; `keymap` turns them into official ones afterwards.
@@ -23,7 +23,7 @@ from s3dit.kernels.scheme import Scheme
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.parts import Layer, Made, Parted, widened
+from s3dit.weights.stored import Layer, Made, Parted, widened
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER = {"int4": "int8-weights"}
@@ -146,9 +146,14 @@ def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
 def _stored(layer: Layer, kind: str) -> Any:
     """The blocks as they lie in the file, once their scales were looked at."""
 
+    good = False
+
     def make() -> dict[str, Tensor]:
+        nonlocal good
         weight = layer("weight")
-        layer.numbers("weight", scales_of(kind, weight))
+        if not good:
+            layer.numbers("weight", scales_of(kind, weight))
+        good = True
         return {"weight": weight}
 
     return make

@@ -20,7 +20,7 @@ from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import scaled
 from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
-from s3dit.weights.parts import Layer, Made, rows, swapped
+from s3dit.weights.stored import Layer, Made, rows, swapped
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128

@@ -5,8 +5,6 @@ branch of low rank in bf16. Everything is packed in the order in which the lanes
 128 rows; here it is put back into rows, once, when a layer is read. Activations stay wide, where nunchaku rounds them
 to 4 bits: the same weights, a smaller error, other bits.
 
-`NAMES` says which official layers the rows of a fused one are, for `keymap`.
-
 Source: the layouts of nunchaku's kernels and of its weight packer.
 """
 
@@ -19,16 +17,10 @@ from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int4 import pack
 from s3dit.weights.comfy import E2M1, SIGNED, table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.parts import Layer, Made
+from s3dit.weights.stored import Layer, Made
 
 E4M3 = torch.float8_e4m3fn
 TILE = 128
-# Fused layers, by the end of their name: the official ones that their rows are, in order.
-NAMES = {
-    "attention.to_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
-    "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),
-    "feed_forward.net.2": ("feed_forward.w2",),
-}
 
 
 def layers(checkpoint: Checkpoint) -> Iterator[Made]:

@@ -21,7 +21,7 @@ from s3dit.kernels.int4 import pack
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.parts import Layer, Made
+from s3dit.weights.stored import Layer, Made
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WHOLE = {"int8": torch.int8, "uint8": torch.uint8, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
@@ -64,8 +64,7 @@ def _layer(layer: Layer, config: Mapping[str, Any]) -> Made:
     turn = _turned(layer, in_, config)
     bits = int(integer[2]) if integer else 8
     shifted = kind == "uint8"
-    stored = {4: torch.uint8}.get(min(bits, 4) if bits <= 4 else 8, WHOLE.get(kind, torch.int8))
-    stored = torch.int8 if shifted else stored
+    stored = torch.uint8 if bits <= 4 else torch.int8 if integer else WHOLE[kind]
     low = torch.float32 if turn is not None or not branch else _float(layer, "svd_up")
     form = Form(
         stored, in_ // groups if groups > 1 else 0, offset=torch.float32 if zero or shifted else None,

@@ -91,36 +91,35 @@ class Layer:
         """Take tensors that nobody reads out of sight, where they are there."""
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
-    def made(
-        self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]], name: str | None = None
-    ) -> Made:
+    def made(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> Made:
         """The parts that `make` will give, as the scheme's spec says; raises CheckpointError for widths it refuses."""
         try:
             spec = scheme.spec(out, in_)
         except ValueError as error:
             raise self.error(str(error)) from None
-        layer = self.name if name is None else name
+        good: set[str] = set()
 
         def checked() -> dict[str, Tensor]:
             parts = make()
-            found = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()}
-            if found != spec:
-                raise self.error(f"its parts are {found}; needed {spec}")
+            assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()} == spec
+            # An embedding is made for every prompt; its numbers are looked at once.
             for part, tensor in parts.items():
-                self.numbers(part, tensor)
-            return {f"{layer}.{part}": tensor.contiguous() for part, tensor in parts.items()}
+                if part not in good:
+                    self.numbers(part, tensor)
+                good.add(part)
+            return {self.key(part): tensor.contiguous() for part, tensor in parts.items()}
 
         entries = {
-            f"{layer}.{part}": Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
+            self.key(part): Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
             for part, (shape, dtype) in spec.items()
         }
-        return Made(entries, tuple(self.key(leaf) for leaf in self._taken), checked, layer, scheme)
+        return Made(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
 
     def numbers(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
         if tensor.dtype in NO_NUMBER:
             bits = tensor.contiguous().view(torch.uint8) & 0x7F
-            wrong = bool((bits >= NO_NUMBER[tensor.dtype]).any())
+            wrong = int(bits.max()) >= NO_NUMBER[tensor.dtype]
         else:
             wrong = tensor.dtype.is_floating_point and not bool(tensor.float().isfinite().all())
         if wrong:
