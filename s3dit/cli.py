@@ -82,8 +82,13 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--model", default="embedded", help="embedded (default), a folder in the official layout, or a hub name"
+        "--model", help="embedded (default), a folder in the official layout, one file of all parts, or a hub name"
     )
+    for part in ("transformer", "text encoder", "vae"):
+        group.add_argument(
+            f"--{part.replace(' ', '-')}", metavar="FILE", help=f"take the {part} from this file or folder instead"
+        )
+    group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", help="bf16 or fp32 (default: bf16 where the device computes it natively)")
     group.add_argument(
@@ -198,7 +203,8 @@ def _run(args: argparse.Namespace) -> int:
     from s3dit.pipeline import Pipeline
 
     pipe = Pipeline.load(
-        args.model, quantize=args.quantize, quantize_text=args.quantize_text,
+        args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
+        tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
@@ -253,7 +259,7 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> dict[str, Any]:
         raise RequestError(
             f"{args.replay}: its noise was given from Python, not by a seed; it cannot be drawn again from here"
         )
-    if args.model == "embedded" and model not in (None, "embedded"):
+    if args.model in (None, "embedded") and model not in (None, "embedded"):
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
     request = Request.from_json(data)
     request.check()

@@ -12,6 +12,7 @@ Source: the official Z-Image configuration files; Qwen3 keys as written by trans
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -165,6 +166,12 @@ class SchedulerConfig(Part):
     shift: float
 
 
+# By the folder that holds it.
+KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+# What a directory may say of its own world.
+OWN = "s3dit.json"
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """How a variant is meant to be run, where neither the request nor the directory says otherwise."""
@@ -237,24 +244,32 @@ def read_model(folder: Path) -> ModelConfig:
         path = folder / name / file
         return kind.from_json(read_json(path), path)
 
-    transformer: TransformerConfig = part(TransformerConfig, "transformer")
-    text_encoder: TextEncoderConfig = part(TextEncoderConfig, "text_encoder")
-    scheduler: SchedulerConfig = part(SchedulerConfig, "scheduler", "scheduler_config.json")
+    scheduler = part(SchedulerConfig, "scheduler", "scheduler_config.json")
+    configs = {name: part(kind, name) for name, kind in KINDS.items()}
+    own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
+    return compose(configs, scheduler, own, folder)
+
+
+def compose(
+    configs: Mapping[str, Any], scheduler: SchedulerConfig, own: Mapping[str, Any], source: Path
+) -> ModelConfig:
+    """One model of the configurations of its parts; own: what its `s3dit.json` says. Raises CheckpointError."""
+    transformer: TransformerConfig = configs["transformer"]
+    text_encoder: TextEncoderConfig = configs["text_encoder"]
     if transformer.cap_feat_dim != text_encoder.hidden_size:
         raise CheckpointError(
-            f"{folder}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
+            f"{source}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
             f"{text_encoder.hidden_size}; the parts are of different models"
         )
-    own = read_json(folder / "s3dit.json") if (folder / "s3dit.json").is_file() else {}
     variant: Variant = own.get("variant") or variant_of(transformer, scheduler)
     if variant not in VARIANTS:
-        raise CheckpointError(f"{folder / 's3dit.json'}: variant is {variant!r}; needed one of {', '.join(VARIANTS)}")
+        raise CheckpointError(f"{source / OWN}: variant is {variant!r}; needed one of {', '.join(VARIANTS)}")
     settings = VARIANTS[variant]
     known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
     return ModelConfig(
         transformer=transformer,
         text_encoder=text_encoder,
-        vae=part(VAEConfig, "vae"),
+        vae=configs["vae"],
         scheduler=scheduler,
         variant=variant,
         settings=Settings(**known),

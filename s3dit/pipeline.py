@@ -14,6 +14,7 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +24,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, budget, images
-from s3dit.config import ModelConfig, read_model
 from s3dit.devices import Placement, place
 from s3dit.graphs import Replay, check_compiler, compile_blocks
 from s3dit.guidance import Guidance, guide
@@ -33,6 +33,7 @@ from s3dit.linear import swap
 from s3dit.offload import Mode, Residency, stream, tensors
 from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, sigmas, solve
+from s3dit.sources import SHIFT_NOTE, Sources, gather
 from s3dit.text_encoder import EMBEDDING, TextEncoder
 from s3dit.tokenizer import Tokenizer
 from s3dit.trace import first_nonfinite
@@ -40,8 +41,7 @@ from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending, schemes
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from s3dit.weights.hub import resolve
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError
 from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
@@ -74,12 +74,11 @@ class Plan:
 
 
 class Pipeline:
-    """A model directory, ready to draw; make one with `Pipeline.load`."""
+    """A model, ready to draw; make one with `Pipeline.load`."""
 
     def __init__(
         self,
-        folder: Path,
-        config: ModelConfig,
+        sources: Sources,
         placement: Placement,
         residency: Mode,
         *,
@@ -89,10 +88,10 @@ class Pipeline:
         quantize: str | None = None,
         quantize_text: str | None = None,
     ) -> None:
-        self.folder, self.config, self.placement = folder, config, placement
+        self.sources, self.folder, self.config, self.placement = sources, sources.path, sources.config, placement
         self.vram, self.compiled, self.graphs = vram, compiled, graphs
-        self.tokenizer = Tokenizer(folder / "tokenizer")
-        self.checkpoints = {part: open_checkpoint(folder / part) for part in ("text_encoder", "transformer", "vae")}
+        self.tokenizer = Tokenizer(sources.tokenizer)
+        self.checkpoints = sources.checkpoints
         self._asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
         if residency == "streamed":
@@ -109,8 +108,12 @@ class Pipeline:
     @classmethod
     def load(
         cls,
-        model: str | Path = "embedded",
+        model: str | Path | None = None,
         *,
+        transformer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        vae: str | Path | None = None,
+        tokenizer: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         residency: Mode | None = None,
@@ -121,15 +124,17 @@ class Pipeline:
         quantize: str | None = None,
         quantize_text: str | None = None,
     ) -> Self:
-        """Open a model: "embedded", a folder in the official layout, or a hub name such as Tongyi-MAI/Z-Image-Turbo.
+        """Open a model: "embedded", a folder in the official layout, a file, or a hub name (Tongyi-MAI/Z-Image-Turbo).
 
-        device: cpu, cuda, mps (default: the best there is) · dtype: "bf16" or "fp32" (default: bf16 where the device
-        computes it natively) · residency: "staged" (default) loads the parts in turn, "resident" keeps them all,
-        "streamed" also brings their blocks in one by one · vram: a budget such as "4GiB", from which each request's
-        residency follows (see `budget`) · compile: compile the transformer's blocks, in the first pass · graphs: record
-        the transformer's passes as CUDA graphs, one a size · quantize, quantize_text: number formats of transformer and
-        text encoder: "fp8", "int8" (both sides of a product), "fp8-weights", "int8-weights", "int4" (weights only);
-        float weights are encoded as they come in, a quantized model is run in its own format.
+        transformer, text_encoder, vae: files or folders of parts that take the place of the model's own, which may then
+        lack them (see `sources`) · tokenizer: a folder, likewise · device: cpu, cuda, mps (default: the best there is)
+        · dtype: "bf16" or "fp32" (default: bf16 where the device computes it natively) · residency: "staged" (default)
+        loads the parts in turn, "resident" keeps them all, "streamed" also brings their blocks in one by one · vram: a
+        budget such as "4GiB", from which each request's residency follows (see `budget`) · compile: compile the
+        transformer's blocks, in the first pass · graphs: record the transformer's passes as CUDA graphs, one a size
+        · quantize, quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
+        product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
+        quantized model is run in its own format.
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):
@@ -146,10 +151,10 @@ class Pipeline:
             check_compiler(placement.device)
         if backend is not None:
             set_backend(backend)
-        folder = EMBEDDED if str(model) == "embedded" else resolve(str(model))
-        config = read_model(folder)
+        given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+        sources = gather(model, given, tokenizer, EMBEDDED)
         return cls(
-            folder, config, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
+            sources, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
             quantize=quantize, quantize_text=quantize_text,
         )  # fmt: skip
 
@@ -167,7 +172,8 @@ class Pipeline:
                 unused = encoder.unused
             stored = keymap.official(self.checkpoints[part], module.state_dict())
             for name, kind in schemes_for(part, stored, self._asked.get(part)).items():
-                swap(module, kind, name.__eq__)
+                if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
+                    swap(module, kind, name.__eq__)
         return module, unused
 
     def _maker(self, part: str) -> Callable[[], nn.Module]:
@@ -255,6 +261,9 @@ class Pipeline:
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
         config, settings = self.config, self.config.settings
+        yield from self.sources.notes
+        if self.sources.guessed and request.shift == config.scheduler.shift:
+            yield SHIFT_NOTE
         if config.words:
             text = " ".join(self._texts(request)).lower()
             unknown = sorted({w for w in (w.strip(".,;:!?\"'()") for w in text.split()) if w} - config.words)
@@ -447,6 +456,7 @@ class Pipeline:
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
+            "mixed": {part: self.checkpoints[part].path.name for part in self.sources.mixed},
             "quantized": {part: name for part, name in self.formats.items() if name},
             "levels": list(plan.sigmas),
             "model_calls": plan.calls,

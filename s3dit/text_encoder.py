@@ -37,7 +37,12 @@ class TextEncoder(nn.Module):
     @property
     def unused(self) -> tuple[str, ...]:
         """Patterns of official names that `assign` need not read: what lies above the features, and the embedding."""
-        return (EMBEDDING, f"model.layers.{self.config.num_hidden_layers - 1}.*", "model.norm.weight", "lm_head.weight")
+        return (
+            "model.embed_tokens.*",
+            f"model.layers.{self.config.num_hidden_layers - 1}.*",
+            "model.norm.weight",
+            "lm_head.weight",
+        )
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """Features of several prompts, laid end to end.

@@ -5,7 +5,8 @@ in the model's folder is not executed. Special tokens typed by a user are parsed
 long is cut from the right, closing tags and all: both as the official pipeline does.
 
 Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same
-BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces.
+BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces. A GGUF file of
+the text encoder carries vocabulary and merges in its metadata.
 
 Nothing is padded: the text encoder is causal, so padding changes no feature of a real token.
 
@@ -23,6 +24,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.gguf_file import GGUFFile
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 TURN = ("<|im_start|>", "<|im_end|>")
@@ -51,14 +53,22 @@ ADDED = (
     "</think>",
 )
 FIRST_ADDED, SPECIAL = 151643, 14
+# Kinds of tokens in GGUF; a fifth fills the vocabulary up and never occurs in text.
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 class Tokenizer:
-    """The tokenizer of a model folder, `tokenizer/` in the official layout."""
+    """The tokenizer of a model folder, `tokenizer/` in the official layout, or of a GGUF file that carries one."""
 
-    def __init__(self, folder: str | Path) -> None:
-        """Read the files of a folder; raises CheckpointError when they are missing, broken or not of this family."""
-        folder = Path(folder)
+    def __init__(self, source: str | Path | GGUFFile) -> None:
+        """Read the files of a folder, or the metadata of a GGUF file.
+
+        Raises CheckpointError when they are missing, broken or not of this family.
+        """
+        if isinstance(source, GGUFFile):
+            self._ids = _ggml(source)
+            return
+        folder = Path(source)
         readers: dict[str, Callable[[Path], Callable[[str], list[int]]]] = {
             "tokenizer.json": _json,
             "vocab.json": _vocabulary,
@@ -109,7 +119,35 @@ def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
     path, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
         raise CheckpointError(f"{merges}: missing; needed beside vocab.json; download it")
-    tokenizer = tokenizers.Tokenizer(_sound(path, lambda: models.BPE.from_file(str(path), str(merges))))
+    bpe = _sound(path, lambda: models.BPE.from_file(str(path), str(merges)))
+    return _qwen(bpe, _added(folder / "tokenizer_config.json"), path)
+
+
+def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
+    """The same BPE from the metadata of a GGUF file, as llama.cpp's converter writes it."""
+    kind = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "qwen2")
+    if kind != ("gpt2", "qwen2"):
+        raise CheckpointError(
+            f"{file.path}: its tokenizer is of the kind {' '.join(map(str, kind))[:60]}; needed gpt2 qwen2, as every "
+            "Qwen3 has it; give the model's own with --tokenizer DIR"
+        )
+    tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in file.items("tokenizer.ggml.merges")]
+    if len(types) != len(tokens) or any(len(merge) != 2 for merge in merges):
+        raise CheckpointError(f"{file.path}: its tokenizer is broken; give the model's own with --tokenizer DIR")
+    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
+    added = {
+        i: AddedToken(token, normalized=False, special=kind == CONTROL)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (CONTROL, USER_DEFINED)
+    }
+    bpe = _sound(file.path, lambda: models.BPE(vocabulary, merges))
+    return _qwen(bpe, added, file.path)
+
+
+def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable[[str], list[int]]:
+    """Qwen2's tokenizer around a BPE; added tokens must get the ids that they are listed with."""
+    tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -118,7 +156,6 @@ def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    added = _added(folder / "tokenizer_config.json")
     tokenizer.add_tokens(list(added.values()))
     for number, token in added.items():
         found = tokenizer.token_to_id(token.content)

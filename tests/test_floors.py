@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
     1: ("config",),
-    2: ("layout", "layers", "linear", "images", "request", "devices", "bands"),
-    3: ("tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
+    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "shapes"),
+    3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "offload", "graphs", "budget", "parallel", "trace"),
     5: ("sampler", "guidance", "conditioning"),

@@ -120,7 +120,9 @@ def _check(
 ) -> dict[str, Entry]:
     """Hold a checkpoint in official spelling to a model's names, shapes and dtypes; one CheckpointError for all."""
     stored = {name: checkpoint.entry(name) for name in checkpoint}
-    needs = _needs(model, homes, stored)
+    # What is never read is needed in no format, and may be in any: a quantized embedding, say, is read by rows.
+    left = {layer for layer in checkpoint.schemes if _matches(f"{layer}.weight", unused)}
+    needs = {name: need for name, need in _needs(model, homes, stored).items() if name.rpartition(".")[0] not in left}
     missing = [name for name in needs if name not in stored and not _matches(name, unused)]
     unexpected = [name for name in stored if name not in needs and not _matches(name, unused)]
     # The shape of a tensor that is never read, or read by rows, still tells whether the file is of this model.

@@ -75,6 +75,7 @@ class Checkpoint(ABC):
     def rows(self, name: str, ids: Tensor) -> Tensor:
         """Some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns); only these rows are read.
 
+        A quantized matrix is decoded, in these rows only, to fp32.
         Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
         """
         shape = self.entry(name).shape
@@ -87,7 +88,25 @@ class Checkpoint(ABC):
                 f"{self.path}: rows {int(ids.min())}..{int(ids.max())} of {name} were asked for, it has {shape[0]}; "
                 "take the tokenizer from the same model as the weights"
             )
-        return self.load(name).index_select(0, ids.to("cpu", torch.int64))
+        ids, layer = ids.to("cpu", torch.int64), name.removesuffix(".weight")
+        if layer not in self.schemes:
+            return self.load(name).index_select(0, ids)
+        parts = {
+            key.rpartition(".")[2]: self.load(key)
+            for key in self
+            if key.rpartition(".")[0] == layer and not key.endswith(".bias")
+        }
+        # What is not of as many rows as the weight is shared by all of them.
+        cut = {
+            leaf: part.index_select(0, ids) if part.dim() and len(part) == shape[0] else part
+            for leaf, part in parts.items()
+        }
+        return self.schemes[layer].decode(cut)
+
+    def format(self, name: str) -> str:
+        """What numbers a tensor is stored in, in a word: of its layer's scheme, or of its dtype."""
+        scheme = self.schemes.get(name.rpartition(".")[0])
+        return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
 
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]

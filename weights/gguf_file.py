@@ -136,6 +136,10 @@ class GGUFFile(Checkpoint):
         flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self._starts[name])
         return flat.view(entry.shape)
 
+    def format(self, name: str) -> str:
+        """What numbers a tensor is stored in, as ggml calls it."""
+        return self.ggml_types.get(name) or super().format(name)
+
     def items(self, key: str) -> list[Any]:
         """A list of the metadata, read now; CheckpointError where there is none, or one of lists."""
         array = self.fields.get(key)

@@ -1,61 +1,172 @@
-"""Spellings: the names that tensors carry in files that are not the official directory, as a short table.
+"""Spellings: the names that tensors carry in files that are not the official directory, as short tables.
 
-The official directory's names are the names of our modules. Another spelling is a change of prefix, said once and not
-once a layer; which one a file has is told from its keys. `official` gives the same checkpoint under official names.
+The official directory's names are the names of our modules. Another spelling is a few substitutions, said once and not
+once a layer; which one a file has is told from one telling key. `official` gives the same checkpoint under official
+names, its tensors views of the stored ones: a fused `qkv` becomes three layers by rows, plain or quantized alike,
+because dim 0 of every part of a layer is the output channel, or the part is shared by all rows. Two things more differ
+between writers and carry no meaning: pad tokens of one dimension, and attention of the autoencoder as 1×1 convolutions.
 
-Source: the key sets of transformers 4.51 (`Qwen3ForCausalLM`: with `model.`) and 5.x (`Qwen3Model`: without), both
-seen in model folders. Single-file and adapter spellings are not here yet.
+What stands before the names of a part in a file of several (`model.diffusion_model.`) is for `parts`.
+
+Source: key sets of Comfy-Org's and FLUX.1's files, of llama.cpp for qwen3, of transformers 4.51 (`Qwen3ForCausalLM`:
+with `model.`) and 5.x (`Qwen3Model`: without). Adapters spell in their own ways, see `lora`.
 """
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from s3dit.weights.container import Checkpoint, CheckpointError, Entry
 
+# In an official name: one stored tensor is several, cut into equal runs of rows.
+FUSED = re.compile(r"\{(.*)\}")
+PAD_TOKENS = ("x_pad_token", "cap_pad_token", "siglip_pad_token")
+# Linear layers that a writer may store as 1×1 convolutions.
+POINTWISE = re.compile(r".*\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """A prefix of official names and the one that a file has in its place."""
+    """Substitutions (pattern, replacement) that make official names, one after the other; `tell` is a key it has.
+
+    A replacement with {a,b} makes one name of each: the stored tensor is cut into as many equal runs of rows.
+    """
 
     name: str
-    official: str = ""
-    stored: str = ""
+    tell: str = ""
+    table: tuple[tuple[str, str], ...] = ()
 
-    def to_official(self, key: str) -> str:
-        """The official name of a stored key."""
-        return self.official + key[len(self.stored) :] if key.startswith(self.stored) else key
+    def to_official(self, key: str, keys: Collection[str] = ()) -> list[str]:
+        """The official names of a stored key: one, or several where it is fused. keys: all of the file's."""
+        for pattern, replacement in self.table:
+            key = re.sub(pattern, replacement, key)
+        if UP.match(key):
+            # LDM counts the decoder's levels from the picture, diffusers from the latents.
+            levels = 1 + max(int(found[1]) for one in keys if (found := UP_STORED.match(one)))
+            key = UP.sub(lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.", key)
+        fused = FUSED.search(key)
+        return [key.replace(fused[0], piece) for piece in fused[1].split(",")] if fused else [key]
 
 
+UP, UP_STORED = re.compile(r"decoder\.up_blocks\.-(\d+)\."), re.compile(r"decoder\.up\.(\d+)\.")
+OFFICIAL = Spelling("official")
 SPELLINGS = (
-    Spelling("official"),
-    Spelling("bare Qwen3Model", official="model.", stored=""),
+    Spelling(
+        "ComfyUI",
+        "noise_refiner.0.attention.q_norm.weight",
+        (
+            (r"^(x_embedder|final_layer)\.", r"all_\1.2-1."),
+            (r"\.attention\.qkv\.", r".attention.to_{q,k,v}."),
+            (r"\.attention\.out\.", r".attention.to_out.0."),
+            (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
+        ),
+    ),
+    Spelling(
+        "nunchaku",
+        "layers.0.feed_forward.net.2.weight",
+        (
+            (r"\.attention\.to_qkv\.", r".attention.to_{q,k,v}."),
+            (r"\.feed_forward\.net\.0\.proj\.", r".feed_forward.{w3,w1}."),
+            (r"\.feed_forward\.net\.2\.", r".feed_forward.w2."),
+        ),
+    ),
+    Spelling(
+        "LDM",
+        "decoder.mid.attn_1.norm.weight",
+        (
+            (r"^decoder\.up\.(\d+)\.", r"decoder.up_blocks.-\1."),
+            (r"^encoder\.down\.(\d+)\.", r"encoder.down_blocks.\1."),
+            (r"\.block\.(\d+)\.", r".resnets.\1."),
+            (r"\.(up|down)sample\.conv\.", r".\1samplers.0.conv."),
+            (r"\.nin_shortcut\.", r".conv_shortcut."),
+            (r"\.norm_out\.", r".conv_norm_out."),
+            (r"\.mid\.block_1\.", r".mid_block.resnets.0."),
+            (r"\.mid\.block_2\.", r".mid_block.resnets.1."),
+            (r"\.mid\.attn_1\.norm\.", r".mid_block.attentions.0.group_norm."),
+            (r"\.mid\.attn_1\.proj_out\.", r".mid_block.attentions.0.to_out.0."),
+            (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+        ),
+    ),
+    Spelling(
+        "early diffusers",
+        "decoder.mid_block.attentions.0.query.weight",
+        (
+            (r"\.attentions\.0\.query\.", r".attentions.0.to_q."),
+            (r"\.attentions\.0\.key\.", r".attentions.0.to_k."),
+            (r"\.attentions\.0\.value\.", r".attentions.0.to_v."),
+            (r"\.attentions\.0\.proj_attn\.", r".attentions.0.to_out.0."),
+        ),
+    ),
+    Spelling("bare Qwen3Model", "embed_tokens.weight", ((r"^(?!lm_head\.)", "model."),)),
+    Spelling(
+        "llama.cpp",
+        "blk.0.attn_norm.weight",
+        (
+            (r"^token_embd\.", "model.embed_tokens."),
+            (r"^output_norm\.", "model.norm."),
+            (r"^output\.", "lm_head."),
+            (r"^blk\.(\d+)\.", r"model.layers.\1."),
+            (r"\.attn_norm\.", r".input_layernorm."),
+            (r"\.ffn_norm\.", r".post_attention_layernorm."),
+            (r"\.attn_([qk])_norm\.", r".self_attn.\1_norm."),
+            (r"\.attn_([qkv])\.", r".self_attn.\1_proj."),
+            (r"\.attn_output\.", r".self_attn.o_proj."),
+            (r"\.ffn_(gate|up|down)\.", r".mlp.\1_proj."),
+        ),
+    ),
 )
 
 
-def detect(keys: Iterable[str], names: Collection[str]) -> Spelling:
-    """The spelling under which most keys of a file are among a model's official names; the official one on a draw."""
-    keys = list(keys)
-    names = frozenset(names)
-    return max(SPELLINGS, key=lambda spelling: sum(spelling.to_official(key) in names for key in keys))
+def detect(keys: Collection[str], names: Collection[str] = ()) -> Spelling:
+    """The spelling whose telling key is there, and is meant for one of the model's names; else the official one."""
+
+    def fits(spelling: Spelling) -> bool:
+        return spelling.tell in keys and (not names or spelling.to_official(spelling.tell)[0] in names)
+
+    return next(filter(fits, SPELLINGS), OFFICIAL)
 
 
-def official(checkpoint: Checkpoint, names: Collection[str]) -> Checkpoint:
-    """The checkpoint under the official names of the model that has `names`; itself when it is spelled so already."""
+def official(checkpoint: Checkpoint, names: Collection[str] = ()) -> Checkpoint:
+    """The checkpoint under official names; itself when it is spelled so already.
+
+    names: those of the model that it is for; a checkpoint of another model is left as it is.
+    """
     spelling = detect(checkpoint, names)
-    return checkpoint if spelling.name == "official" else Respelled(checkpoint, spelling)
+    renamed = Respelled(checkpoint, spelling)
+    return renamed if renamed.changed else checkpoint
 
 
 class Respelled(Checkpoint):
-    """A checkpoint whose keys read in the official spelling."""
+    """A checkpoint whose keys read in the official spelling: each a stored key, and which run of its rows."""
 
     def __init__(self, checkpoint: Checkpoint, spelling: Spelling) -> None:
         self.path = checkpoint.path
         self.metadata = checkpoint.metadata
         self._checkpoint = checkpoint
-        self._stored = {spelling.to_official(key): key for key in checkpoint}
-        self.schemes = {spelling.to_official(layer): scheme for layer, scheme in checkpoint.schemes.items()}
+        # Official name -> stored key, which run of its rows, of how many.
+        self._stored: dict[str, tuple[str, int, int]] = {}
+        keys = checkpoint.keys()
+        for key in keys:
+            names = spelling.to_official(key, keys)
+            for i, name in enumerate(names):
+                if name in self._stored:
+                    raise CheckpointError(
+                        f"{self.path}: {key} and {self._stored[name][0]} are two names of {name}; needed one; take the "
+                        "file from its official place"
+                    )
+                self._stored[name] = (key, i, len(names))
+        self.schemes = {
+            name.removesuffix(".weight"): scheme
+            for layer, scheme in checkpoint.schemes.items()
+            for name in spelling.to_official(f"{layer}.weight", keys)
+        }
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything reads differently from the checkpoint below."""
+        return any(name != key or self._reshaped(name) for name, (key, *_) in self._stored.items())
 
     def keys(self) -> list[str]:
         """All names, in the order in which the tensors lie on disk."""
@@ -66,11 +177,22 @@ class Respelled(Checkpoint):
 
     def entry(self, name: str) -> Entry:
         """Shape, dtype and bytes of one tensor; CheckpointError for an unknown name."""
-        return self._checkpoint.entry(self._key(name))
+        rows, shape = self._rows(name), self._reshaped(name)
+        entry = self._checkpoint.entry(self._key(name))
+        if rows is not None:
+            return Entry((rows.stop - rows.start, *entry.shape[1:]), entry.dtype, entry.nbytes // self._stored[name][2])
+        return entry if shape is None else Entry(shape, entry.dtype, entry.nbytes)
 
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, as the checkpoint below gives it."""
-        return self._checkpoint.load(self._key(name))
+        """One tensor in its stored dtype, a view of what the checkpoint below gives."""
+        rows, shape = self._rows(name), self._reshaped(name)
+        tensor = self._checkpoint.load(self._key(name))
+        tensor = tensor if rows is None else tensor[rows]
+        return tensor if shape is None else tensor.view(shape)
+
+    def format(self, name: str) -> str:
+        """The number format of one tensor, as the checkpoint below says it."""
+        return self._checkpoint.format(self._key(name))
 
     def _key(self, name: str) -> str:
         """The stored key of an official name."""
@@ -78,4 +200,27 @@ class Respelled(Checkpoint):
             raise CheckpointError(
                 f"{self.path}: no tensor {name!r} among {len(self._stored)}; the files are of another model"
             )
-        return self._stored[name]
+        return self._stored[name][0]
+
+    def _rows(self, name: str) -> slice | None:
+        """Which rows of the stored tensor a name stands for; None for all, or where they share it."""
+        key = self._key(name)
+        _, run, runs = self._stored[name]
+        shape = self._checkpoint.entry(key).shape
+        weight = f"{key.rpartition('.')[0]}.weight"
+        out = self._checkpoint.entry(weight if weight in self._checkpoint else key).shape[:1]
+        if runs == 1 or not shape or shape[:1] != out:
+            return None
+        if shape[0] % runs:
+            raise CheckpointError(
+                f"{self.path}: {key} has {shape[0]} rows; needed a multiple of the {runs} layers fused in it; the "
+                "file is of another model"
+            )
+        return slice(run * shape[0] // runs, (run + 1) * shape[0] // runs)
+
+    def _reshaped(self, name: str) -> tuple[int, ...] | None:
+        """The shape that a tensor is shown in, where the writer has chosen another one."""
+        shape = self._checkpoint.entry(self._key(name)).shape
+        if name in PAD_TOKENS and len(shape) == 1:
+            return (1, *shape)
+        return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) and POINTWISE.fullmatch(name) else None

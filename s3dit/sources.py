@@ -1,0 +1,178 @@
+"""Where each part of a model comes from: a directory, one file of everything, or parts mixed from anywhere.
+
+`gather` goes from what a user names to open checkpoints, configurations and a tokenizer; it reads headers only. The
+model gives whatever it holds; `transformer`, `text_encoder` and `vae` put another file or folder in the place of one
+part. A config is the JSON of the part's folder; else it is read from the shapes (`shapes`), and what they cannot say is
+the model's own or the official constant, which a note tells.
+
+What is missing is named together with the option that gives it, before anything is loaded.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from s3dit import shapes
+from s3dit.config import KINDS, OWN, ModelConfig, SchedulerConfig, compose, read_json
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.hub import resolve
+from s3dit.weights.parts import PARTS, split
+
+WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+TOKENS = "tokenizer.ggml.tokens"
+OPTIONS = {
+    "transformer": "--transformer FILE",
+    "text_encoder": "--text-encoder FILE",
+    "vae": "--vae FILE",
+    "tokenizer": "--tokenizer DIR",
+}
+# What a file of weights cannot say, and what is taken for it.
+SHIFT = 3.0
+SHIFT_NOTE = (
+    "no scheduler_config.json says the shift of the schedule: drawing like Turbo, with 3; for Z-Image itself use "
+    "--shift 6 --steps 28 --guidance 4"
+)
+VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.3611 and 0.1159 are used"
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """One model: `path` is what it is called by, the tokenizer a folder or in a GGUF file, `mixed` parts put in.
+
+    guessed: whether the shift of the schedule is (see SHIFT).
+    """
+
+    path: Path
+    config: ModelConfig
+    checkpoints: Mapping[str, Checkpoint]
+    tokenizer: Path | GGUFFile
+    mixed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    guessed: bool = False
+
+
+@dataclass(slots=True)
+class Found:
+    """What one path gives: parts of a model, the JSON that lies beside them, and a tokenizer."""
+
+    path: Path
+    parts: dict[str, Checkpoint] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
+    scheduler: SchedulerConfig | None = None
+    own: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Path | GGUFFile | None = None
+    rest: list[str] = field(default_factory=list)
+
+
+def gather(
+    model: str | Path | None, given: Mapping[str, str | Path | None], tokenizer: str | Path | None, embedded: Path
+) -> Sources:
+    """Open a model, or the parts that take the place of its own; raises CheckpointError.
+
+    model: "embedded" (the folder `embedded`), a path or a Hub name; None is the embedded model where no part is given,
+    else no model. given: a path or a Hub name by part, or None.
+    """
+    wanted = {part: str(path) for part, path in given.items() if path is not None}
+    if model is None and not wanted:
+        model = "embedded"
+    base = None
+    if model is not None:
+        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), wanted)
+    homes = {part: _one(part, resolve(path)) for part, path in wanted.items()}
+    places = [found for found in (base, *homes.values()) if found is not None]
+    if base is not None:
+        homes = dict.fromkeys(base.parts, base) | homes
+    words = [resolve(str(tokenizer))] if tokenizer is not None else [f.tokenizer for f in places if f.tokenizer]
+    _check_complete(places[0].path, homes, bool(words))
+    known = base.configs if base is not None else {}
+    configs = {part: homes[part].configs.get(part) or _shaped(part, homes[part], known) for part in PARTS}
+    scheduler = base.scheduler if base is not None else None
+    said = any("vae" in found.configs for found in (homes["vae"], base) if found is not None)
+    return Sources(
+        path=places[0].path,
+        config=compose(
+            configs, scheduler or SchedulerConfig(SHIFT), base.own if base is not None else {}, places[0].path
+        ),
+        checkpoints={part: homes[part].parts[part] for part in PARTS},
+        tokenizer=words[0],
+        mixed=tuple(wanted),
+        notes=() if said else (VAE_NOTE,),
+        guessed=scheduler is None,
+    )
+
+
+def look_into(path: Path, skip: Iterable[str] = ()) -> Found:
+    """What a path holds: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
+
+    skip: parts that are not opened.
+    """
+    if not path.is_dir() or not any((path / part).is_dir() for part in PARTS):
+        return _one_checkpoint(path)
+    found = Found(path)
+    for part in PARTS:
+        folder = path / part
+        if part in skip or not folder.is_dir():
+            continue
+        inside = _one(part, folder)
+        found.parts[part], found.rest = inside.parts[part], found.rest + inside.rest
+        found.configs |= inside.configs
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.parent.is_dir():
+        found.scheduler = SchedulerConfig.from_json(read_json(scheduler), scheduler)
+    if (path / "tokenizer").is_dir():
+        found.tokenizer = path / "tokenizer"
+    found.own = read_json(path / OWN) if (path / OWN).is_file() else {}
+    return found
+
+
+def _one_checkpoint(path: Path) -> Found:
+    """A file, or a folder that holds one checkpoint and perhaps its config.json."""
+    if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
+        raise CheckpointError(
+            f"{path}: not a Z-Image model directory, it lacks transformer/, text_encoder/, vae/ and holds no weights; "
+            "needed the layout of Tongyi-MAI/Z-Image-Turbo"
+        )
+    checkpoint = open_checkpoint(path)
+    inside = split(checkpoint)
+    found = Found(path, inside.parts, rest=inside.rest)
+    config = path / "config.json"
+    if path.is_dir() and config.is_file() and len(found.parts) == 1:
+        (part,) = found.parts
+        found.configs[part] = KINDS[part].from_json(read_json(config), config)
+    if isinstance(checkpoint, GGUFFile) and TOKENS in checkpoint.fields:
+        found.tokenizer = checkpoint
+    return found
+
+
+def _one(part: str, path: Path) -> Found:
+    """A path that must give a part; raises CheckpointError."""
+    found = look_into(path, [other for other in PARTS if other != part])
+    if part not in found.parts:
+        has = next(iter(found.parts), None)
+        remedy = f"give it with {OPTIONS[has]}" if has else "give another path"
+        raise CheckpointError(f"{path}: holds {has or 'no part of a model'}, where {part} was needed; {remedy}")
+    return found
+
+
+def _shaped(part: str, home: Found, known: Mapping[str, Any]) -> Any:
+    """A part's config from its shapes."""
+    return shapes.READERS[part](home.parts[part], known.get(part))
+
+
+def missing(parts: Iterable[str], tokenizer: bool) -> list[str]:
+    """What is wanting to draw a picture."""
+    parts = set(parts)
+    return [part for part in PARTS if part not in parts] + ([] if tokenizer else ["tokenizer"])
+
+
+def _check_complete(path: Path, parts: Iterable[str], tokenizer: bool) -> None:
+    """Raise the CheckpointError of a model that lacks something, with the options that give it."""
+    parts = list(parts)
+    if lacking := missing(parts, tokenizer):
+        options = " ".join(OPTIONS[part] for part in lacking)
+        raise CheckpointError(
+            f"{path}: not a whole model, it holds {', '.join(parts)}, not {', '.join(lacking)}; add {options}, "
+            "or give a model directory as --model and this for a part of it"
+        )
