@@ -182,8 +182,8 @@ class Parted(Checkpoint):
                 self._names |= dict.fromkeys(first[name].entries)
             elif name not in hidden:
                 self._names[name] = None
-        # The parts of one layer, made together and handed out one by one.
-        self._held: dict[str, Tensor] = {}
+        # The parts of one layer, which are asked for one after another, or rows of each.
+        self._held: tuple[Made, dict[str, Tensor]] | None = None
 
     def keys(self) -> list[str]:
         """All names, in the order in which the tensors lie on disk, the parts of a layer together."""
@@ -205,7 +205,8 @@ class Parted(Checkpoint):
         if name not in self._made:
             self.entry(name)
             return self._checkpoint.load(name)
-        if name not in self._held:
-            self._held = {}
-            self._held = self._made[name].make()
-        return self._held.pop(name)
+        made = self._made[name]
+        if self._held is None or self._held[0] is not made:
+            self._held = None
+            self._held = made, made.make()
+        return self._held[1][name]

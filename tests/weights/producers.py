@@ -202,7 +202,7 @@ def _pack_vectors(columns):
 
 
 def _pack_micro(scale):
-    """(n, in / 16) e4m3 -> (in / 16, n): of each 128 rows, lane 4 (r % 8) + r % 32 // 8 holds rows 32 apart, 4 k each."""
+    """(n, in / 16) e4m3 -> (in / 16, n): of each 128 rows, lane 4 (r % 8) + r % 32 // 8 holds rows 32 apart, 4 of k."""
     n, groups = scale.shape
     row, column = torch.meshgrid(torch.arange(n), torch.arange(groups), indexing="ij")
     lane, part = row % 8 * 4 + row % 32 // 8, row % 128 // 32
@@ -274,8 +274,9 @@ FORMATS = {
         torchao(lambda q: q.Int8WeightOnlyConfig(version=2, granularity=q.PerGroup(32))), "torchao", None,
         "torchao-int8"),
     **{
-        f"sdnq {kind} {' '.join(options)}": (
-            sdnq(weights_dtype=kind, **options), "sdnq", {"quant_method": "sdnq", "weights_dtype": kind, **options}, name)
+        " ".join(("sdnq", kind, *options)): (
+            sdnq(weights_dtype=kind, **options), "sdnq", {"quant_method": "sdnq", "weights_dtype": kind, **options},
+            name)
         for kind, options, name in (
             ("uint4", {}, "sdnq-uint4"), ("uint4", {"use_svd": True}, "sdnq-uint4"), ("int8", {}, "int8-weights"),
             ("int4", {"use_svd": True, "use_hadamard": True}, "sdnq-int4"),
@@ -286,6 +287,6 @@ FORMATS = {
               for bits in (2, 3, 5, 6, 7) for sign in ("u", "")),
         )
     },
-    "nunchaku int4": (nunchaku(False), "", None, "svdq-int4"),
-    "nunchaku fp4": (nunchaku(True), "", None, "svdq-fp4"),
+    "nunchaku_lite int4": (nunchaku(False), "", None, "svdq-int4"),
+    "nunchaku_lite fp4": (nunchaku(True), "", None, "svdq-fp4"),
 }  # fmt: skip
