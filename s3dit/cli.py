@@ -1,4 +1,4 @@
-"""The command line: `s3dit generate`, `s3dit plan`, `s3dit quantize`. Flags are made from Request's fields.
+"""The command line: `s3dit generate`, `plan`, `look`, `convert`, `quantize`. Flags are made from Request's fields.
 
 Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
 and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
@@ -13,7 +13,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from s3dit import __version__
+from s3dit import __version__, cli_files
 from s3dit.request import Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ EXAMPLES = """examples:
   s3dit generate --replay star.png -o again.png         the same picture again, bit for bit
   s3dit plan --model path/to/Z-Image                    what would be loaded, when, how many bytes
   s3dit plan --model path/to/Z-Image --vram 4GiB        how it would be done within 4 GiB of GPU memory
+  s3dit look z-image.gguf                               what is in this file, and how to use it
+  s3dit convert z-image.gguf Z-Image-plain              the same in the official layout, for any tool
   s3dit quantize path/to/Z-Image small --to int8        the same model in half the memory
 environment:
   S3DIT_BACKEND=auto|reference|torch|triton             who computes, where --backend does not say; see plan --kernels
@@ -51,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"s3dit {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="{generate,plan,quantize}")
+    commands = parser.add_subparsers(dest="command", metavar="{generate,plan,look,convert,quantize}")
     for name, text in (("generate", "draw pictures"), ("plan", "print what a request will load and compute")):
         command = commands.add_parser(
             name, help=text, description=text, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--kernels", action="store_true", help="also print which implementation serves each operation, and why"
             )
+    cli_files.add(commands)
     text = "write a model directory in a number format"
     _add_quantize(commands.add_parser("quantize", help=text, description=text))
     return parser
@@ -166,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return _quantize(args) if args.command == "quantize" else _run(args)
+        return {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
     except KeyboardInterrupt:
         print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
         return 130

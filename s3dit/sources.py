@@ -106,14 +106,17 @@ def gather(
 def look_into(path: Path, skip: Iterable[str] = ()) -> Found:
     """What a path holds: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
 
-    skip: parts that are not opened.
+    skip: parts that are not opened; their config is still what is known of the model.
     """
     if not path.is_dir() or not any((path / part).is_dir() for part in PARTS):
         return _one_checkpoint(path)
     found = Found(path)
     for part in PARTS:
         folder = path / part
-        if part in skip or not folder.is_dir():
+        if part in skip:
+            found.configs |= _beside(part, folder)
+            continue
+        if not folder.is_dir():
             continue
         inside = _one(part, folder)
         found.parts[part], found.rest = inside.parts[part], found.rest + inside.rest
@@ -137,13 +140,17 @@ def _one_checkpoint(path: Path) -> Found:
     checkpoint = open_checkpoint(path)
     inside = split(checkpoint)
     found = Found(path, inside.parts, rest=inside.rest)
-    config = path / "config.json"
-    if path.is_dir() and config.is_file() and len(found.parts) == 1:
-        (part,) = found.parts
-        found.configs[part] = KINDS[part].from_json(read_json(config), config)
+    if path.is_dir() and len(found.parts) == 1:
+        found.configs = _beside(next(iter(found.parts)), path)
     if isinstance(checkpoint, GGUFFile) and TOKENS in checkpoint.fields:
         found.tokenizer = checkpoint
     return found
+
+
+def _beside(part: str, folder: Path) -> dict[str, Any]:
+    """The config of a part whose folder has one."""
+    path = folder / "config.json"
+    return {part: KINDS[part].from_json(read_json(path), path)} if path.is_file() else {}
 
 
 def _one(part: str, path: Path) -> Found:

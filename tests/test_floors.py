@@ -20,9 +20,9 @@ FLOORS = {
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "offload", "graphs", "budget", "parallel", "trace"),
-    5: ("sampler", "guidance", "conditioning"),
+    5: ("sampler", "guidance", "conditioning", "look", "convert"),
     6: ("pipeline",),
-    7: ("cli", "serve"),
+    7: ("cli", "cli_files", "serve"),
     8: ("__main__", "__init__"),
 }
 # The highest floor that a floor may look down on, where it is not the one below.
@@ -36,6 +36,8 @@ SIDEWAYS = {
     ("s3dit.graphs", "s3dit.offload"),
     ("s3dit.guidance", "s3dit.sampler"),
     ("s3dit.conditioning", "s3dit.sampler"),
+    ("s3dit.convert", "s3dit.look"),
+    ("s3dit.cli", "s3dit.cli_files"),
 }
 # From the ground up; rooms of one rank do not know each other.
 KERNELS = (

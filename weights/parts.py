@@ -55,7 +55,7 @@ OTHERS = (
     ("model.layers.0.self_attn.q_proj.bias", "a Qwen2 language model; Z-Image reads Qwen3"),
     ("decoder.conv1.weight", "the VAE of a Wan or Qwen-Image model"),
 )
-ADAPTER = re.compile(r".*\.(lora_[AB]|lora_down|lora_up|lora\.down|lora\.up|lokr_\w+|hada_\w+|diff(_b)?$)(\.|$)")
+ADAPTER = re.compile(r"\.(lora_[AB]|lora[_.](down|up)|lokr_\w+|hada_\w+)(\.|$)|\.diff(_b)?$")
 CONTROL = "control_layers.0."
 
 MLX = (
@@ -104,10 +104,10 @@ def split(checkpoint: Checkpoint) -> Found:
 
 def kind(keys: Collection[str]) -> str:
     """What a checkpoint is that holds no part of the model, in a clause that says what to do."""
-    if any(map(ADAPTER.fullmatch, keys)):
-        return "is an adapter (LoRA or one of its kin), not a model; draw with a model, and give it this as its adapter"
+    if any(map(ADAPTER.search, keys)):
+        return "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE"
     if any(CONTROL in key for key in keys):
-        return "is a ControlNet of Z-Image, not the model; draw with a model, and give it this as its control model"
+        return "is a ControlNet of Z-Image, not the model; draw with a model and add --control FILE:IMAGE"
     if other := _other(keys):
         return f"is {other}; needed a part of Z-Image: its transformer, a Qwen3 text encoder, or FLUX.1's VAE"
     few = ", ".join(list(keys)[:3])

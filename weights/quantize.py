@@ -134,15 +134,8 @@ def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: b
     """Raise the CheckpointError that `quantize` would raise before it writes; the checkpoints of the parts."""
     if not source.is_dir():
         raise CheckpointError(f"{source}: not a folder; needed a model in the official directory layout")
-    real, home = target.resolve(), source.resolve()
-    if real.is_relative_to(home) or home.is_relative_to(real):
-        raise CheckpointError(f"{target}: overlaps with the source {source}; needed a folder beside it")
-    if os.path.lexists(target) and not force:
-        raise CheckpointError(f"{target}: exists; choose another name, or replace it with --force")
-    if target.exists() and not (target / "transformer").is_dir():
-        raise CheckpointError(f"{target}: is no model directory, so it is not replaced; choose another name")
-    if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
-        raise CheckpointError(f"{real.parent}: not a writable folder; needed one for {real.name}; make it, or choose")
+    check_target(source, target, force=force)
+    real = target.resolve()
     checkpoints = {part: open_checkpoint(source / part) for part in schemes}
     needed = SPARE
     for part, checkpoint in checkpoints.items():
@@ -155,13 +148,32 @@ def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: b
     others = (path for path in source.rglob("*") if path.is_file() and path.relative_to(source).parts[0] not in schemes)
     # Links take no room, but a file system without them would copy.
     needed += sum(path.stat().st_size for path in others if path.stat().st_dev != real.parent.stat().st_dev)
-    free = shutil.disk_usage(real.parent).free
+    check_room(target, needed)
+    return checkpoints
+
+
+def check_target(source: Path, target: Path, *, force: bool = False) -> None:
+    """Raise the CheckpointError of a directory that cannot be made, or not be replaced."""
+    real, home = target.resolve(), source.resolve()
+    if real.is_relative_to(home) or home.is_relative_to(real):
+        raise CheckpointError(f"{target}: overlaps with the source {source}; needed a folder beside it")
+    if os.path.lexists(target) and not force:
+        raise CheckpointError(f"{target}: exists; choose another name, or replace it with --force")
+    if target.exists() and not any((target / part).is_dir() for part in ("transformer", *STEM, "vae")):
+        raise CheckpointError(f"{target}: is no model directory, so it is not replaced; choose another name")
+    if not real.parent.is_dir() or not os.access(real.parent, os.W_OK):
+        raise CheckpointError(f"{real.parent}: not a writable folder; needed one for {real.name}; make it, or choose")
+
+
+def check_room(target: Path, needed: int) -> None:
+    """Raise the CheckpointError of a disk that has too little room for that many bytes."""
+    folder = target.resolve().parent
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"{real.parent}: {free / 1e9:.1f} GB free; needed {needed / 1e9:.1f} GB for {real.name}; make room, or "
+            f"{folder}: {free / 1e9:.1f} GB free; needed {needed / 1e9:.1f} GB for {target.name}; make room, or "
             "choose another disk"
         )
-    return checkpoints
 
 
 def _size(checkpoint: Checkpoint, inside: Mapping[str, Scheme]) -> int:

@@ -1,0 +1,56 @@
+"""The commands that deal with files instead of pictures: `s3dit look` and `s3dit convert`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from s3dit import __version__
+
+
+def add(commands: Any) -> None:
+    """Give a parser's commands those of this room."""
+    text = "say what is in a file or folder, what is missing to draw with it, and the command that does"
+    command = commands.add_parser("look", help=text, description=text)
+    command.add_argument("path", type=Path, metavar="FILE", help="a file or folder of weights, on this machine")
+    command.add_argument("--json", action="store_true", help="the same as one JSON object")
+    text = "write any checkpoint that can be read into the official layout"
+    _add_convert(commands.add_parser("convert", help=text, description=text))
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a file or folder of one part or of all, or a hub name")
+    parser.add_argument("target", type=Path, metavar="DST", help="the new directory")
+    parser.add_argument("--dtype", help="bf16 or fp32 (default: floats as stored, number formats decoded to bf16)")
+    parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
+
+
+def _look(args: argparse.Namespace) -> int:
+    from s3dit.look import look
+
+    report = look(args.path)
+    print(json.dumps(report.to_json()) if args.json else report)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from s3dit.convert import check, convert
+    from s3dit.weights.hub import resolve
+
+    source = resolve(args.source)
+    total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar:
+        notes = convert(
+            source, args.target, version=__version__, dtype=args.dtype, force=args.force, progress=bar.update
+        )
+    for note in notes:
+        print(f"s3dit: {note}", file=sys.stderr)
+    print(args.target)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"look": _look, "convert": _convert}

@@ -1,0 +1,99 @@
+"""Configurations read from shapes are those of the JSON; what shapes cannot say is the model's own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from s3dit import shapes
+from s3dit.config import read_model
+from s3dit.pipeline import EMBEDDED
+from s3dit.text_encoder import TextEncoder
+from s3dit.transformer import Transformer
+from s3dit.vae import Autoencoder
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.container import Entry
+
+MODULES = {"transformer": Transformer, "text_encoder": TextEncoder, "vae": Autoencoder}
+PUBLISHED = {"transformer": shapes.TRANSFORMER, "text_encoder": shapes.TEXT_ENCODER, "vae": shapes.VAE}
+
+
+class Blank(Checkpoint):
+    """The tensors of a module on the meta device."""
+
+    def __init__(self, module):
+        self.path, self.metadata, self._tensors = "meta", {}, module.state_dict()
+
+    def keys(self):
+        return list(self._tensors)
+
+    def entry(self, name):
+        return Entry(tuple(self._tensors[name].shape), torch.float32, self._tensors[name].nbytes)
+
+    def load(self, name):
+        raise AssertionError("a tensor was read")
+
+
+def blank(part, config):
+    with torch.device("meta"):
+        return Blank(MODULES[part](config))
+
+
+@pytest.mark.parametrize("part", MODULES)
+def test_the_published_form(part):
+    assert shapes.READERS[part](blank(part, PUBLISHED[part])) == PUBLISHED[part]
+
+
+@pytest.mark.parametrize("part", MODULES)
+def test_the_embedded_model(part):
+    config = getattr(read_model(EMBEDDED), part)
+    assert shapes.READERS[part](open_checkpoint(EMBEDDED / part), config) == config
+
+
+def test_other_sizes():
+    omni = replace(
+        shapes.TRANSFORMER, siglip_feat_dim=1152, n_layers=5, n_refiner_layers=1, dim=1920, n_heads=15, n_kv_heads=15
+    )
+    assert shapes.transformer(blank("transformer", omni)) == omni
+    text = replace(
+        shapes.TEXT_ENCODER, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, hidden_size=96
+    )
+    assert shapes.text_encoder(blank("text_encoder", text)) == text
+
+
+def test_metadata_of_gguf():
+    stored = blank("text_encoder", shapes.TEXT_ENCODER)
+    stored.metadata = {
+        "qwen3.rope.freq_base": "5000000.0",
+        "qwen3.attention.layer_norm_rms_epsilon": "9.999999974752427e-07",
+    }
+    config = shapes.text_encoder(stored)
+    assert (config.rope_theta, config.rms_norm_eps) == (5e6, 1e-6)
+    for wrong in ("nan", "-1", "1e300", "many"):
+        stored.metadata = {"qwen3.rope.freq_base": wrong}
+        with pytest.raises(CheckpointError, match="its metadata says qwen3.rope.freq_base"):
+            shapes.text_encoder(stored)
+
+
+@pytest.mark.parametrize(
+    "part, change, words",
+    [
+        ("transformer", {"layers.0.attention_norm1.weight": None}, "attention_norm1.weight is missing"),
+        ("transformer", {"layers.0.attention_norm1.weight": (100,)}, "do not go together"),
+        ("transformer", {"layers.0.attention_norm1.weight": ()}, "is \\[\\]"),
+        ("transformer", {"layers.9.extra": (1,)}, "layers has the numbers 0, 1, 2, 3, 4, 5, 9"),
+        ("vae", {"encoder.down_blocks.0.resnets.0.conv1.bias": (15,)}, "do not divide"),
+    ],
+)
+def test_shapes_that_are_no_models(part, change, words, tmp_path):
+    tensors = {}
+    for file in (EMBEDDED / part).glob("*.safetensors"):
+        tensors |= load_file(file)
+    for name, shape in change.items():
+        tensors.pop(name, None)
+        if shape is not None:
+            tensors[name] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=words):
+        shapes.READERS[part](open_checkpoint(tmp_path / "x.safetensors"))
