@@ -20,7 +20,8 @@ from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, Reque
 if TYPE_CHECKING:
     from PIL import Image
 
-    from s3dit.pipeline import Pipeline, Plan
+    from s3dit.pipeline import Pipeline
+    from s3dit.plan import Plan
     from s3dit.sampler import Step
 
 EXAMPLES = """examples:
@@ -397,7 +398,7 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
     lines = [
         f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
-        + "".join(f", {part} in {name}" for part, name in pipe.formats.items() if name),
+        + "".join(f", {part} in {name}" for part, name in pipe.parts.formats.items() if name),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
@@ -483,13 +484,13 @@ class Progress:
         self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
         self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
         self.loading: dict[str, tqdm[Any]] = {}
-        pipe.on_read = self.read
+        pipe.parts.on_read = self.read
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.pipe.on_read = None
+        self.pipe.parts.on_read = None
         self.bar.close()
         if self.args.preview:
             self._preview_path().unlink(missing_ok=True)

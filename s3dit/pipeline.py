@@ -14,9 +14,8 @@ where tokens stand (`layout`), the list of adapters (`adapters`).
 
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Self
@@ -26,30 +25,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, branches, budget, conditioning, images, references
-from s3dit.adapters import Adapters
 from s3dit.control import Control
-from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.controlnet import ControlNetConfig
 from s3dit.devices import Placement, place
-from s3dit.graphs import Replay, check_compiler, compile_blocks
+from s3dit.graphs import Replay, check_compiler
 from s3dit.guidance import Guidance, guide
-from s3dit.kernels.dispatch import BackendError, backend, set_backend
+from s3dit.kernels.dispatch import BackendError, set_backend
 from s3dit.layout import Layout, edit, text_to_image
-from s3dit.linear import swap
-from s3dit.offload import Mode, Residency, stream, tensors
-from s3dit.request import IMAGES, Request, RequestError, Result
+from s3dit.offload import Mode, tensors
+from s3dit.parts import Parts
+from s3dit.plan import Plan, Seen, fit_of, out_of_memory, records, stage_of
+from s3dit.request import Request, RequestError, Result
 from s3dit.sampler import Step, model_calls, solve
 from s3dit.sources import SHIFT_NOTE, Sources, gather
-from s3dit.text_encoder import EMBEDDING, TextEncoder
+from s3dit.text_encoder import EMBEDDING
 from s3dit.tokenizer import Tokenizer
-from s3dit.trace import first_nonfinite
+from s3dit.trace import check_finite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
-from s3dit.vision_encoder import VisionEncoder
 from s3dit.weights import keymap
-from s3dit.weights.assign import assign, pending, schemes
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError
-from s3dit.weights.hub import resolve_file
-from s3dit.weights.quantize import named, schemes_for
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -62,43 +56,6 @@ WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
 
 # Token ids of an item's texts: one, or the segments around its references.
 Caption = tuple[tuple[int, ...], ...]
-# References of every picture.
-Seen = tuple[tuple[references.Reference, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One turn of a part: what is read from disk and what is then held in memory, in bytes.
-
-    beside: held in the same turn by other parts (ControlNets beside the transformer).
-    """
-
-    part: str
-    reads: int
-    holds: int
-    work: str
-    beside: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request will do, known before any weight is read.
-
-    calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
-    controls: what steers it, read · references: of each picture, read · then: the second pass if there is one, whose
-    canvases the first one draws.
-    """
-
-    request: Request
-    stages: tuple[Stage, ...]
-    sigmas: tuple[float, ...]
-    calls: int
-    notes: tuple[str, ...]
-    fit: budget.Fit | None = None
-    canvases: tuple[conditioning.Canvas, ...] = ()
-    controls: tuple[branches.Prepared, ...] = ()
-    then: "Plan | None" = None
-    references: Seen = ()
 
 
 class Pipeline:
@@ -116,29 +73,22 @@ class Pipeline:
         quantize: str | None = None,
         quantize_text: str | None = None,
     ) -> None:
-        self.sources, self.folder, self.config, self.placement = sources, sources.path, sources.config, placement
-        self.vram, self.compiled, self.graphs = vram, compiled, graphs
+        self.sources, self.folder, self.config = sources, sources.path, sources.config
+        self.vram, self.graphs = vram, graphs
         self.tokenizer = Tokenizer(sources.tokenizer)
-        self.checkpoints = dict(sources.checkpoints)
-        self._asked = {"transformer": quantize, "text_encoder": quantize_text}
-        self.parts = Residency({part: self._maker(part) for part in self.checkpoints}, residency)
-        self.lora = Adapters(
-            self.parts, lambda part: self._blank(part)[0], placement.device, placement.compute, self._adapted
-        )
-        if residency == "streamed":
-            self.parts.kept = {"text_encoder": 0, "transformer": 0}
-        # Called with the part's name and the bytes of each tensor that is read, as parts come in.
-        self.on_read: Callable[[str, int], None] | None = None
-        self.controlnets: dict[str, ControlNetConfig] = {}
+        asked = {"transformer": quantize, "text_encoder": quantize_text}
+        self.parts = Parts(sources, placement, residency, asked, compiled)
+        self.parts.on_change = self._adapted
+        self.lora = self.parts.lora
         self._tile: int | None = None
-        self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
         self._looks: OrderedDict[Any, references.Look] = OrderedDict()
         self._tokens: dict[tuple[str, int, int], Caption] = {}
-        # The number format that each part is in, "" for plain floats.
-        self.formats = {part: named(schemes(self._blank(part)[0])) for part in self.checkpoints}
-        for part in self.checkpoints:
-            self._sizes(part)
+
+    @property
+    def placement(self) -> Placement:
+        """Where, and in which dtypes, the parts are kept and computed."""
+        return self.parts.placement
 
     @classmethod
     def load(
@@ -193,89 +143,15 @@ class Pipeline:
             quantize=quantize, quantize_text=quantize_text,
         )  # fmt: skip
 
-    def _blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
-        """A part's module on the meta device, and the names that are never read."""
-        module: nn.Module
-        unused: tuple[str, ...]
-        with torch.device("meta"):
-            if part == "transformer":
-                module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
-            elif part == "vae":
-                module, unused = Autoencoder(self.config.vae), ()
-            elif part in self.controlnets:
-                module = ControlNet(self.controlnets[part], self.config.transformer)
-                unused = self.controlnets[part].unused(self.checkpoints[part])
-            elif part == "siglip":
-                assert self.config.vision is not None
-                module, unused = VisionEncoder(self.config.vision), VisionEncoder.unused
-            else:
-                module = encoder = TextEncoder(self.config.text_encoder)
-                unused = encoder.unused
-            stored = keymap.official(self.checkpoints[part], module.state_dict())
-            for name, kind in schemes_for(part, stored, self._asked.get(part)).items():
-                if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
-                    swap(module, kind, name.__eq__)
-        return module, unused
-
-    def _maker(self, part: str) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            module, unused = self._blank(part)
-            # The VAE is small and convolutions have no widening path: it is kept in the dtype it computes in.
-            dtype = self.placement.compute if part == "vae" else self.placement.dtype
-            device, kept = self.placement.device, self.parts.kept.get(part)
-            if kept is None:
-                seen = None if self.on_read is None else partial(self.on_read, part)
-                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused, progress=seen)
-            else:
-                # Streamed blocks stay what they are in the file, and are cast on their way to the device.
-                assign(module, self.checkpoints[part], dtype=None, unused=unused)
-                stream(module, device, kept, dtype)
-            self.lora.give(part, module)
-            if self.compiled and part not in ("text_encoder", "vae"):
-                compile_blocks(module)
-            return module.eval()
-
-        return make
-
     def _adapted(self, part: str) -> None:
         """Forget what was computed before a part's adapters changed."""
         if part == "text_encoder":
             self._features.clear()
 
-    def _sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
-        """Bytes of a part: read, held outside of its blocks, held by each block.
-
-        Raises CheckpointError when names or shapes are not this model's.
-        """
-        if part in self._weights:
-            read, fixed, blocks = self._weights[part]
-            return read, fixed + self.lora.nbytes(part), blocks
-        module, unused = self._blank(part)
-        read = pending(module, self.checkpoints[part], unused)
-        fixed, blocks = budget.sizes(module, self.placement.compute if part == "vae" else self.placement.dtype, unused)
-        # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
-        self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
-        return self._weights[part]
-
     def _controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
-        """The part that a control wants, and what it is; opened and held to this model when first asked for."""
         if self.graphs:
             raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
-        path = resolve_file(str(control.model))
-        part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
-        if part not in self.controlnets:
-            checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
-            self.checkpoints[part], self.controlnets[part] = checkpoint, config
-            self.parts.add(part, self._maker(part))
-            if self.parts.mode == "streamed":
-                self.parts.kept = {**self.parts.kept, part: 0}
-        return part, self.controlnets[part]
-
-    def _stage(self, part: str, work: str, kept: Mapping[str, int]) -> Stage:
-        read, fixed, blocks = self._sizes(part)
-        whole = fixed + sum(blocks)
-        streamed = fixed + (kept[part] + 2) * max(blocks) if part in kept else whole
-        return Stage(part, read, min(whole, streamed), work)
+        return self.parts.controlnet(control)
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
@@ -302,10 +178,13 @@ class Pipeline:
         if request.output_type != "latent":
             works.append(("vae", f"{request.count} pictures"))
         largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
-        fit = None if self.vram is None else self._fit(largest, seen, sum(map(len, new)), parts, len(controls))
+        fit = None
+        if self.vram is not None:
+            tokens = sum(self._layout(largest, seen, bool(request.guidance_scale), "cpu").whole.spans.lengths)
+            fit = fit_of(self.parts, self.vram, largest, seen, tokens, sum(map(len, new)), parts, len(controls))
         kept = self.parts.kept if fit is None else fit.kept
-        stages = tuple(self._stage(part, work, kept) for part, work in works)
-        held = sum({stage.part: stage.holds for stage in stages if stage.part in self.controlnets}.values())
+        stages = tuple(stage_of(self.parts, part, work, kept) for part, work in works)
+        held = sum({stage.part: stage.holds for stage in stages if stage.part in self.parts.controlnets}.values())
         stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
         notes = tuple(dict.fromkeys([*said, *more, *rest, *self._notes(request), *self._notes(largest)]))
         first, *later = (
@@ -313,35 +192,6 @@ class Pipeline:
             for one, few in found
         )
         return replace(first, canvases=canvases, then=later[0] if later else None)
-
-    def _fit(self, request: Request, seen: Seen, new: int, parts: tuple[str, ...], controls: int) -> budget.Fit:
-        """The plan of memory for a request that encodes `new` prompt tokens; BackendError where there is none."""
-        config, compute, device = self.config, self.placement.compute, self.placement.device.type
-        pictures = [one for row in seen for one in row]
-        # Encoding a reference takes less than decoding a picture of its size.
-        sides = [(one.pixels.shape[1], one.pixels.shape[2]) for one in pictures]
-        sides += zip(request.per_image("height"), request.per_image("width"), strict=True)
-        tokens = sum(self._layout(request, seen, bool(request.guidance_scale), "cpu").whole.spans.lengths)
-        # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
-        lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
-        kind = {"lean": backend() in lean, "quantized": bool(self.formats["transformer"])}
-        passing = budget.transformer_work(config.transformer, tokens, compute, **kind)
-        passing += budget.control_work(config.transformer, tokens, compute, controls)
-        tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
-        works: dict[str, list[tuple[int | None, int]]] = {
-            "text_encoder": [(None, budget.encoder_work(config.text_encoder, new, compute))],
-            "transformer": [(None, passing)],
-            "vae": [
-                (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
-                for tile in tiles
-            ],
-        }
-        if config.vision is not None:
-            patches = sum(len(one.patches) for one in pictures)
-            works["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
-        needs = {part: budget.Need(*self._sizes(part)[1:], tuple(works.get(part, [(None, 0)]))) for part in parts}
-        guests = {part: needs.pop(part) for part in parts if part in self.controlnets}
-        return budget.fit_beside(self.vram or 0, needs, "transformer", guests, budget.RESERVE[device])
 
     def _notes(self, request: Request) -> Iterator[str]:
         """What the user should know: the embedded model's world, sizes far from home."""
@@ -398,7 +248,7 @@ class Pipeline:
         lengths = list(map(len, dict.fromkeys(ids for caption in self._captions(request) for ids in caption)))
         seen = references.prepare(request, config, self.folder)[1]
         layout = self._layout(request, seen, bool(request.guidance_scale), device)
-        encoder, transformer = (self._blank(part)[0] for part in ("text_encoder", "transformer"))
+        encoder, transformer = (self.parts.blank(part)[0] for part in ("text_encoder", "transformer"))
         assert isinstance(transformer, Transformer)
         with FakeTensorMode(allow_non_fake_inputs=True), device:
             for shelf, name, tensor in (*tensors(encoder), *tensors(transformer)):
@@ -425,13 +275,13 @@ class Pipeline:
         if new:
             encoder = self.parts["text_encoder"]
             flat = torch.tensor([token for one in new for token in one])
-            stored = self.checkpoints["text_encoder"]
+            stored = self.parts.checkpoints["text_encoder"]
             rows = keymap.official(stored, encoder.state_dict()).rows(EMBEDDING, flat)
             # parity: the embedding is rounded to the dtype that the weights are kept in.
             x = rows.to(self.placement.dtype).to(self.placement.device, self.placement.compute)
-            features = encoder(x, [len(one) for one in new])
             again = partial(encoder, x, [len(one) for one in new])
-            _finite(features, "text features", encoder, self.checkpoints["text_encoder"], again)
+            features = again()
+            check_finite(features, "text features", again, (encoder, stored.path))
             for one, feature in zip(new, features.split([len(one) for one in new]), strict=True):
                 self._features[one] = feature
         found = [self._features[one] for one in ids]
@@ -500,21 +350,15 @@ class Pipeline:
             run = vars(transformer)["replay"]
         control = branches.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
         velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
-        beside = [(net, self.checkpoints[part]) for part, net in nets.items()]
+        taking_part = {"transformer": transformer, **nets}
+        models = [(one, self.parts.checkpoints[part].path) for part, one in taking_part.items()]
 
         def fresh() -> Tensor:
             return conditioning.draw(grids, sources).to(device)
 
         for step in solve(request.solver, velocity, x, steps, fresh, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma))
-            _finite(
-                step.velocity,
-                f"velocity of step {step.i}",
-                transformer,
-                self.checkpoints["transformer"],
-                again,
-                *beside,
-            )
+            check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
             yield replace(step, grids=grids)
 
     @torch.inference_mode()
@@ -526,7 +370,7 @@ class Pipeline:
             patches = torch.cat([one.patches for one in new]).to(self.placement.device, self.placement.compute)
             run = partial(tower, patches, [one.seen for one in new])
             features = run()
-            _finite(features, "vision features", tower, self.checkpoints["siglip"], run)
+            check_finite(features, "vision features", run, (tower, self.parts.checkpoints["siglip"].path))
             latents = self.encode_images([one.pixels for one in new])
             parts = features.split([len(one.patches) for one in new])
             self._looks |= {one.key: references.Look.of(*of) for one, *of in zip(new, latents, parts, strict=True)}
@@ -554,7 +398,7 @@ class Pipeline:
                 generator = None if generators is None else generators[i]
                 run = partial(vae.encode, one[None].to(self.placement.device), generator, tile)
                 found[id(one)] = run()[0]
-                _finite(found[id(one)], "encoded picture", vae, self.checkpoints["vae"], run)
+                check_finite(found[id(one)], "encoded picture", run, (vae, self.parts.checkpoints["vae"].path))
             latents.append(found[id(one)])
         return latents
 
@@ -570,7 +414,7 @@ class Pipeline:
                 vae.decode, one[None].to(self.placement.device), tile or self._tile or (TILE if large else None)
             )
             picture = run()[0]
-            _finite(picture, "decoded picture", vae, self.checkpoints["vae"], run)
+            check_finite(picture, "decoded picture", run, (vae, self.parts.checkpoints["vae"].path))
             pictures.append(picture.float().cpu())
         return pictures
 
@@ -590,14 +434,14 @@ class Pipeline:
             if request.output_type != "latent":
                 pictures = self._pictures(last, latents)
         except torch.OutOfMemoryError as error:
-            raise BackendError(_memory(plan, str(error))) from None
+            raise BackendError(out_of_memory(plan, str(error))) from None
         except RuntimeError as error:
             if "can't allocate memory" not in str(error):
                 raise
-            raise BackendError(_memory(plan, str(error))) from None
+            raise BackendError(out_of_memory(plan, str(error))) from None
         if request.output_type == "pil":
             pictures = [images.to_pil(picture[None])[0] for picture in pictures]
-        return Result(pictures, latents, self._metadata(plan))
+        return Result(pictures, latents, records(plan, self._engine(), self._beside()))
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""
@@ -607,84 +451,24 @@ class Pipeline:
         differential = plan.request.mask_mode == "differential"
         return [canvas.over(one, differential) for canvas, one in zip(plan.canvases, pictures, strict=True)]
 
-    def _metadata(self, plan: Plan) -> list[dict[str, Any]]:
-        """For each picture, a request that draws it alone, and what drew it."""
-        request = plan.request
-        engine = {
+    def _engine(self) -> dict[str, Any]:
+        """What draws, as pictures remember it."""
+        return {
             "s3dit": __version__,
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
-            "mixed": {part: self.checkpoints[part].path.name for part in self.sources.mixed},
-            "quantized": {part: name for part, name in self.formats.items() if name},
-            "levels": list(plan.sigmas),
-            "model_calls": plan.calls,
+            "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
+            "quantized": {part: name for part, name in self.parts.formats.items() if name},
         }
-        shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
-        prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
-        names = ("negative_prompt", "height", "width", *IMAGES, "reference_area")
-        rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
+
+    def _beside(self) -> dict[str, Any]:
+        """The model and its adapters, as pictures remember them."""
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
-        adapters = {"adapters": self.lora.records()} if self.lora.names else {}
-        found = []
-        for i, (prompt, seed, *values) in enumerate(rows):
-            own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
-            if own["reference"] is None:
-                own["reference_positions"] = "released"
-            controls = request.controls_of(i)
-            data = replace(shared, prompt=prompt, seed=seed, control=controls or None, **own).to_json()
-            # Without these the request alone does not say where noise and images came from.
-            whole = request.generator is None and request.latents is None
-            whole = whole and all(name in data for name, value in own.items() if value is not None)
-            whole = whole and all(one.named for one in controls)
-            hashes: dict[str, Any] = dict(plan.canvases[i].hashes) if plan.canvases else {}
-            hashes |= branches.hashes(plan.controls, i)
-            if plan.references[i]:
-                hashes["reference"] = [one.sha256 for one in plan.references[i]]
-            inputs = {"inputs": hashes} if hashes else {}
-            found.append(data | {"model": model, "engine": engine | {"replayable": whole} | inputs} | adapters)
-        return found
+        return {"model": model} | ({"adapters": self.lora.records()} if self.lora.names else {})
 
 
 def _grids(request: Request) -> tuple[tuple[int, int], ...]:
     """Rows and columns of patches of every picture."""
     sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
     return tuple((height // 16, width // 16) for height, width in sides)
-
-
-def _finite(
-    x: Tensor,
-    what: str,
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    again: Callable[[], object],
-    *beside: tuple[nn.Module, Checkpoint],
-) -> None:
-    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
-
-    beside: models that take part in what `model` computes.
-    """
-    if x.isfinite().all():
-        return
-    for suspect, stored in (*beside, (model, checkpoint)):
-        for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
-            # Codes of 8 bits and less are finite; their scales may not be.
-            if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
-                raise CheckpointError(
-                    f"{what} is not finite because {name} in {stored.path} holds NaN or infinity; "
-                    "needed finite weights; download the file again"
-                )
-    with first_nonfinite(model) as found:
-        again()
-    raise BackendError(
-        f"{what} is not finite although every weight of {type(model).__name__} is; first seen in {found}; "
-        "use dtype fp32, and less guidance if it is high"
-    )
-
-
-def _memory(plan: Plan, error: str) -> str:
-    held = max(stage.holds + stage.beside for stage in plan.stages)
-    return (
-        f"out of memory ({error.splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
-        "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"
-    )

@@ -31,8 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from s3dit.kernels.dispatch import Op
+from s3dit.kernels.dispatch import BackendError, Op
 from s3dit.request import RequestError
+from s3dit.weights.checkpoint import CheckpointError
 
 Record = dict[str, Tensor]
 
@@ -269,3 +270,29 @@ def _not_finite(tensor: Tensor) -> int:
     # Eight-bit floats know no isfinite; every one of them is a float32.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return int((~wide.isfinite()).sum())
+
+
+def check_finite(
+    x: Tensor, what: str, again: Callable[[], object], model: tuple[nn.Module, Path], *beside: tuple[nn.Module, Path]
+) -> None:
+    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
+
+    model, beside: what computed x and what took part in it, each with the place of its weights. Raises CheckpointError
+    (a weight) or BackendError.
+    """
+    if x.isfinite().all():
+        return
+    for suspect, path in (*beside, model):
+        for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
+            # Codes of 8 bits and less are finite; their scales may not be.
+            if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{what} is not finite because {name} in {path} holds NaN or infinity; "
+                    "needed finite weights; download the file again"
+                )
+    with first_nonfinite(model[0]) as found:
+        again()
+    raise BackendError(
+        f"{what} is not finite although every weight of {type(model[0]).__name__} is; first seen in {found}; "
+        "use dtype fp32, and less guidance if it is high"
+    )

@@ -288,7 +288,7 @@ def test_encoding_pictures_takes_no_more_than_decoding_them(config, dtype, tile)
 def test_sizes_are_what_is_held(config):
     pipe = Pipeline.load(device="cpu", dtype="bf16")
     for part in ("text_encoder", "transformer"):
-        fixed, blocks = sizes(*[pipe._blank(part)[0], torch.bfloat16, pipe._blank(part)[1]])
+        fixed, blocks = sizes(*[pipe.parts.blank(part)[0], torch.bfloat16, pipe.parts.blank(part)[1]])
         held = {n: p for n, p in pipe.parts[part].named_parameters() if not p.is_meta}
         assert fixed + sum(blocks) == sum(p.nbytes for p in held.values())
         assert all(size > 0 for size in blocks)

@@ -143,7 +143,7 @@ def test_blocks_that_are_never_read_are_left_alone():
 
 
 def test_nested_lists_belong_to_their_block():
-    model = Pipeline.load(device="cpu", dtype="fp32")._blank("transformer")[0]
+    model = Pipeline.load(device="cpu", dtype="fp32").parts.blank("transformer")[0]
     assert [len(found) for found in repeated(model)] == [1, 1, 6]
 
 

@@ -138,7 +138,7 @@ def bench_quality(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dtype, quantize = (name, None) if name in ("fp32", "bf16") else ("bf16", name)
         pipe = Pipeline.load(dtype=dtype, quantize=quantize, **options)
         # In the arithmetic that a GPU has, also where this CPU would be faster, and more exact, in fp32.
-        pipe.placement = replace(pipe.placement, compute=pipe.placement.dtype)
+        pipe.parts.placement = replace(pipe.placement, compute=pipe.placement.dtype)
         errors = velocity_errors(states, pipe)
         score = share(pipe, args.score) if args.score else None
         mean, worst = statistics.mean(errors), max(errors)

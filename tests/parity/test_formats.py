@@ -61,7 +61,7 @@ def test_a_text_encoder(name, official_dir, tmp_path):
         official_dir / "text_encoder", tmp_path, name, lambda layer: embedding or "embed_tokens" not in layer
     )
     found, expected = (load(official_dir, text_encoder=file) for file in (coded, plain))
-    assert found.formats["text_encoder"] == FORMATS[name][3] and not expected.formats["text_encoder"]
+    assert found.parts.formats["text_encoder"] == FORMATS[name][3] and not expected.parts.formats["text_encoder"]
     prompts = ["a red star", "a blue ring on a white background"]
     for one, other in zip(found.encode(prompts), expected.encode(prompts), strict=True):
         # fp32 sums in another order, through two layers
@@ -80,7 +80,7 @@ def test_a_transformer_resident_and_streamed(name, official_dir, tmp_path):
     pipe = load(official_dir, transformer=coded, residency="resident")
     found = velocity(pipe)
     assert relative(found, expected) < 1e-5
-    assert pipe.formats["transformer"] == FORMATS[name][3]
+    assert pipe.parts.formats["transformer"] == FORMATS[name][3]
     assert torch.equal(velocity(load(official_dir, transformer=coded, residency="streamed")), found)
 
 

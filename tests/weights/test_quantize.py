@@ -122,7 +122,7 @@ def test_unfit_parts_are_named(copy, fault):
 def test_schemes_that_do_not_fit(int8, copy):
     with pytest.raises(CheckpointError, match="is int8 already, fp8 was asked for"):
         Pipeline.load(int8, quantize="fp8")
-    assert Pipeline.load(int8, quantize="int8").formats["transformer"] == "int8"
+    assert Pipeline.load(int8, quantize="int8").parts.formats["transformer"] == "int8"
     with pytest.raises(BackendError, match="number format is 'int3'; needed one of fp8"):
         Pipeline.load(quantize="int3")
     file = copy / "transformer" / WEIGHTS
