@@ -98,7 +98,7 @@ def test_references_are_served_by_one_graph_more(counter):
 
 
 def test_a_whole_request_with_guidance_and_truncation_compiles_nothing_anew(counter, monkeypatch):
-    monkeypatch.setattr("s3dit.pipeline.compile_blocks", lambda model: compile_blocks(model, counter))
+    monkeypatch.setattr("s3dit.parts.compile_blocks", lambda model: compile_blocks(model, counter))
     eager, compiled = (Pipeline.load(device="cpu", dtype="fp32", compile=c) for c in (False, True))
     for side, guidance, prompts in ((128, 0.0, ["a red star"]), (96, 2.0, ["a blue ring", "a green circle, large"])):
         options = {"height": side, "width": 128, "num_inference_steps": 2, "seed": 1, "output_type": "latent"}

@@ -182,7 +182,7 @@ def test_residency_makes_a_part_anew_when_less_of_it_may_stay():
 @pytest.mark.parametrize("residency", ["staged", "streamed"])
 def test_a_part_goes_at_once(residency, monkeypatch):
     """Compiled and streamed blocks hold no ring of references; the collector would take a second to find it."""
-    monkeypatch.setattr("s3dit.pipeline.compile_blocks", lambda model: compile_blocks(model, "eager"))
+    monkeypatch.setattr("s3dit.parts.compile_blocks", lambda model: compile_blocks(model, "eager"))
     pipe = Pipeline.load(device="cpu", dtype="fp32", residency=residency, compile=True)
     part = weakref.ref(pipe.parts["transformer"])
     monkeypatch.setattr(gc, "collect", lambda: pytest.fail("a ring"))
