@@ -85,7 +85,7 @@ class ControlNetConfig:
             )
         if base.siglip_feat_dim is not None:
             raise CheckpointError(
-                f"{checkpoint.path}: a ControlNet for Z-Image and Turbo; no Omni or Edit model has one; take another model"
+                f"{checkpoint.path}: for Z-Image and Turbo; no Omni or Edit model has one; take another model"
             )
         said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
         told = _version(checkpoint, said)
