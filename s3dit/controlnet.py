@@ -83,6 +83,10 @@ class ControlNetConfig:
                 f"{checkpoint.path}: a ControlNet for a model of width {rows}, this one is {base.dim} wide; take the "
                 "ControlNet that was made for it"
             )
+        if base.siglip_feat_dim is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: for Z-Image and Turbo; no Omni or Edit model has one; take another model"
+            )
         said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
         told = _version(checkpoint, said)
         channels = columns // 4

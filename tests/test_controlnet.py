@@ -1,6 +1,7 @@
 """ControlNets told from their tensors, held to the published sizes, and the branch's own properties."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,12 @@ def test_foreign_files(change, words):
     header = Header({name: shape for name, shape in shapes.items() if shape is not None}, 1.0)
     with pytest.raises(CheckpointError, match=words):
         ControlNetConfig.of(header, TINY)
+
+
+def test_omni_has_none():
+    shapes = {name: tuple(tensor.shape) for name, tensor in network("2.1").state_dict().items()}
+    with pytest.raises(CheckpointError, match="no Omni or Edit model has one"):
+        ControlNetConfig.of(Header(shapes, 1.0), replace(TINY, siglip_feat_dim=1152))
 
 
 @pytest.mark.parametrize(
