@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -111,8 +111,11 @@ class Checkpoint(ABC):
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]
 
-# The safetensors library's own limit.
-LONGEST_HEADER = 100_000_000
+# A header is parsed into objects ten times its size. Real ones are far below 1 MB, with a trainer's notes below 10; the
+# safetensors library would take 100 MB.
+LONGEST_HEADER = 1 << 25
+# Far above what any model has, in any container.
+MOST_TENSORS = 1 << 16
 
 REFUSED: dict[Container, str] = {
     "gguf": "is a GGUF file, where safetensors was needed; give its own path, or name it *.gguf",
@@ -123,6 +126,15 @@ REFUSED: dict[Container, str] = {
     "empty": "is empty; download it again",
     "unknown": "is neither safetensors nor GGUF, told by its first bytes; needed one of them; download it again",
 }
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text; ValueError where it has a key twice, of which readers take the one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
+    return found
 
 
 def sniff(path: Path) -> Container:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, Entry, sniff
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, sniff
 
 # Type id -> name, numbers in a block, bytes of a block.
 BLOCKS = {
@@ -45,8 +45,8 @@ PLAIN = {
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-# Far above what any model has: 1,100 tensors, 40 keys, names of 90 bytes, a chat template of 10 kB.
-MOST_TENSORS, MOST_KEYS, LONGEST_NAME, LONGEST_TEXT, MOST_DIMS = 1 << 16, 1 << 12, 1 << 10, 1 << 20, 4
+# Far above what any model has: 40 keys, names of 90 bytes, a chat template of 10 kB.
+MOST_KEYS, LONGEST_NAME, LONGEST_TEXT, MOST_DIMS = 1 << 12, 1 << 10, 1 << 20, 4
 ALIGNMENTS = [1 << i for i in range(3, 17)]
 
 

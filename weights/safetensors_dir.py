@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, Entry, sniff
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, sniff, unique
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -43,6 +43,8 @@ DTYPES = {
 }
 
 SUFFIX = ".safetensors"
+# Bytes; the official one has 50 kB.
+LARGEST_INDEX = 1 << 24
 
 
 class SafetensorsFiles(Checkpoint):
@@ -113,9 +115,18 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     container = sniff(path)
     if container != "safetensors":
         raise CheckpointError(f"{path}: {REFUSED[container]}")
-    _open(path)
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        # Reading would make room for as much as a header claims to be.
+        text = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
+    if text.count(b'"data_offsets"') > MOST_TENSORS:
+        raise CheckpointError(
+            f"{path}: lists more than {MOST_TENSORS} tensors; needed those of one model; do not use it"
+        )
+    _open(path)
+    try:
+        header = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its header is not sound: {error}; download it again") from None
     metadata = header.pop("__metadata__", None) or {}
     entries = {}
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -154,7 +165,9 @@ def _listed(items: list[str]) -> str:
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name -> file name; raises CheckpointError."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_INDEX:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many for an index")
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
     home = data.get("weight_map") if isinstance(data, dict) else None
