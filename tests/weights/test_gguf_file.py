@@ -58,7 +58,7 @@ def test_blocks_are_those_of_ggml():
 
 
 def test_every_byte_and_shape(path):
-    found = open_checkpoint(path)
+    found = GGUFFile(path)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert set(found) == set(theirs)
     for name, tensor in theirs.items():
@@ -73,7 +73,7 @@ def test_every_byte_and_shape(path):
 
 
 def test_metadata_as_it_is_typed(path):
-    found = open_checkpoint(path)
+    found = GGUFFile(path)
     assert found.metadata["general.architecture"] == "lumina2"
     assert (found.fields["x.count"], found.fields["x.base"], found.fields["x.on"]) == (3, 1e6, True)
     assert found.items("x.words") == ["a", "", "ü"] and found.items("x.n") == [1, -2]
