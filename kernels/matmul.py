@@ -211,9 +211,11 @@ def _wide(
 def _mixed(
     x: "Any", weight: "Any", scale: "Any", zero: "Any", bias: "Any", out: "Any", M: "Any", x_stride: "Any",
     N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr, LENGTH: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ) -> Any:  # fmt: skip
     """x (M, K) · weightᵀ, the weight made wide in registers: out (M, N), or sums (SPLITS, M, N) yet to be added.
+
+    WIDEN is `_wide`, or the like of it for other formats, which then scales (GROUP is not 0).
 
     Computes the transpose, because only its first operand may a Hopper tensor core take from registers.
     """
@@ -225,7 +227,7 @@ def _mixed(
         k = split * LENGTH + step
         depth = k + tl.arange(0, BLOCK_K)
         b = tl.load(x + rows[None, :] * x_stride + depth[:, None], mask=(depth < K)[:, None], other=0.0)
-        w = _wide(weight, scale, zero, cols, k, K, GROUP, BLOCK_K)
+        w = WIDEN(weight, scale, zero, cols, k, K, GROUP, BLOCK_K)
         sums = tl.dot(w.to(x.dtype.element_ty), b, sums, input_precision="ieee")
     w_scale = scale if GROUP == 0 else None
     if SPLITS == 1:
@@ -253,12 +255,12 @@ def _add_splits(
 @kernel
 def _dequantize(
     weight: "Any", scale: "Any", zero: "Any", out: "Any", N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Write the weight (N, K) that the parts stand for."""
+    """Write the weight (N, K) that the parts stand for; WIDEN as in `_mixed`."""
     cols, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
     clamped, depth = tl.minimum(cols, N - 1), k + tl.arange(0, BLOCK_K)
-    w = _wide(weight, scale, zero, clamped, k, K, GROUP, BLOCK_K)
+    w = WIDEN(weight, scale, zero, clamped, k, K, GROUP, BLOCK_K)
     if GROUP == 0:
         w = w * tl.load(scale + clamped).to(tl.float32)[:, None]
     at = out + cols.to(tl.int64)[:, None] * K + depth[None, :]
@@ -349,11 +351,12 @@ def scaled_matmul(
 
 
 def launch_mixed(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None,
-    block_m: int, block_n: int = 64, splits: int | None = None,
+    x: Tensor, weight: Tensor, scale: Tensor | None, zero: Tensor | None, bias: Tensor | None,
+    block_m: int, block_n: int = 64, splits: int | None = None, widen: Any = _wide,
 ) -> Tensor:  # fmt: skip
     """The form of `mixed_matmul` for few rows: the weight is made wide as it is read."""
-    packed, (n, _), k = weight.dtype == torch.uint8, weight.shape, x.shape[-1]
+    (n, _), k = weight.shape, x.shape[-1]
+    group = _group(weight, scale, k)
     block_k, lead = 64, x.shape[:-1]
     x = flat(x)
     m = x.shape[0]
@@ -367,11 +370,11 @@ def launch_mixed(
     if m == 0:
         return out.unflatten(0, lead)
     _mixed[(across, -(-m // block_m), splits)](
-        x, weight, scale, zero, bias, sums, m, x.stride(0), n, k, k // scale.shape[-1] if packed else 0, splits, length,
-        block_m, block_n, block_k, num_warps=4, num_stages=4 if block_m * x.itemsize < 512 else 3,
+        x, weight, scale, zero, bias, sums, m, x.stride(0), n, k, group, splits, length,
+        block_m, block_n, block_k, widen, num_warps=4, num_stages=4 if block_m * x.itemsize < 512 else 3,
     )  # fmt: skip
     if splits > 1:
-        column = None if packed else scale
+        column = None if group else scale
         _add_splits[(m, -(-n // 1024))](sums, column, bias, out, m, n, splits, 1024, num_warps=4)
     return out.unflatten(0, lead)
 
@@ -379,18 +382,35 @@ def launch_mixed(
 @launcher(lambda weight, scale, zero, dtype: weight.new_empty(weight.shape[0], _width(weight), dtype=dtype))
 def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight that the parts stand for, (N, K) in dtype; parts as in `mixed_matmul`."""
-    n, k, packed = weight.shape[0], _width(weight), weight.dtype == torch.uint8
+    return launch_dequantize(weight, scale, zero, dtype, _width(weight))
+
+
+def launch_dequantize(
+    weight: Tensor, scale: Tensor | None, zero: Tensor | None, dtype: torch.dtype, k: int, widen: Any = _wide
+) -> Tensor:
+    """`dequantize` for a weight of K columns that `widen` makes wide."""
+    n, group = weight.shape[0], _group(weight, scale, k)
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
-    group, block_n, block_k = (k // scale.shape[-1], 32, 64) if packed else (0, 16, 256)
+    block_n, block_k = (32, 64) if group else (16, 256)
     _dequantize[(-(-n // block_n), -(-k // block_k))](
-        weight, scale, zero, out, n, k, group, block_n, block_k, num_warps=4
+        weight, scale, zero, out, n, k, group, block_n, block_k, widen, num_warps=4
     )
     return out
+
+
+def _group(weight: Tensor, scale: Tensor | None, k: int) -> int:
+    """GROUP of a stored weight: how many columns share a scale, 0 for all; 1 where the format brings its own."""
+    return 1 if scale is None else k // scale.shape[-1] if weight.dtype == torch.uint8 else 0
 
 
 def _width(weight: Tensor) -> int:
     """K of a stored weight."""
     return weight.shape[1] * (2 if weight.dtype == torch.uint8 else 1)
+
+
+def few_rows(x: Tensor) -> int:
+    """BLOCK_M for few rows of x: all in one tile, if it fits, so that each weight is read and made wide once."""
+    return min(max(16, 1 << (x.shape[:-1].numel() - 1).bit_length()), 512 // x.itemsize)
 
 
 @launcher(lambda x, weight, scale, zero, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
@@ -401,11 +421,8 @@ def mixed_matmul(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, 
     the low four bits of byte j and 2j + 1 in the high ones, with scale (N, K/G), G a multiple of 64: (element - zero)
     · scale, zero (N, K/G) or 8 where there is none · bias (N,) -> (…, N), dtype of x.
     """
-    count = x.shape[:-1].numel()
-    if count <= FEW:
-        # All rows in one tile, if it fits, so that each weight is read and made wide once.
-        block_m = min(max(16, 1 << (count - 1).bit_length()), 512 // x.itemsize)
-        return launch_mixed(x, weight, scale, zero, bias, block_m)
+    if x.shape[:-1].numel() <= FEW:
+        return launch_mixed(x, weight, scale, zero, bias, few_rows(x))
     # torch's allocator hands every layer the same memory again, also within a CUDA graph and on other streams.
     return F.linear(x, dequantize(weight, scale, zero, x.dtype), None if bias is None else bias.to(x.dtype))
 

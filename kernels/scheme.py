@@ -102,7 +102,7 @@ class Scheme:
     """A number format of linear weights; see the module's docstring.
 
     spec(out, in) -> name of part -> (shape, dtype), raising ValueError for sizes it cannot take
-    encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity
+    encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity; None where others write it
     decode(parts) -> weight (out, in) fp32
     linear(x or Rows (…, in), parts, bias or None) -> (…, out), dtype of x
     """
@@ -110,7 +110,7 @@ class Scheme:
     name: str
     activation: torch.dtype | None
     spec: Callable[[int, int], Spec]
-    encode: Callable[[Tensor], dict[str, Tensor]]
+    encode: Callable[[Tensor], dict[str, Tensor]] | None
     decode: Callable[[Parts], Tensor]
     linear: Op
 

@@ -45,7 +45,8 @@ KERNELS = (
     {"scheme", "tune"},
     {"rows"},
     {"matmul"},
-    {"attention", "norm", "swiglu", "fp8", "int8", "int4", "gguf"},
+    {"gguf_matmul"},
+    {"attention", "norm", "swiglu", "fp8", "int8", "int4", "gguf", "grouped"},
     {"linear"},
 )
 

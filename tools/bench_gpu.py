@@ -117,6 +117,7 @@ def products(side: int, layer: str, x: Tensor, weight: Tensor) -> Iterator[dict[
     plain = milliseconds(torch.mm, x, weight.T)
     flops = 2 * len(x) * weight.numel()
     for name, scheme in SCHEMES.items():
+        assert scheme.encode is not None
         parts = {key: part.cuda() for key, part in scheme.encode(weight.float().cpu()).items()}
         given = x if scheme.activation is None else quantize_rows(x, scheme.activation)
         times = everyone(scheme.linear, given, parts, None)

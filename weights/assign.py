@@ -78,6 +78,11 @@ def _verified(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str]) -
 
 def encoded(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The parts of a stored weight; CheckpointError names it where the scheme cannot take it."""
+    if scheme.encode is None:
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} is a plain float; {scheme.name} is only read, from files of its own producer; "
+            "needed one that s3dit writes"
+        )
     try:
         return scheme.encode(weight)
     except ValueError as error:

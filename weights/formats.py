@@ -1,27 +1,52 @@
 """Number formats as files store them: which layers of a checkpoint are quantized, how, and their parts as Schemes say.
 
-`recognized` looks at a checkpoint's names, dtypes and metadata, never at the file's name, and gives it back with its
-`schemes`. A producer whose tensors are not the parts that a Scheme names is shown through a view that makes them so,
-one layer at a time, when they are asked for.
+`recognized` looks at a checkpoint's names, dtypes and metadata, and at the configuration beside it, never at the file's
+name, and gives it back with its `schemes`. A producer whose tensors are not the parts that a Scheme names is shown
+through a view (`stored.Parted`) that makes them so, one layer at a time, when they are asked for. A room each knows the
+producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8 are here.
 
 The names of layers are the file's own here; `keymap` turns them into official ones afterwards.
 """
 
-import torch
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from s3dit.kernels.fp8 import fp8_weights
+from s3dit.kernels.gguf import GGUF, scales_of
 from s3dit.kernels.linear import SCHEMES
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
+from s3dit.weights import comfy, libraries, nunchaku, sdnq
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
+from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.stored import Layer, Made, Parted, widened
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER = {"int4": "int8-weights"}
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def recognized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the number formats of its layers; raises CheckpointError for a format that is not known."""
     if "scheme" in checkpoint.metadata:
         checkpoint.schemes = _own(checkpoint)
-    return checkpoint
+        return checkpoint
+    if isinstance(checkpoint, GGUFFile):
+        made = list(_blocks(checkpoint))
+        return Parted(checkpoint, made) if made else checkpoint
+    if all(checkpoint.entry(name).dtype in FLOATS for name in checkpoint):
+        return checkpoint
+    made = list(_foreign(checkpoint))
+    taken = {name for one in made for name in one.sources} | set(comfy.markers(checkpoint))
+    made += libraries.by_row(checkpoint, taken)
+    taken |= {name for one in made for name in one.sources}
+    made += _cast(checkpoint, taken)
+    _refuse_rest(checkpoint, taken)
+    return Parted(checkpoint, made, comfy.markers(checkpoint))
 
 
 def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:
@@ -37,3 +62,108 @@ def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:
     return {
         layer: finer if dtype == torch.int8 else SCHEMES[name] for layer, dtype in dtypes.items() if dtype not in FLOATS
     }
+
+
+def _foreign(checkpoint: Checkpoint) -> Iterator[Made]:
+    """The layers of every producer that marks what it does."""
+    yield from comfy.layers(checkpoint)
+    yield from libraries.layers(checkpoint)
+    yield from nunchaku.layers(checkpoint)
+    config = _beside(checkpoint)
+    if config.get("quant_method") in ("sdnq", "sdnq_training"):
+        yield from sdnq.layers(checkpoint, config)
+
+
+def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The quantization_config in the folder of a checkpoint, empty where there is none."""
+    folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    for name, key in (("config.json", "quantization_config"), ("quantization_config.json", None)):
+        try:
+            data = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(f"{folder / name}: not readable as JSON ({error}); download it again") from None
+        found = data.get(key) if key is not None and isinstance(data, dict) else data
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[Made]:
+    """Plain fp8, without a scale: matrices stay so, with the scale 1; anything else is small and becomes bf16."""
+    for name in checkpoint:
+        dtype, shape = checkpoint.entry(name).dtype, checkpoint.entry(name).shape
+        if name in taken or dtype not in FP8:
+            continue
+        layer = Layer(checkpoint, name.removesuffix(".weight"))
+        if not name.endswith(".weight") or len(shape) != 2 or 0 in shape:
+            yield widened(checkpoint, name, torch.bfloat16)
+            continue
+        layer.need("weight", FP8)
+        scheme = fp8_weights if dtype == FP8[0] else comfy.e5m2
+        yield layer.made(scheme, *shape, make=_ones(layer, shape[0]))
+
+
+def _ones(layer: Layer, out: int) -> Any:
+    return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1)}
+
+
+def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
+    """Raise CheckpointError for weights that are no floats and that nobody knows."""
+    known = (*FLOATS, *FP8, torch.float64)
+    rest = [
+        name
+        for name in checkpoint
+        if name not in taken and name.endswith(("weight", "bias")) and checkpoint.entry(name).dtype not in known
+    ]
+    if rest:
+        what = str(checkpoint.entry(rest[0]).dtype).removeprefix("torch.")
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(rest)} weights are in no number format that is known, the first is {rest[0]} "
+            f"({what}); needed floats, or a format of ComfyUI, nunchaku, bitsandbytes, torchao, SDNQ or s3dit, with "
+            "its config.json beside it; take other files of the model"
+        )
+
+
+def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
+    """GGUF's tensors in blocks: matrices of layers as they lie, others made plain, bf16 being GGUF's usual."""
+    for name, kind in checkpoint.ggml_types.items():
+        if kind not in GGUF:
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} is in GGUF's {kind}; needed one of {', '.join(GGUF)} or floats; take a "
+                "file of another type"
+            )
+        shape, layer = checkpoint.shapes[name], Layer(checkpoint, name.removesuffix(".weight"))
+        if name.endswith(".weight") and len(shape) == 2 and 0 not in shape:
+            layer.need("weight", (torch.uint8,))
+            yield layer.made(GGUF[kind], *shape, make=_stored(layer, kind))
+        else:
+            entry = Entry(shape, torch.float32, 4 * math.prod(shape))
+            yield Made({name: entry}, (name,), _plain(checkpoint, name, kind))
+
+
+def _stored(layer: Layer, kind: str) -> Any:
+    """The blocks as they lie in the file, once their scales were looked at."""
+
+    good = False
+
+    def make() -> dict[str, Tensor]:
+        nonlocal good
+        weight = layer("weight")
+        if not good:
+            layer.numbers("weight", scales_of(kind, weight))
+        good = True
+        return {"weight": weight}
+
+    return make
+
+
+def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Any:
+    def make() -> dict[str, Tensor]:
+        blocks = checkpoint.load(name)
+        decoded = GGUF[kind].decode({"weight": blocks.reshape(-1, blocks.shape[-1])})
+        Layer(checkpoint, name).numbers("", decoded)
+        return {name: decoded.view(checkpoint.shapes[name])}
+
+    return make

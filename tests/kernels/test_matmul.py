@@ -327,7 +327,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s3dit.kernels import matmul
+from s3dit.kernels import gguf_matmul, matmul
+from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.linear import SCHEMES
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
@@ -358,10 +359,10 @@ def launch(kernel, grid):
 triton.JITFunction.__getitem__ = launch
 matmul._describable = lambda *tensors: capability >= 90
 matmul._programs = lambda device: 132
-matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
+gguf_matmul.F = matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
 matmul.rounded = matmul.quantize_rows
 for rows in (64, 4224):
-    for name, scheme in SCHEMES.items():
+    for scheme in (*SCHEMES.values(), *(GGUF[kind] for kind in gguf_matmul.KERNELS)):
         parts = {part: torch.zeros(shape, dtype=dtype) for part, (shape, dtype) in scheme.spec(3840, 10240).items()}
         x = torch.zeros(rows, 10240, dtype=torch.bfloat16)
         x = matmul.quantize_rows(x, scheme.activation) if scheme.activation else x

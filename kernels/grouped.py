@@ -1,0 +1,210 @@
+"""Formats of other producers, weights only: codes in groups along the input, each group with its scale.
+
+They differ in data, not in kind, so one `Form` describes them all:
+
+    W = (value(code) · scale [· channel] [+ offset]) [· rotation] [· column] [+ up · down]
+
+value: the code itself (int8, e4m3, e5m2), or the entry of a table of 16 that a half byte points at (element 2j of a row
+in the low half of byte j). scale and offset: one a group, or a row; channel: one a row. rotation: an orthogonal matrix
+that each run of g inputs was turned by, to spread outliers (ConvRot, SDNQ). column: a factor of an input channel
+(SmoothQuant, SVDQuant). up, down: a branch of low rank, in higher precision (SVDQuant).
+
+The last three are undone on x instead of the weight: x · column, then · rotation, meet the codes; x · down · up is
+added. W4A4 formats round x as well where they come from; here x stays wide, which is nearer to the unrounded model and
+not the bits of its producer.
+
+Dim 0 of a part is the output channel, or 1 where all channels share the part. So rows can be cut from a layer.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
+from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, codes_as, pieces, wide
+
+BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
+# What mixed_matmul widens.
+MIXED = (torch.int8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What the parts of a layer are; see the module's docstring.
+
+    codes: uint8 for half bytes into a table, else the type of a code · group: inputs that share a scale, 0 for the
+    whole row · scale, offset, low (up and down): dtypes · rotation: inputs turned together, 0 for none · rounded:
+    value · scale is rounded to an int8 number before channel is applied.
+    """
+
+    codes: torch.dtype
+    group: int = 0
+    scale: torch.dtype = torch.float32
+    channel: bool = False
+    offset: torch.dtype | None = None
+    rounded: bool = False
+    rotation: int = 0
+    column: bool = False
+    rank: int = 0
+    low: torch.dtype = torch.bfloat16
+
+
+@functools.cache
+def grouped(name: str, form: Form) -> Scheme:
+    """The Scheme of a form, under the name that its producer gives it; one object for equal forms."""
+
+    def spec(out: int, in_: int) -> Spec:
+        return _spec(name, form, out, in_)
+
+    def decode(parts: Parts) -> Tensor:
+        return _decode(form, parts)
+
+    @op
+    def grouped_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+        """Weights in groups, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
+        return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+
+    def pieced(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+        return _pieced(form, plain(x), parts, bias)
+
+    def able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+        simple = form.codes in MIXED and not (form.group or form.channel or form.offset)
+        return missing(x, WIDE, form.codes) or True if simple else "only int8 and e4m3 with a scale a row have a kernel"
+
+    # Formats without a kernel are plain torch everywhere.
+    if form.codes in MIXED and not (form.group or form.channel or form.offset):
+        grouped_linear.on("cuda", "triton", when=able)(_mixed)
+    for device in ("cpu", "cuda"):
+        grouped_linear.on(device, "torch")(pieced)
+    return Scheme(name, None, spec, None, decode, grouped_linear)
+
+
+def _spec(name: str, form: Form, out: int, in_: int) -> Spec:
+    """The parts, in the order in which they act; ValueError for widths that do not fit."""
+    unit = math.lcm(form.rotation or 1, 2 if form.codes == torch.uint8 else 1)
+    if in_ % unit:
+        raise ValueError(f"{name} needs an input width that is a multiple of {unit}, found {in_}; take another file")
+    groups = -(-in_ // form.group) if form.group else 1
+    half = form.codes == torch.uint8
+    parts: Spec = {"weight": ((out, in_ // 2 if half else in_), form.codes)}
+    if half:
+        parts["table"] = (1, 16), torch.float32
+    parts["scale"] = (out, groups), form.scale
+    if form.channel:
+        parts["channel"] = (out, 1), torch.float32
+    if form.offset is not None:
+        parts["offset"] = (out, groups), form.offset
+    if form.rotation:
+        parts["rotation"] = (1, form.rotation, form.rotation), rotation_dtype(form.rotation)
+    if form.column:
+        parts["column"] = (1, in_), torch.float32
+    if form.rank:
+        parts["up"] = (out, form.rank), form.low
+        parts["down"] = (1, form.rank, in_), form.low
+    return parts
+
+
+def hadamard(size: int) -> Tensor:
+    """The rotation of `size` inputs, (1, size, size), symmetric and its own inverse.
+
+    A Kronecker power of the 4 x 4 matrix with -1 on the anti-diagonal where that fits, else of Sylvester's 2 x 2;
+    ValueError where size is no power of two.
+    """
+    if size < 2 or size & (size - 1):
+        raise ValueError(f"a rotation of {size} inputs at a time; needed a power of two")
+    four = size.bit_length() % 2 == 1
+    small = 1 - 2 * torch.eye(4).flip(0) if four else torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    matrix = small
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, small)
+    return (matrix / size**0.5).to(rotation_dtype(size))[None]
+
+
+def rotation_dtype(size: int) -> torch.dtype:
+    """Powers of four have entries that are powers of two, exact in bf16."""
+    return torch.bfloat16 if size.bit_length() % 2 == 1 else torch.float32
+
+
+def _decode(form: Form, parts: Parts) -> Tensor:
+    """The weight (out, in) fp32."""
+    weight = turned(_core(form, parts, torch.float32), parts)
+    if form.column:
+        weight = weight * parts["column"]
+    if form.rank:
+        weight = weight + parts["up"].float() @ parts["down"][0].float()
+    return weight
+
+
+def _core(form: Form, parts: Parts, dtype: torch.dtype) -> Tensor:
+    """The weight that x meets once column and rotation were applied to it, (out, in); one rounding, to dtype."""
+    weight = _values(form, parts)
+    out, in_ = weight.shape
+    group = form.group or in_
+    short = -in_ % group
+    # The last group of a row may be cut.
+    groups = F.pad(weight, (0, short)).view(out, -1, group) if short else weight.view(out, -1, group)
+    groups = groups.mul_(parts["scale"].float()[..., None])
+    if form.rounded:
+        groups.round_().clamp_(-127, 127)
+    if form.channel:
+        groups.mul_(parts["channel"][..., None])
+    if form.offset is not None:
+        groups.add_(parts["offset"].float()[..., None])
+    return groups.view(out, -1)[:, :in_].to(dtype)
+
+
+def _values(form: Form, parts: Parts) -> Tensor:
+    """What the codes stand for, (out, in) fp32, in memory of its own."""
+    codes = parts["weight"]
+    if form.codes != torch.uint8:
+        return codes_as(codes, torch.float32)
+    # Two entries at a time: a table of 256 pairs halves the look-ups.
+    table = parts["table"][0]
+    pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)
+    return pairs[codes.to(torch.int32)].flatten(-2)
+
+
+def turned(x: Tensor, parts: Parts) -> Tensor:
+    """x (…, in) · rotation, run by run; x itself where the layer has none."""
+    if "rotation" not in parts:
+        return x
+    matrix = parts["rotation"][0].to(x.dtype)
+    return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
+
+
+def _meeting(x: Tensor, parts: Parts) -> Tensor:
+    """x as it meets the codes, dtype of x."""
+    if "column" in parts:
+        x = (x.float() * parts["column"]).to(x.dtype)
+    return turned(x, parts)
+
+
+def _branch(x: Tensor, parts: Parts, out: Tensor) -> Tensor:
+    """Add the branch of low rank to out (…, out), in place."""
+    if "up" not in parts:
+        return out
+    return out.add_(F.linear(F.linear(x, parts["down"][0].to(x.dtype)), parts["up"].to(x.dtype)))
+
+
+def _pieced(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """Codes to the dtype of x, piece by piece, so that no second copy of the layer is made."""
+    met = _meeting(x, parts)
+    rows = {name: part for name, part in parts.items() if name in ("weight", "scale", "channel", "offset")}
+    out = torch.empty(*x.shape[:-1], len(parts["weight"]), dtype=x.dtype, device=x.device)
+    for run in pieces(len(parts["weight"]), x.shape[-1]):
+        piece = {name: part[run] for name, part in rows.items()}
+        if "table" in parts:
+            piece["table"] = parts["table"]
+        out[..., run] = F.linear(met, _core(form, piece, x.dtype), None if bias is None else bias[run].to(x.dtype))
+    return _branch(x, parts, out)
+
+
+def _mixed(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    """Codes that are numbers, with a scale a row: the kernel of the 8-bit formats."""
+    x = plain(x)
+    return _branch(x, parts, mixed_matmul(_meeting(x, parts), parts["weight"], parts["scale"], None, bias))

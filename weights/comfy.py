@@ -1,0 +1,272 @@
+"""ComfyUI's number formats: scaled fp8 in its old and new form, and the layouts that `comfy_quant` names.
+
+The new form says the format of each layer by name, in the header's metadata or in a small tensor of JSON beside the
+weight; the old one has `scale_weight` beside an fp8 weight, and a marker `scaled_fp8` for the whole file. What serves
+only to round activations (`input_scale`) is put aside: here they stay wide.
+
+Source: ComfyUI's quant_ops.py and ops.py, and the layouts of comfy-kitchen, which the tests write files with.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s3dit.kernels.fp8 import fp8_weights
+from s3dit.kernels.grouped import Form, grouped, hadamard
+from s3dit.kernels.int8 import int8_weights
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
+from s3dit.weights.stored import Layer, Made, row_shapes, rows, swapped
+
+E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+METADATA = "_quantization_metadata"
+# What only the rounding of activations needs.
+ACTIVATIONS = ("input_scale", "scale_input")
+# Values of four bits: two's complement, around 8, from 0, and e2m1.
+SIGNED = (*range(8), *range(-8, 0))
+CENTERED = tuple(range(-8, 8))
+UNSIGNED = tuple(range(16))
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def table(values: tuple[float, ...]) -> Tensor:
+    """The part `table`, (1, 16) fp32."""
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def layers(checkpoint: Checkpoint) -> Iterator[Made]:
+    """The quantized layers of a file in either form; raises CheckpointError for a format that is not known."""
+    for name, config in _configs(checkpoint).items():
+        layer = Layer(checkpoint, name)
+        layer.drop("comfy_quant")
+        kind = config.get("format")
+        if not isinstance(kind, str) or kind not in FORMATS:
+            raise layer.error(f"its format is {kind!r}; needed one of {', '.join(FORMATS)}")
+        layer.drop(*ACTIVATIONS)
+        yield FORMATS[kind](layer, config)
+    for key in checkpoint:
+        if key.endswith(".scale_weight"):
+            yield scaled(Layer(checkpoint, key.removesuffix(".scale_weight")), "scale_weight", ACTIVATIONS)
+
+
+def markers(checkpoint: Checkpoint) -> list[str]:
+    """Names that only say of the whole file that it is scaled fp8."""
+    return [key for key in checkpoint if key.rpartition(".")[2] == "scaled_fp8"]
+
+
+def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
+    """What the file says of each layer, from metadata and tensors; a layer's own tensor comes first."""
+    found: dict[str, dict[str, Any]] = {}
+    if METADATA in checkpoint.metadata:
+        data = _json(checkpoint, METADATA, checkpoint.metadata[METADATA])
+        listed = data.get("layers", {})
+        if not isinstance(listed, dict) or not all(isinstance(config, dict) for config in listed.values()):
+            raise CheckpointError(
+                f"{checkpoint.path}: {METADATA} has no table of layers; needed one; download the file again"
+            )
+        found |= listed
+    for key in checkpoint:
+        if key.endswith(".comfy_quant"):
+            name = key.removesuffix(".comfy_quant")
+            if checkpoint.entry(key).nbytes > 1 << 16:
+                raise CheckpointError(f"{checkpoint.path}: {key} is no line of JSON; download the file again")
+            found[name] = _json(checkpoint, key, bytes(checkpoint.load(key).view(torch.uint8).tolist()))
+    return {name: config | _dict(config.get("params")) for name, config in found.items()}
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _json(checkpoint: Checkpoint, where: str, text: str | bytes) -> dict[str, Any]:
+    """JSON of a stranger that must be an object."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint.path}: {where} is not JSON ({error}); download the file again") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{checkpoint.path}: {where} is no JSON object; download the file again")
+    return data
+
+
+def _number(layer: Layer, config: dict[str, Any], key: str, default: int) -> int:
+    """A whole number of a layer's configuration, from 2 on."""
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
+        raise layer.error(f"{key} is {value!r}; needed a number of inputs")
+    return value
+
+
+def _rotation(layer: Layer, config: dict[str, Any]) -> Tensor:
+    """The matrix that the inputs of a layer were turned by."""
+    try:
+        return hadamard(_number(layer, config, "convrot_groupsize", 256))
+    except ValueError as error:
+        raise layer.error(str(error)) from None
+
+
+def scaled(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Made:
+    """8-bit numbers with one scale, or one a row, in the tensor of that name."""
+    out, in_ = layer.matrix("weight", (E4M3, E5M2, torch.int8))
+    layer.need(scale, FLOATS, *row_shapes(out))
+    layer.drop(*unused)
+    dtype = layer.checkpoint.entry(layer.key("weight")).dtype
+    scheme = fp8_weights if dtype == E4M3 else int8_weights if dtype == torch.int8 else e5m2
+    return layer.made(scheme, out, in_, lambda: {"weight": layer("weight"), "scale": rows(layer(scale), out)})
+
+
+e5m2 = grouped("fp8-e5m2", Form(E5M2))
+
+
+def _float8(layer: Layer, config: dict[str, Any]) -> Made:
+    dtype = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2}[config["format"]]
+    layer.matrix("weight", (dtype,))
+    return scaled(layer, "weight_scale")
+
+
+def _int8(layer: Layer, config: dict[str, Any]) -> Made:
+    if not config.get("convrot"):
+        layer.matrix("weight", (torch.int8,))
+        return scaled(layer, "weight_scale")
+    out, in_ = layer.matrix("weight", (torch.int8,))
+    layer.need("weight_scale", FLOATS, *row_shapes(out))
+    rotation = _rotation(layer, config)
+    return layer.made(
+        grouped("int8-convrot", Form(torch.int8, rotation=rotation.shape[1])),
+        out,
+        in_,
+        lambda: {"weight": layer("weight"), "scale": rows(layer("weight_scale"), out), "rotation": rotation},
+    )
+
+
+def unswizzled(scale: Tensor, out: int, groups: int) -> Tensor:
+    """Scales of blocks from the tiles of 128 x 4 that tensor cores read, to (out, groups)."""
+    tiles = scale.view(-1, -(-groups // 4), 32, 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).reshape(-1, 4 * -(-groups // 4))[:out, :groups]
+
+
+def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Scales of blocks of `group`, in tiles or, where the shape says so, plain -> (out, in / group) of a dtype."""
+    if in_ % group:
+        raise layer.error(f"weight has {in_} columns; needed a multiple of {group}")
+    groups = in_ // group
+    tiled, flat = (-(-out // 128) * 128, -(-groups // 4) * 4), (out, groups)
+    shape = layer.need("weight_scale", (dtype, torch.uint8), tiled, flat)
+
+    def make() -> Tensor:
+        scale = layer("weight_scale").view(dtype)
+        bits = scale.contiguous().view(torch.uint8)
+        return (unswizzled(bits, out, groups).contiguous() if shape == tiled else bits).view(dtype)
+
+    return make
+
+
+def _mxfp8(layer: Layer, config: dict[str, Any]) -> Made:
+    out, in_ = layer.matrix("weight", (E4M3,))
+    scale = _blocks(layer, out, in_, 32, E8M0)
+    return layer.made(
+        grouped("mxfp8", Form(E4M3, 32, E8M0)), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}
+    )
+
+
+def _nvfp4(layer: Layer, config: dict[str, Any]) -> Made:
+    out, half = layer.matrix("weight", (torch.uint8,))
+    scale = _blocks(layer, out, 2 * half, 16, E4M3)
+    layer.need("weight_scale_2", FLOATS, (), (1,))
+    column = layer.maybe("pre_quant_scale", FLOATS, (2 * half,))
+
+    def make() -> dict[str, Tensor]:
+        parts = {
+            "weight": swapped(layer("weight")),
+            "table": table(E2M1),
+            "scale": scale(),
+            "channel": rows(layer("weight_scale_2"), out),
+        }
+        return parts | ({"column": layer("pre_quant_scale").float()[None]} if column else {})
+
+    form = Form(torch.uint8, 16, E4M3, channel=True, column=column)
+    return layer.made(grouped("nvfp4", form), out, 2 * half, make)
+
+
+def _convrot4(layer: Layer, config: dict[str, Any]) -> Made:
+    out, half = layer.matrix("weight", (torch.int8,))
+    layer.need("weight_scale", FLOATS, (out,), (out, 1))
+    rotation = _rotation(layer, config)
+
+    def make() -> dict[str, Tensor]:
+        packed, scale = layer("weight").view(torch.uint8), rows(layer("weight_scale"), out)
+        return {"weight": packed, "table": table(SIGNED), "scale": scale, "rotation": rotation}
+
+    form = Form(torch.uint8, rotation=rotation.shape[1])
+    return layer.made(grouped("convrot-w4a4", form), out, 2 * half, make)
+
+
+def _asymmetric(layer: Layer, config: dict[str, Any]) -> Made:
+    """4-bit codes that become int8 numbers before a row's scale is applied."""
+    out, half = layer.matrix("weight", (torch.int8,))
+    groups = layer.need("weight_s_rel", (E4M3, torch.float32))[-1]
+    group = _number(layer, config, "group_size", 16)
+    if 2 * half != group * groups:
+        raise layer.error(
+            f"weight holds {2 * half} columns of 4 bits, weight_s_rel says {group * groups}; needed 4 bits"
+        )
+    layer.need("weight_s_rel", (E4M3, torch.float32), (out, groups))
+    layer.need("weight_s_channel", FLOATS, (out,), (out, 1))
+    codebook = layer.maybe("weight_codebook", FLOATS, (16,))
+    offset = layer.maybe("weight_correction", FLOATS, (groups, out))
+    rotation = _rotation(layer, config)
+    scale_dtype = layer.checkpoint.entry(layer.key("weight_s_rel")).dtype
+    assert isinstance(scale_dtype, torch.dtype)
+
+    def make() -> dict[str, Tensor]:
+        parts = {
+            "weight": layer("weight").view(torch.uint8),
+            "table": layer("weight_codebook").float()[None] if codebook else table(CENTERED),
+            "scale": layer("weight_s_rel"),
+            "channel": rows(layer("weight_s_channel"), out),
+        }
+        if offset:
+            parts["offset"] = layer("weight_correction").float().T.contiguous()
+        return parts | {"rotation": rotation}
+
+    form = Form(
+        torch.uint8, group, scale_dtype, channel=True, offset=torch.float32 if offset else None, rounded=True,
+        rotation=rotation.shape[1],
+    )  # fmt: skip
+    return layer.made(grouped("asym-w4a8", form), out, 2 * half, make)
+
+
+def _awq(layer: Layer, config: dict[str, Any]) -> Made:
+    out, half = layer.matrix("weight", (torch.int8, torch.uint8))
+    group = _number(layer, config, "group_size", 64)
+    if 2 * half % group:
+        raise layer.error(f"weight has {2 * half} columns; needed a multiple of {group}")
+    shape = (2 * half // group, out)
+    layer.need("weight_scale", FLOATS, shape)
+    layer.need("weight_zeros", FLOATS, shape)
+    stored = (layer.checkpoint.entry(layer.key(leaf)).dtype for leaf in ("weight_scale", "weight_zeros"))
+    scale, zeros = (dtype for dtype in stored if isinstance(dtype, torch.dtype))
+
+    def make() -> dict[str, Tensor]:
+        return {
+            "weight": layer("weight").view(torch.uint8),
+            "table": table(CENTERED),
+            "scale": layer("weight_scale").T.contiguous(),
+            "offset": layer("weight_zeros").T.contiguous(),
+        }
+
+    return layer.made(grouped("awq-w4a16", Form(torch.uint8, group, scale, offset=zeros)), out, 2 * half, make)
+
+
+FORMATS: dict[str, Callable[[Layer, dict[str, Any]], Made]] = {
+    "float8_e4m3fn": _float8,
+    "float8_e5m2": _float8,
+    "mxfp8": _mxfp8,
+    "nvfp4": _nvfp4,
+    "int8_tensorwise": _int8,
+    "convrot_w4a4": _convrot4,
+    "asym_w4a8_int8": _asymmetric,
+    "awq_w4a16": _awq,
+}
