@@ -138,6 +138,7 @@ HOSTILE = {
     "a negative size": (header(1, 0, tensor(dims=(2**64 - 4, 4))), "has the sizes"),
     "a size hidden by a zero": (header(1, 0, tensor(dims=(0, 2**63))), "has the sizes"),
     "many dimensions": (header(1, 0, tensor(dims=(1,) * 5)), "5 dimensions"),
+    "no blocks": (header(1, 0, tensor(kind=12, dims=(256, 0))), "multiple of 256"),
     "half a block": (header(1, 0, tensor(kind=12, dims=(128, 4))), "multiple of 256"),
     "beyond the end": (header(1, 0, tensor(dims=(4096,))), "is said to lie at"),
     "a wild offset": (header(1, 0, tensor(offset=2**63)), "is said to lie at"),

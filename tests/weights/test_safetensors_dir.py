@@ -56,6 +56,7 @@ def refused(path, words):
 def test_one_file(dtype, tmp_path):
     tensor = torch.tensor([[0, 1, 1], [1, 0, 0]]).to(dtype)
     save_file({"x": tensor}, tmp_path / "x.safetensors", metadata={"source": "test"})
+    # The container alone: what is quantized is shown as the parts of a format above it.
     checkpoint = open_file(tmp_path / "x.safetensors")
     entry = checkpoint.entry("x")
     assert (entry.shape, entry.dtype, entry.nbytes) == ((2, 3), dtype, 6 * dtype.itemsize)
