@@ -21,7 +21,8 @@ from s3dit.weights.hub import resolve
 from s3dit.weights.parts import PARTS, split
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
-TOKENS = "tokenizer.ggml.tokens"
+# What a GGUF file says that carries a tokenizer.
+VOCABULARY = "tokenizer.ggml.model"
 OPTIONS = {
     "transformer": "--transformer FILE",
     "text_encoder": "--text-encoder FILE",
@@ -148,8 +149,8 @@ def _one_checkpoint(path: Path) -> Found:
     found = Found(path, inside.parts, rest=inside.rest)
     if path.is_dir() and len(found.parts) == 1:
         found.configs = _beside(next(iter(found.parts)), path)
-    if isinstance(checkpoint, GGUFFile) and TOKENS in checkpoint.fields:
-        found.tokenizer = checkpoint
+    if VOCABULARY in checkpoint.metadata:
+        found.tokenizer = GGUFFile(checkpoint.path)
     return found
 
 

@@ -70,6 +70,7 @@ def test_a_gguf_with_a_whole_vocabulary(tmp_path):
     with torch.device("meta"):
         names = TextEncoder(shapes.TEXT_ENCODER).state_dict()
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "qwen3")
+    writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_array("tokenizer.ggml.tokens", [f"token{i}" for i in range(151936)])
     writer.add_array("tokenizer.ggml.merges", [f"a{i} b{i}" for i in range(151387)])
     writer.add_array("tokenizer.ggml.token_type", [1] * 151936)

@@ -264,8 +264,7 @@ class _Reader:
         if math.prod(size or 1 for size in sizes) >= 1 << 48:
             raise self.error(f"{name} has the sizes {sizes}")
         block, size, _ = BLOCKS[kind]
-        if (sizes[0] if sizes else 1) % size:
-            raise self.error(
-                f"{name} has rows of {sizes[0] if sizes else 1} numbers, {block} needs a multiple of {size}"
-            )
+        row = sizes[0] if sizes else 1
+        if row % size or (block not in PLAIN and 0 in sizes):
+            raise self.error(f"{name} has {sizes} numbers, {block} needs rows of a multiple of {size}")
         return name, tuple(reversed(sizes)), kind, offset

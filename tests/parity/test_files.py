@@ -16,6 +16,7 @@ from s3dit import Pipeline
 from s3dit.sources import gather, look_into
 from s3dit.tokenizer import Tokenizer
 from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.keymap import official
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install 's3dit[test]'")
@@ -253,7 +254,7 @@ def test_a_gguf_qwen3_has_its_own_base(qwen_gguf, official_dir, tensors, tmp_pat
 
 def test_a_gguf_brings_its_tokenizer(qwen_gguf, wide_dir, tensors, tmp_path):
     prompts = ["", "a red star above a blue ring", "Ünïcode 🦊 2024 <|im_end|> <think>", "一只猫  \n\n x"]
-    own, folder = Tokenizer(open_checkpoint(qwen_gguf)), Tokenizer(wide_dir / "tokenizer")
+    own, folder = Tokenizer(GGUFFile(qwen_gguf)), Tokenizer(wide_dir / "tokenizer")
     assert [own.encode(p) for p in prompts] == [folder.encode(p) for p in prompts]
     files = {
         "transformer": spelled.save(tmp_path / "a.safetensors", tensors["transformer"]),

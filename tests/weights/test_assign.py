@@ -134,7 +134,6 @@ FAULTS = {
     "rank": (lambda t: t.update(pad=torch.ones(2)), r"1 tensors of a wrong shape \(pad \[2\], needed \[1, 2\]\)"),
     "int8": (lambda t: t.update(pad=torch.ones(1, 2).to(torch.int8)), r"1 tensors not in .* \(pad int8\)"),
     "int32": (lambda t: t.update(scale=torch.ones(2, dtype=torch.int32)), r"1 tensors not in .* \(scale int32\)"),
-    "fp8": (lambda t: t.update(pad=torch.ones(1, 2).to(torch.float8_e4m3fn)), r"\(pad float8_e4m3fn\)"),
     "fp64": (lambda t: t.update(pad=torch.ones(1, 2).double()), r"\(pad float64\)"),
     # The last layer is not read, but its shape still tells that the file is of another model.
     "unused": (lambda t: t.update({"layers.2.weight": torch.ones(3, 3)}), r"wrong shape \(layers.2.weight"),

@@ -58,7 +58,7 @@ def test_blocks_are_those_of_ggml():
 
 
 def test_every_byte_and_shape(path):
-    found = open_checkpoint(path)
+    found = GGUFFile(path)
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     assert set(found) == set(theirs)
     for name, tensor in theirs.items():
@@ -73,7 +73,7 @@ def test_every_byte_and_shape(path):
 
 
 def test_metadata_as_it_is_typed(path):
-    found = open_checkpoint(path)
+    found = GGUFFile(path)
     assert found.metadata["general.architecture"] == "lumina2"
     assert (found.fields["x.count"], found.fields["x.base"], found.fields["x.on"]) == (3, 1e6, True)
     assert found.items("x.words") == ["a", "", "ü"] and found.items("x.n") == [1, -2]
@@ -138,6 +138,7 @@ HOSTILE = {
     "a negative size": (header(1, 0, tensor(dims=(2**64 - 4, 4))), "has the sizes"),
     "a size hidden by a zero": (header(1, 0, tensor(dims=(0, 2**63))), "has the sizes"),
     "many dimensions": (header(1, 0, tensor(dims=(1,) * 5)), "5 dimensions"),
+    "no blocks": (header(1, 0, tensor(kind=12, dims=(256, 0))), "multiple of 256"),
     "half a block": (header(1, 0, tensor(kind=12, dims=(128, 4))), "multiple of 256"),
     "beyond the end": (header(1, 0, tensor(dims=(4096,))), "is said to lie at"),
     "a wild offset": (header(1, 0, tensor(offset=2**63)), "is said to lie at"),

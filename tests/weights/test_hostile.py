@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
-from s3dit.weights.container import LONGEST_HEADER, MOST_TENSORS
+from s3dit.weights.container import LONGEST_HEADER, MOST_TENSORS, sniff
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.parts import split
 
 MUTANTS = int(os.environ.get("S3DIT_MUTANTS", "3000"))
 # Of one draw.
 BATCH = 20
-# What Python itself allocates for a handful of objects, beside what a file asks for.
-FLOOR = 1 << 19
+# What Python itself allocates for its objects, and now and then for a module, beside what a file asks for.
+FLOOR = 1 << 21
 NUMBERS = (
     0,
     1,
@@ -91,10 +91,11 @@ def devour(path):
         if isinstance(entry.dtype, torch.dtype):
             tensor = checkpoint.load(name)
             assert tuple(tensor.shape) == entry.shape and tensor.nbytes == entry.nbytes
-    if isinstance(checkpoint, GGUFFile):
-        for key in checkpoint.fields:
+    if sniff(path) == "gguf":
+        file = GGUFFile(path)
+        for key in file.fields:
             with contextlib.suppress(CheckpointError):
-                checkpoint.items(key)
+                file.items(key)
     split(checkpoint)
 
 
