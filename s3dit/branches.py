@@ -42,8 +42,6 @@ def prepare(
     find: opens a ControlNet -> its part and what it is. Those of strength 0 are held to everything and then left out.
     Raises RequestError, and what `find` raises.
     """
-    if request.controls and any(request.references()):
-        raise RequestError("both control and reference are given; no ControlNet knows of references; leave one out")
     controls, found, notes = [], [], []
     opened: dict[int, Picture] = {}
     for number, given in enumerate(request.controls, 1):
