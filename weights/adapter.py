@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from s3dit.weights import dialects
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_stored
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -60,7 +60,7 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises CheckpointError: not readable, no adapter, an adapter of another model, NaN, rank 0, two tensors for one
     place, half a pair.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_stored(path)
     if checkpoint.path.is_dir():
         raise CheckpointError(f"{path}: an adapter in shards; needed one .safetensors file; join the shards first")
     adapter = Adapter(checkpoint.path)

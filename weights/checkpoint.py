@@ -22,10 +22,12 @@ READERS: dict[Container, Callable[[Path], Checkpoint]] = {"safetensors": open_fi
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a safetensors or GGUF file, or a folder with one or with the shards of an index; raises CheckpointError."""
-    return recognized(_open(Path(path)))
+    return recognized(open_stored(path))
 
 
-def _open(path: Path) -> Checkpoint:
+def open_stored(path: str | Path) -> Checkpoint:
+    """The same with every tensor as it is stored, whatever number format it belongs to (adapters have none)."""
+    path = Path(path)
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
@@ -49,7 +51,7 @@ def _open_folder(folder: Path) -> Checkpoint:
     file = _one(folder, SUFFIX) or _one(folder, ".gguf")
     if file is None:
         raise CheckpointError(f"{folder}: no *{SUFFIX} in it; {_instead(folder)}")
-    return _open(file)
+    return open_stored(file)
 
 
 def _visible(folder: Path, suffix: str) -> list[Path]:
