@@ -10,8 +10,11 @@ that each run of g inputs was turned by, to spread outliers (ConvRot, SDNQ). col
 (SmoothQuant, SVDQuant). up, down: a branch of low rank, in higher precision (SVDQuant).
 
 The last three are undone on x instead of the weight: x · column, then · rotation, meet the codes; x · down · up is
-added. W4A4 formats round x as well where they come from; here x stays wide, which is nearer to the unrounded model and
-not the bits of its producer.
+added. What x meets is made wide in one pass of a Triton kernel on a GPU, piece by piece elsewhere; only 8-bit codes
+with a scale a row are widened inside the product.
+
+W4A4 formats round x as well where they come from. Here x stays wide, which is nearer to the unrounded model, and not
+the bits of their producer.
 
 Dim 0 of a part is the output channel, or 1 where all channels share the part. So rows can be cut from a layer.
 """
@@ -19,12 +22,13 @@ Dim 0 of a part is the output channel, or 1 where all channels share the part. S
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
 from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, codes_as, pieces, wide
 
@@ -72,13 +76,14 @@ def grouped(name: str, form: Form) -> Scheme:
     def pieced(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
         return _pieced(form, plain(x), parts, bias)
 
-    def able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
-        simple = form.codes in MIXED and not (form.group or form.channel or form.offset)
-        return missing(x, WIDE, form.codes) or True if simple else "only int8 and e4m3 with a scale a row have a kernel"
+    def in_kernel(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+        return _in_kernel(form, plain(x), parts, bias)
 
-    # Formats without a kernel are plain torch everywhere.
-    if form.codes in MIXED and not (form.group or form.channel or form.offset):
-        grouped_linear.on("cuda", "triton", when=able)(_mixed)
+    def able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+        # e5m2 asks for the same GPUs as e4m3.
+        return missing(x, WIDE, None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn) or True
+
+    grouped_linear.on("cuda", "triton", when=able)(in_kernel)
     for device in ("cpu", "cuda"):
         grouped_linear.on(device, "torch")(pieced)
     return Scheme(name, None, spec, None, decode, grouped_linear)
@@ -204,7 +209,66 @@ def _pieced(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     return _branch(x, parts, out)
 
 
-def _mixed(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
-    """Codes that are numbers, with a scale a row: the kernel of the 8-bit formats."""
-    x = plain(x)
-    return _branch(x, parts, mixed_matmul(_meeting(x, parts), parts["weight"], parts["scale"], None, bias))
+def _in_kernel(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+    """Codes that are numbers, with a scale a row: the kernel of the 8-bit formats. Others are made wide first."""
+    met = _meeting(x, parts)
+    if form.codes in MIXED and not (form.group or form.channel or form.offset or form.rounded):
+        out = mixed_matmul(met, parts["weight"], parts["scale"], None, bias)
+    else:
+        # Few numbers beside the codes, in whatever small type.
+        scale, offset = parts["scale"].float(), parts["offset"].float() if form.offset else None
+        group = form.group or x.shape[-1]
+        weight = grouped_dequantize(
+            parts["weight"], parts.get("table"), scale, parts.get("channel"), offset, group, form.rounded, x.dtype
+        )
+        out = F.linear(met, weight, None if bias is None else bias.to(x.dtype))
+    return _branch(x, parts, out)
+
+
+@kernel
+def _widen(
+    weight: "Any", table: "Any", scale: "Any", channel: "Any", offset: "Any", out: "Any", N: tl.constexpr,
+    K: tl.constexpr, GROUP: tl.constexpr, ROUNDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Write the weight (N, K) that x meets; channel and offset may be None, table where codes are numbers."""
+    cols, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
+    depth, row = k + tl.arange(0, BLOCK_K), tl.minimum(cols, N - 1).to(tl.int64)[:, None]
+    known = (depth < K)[None, :]
+    if table is None:
+        w = tl.load(weight + row * K + depth[None, :], mask=known, other=0.0).to(tl.float32)
+    else:
+        pair = k // 2 + tl.arange(0, BLOCK_K // 2)
+        two = tl.load(weight + row * (K // 2) + pair[None, :], mask=(pair < K // 2)[None, :], other=0)
+        w = tl.load(table + tl.interleave(two & 15, two >> 4).to(tl.int32))
+    group = row * tl.cdiv(K, GROUP) + (depth // GROUP)[None, :]
+    w = w * tl.load(scale + group, mask=known, other=0.0)
+    if ROUNDED:
+        # 1.5 · 2^23: the sum has no bits left for fractions, and rounds to even
+        w = (tl.minimum(tl.maximum(w, -127.0), 127.0) + 12582912.0) - 12582912.0
+    if channel is not None:
+        w = w * tl.load(channel + row)
+    if offset is not None:
+        w = w + tl.load(offset + group, mask=known, other=0.0)
+    at = out + cols.to(tl.int64)[:, None] * K + depth[None, :]
+    tl.store(at, w.to(out.dtype.element_ty), mask=(cols < N)[:, None] & known)
+
+
+def _fake(
+    weight: Tensor, table: Tensor | None, scale: Tensor, channel: Tensor | None, offset: Tensor | None, group: int,
+    rounded: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return weight.new_empty(len(weight), weight.shape[1] * (1 if table is None else 2), dtype=dtype)
+
+
+@launcher(_fake)
+def grouped_dequantize(
+    weight: Tensor, table: Tensor | None, scale: Tensor, channel: Tensor | None, offset: Tensor | None, group: int,
+    rounded: bool, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The weight (N, K) that x meets once column and rotation were applied to it, in dtype; parts in fp32."""
+    n, k = weight.shape[0], weight.shape[1] * (1 if table is None else 2)
+    out = torch.empty(n, k, dtype=dtype, device=weight.device)
+    _widen[(-(-n // 16), -(-k // 256))](
+        weight, table, scale, channel, offset, out, n, k, group, rounded, 16, 256, num_warps=4
+    )
+    return out

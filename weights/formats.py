@@ -161,9 +161,11 @@ def _stored(layer: Layer, kind: str) -> Any:
 
 def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Any:
     def make() -> dict[str, Tensor]:
-        blocks = checkpoint.load(name)
+        blocks, shape = checkpoint.load(name), checkpoint.shapes[name]
+        if not blocks.numel():
+            return {name: torch.empty(shape)}
         decoded = GGUF[kind].decode({"weight": blocks.reshape(-1, blocks.shape[-1])})
         Layer(checkpoint, name).numbers("", decoded)
-        return {name: decoded.view(checkpoint.shapes[name])}
+        return {name: decoded.view(shape)}
 
     return make

@@ -327,7 +327,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s3dit.kernels import gguf_matmul, matmul
+from s3dit.kernels import gguf_matmul, grouped, matmul
 from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.linear import SCHEMES
 
@@ -359,10 +359,12 @@ def launch(kernel, grid):
 triton.JITFunction.__getitem__ = launch
 matmul._describable = lambda *tensors: capability >= 90
 matmul._programs = lambda device: 132
-gguf_matmul.F = matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
+grouped.F = gguf_matmul.F = matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
 matmul.rounded = matmul.quantize_rows
+form = grouped.Form(torch.uint8, 16, torch.bfloat16, True, torch.bfloat16, rounded=True)
+packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form(torch.float8_e4m3fn, 128)))
 for rows in (64, 4224):
-    for scheme in (*SCHEMES.values(), *(GGUF[kind] for kind in gguf_matmul.KERNELS)):
+    for scheme in (*SCHEMES.values(), GGUF["Q8_0"], GGUF["Q5_K"], GGUF["Q6_K"], *packed):
         parts = {part: torch.zeros(shape, dtype=dtype) for part, (shape, dtype) in scheme.spec(3840, 10240).items()}
         x = torch.zeros(rows, 10240, dtype=torch.bfloat16)
         x = matmul.quantize_rows(x, scheme.activation) if scheme.activation else x
