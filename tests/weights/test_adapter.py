@@ -87,7 +87,7 @@ def test_cut_short_empty_and_pickled(tmp_path):
         (b"\x80\x04pickled", "never opened"),
         (b"PK\x03\x04" + data, "never opened"),
         (b"<html>", "web page"),
-        (b"\xff" * 64, "not a safetensors file"),
+        (b"\xff" * 64, "neither safetensors nor GGUF"),
     ):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=words):
