@@ -148,7 +148,10 @@ def unswizzled(scale: Tensor, out: int, groups: int) -> Tensor:
 
 
 def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Scales of blocks of `group`, in tiles or, where the shape says so, plain -> (out, in / group) of a dtype."""
+    """Scales of blocks of `group`, in tiles or, where the shape says so, plain -> (out, in / group) of a dtype.
+
+    Where both have one shape, as in all of Z-Image, ComfyUI's are tiles.
+    """
     if in_ % group:
         raise layer.error(f"weight has {in_} columns; needed a multiple of {group}")
     groups = in_ // group

@@ -10,7 +10,7 @@ The names of layers are the file's own here; `keymap` turns them into official o
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[Made]:
         yield layer.made(scheme, *shape, make=_ones(layer, shape[0]))
 
 
-def _ones(layer: Layer, out: int) -> Any:
+def _ones(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
+    """The weight as it lies, with the scale 1."""
     return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1)}
 
 
@@ -127,7 +128,7 @@ def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
 
 
 def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
-    """GGUF's tensors in blocks: matrices of layers as they lie, others made plain, bf16 being GGUF's usual."""
+    """GGUF's tensors in blocks: matrices of layers as they lie, others decoded to fp32."""
     for name, kind in checkpoint.ggml_types.items():
         if kind not in GGUF:
             raise CheckpointError(
@@ -143,7 +144,7 @@ def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
             yield Made({name: entry}, (name,), _plain(checkpoint, name, kind))
 
 
-def _stored(layer: Layer, kind: str) -> Any:
+def _stored(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
     """The blocks as they lie in the file, once their scales were looked at."""
 
     good = False
@@ -159,7 +160,9 @@ def _stored(layer: Layer, kind: str) -> Any:
     return make
 
 
-def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Any:
+def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Callable[[], dict[str, Tensor]]:
+    """A tensor in blocks that is no layer, decoded."""
+
     def make() -> dict[str, Tensor]:
         blocks, shape = checkpoint.load(name), checkpoint.shapes[name]
         if not blocks.numel():
