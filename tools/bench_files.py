@@ -21,22 +21,12 @@ import torch
 from bench import machine, watched
 from safetensors.torch import save_file
 
-from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.pipeline import EMBEDDED
+from s3dit.shapes import TEXT_ENCODER, TRANSFORMER, VAE
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
 from s3dit.vae import Autoencoder
 
-TRANSFORMER = TransformerConfig(
-    all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=3840, n_layers=30, n_refiner_layers=2, n_heads=30,
-    n_kv_heads=30, norm_eps=1e-5, qk_norm=True, cap_feat_dim=2560, siglip_feat_dim=None, rope_theta=256.0,
-    t_scale=1000.0, axes_dims=(32, 48, 48),
-)  # fmt: skip
-TEXT = TextEncoderConfig(
-    vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
-)  # fmt: skip
-VAE = VAEConfig(3, 3, 16, (128, 256, 512, 512), 2, 32, 0.3611, 0.1159)
 COMFY = (
     ("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"), ("to_out.0", "out"),
     ("norm_q", "q_norm"), ("norm_k", "k_norm"), ("to_q", "qkv"),
@@ -153,7 +143,7 @@ def write_int8(path: Path, tensors: dict[str, list[int]]) -> None:
 def bench(what: list[str], folder: Path, steps: int) -> Iterator[dict[str, Any]]:
     """A picture from each kind of file."""
     text, vae = folder / "qwen3-q8_0.gguf", folder / "vae.safetensors"
-    write_gguf(text, "qwen3", shapes(TextEncoder, TEXT, LLAMA), "Q8_0")
+    write_gguf(text, "qwen3", shapes(TextEncoder, TEXT_ENCODER, LLAMA), "Q8_0")
     save_file({n: torch.from_numpy(values(n, s)).bfloat16() for n, s in shapes(Autoencoder, VAE, ()).items()}, vae)
     for kind in what:
         path = folder / ("transformer.gguf" if kind == "gguf" else "transformer.safetensors")
