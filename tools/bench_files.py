@@ -93,13 +93,13 @@ def write_gguf(path: Path, arch: str, tensors: dict[str, list[int]], default: st
     made: dict[tuple[Any, ...], np.ndarray] = {}
     for name, shape in tensors.items():
         quantized = len(shape) == 2 and name.startswith(("layers.", "blk.", "token_embd"))
-        kind = next((k for end, k in RECIPE.items() if name.endswith(end)), default) if quantized else "F32"
-        key = (kind, *shape)
+        plain = "BF16" if len(shape) == 2 else "F32"
+        kind = next((k for end, k in RECIPE.items() if name.endswith(end)), default) if quantized else plain
         # Tensors of one kind and shape are one array, so that writing needs little memory.
-        if not quantized:
-            writer.add_tensor(name, values(name, shape))
-            continue
-        made[key] = made[key] if key in made else blocks(kind, shape)
+        key = (kind, "norm" in name, *shape)
+        if key not in made:
+            wide = blocks(kind, shape) if quantized else values(name, shape)
+            made[key] = wide if quantized else gguf.quantize(wide, gguf.GGMLQuantizationType[kind])
         writer.add_tensor(name, made[key], raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
