@@ -16,13 +16,17 @@ def add(commands: Any) -> None:
     command = commands.add_parser("look", help=text, description=text)
     command.add_argument("path", type=Path, metavar="FILE", help="a file or folder of weights, on this machine")
     command.add_argument("--json", action="store_true", help="the same as one JSON object")
-    text = "write any checkpoint that can be read into the official layout"
+    text = "write any checkpoint or adapter that can be read under official names, for any other tool"
     _add_convert(commands.add_parser("convert", help=text, description=text))
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a file or folder of one part or of all, or a hub name")
-    parser.add_argument("target", type=Path, metavar="DST", help="the new directory")
+    parser.add_argument(
+        "source", metavar="SRC", help="a file or folder of one part or of all, a hub name, or an adapter"
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="DST", help="the new directory, or the new *.safetensors of an adapter"
+    )
     parser.add_argument("--dtype", help="bf16 or fp32 (default: floats as stored, number formats decoded to bf16)")
     parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
@@ -39,9 +43,14 @@ def _convert(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from s3dit.convert import check, convert
+    from s3dit.weights.convert_adapter import convert_adapter
     from s3dit.weights.hub import resolve
 
     source = resolve(args.source)
+    if args.target.suffix == ".safetensors":
+        convert_adapter(source, args.target, version=__version__, force=args.force)
+        print(args.target)
+        return 0
     total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar:
         notes = convert(

@@ -53,6 +53,10 @@ SCHEDULER = {
     "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": False,
     "shift": SHIFT,
 }  # fmt: skip
+OMNI = {
+    "_class_name": "ZImageOmniPipeline", "siglip": ["transformers", "Siglip2VisionModel"],
+    "siglip_processor": ["transformers", "Siglip2ImageProcessorFast"],
+}  # fmt: skip
 INDEX = {
     "_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
@@ -105,6 +109,7 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
     for part, checkpoint in found.parts.items():
         config = found.configs.get(part) or shapes.READERS[part](checkpoint)
         needed += sum(_size(part, official(checkpoint), config, dtype))
+    needed += sum(file.stat().st_size for folder in _eyes(found) for file in folder.iterdir())
     check_room(target, needed)
     return found
 
@@ -205,11 +210,18 @@ def _write_rest(found: Found, built: Path) -> Iterator[str]:
     scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | {"shift": found.scheduler.shift}
     (built / "scheduler").mkdir()
     _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
-    _write_json(built / "model_index.json", INDEX)
+    for folder in _eyes(found):
+        shutil.copytree(folder, built / folder.name)
+    _write_json(built / "model_index.json", INDEX | (OMNI if _eyes(found) else {}))
     if found.scheduler is None:
         yield f"the source does not say the shift of its schedule: {SHIFT:g}, Turbo's, was written"
     if not isinstance(found.tokenizer, Path):
         yield "the source has no tokenizer folder: copy the one of Z-Image to tokenizer/ to make it a whole model"
+
+
+def _eyes(found: Found) -> list[Path]:
+    """The folders of the vision tower, which only a directory has and which are copied as they are."""
+    return [folder for name in ("siglip", "siglip_processor") if (folder := found.path / name).is_dir()]
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
 from s3dit.cli import main
@@ -78,3 +78,21 @@ def test_the_program_beside_the_command(tmp_path):
         )  # fmt: skip
         assert done.returncode == code and len((done.stdout + done.stderr).splitlines()) >= 1
     assert "is a FLUX model" in done.stderr
+
+
+def test_convert_takes_adapters(tmp_path, capsys):
+    """ComfyUI's fused name in, three official ones out; the directory that a model would be is refused."""
+    down, up = torch.randn(4, 192), torch.randn(3 * 192, 4)
+    stem = "diffusion_model.layers.0.attention.qkv"
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}, tmp_path / "a.safetensors")
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "b.safetensors") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "b.safetensors")
+    found = load_file(tmp_path / "b.safetensors")
+    products = [
+        found[f"transformer.layers.0.attention.to_{letter}.lora_B.weight"]
+        @ found[f"transformer.layers.0.attention.to_{letter}.lora_A.weight"]
+        for letter in "qkv"
+    ]
+    assert torch.allclose(torch.cat(products), up @ down, rtol=1e-5, atol=1e-5)
+    assert run("convert", tmp_path / "a.safetensors", tmp_path / "folder") == 2
+    assert "is an adapter" in capsys.readouterr().err and not (tmp_path / "folder").exists()

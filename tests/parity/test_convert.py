@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -87,6 +88,18 @@ def test_a_directory_keeps_what_it_says(official_dir, ours, tmp_path):
     assert torch.equal(latents(load(tmp_path / "out")), latents(ours))
     config = json.loads((tmp_path / "out" / "vae" / "config.json").read_text())
     assert config["norm_num_groups"] == 4
+
+
+def test_the_vision_tower_of_a_directory_comes_along(official_dir, tmp_path):
+    source = tmp_path / "omni"
+    shutil.copytree(official_dir, source)
+    for name in ("siglip", "siglip_processor"):
+        (source / name).mkdir()
+        (source / name / "x.json").write_text("{}")
+    convert(source, tmp_path / "out", version="0")
+    assert (tmp_path / "out" / "siglip" / "x.json").is_file() and (tmp_path / "out" / "siglip_processor").is_dir()
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert index["_class_name"] == "ZImageOmniPipeline" and "siglip" in index
 
 
 def test_number_formats_are_decoded(tensors, official_dir, tmp_path):

@@ -66,7 +66,7 @@ def transformer(official_dir, tmp_path_factory):
 def test_a_fused_gguf_transformer(transformer, official_dir):
     """fp32 sums of decoded blocks in another order than of the whole weight: 1e-5."""
     quantized, plain = (load(official_dir, transformer=path) for path in transformer)
-    assert quantized.formats["transformer"] and not plain.formats["transformer"]
+    assert quantized.parts.formats["transformer"] and not plain.parts.formats["transformer"]
     assert relative(latents(quantized), latents(plain)) < 1e-5
 
 
@@ -89,7 +89,8 @@ def test_a_gguf_text_encoder_with_its_embedding(official_dir, tmp_path):
     quantized, same = (load(official_dir, text_encoder=one) for one in (tmp_path / "q.gguf", path))
     ids = torch.tensor([5, 0, 703, 5])
     rows = [
-        official(one.checkpoints["text_encoder"]).rows("model.embed_tokens.weight", ids) for one in (quantized, same)
+        official(one.parts.checkpoints["text_encoder"]).rows("model.embed_tokens.weight", ids)
+        for one in (quantized, same)
     ]
     assert torch.equal(*rows)
     assert relative(quantized.encode(["a red star"])[0], same.encode(["a red star"])[0]) < 1e-5
