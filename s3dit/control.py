@@ -8,7 +8,7 @@ own error. Not here: files and pictures, which `branches` opens.
 
 import re
 from dataclasses import dataclass, fields
-from os import PathLike
+from os import PathLike, path
 from typing import Any, Literal, Self, get_args
 
 Version = Literal["1.0", "2.0", "2.1"]
@@ -17,6 +17,8 @@ Rule = Literal["authors", "diffusers"]
 FORM = "FILE:IMAGE[:STRENGTH][:START-END][:inpaint=IMAGE:mask=IMAGE][:version=2.0][:rule=diffusers]"
 # Fields that hold images, one for all pictures or one a prompt or picture.
 IMAGES = ("image", "inpaint", "mask")
+# What the command line's form says by name.
+WORDS = ("inpaint", "mask", "version", "rule")
 # Twice what a ControlNet was trained for is no use any more, and more is a slip of the pen.
 STRONGEST = 2.0
 
@@ -44,20 +46,29 @@ class Control:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the command line's form (FORM); raises ValueError."""
+        """Read the command line's form (FORM); raises ValueError.
+
+        A colon ends a name, unless there is a file that has it in its own.
+        """
         # Not at the colon of a Windows drive.
-        model, *parts = re.split(r":(?!\\)", text)
-        values: dict[str, Any] = {"image": parts.pop(0) or None} if parts and "=" not in parts[0] else {}
-        for part in parts:
-            name, found, value = part.partition("=")
-            if found and name in ("inpaint", "mask", "version", "rule") and name not in values:
-                values[name] = value
-            elif "start" not in values and (span := re.fullmatch(r"([\d.]+)-([\d.]+)", part)):
+        pieces = re.split(r":(?!\\)", text)
+        model = _name(pieces)
+        values: dict[str, Any] = {}
+        if pieces and pieces[0].partition("=")[0] not in WORDS:
+            values["image"] = _name(pieces) or None
+        while pieces:
+            word, found, value = (piece := pieces[0]).partition("=")
+            if found and word in WORDS and word not in values:
+                pieces[0] = value
+                values[word] = _name(pieces) if word in IMAGES else pieces.pop(0)
+                continue
+            if "start" not in values and (span := re.fullmatch(r"([\d.]+)-([\d.]+)", piece)):
                 values |= {"start": _number(span[1], text), "end": _number(span[2], text)}
             elif "strength" not in values:
-                values["strength"] = _number(part, text)
+                values["strength"] = _number(piece, text)
             else:
-                raise ValueError(f"control {text!r} has {part!r} in it; needed {FORM}")
+                raise ValueError(f"control {text!r} has {piece!r} in it; needed {FORM}")
+            del pieces[0]
         return cls(model, **values)
 
     def check(self) -> None:
@@ -117,6 +128,15 @@ def _paths(given: Any) -> str | list[str] | None:
         return str(given)
     found = [_paths(one) for one in given] if isinstance(given, list | tuple) else []
     return [one for one in found if isinstance(one, str)] if found and all(isinstance(f, str) for f in found) else None
+
+
+def _name(pieces: list[str]) -> str:
+    """Take a name off the front: of as many pieces as a file that exists has, else the first."""
+    whole = (i for i in range(len(pieces), 1, -1) if path.exists(":".join(pieces[:i])))
+    end = next(whole, 1)
+    name = ":".join(pieces[:end])
+    del pieces[:end]
+    return name
 
 
 def _number(text: str, whole: str) -> float:

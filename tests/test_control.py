@@ -28,6 +28,25 @@ def test_the_form_of_the_command_line(text, control):
     control.check()
 
 
+def test_a_colon_in_the_name_of_a_file_that_exists(tmp_path, monkeypatch):
+    """Names of files are as long as they can be; what is not there ends at its first colon, as ever."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs: old")
+    folder.mkdir()
+    net, pose, photo = (folder / name for name in ("2.1: final", "12:30.png", "a = b: 0.5.png"))
+    for path in (net, pose, photo):
+        path.touch()
+    for text, control in (
+        (f"{net}:{pose}:0.5:0-0.7", Control(str(net), str(pose), 0.5, end=0.7)),
+        (f"{net}:{photo}", Control(str(net), str(photo))),
+        (f"a:inpaint={photo}:mask={pose}:0.4", Control("a", None, 0.4, inpaint=str(photo), mask=str(pose))),
+        (f"{net}::0.5:mask={pose}:inpaint=b", Control(str(net), None, 0.5, inpaint="b", mask=str(pose))),
+    ):
+        assert Control.parse(text) == control
+    with pytest.raises(ValueError, match="needed FILE:IMAGE"):
+        Control.parse("a:runs: new/12:30.png")
+
+
 @pytest.mark.parametrize(
     "text", ["a:b:c", "a:b:0.5:0.6", "a:b:0.5:0-0.5:0.1-1", "a:b:0-", "a:b:mask=x:mask=y", "a:b:x=1"]
 )
