@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import warnings
@@ -166,6 +167,10 @@ def _refuse(path: str | Path, error: BaseException, needed: str) -> NoReturn:
     """Raise RequestError for a file that could not be read."""
     if isinstance(error, RequestError):
         raise error
+    if isinstance(error, Image.DecompressionBombError):
+        # Pillow says how many there are, and a limit that is not ours.
+        count = next(iter(re.findall(r"\d+", str(error))), "far too many")
+        raise RequestError(f"{path}: {count} pixels; needed at most {LARGEST_PIXELS:,}; scale it down") from None
     found = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
     raise RequestError(f"{path}: {found}; needed {needed}; check the file") from None
 
