@@ -79,6 +79,11 @@ def _opened(request: Request, opened: dict[int, Picture]) -> tuple[dict[str, Pic
             raise RequestError(
                 f"{row['mask'].name} is {w}×{h} pixels; needed the size of {row['inpaint'].name}, {width}×{height}"
             )
+        if "mask" in row and not row["mask"].mask().any():
+            raise RequestError(
+                f"{row['mask'].name} is black everywhere, so nothing would be painted; needed white where "
+                f"{row['inpaint'].name} is to be painted anew, or neither of them"
+            )
         rows.append(row)
     return tuple(rows)
 
