@@ -3,6 +3,8 @@
 The weights of the ControlNets are random, so the pictures mean nothing; what is tested is bits.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -138,6 +140,61 @@ def test_a_quantized_base(pipe, nets):
     assert (rounded - exact).norm() / exact.norm() < 0.1 < (exact - plain).norm() / exact.norm()
 
 
+@pytest.fixture(scope="module")
+def style(tmp_path_factory):
+    """A low-rank adapter of the transformer, and a model directory whose weights hold it, summed in float64."""
+    folder = tmp_path_factory.mktemp("style")
+    shutil.copytree(EMBEDDED, folder / "merged")
+    (path,) = (folder / "merged" / "transformer").glob("*.safetensors")
+    weights, g = load_file(path), torch.Generator().manual_seed(9)
+    low = {}
+    for name in ("noise_refiner.0.attention.to_q", "layers.0.attention.to_out.0", "layers.3.feed_forward.w2"):
+        weight = weights[f"{name}.weight"].double()
+        a, b = (0.3 * torch.randn(shape, generator=g) for shape in ((4, weight.shape[1]), (weight.shape[0], 4)))
+        low |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+        weights[f"{name}.weight"] = (weight + 0.7 * b.double() @ a.double()).float()
+    save_file(weights, path)
+    save_file(low, folder / "style.safetensors")
+    return folder
+
+
+def attached(style, **load):
+    pipe = Pipeline.load(device="cpu", dtype="fp32", **load)
+    pipe.lora.attach(style / "style.safetensors", 0.7)
+    return pipe
+
+
+@pytest.mark.parametrize("rule", ["authors", "diffusers"])
+def test_an_adapter_beside_control_is_its_sum_with_the_weights(pipe, nets, style, rule):
+    control = [Control(nets["2.1"], picture(1), rule=rule), Control(nets["1.0"], picture(2), 0.3)]
+    guided = {"guidance_scale": 1.5}
+    found = states(attached(style), control, **guided)[-1]
+    needed = states(Pipeline.load(style / "merged", device="cpu", dtype="fp32"), control, **guided)[-1]
+    # One rounding of a sum against two products in fp32, some 1e-7 a layer, through 4 guided steps.
+    assert (found - needed).norm() / needed.norm() < 2e-5
+    # Either of the two alone is far away.
+    for other in (states(pipe, control, **guided)[-1], states(attached(style), None, **guided)[-1]):
+        assert (other - needed).norm() / needed.norm() > 1e-2
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_an_adapter_beside_control_is_the_same_bits_in_every_residency(pipe, nets, style, quantize):
+    control = Control(nets["2.1"], picture(1))
+    staged = attached(style, quantize=quantize)
+    needed = states(staged, control)
+    for load in ({"residency": "resident"}, {"residency": "streamed"}, {"vram": "40MiB"}, {"vram": "14MiB"}):
+        other = attached(style, quantize=quantize, **load)
+        assert all(torch.equal(a, b) for a, b in zip(states(other, control), needed, strict=True)), load
+    # The last one is so tight that both pass by block by block.
+    assert len(other.plan(**SHORT, control=control).fit.kept) == 2
+    staged.lora.detach()
+    bare = states(Pipeline.load(device="cpu", dtype="fp32", quantize=quantize), control)
+    assert all(torch.equal(a, b) for a, b in zip(states(staged, control), bare, strict=True))
+    exact = states(attached(style), control)[-1]
+    # int8 of both sides of a product is some 1e-2 off; without the adapter it would be far away.
+    assert (needed[-1] - exact).norm() / exact.norm() < 0.1 < (bare[-1] - exact).norm() / exact.norm()
+
+
 def test_inpaint_channels_count(pipe, nets):
     mask = Image.fromarray(np.pad(np.full((32, 32), 255, dtype=np.uint8), ((16, 16), (32, 32))))
     one = Control(nets["2.1"], picture(1))
@@ -155,6 +212,33 @@ def test_with_a_start_image_and_a_second_pass(pipe, nets):
     assert [step.x.shape for step in with_it] == [step.x.shape for step in without]
     assert len(with_it[-1].x) == 4 * len(with_it[0].x)
     assert not any(torch.equal(a.velocity, b.velocity) for a, b in zip(with_it, without, strict=True))
+
+
+def test_a_second_pass_is_steered_like_img2img_of_the_first_s_picture(nets, style):
+    pipe = attached(style)
+    options = SHORT | {"output_type": "tensor", "control": Control(nets["2.1"], picture(1))}
+    start = {"image": picture(4), "strength": 0.75}
+    found = pipe(**options, **start, upscale=2.0, upscale_strength=0.5)
+    first = (pipe(**options, **start).images[0] / 2 + 0.5).clamp(0, 1)
+    by_hand = options | {"image": first, "height": 128, "width": 192, "strength": 0.5}
+    needed = pipe(**by_hand).latents[0]
+    # 1e-5: there the picture is resized in [0, 1], here in [-1, 1].
+    assert (found.latents[0] - needed).norm() / needed.norm() < 1e-5
+    without = pipe(**by_hand | {"control": None}).latents[0]
+    assert (without - needed).norm() / needed.norm() > 1e-2
+
+
+def test_control_stays_inside_the_mask(pipe, nets):
+    """What is kept is the input's to the bit, whatever steers the rest."""
+    levels = np.zeros((64, 96), dtype=np.uint8)
+    levels[:32, :48] = 255
+    image, options = picture(4), SHORT | {"output_type": "pil", "mask_image": Image.fromarray(levels)}
+    drawn = [
+        np.asarray(pipe(**options, image=image, control=control).images[0])
+        for control in (Control(nets["2.1"], picture(1)), None)
+    ]
+    assert all(np.array_equal(one[levels == 0], np.asarray(image)[levels == 0]) for one in drawn)
+    assert not np.array_equal(*drawn)
 
 
 def test_the_plan_says_it_all_before_any_weight(nets):
@@ -193,6 +277,7 @@ def test_what_is_refused_before_any_weight(nets, tmp_path):
         (Control(nets["1.0"], picture(1), version="2.1"), CheckpointError, "version 1.0, asked for is 2.1"),
         (Control(nets["1.0"], picture(1), inpaint=picture(1), mask=picture(1)), RequestError, "cannot inpaint"),
         (Control(nets["2.1"], inpaint=picture(1), mask=mask), RequestError, "20×20 pixels; needed the size"),
+        (Control(nets["2.1"], inpaint=mask, mask=Image.new("L", mask.size)), RequestError, "black everywhere"),
         (Control(nets["2.1"], cut), RequestError, "cut.png"),
         (Control(nets["2.1"], torch.full((3, 8, 8), float("nan"))), RequestError, "NaN"),
         (Control(nets["2.1"], picture(1), strength=3.0), RequestError, "strength is 3.0"),

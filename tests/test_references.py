@@ -257,6 +257,35 @@ def test_a_start_image_beside_references(pipe):
         assert relative(pipe(**options, **other).latents[0], drawn) > 1e-3
 
 
+def test_an_adapter_beside_references(pipe, folder, tmp_path):
+    """A low-rank change beside weights, and the sum of both; on layers that read what the tower saw, too."""
+    merged = shutil.copytree(folder, tmp_path / "merged")
+    (path,) = (merged / "transformer").glob("*.safetensors")
+    weights, low, generator = load_file(path), {}, torch.Generator().manual_seed(4)
+    for name in ("layers.1.attention.to_v", "siglip_refiner.0.feed_forward.w1", "siglip_embedder.1"):
+        weight = weights[f"{name}.weight"].double()
+        a, b = (0.2 * torch.randn(shape, generator=generator) for shape in ((4, weight.shape[1]), (len(weight), 4)))
+        low |= {f"transformer.{name}.lora_A.weight": a, f"transformer.{name}.lora_B.weight": b}
+        weights[f"{name}.weight"] = (weight + 0.7 * b.double() @ a.double()).float()
+    save_file(weights, path)
+    save_file(low, tmp_path / "style.safetensors")
+    options = OPTIONS | {"num_inference_steps": 2, "guidance_scale": 1.5, "reference": [picture(), picture(96, 64, 1)]}
+    needed = Pipeline.load(merged, device="cpu", dtype="fp32")(**options).latents[0]
+    staged, *others = (
+        Pipeline.load(folder, device="cpu", dtype="fp32", **load)
+        for load in ({}, {"residency": "streamed"}, {"vram": "24MiB"})
+    )
+    staged.lora.attach(tmp_path / "style.safetensors", 0.7)
+    found = staged(**options).latents[0]
+    # One rounding of a sum against two products in fp32.
+    assert relative(found, needed) < 1e-5 and relative(pipe(**options).latents[0], needed) > 1e-2
+    for other in others:
+        other.lora.attach(tmp_path / "style.safetensors", 0.7)
+        assert torch.equal(other(**options).latents[0], found)
+    staged.lora.detach()
+    assert torch.equal(staged(**options).latents[0], pipe(**options).latents[0])
+
+
 def test_two_passes(pipe):
     """The second, larger pass sees the same references."""
     options = OPTIONS | {"num_inference_steps": 2, "upscale": 2.0}
