@@ -1,11 +1,13 @@
 """The command line: `s3dit generate`, `plan`, `look`, `convert`, `quantize`. Flags are made from Request's fields.
 
 Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
-and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
+and leaves no half-written picture; a reader that goes away ends it with 141, in silence. torch is imported only when
+there is something to compute, so `--help` is quick.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -225,7 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
+        code = {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # A reader such as `head` has enough; what is left in the buffer is not to be tried again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
         return 130
@@ -402,6 +410,10 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
+    ]
+    lines += [
+        f"adapter {one['file']} of strength {one['scale']:g}" + (", merged" if one.get("merged") else "")
+        for one in pipe.lora.records()
     ]
     if request.strength is not None:
         lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "

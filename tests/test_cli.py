@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from s3dit.cli import main
+from s3dit.pipeline import EMBEDDED
 
 PROMPT = "a red star above a blue ring on a white background"
 
@@ -186,6 +187,13 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Pipeline, "decode", stop)
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path / "a.png") == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["plan", PROMPT], ["look", EMBEDDED]])
+def test_a_reader_that_goes_away_ends_it_quietly(args):
+    run = subprocess.Popen([sys.executable, "-m", "s3dit", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 141
 
 
 def test_help_does_not_import_torch():
