@@ -32,6 +32,27 @@ def test_generate_and_replay(tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
 
 
+def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys):
+    part, first, again = EMBEDDED / "transformer", tmp_path / "first.png", tmp_path / "again.png"
+    assert run("generate", PROMPT, "--steps", 1, "--transformer", part, "--model", "embedded", "--quantize", "int8",
+               "-o", first) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run("generate", "--replay", first, "-o", again) == 2
+    err = capsys.readouterr().err
+    assert "was drawn with the transformer of diffusion_pytorch_model.safetensors; say where it is" in err
+    assert "--transformer" in err and err.count("\n") == 1 and not again.exists()
+    options = ("generate", "--replay", first, "--model", "embedded", "--transformer", part, "-o", again)
+    assert run(*options) == 0
+    said = "was drawn with its transformer in int8, this is in plain floats: not the same to the bit\n"
+    assert said in capsys.readouterr().err
+    assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert run(*options, "--quantize", "int8") == 0
+    assert "not the same to the bit" not in capsys.readouterr().err
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert run(*options, "--quantize", "int8", "--dtype", "fp32") == 0
+    assert "was drawn on " in capsys.readouterr().err
+
+
 def test_start_images_and_their_replay(tmp_path, capsys):
     star, mask, drawn, again = (tmp_path / name for name in ("star.png", "mask.png", "drawn.png", "again.png"))
     assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", star) == 0
