@@ -102,7 +102,10 @@ def kind(keys: Collection[str]) -> str:
     if any(map(ADAPTER.search, keys)):
         if other := family(keys):
             return f"is an adapter of {other}, not a model; needed a part of Z-Image, or an adapter trained on it"
-        return "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE"
+        return (
+            "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE, or convert it "
+            "to a *.safetensors"
+        )
     if any(CONTROL in key for key in keys):
         return "is a ControlNet of Z-Image, not the model; draw with a model and add --control FILE:IMAGE"
     if other := _other(keys):
