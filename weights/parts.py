@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
 from s3dit.weights.dialects import family
 
 PARTS = ("transformer", "text_encoder", "vae")
@@ -159,7 +159,7 @@ def _check_vae(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> No
         )
 
 
-class Part(Checkpoint):
+class Part(View):
     """Some tensors of a checkpoint, without the prefix that their names have in it."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, keys: Iterable[str]) -> None:
