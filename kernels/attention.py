@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
 from s3dit.kernels.rows import round_rows
@@ -171,6 +170,9 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Ten
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     """torch's FlashAttention over packed items."""
     longest = max(q_span.lengths), max(k_span.lengths)
+    # Brings the whole compiler along, a second that whoever draws without it, or looks at a file, need not wait.
+    from torch.nn.attention.varlen import varlen_attn
+
     out = varlen_attn(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, *longest)
     assert isinstance(out, Tensor)
     return out

@@ -252,7 +252,9 @@ class Adapters:
 def _check_scale(value: Any) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or abs(value) > STRONGEST:
-        raise RequestError(f"the scale of an adapter is {value!r}; needed a number, 1 for full strength")
+        raise RequestError(
+            f"the scale of an adapter is {value!r}; needed a number within ±{STRONGEST:g}, 1 for full strength"
+        )
 
 
 def _checked(records: Any) -> list[dict[str, Any]]:

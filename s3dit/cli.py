@@ -1,14 +1,16 @@
 """The command line: `s3dit generate`, `plan`, `look`, `convert`, `quantize`. Flags are made from Request's fields.
 
 Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
-and leaves no half-written picture. torch is imported only when there is something to compute, so `--help` is quick.
+and leaves no half-written picture; a reader that goes away ends it with 141, in silence. torch is imported only when
+there is something to compute, so `--help` is quick.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -225,7 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        return {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
+        code = {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # A reader such as `head` has enough; what is left in the buffer is not to be tried again at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
         return 130
@@ -252,8 +260,9 @@ def _run(args: argparse.Namespace) -> int:
             raise RequestError("both a prompt and --prompt-file are given; needed one of them")
         prompt = _lines(args.prompt_file)
     adapters: list[Any] = []
+    engine: dict[str, Any] = {}
     if args.command == "generate" and args.replay is not None:
-        replayed, adapters = _replayed(args, prompt)
+        replayed, adapters, engine = _replayed(args, prompt)
         wanted = replayed | wanted
     if prompt is not None:
         wanted["prompt"] = prompt
@@ -272,6 +281,8 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
+    for change in _changes(pipe, engine):
+        print(f"s3dit: {args.replay} was drawn {change}: not the same to the bit", file=sys.stderr)
     reports = [pipe.lora.attach(file, scale, allow_partial=args.lora_allow_partial) for file, scale in args.lora]
     for report in reports or pipe.lora.attach_records(adapters):
         print(f"s3dit: adapter {report}", file=sys.stderr)
@@ -323,8 +334,8 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], Any]:
-    """The request that a picture was made with, and its adapters; its model too, unless another is named."""
+def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """The request that a picture was made with, its adapters and what drew it; its model too, unless one is named."""
     from s3dit.images import Picture, read_metadata
 
     data = read_metadata(args.replay)
@@ -344,6 +355,11 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], An
             )
     if args.model in (None, "embedded") and model not in (None, "embedded"):
         raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
+    for part, name in _mapping(engine.get("mixed")).items():
+        if getattr(args, str(part), name) is None:
+            raise RequestError(
+                f"{args.replay} was drawn with the {part} of {name}; say where it is with --{part.replace('_', '-')}"
+            )
     request = Request.from_json(data)
     request.check()
     if args.reference is None:
@@ -357,7 +373,16 @@ def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], An
         values["control"] = request.control
     if prompt is not None:
         values.pop("prompt")
-    return values, adapters
+    return values, adapters, engine
+
+
+def _changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
+    """In what a pipeline differs from the one that drew a picture, as far as that remembers it."""
+    if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
+        yield f"on {placement}, this is on {pipe.placement}"
+    for part, name in pipe.parts.formats.items():
+        if "quantized" in engine and (before := _mapping(engine["quantized"]).get(part)) != (name or None):
+            yield f"with its {part} in {before or 'plain floats'}, this is in {name or 'plain floats'}"
 
 
 def _check_references(replay: Path, request: Request, known: Any) -> None:
@@ -402,6 +427,10 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
         f"{request.shift:g}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
+    ]
+    lines += [
+        f"adapter {one['file']} of strength {one['scale']:g}" + (", merged" if one.get("merged") else "")
+        for one in pipe.lora.records()
     ]
     if request.strength is not None:
         lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "

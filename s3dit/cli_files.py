@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s3dit import __version__
+from s3dit.request import RequestError
 
 
 def add(commands: Any) -> None:
@@ -48,6 +49,8 @@ def _convert(args: argparse.Namespace) -> int:
 
     source = resolve(args.source)
     if args.target.suffix == ".safetensors":
+        if args.dtype is not None:
+            raise RequestError(f"dtype is {args.dtype!r}; an adapter keeps its numbers as stored; leave --dtype out")
         convert_adapter(source, args.target, version=__version__, force=args.force)
         print(args.target)
         return 0

@@ -277,6 +277,7 @@ class Pipeline:
             flat = torch.tensor([token for one in new for token in one])
             stored = self.parts.checkpoints["text_encoder"]
             rows = keymap.official(stored, encoder.state_dict()).rows(EMBEDDING, flat)
+            stored.release()
             # parity: the embedding is rounded to the dtype that the weights are kept in.
             x = rows.to(self.placement.dtype).to(self.placement.device, self.placement.compute)
             again = partial(encoder, x, [len(one) for one in new])

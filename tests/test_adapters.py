@@ -255,6 +255,12 @@ def test_command_line_and_replay(local, capsys):
     assert not Path("b.png").exists()
 
 
+def test_the_plan_lists_adapters(local, capsys):
+    assert run("plan", PROMPT, "--lora", "style.safetensors:-0.5", "--lora", "norms.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "\nadapter style.safetensors of strength -0.5\nadapter norms.safetensors of strength 1\n" in out
+
+
 def test_command_line_and_what_fits_in_part(local, capsys):
     assert run(*SMALL, "--lora", "part.safetensors", "-o", "a.png") == 2
     said = capsys.readouterr().err
@@ -268,7 +274,7 @@ def test_command_line_and_what_fits_in_part(local, capsys):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("none.safetensors", "no such file or folder; needed the path of an adapter"),
+        ("none.safetensors", "no such file or folder; needed the path of a file of weights"),
         ("style.safetensors:nan", "the scale of an adapter is nan"),
         ("style.safetensors:strong", "'style.safetensors:strong': no such file"),
         (str(EMBEDDED / "transformer"), "is no adapter"),

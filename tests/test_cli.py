@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from s3dit.cli import main
+from s3dit.pipeline import EMBEDDED
 
 PROMPT = "a red star above a blue ring on a white background"
 
@@ -29,6 +30,27 @@ def test_generate_and_replay(tmp_path, capsys):
     assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
     assert run("generate", "--replay", first, "--seed", 4, "-o", again) == 0
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+
+
+def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys):
+    part, first, again = EMBEDDED / "transformer", tmp_path / "first.png", tmp_path / "again.png"
+    assert run("generate", PROMPT, "--steps", 1, "--transformer", part, "--model", "embedded", "--quantize", "int8",
+               "-o", first) == 0  # fmt: skip
+    capsys.readouterr()
+    assert run("generate", "--replay", first, "-o", again) == 2
+    err = capsys.readouterr().err
+    assert "was drawn with the transformer of diffusion_pytorch_model.safetensors; say where it is" in err
+    assert "--transformer" in err and err.count("\n") == 1 and not again.exists()
+    options = ("generate", "--replay", first, "--model", "embedded", "--transformer", part, "-o", again)
+    assert run(*options) == 0
+    said = "was drawn with its transformer in int8, this is in plain floats: not the same to the bit\n"
+    assert said in capsys.readouterr().err
+    assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert run(*options, "--quantize", "int8") == 0
+    assert "not the same to the bit" not in capsys.readouterr().err
+    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+    assert run(*options, "--quantize", "int8", "--dtype", "fp32") == 0
+    assert "was drawn on " in capsys.readouterr().err
 
 
 def test_start_images_and_their_replay(tmp_path, capsys):
@@ -186,6 +208,13 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Pipeline, "decode", stop)
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path / "a.png") == 130
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["plan", PROMPT], ["look", EMBEDDED]])
+def test_a_reader_that_goes_away_ends_it_quietly(args):
+    run = subprocess.Popen([sys.executable, "-m", "s3dit", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 141
 
 
 def test_help_does_not_import_torch():

@@ -3,6 +3,8 @@
 import json
 import shlex
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -129,6 +131,12 @@ def test_json(capsys, tmp_path):
     assert main(["look", str(WEIGHTS["transformer"]), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["parts"][0]["spelling"] == "official" and "--transformer" in report["command"]
+
+
+def test_looking_does_not_import_the_compiler():
+    """torch itself is most of what a look takes; its compiler would double that."""
+    code = "import sys, s3dit.look; sys.exit(any(name in sys.modules for name in ('torch._dynamo', 'torch._inductor')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_elsewhere():

@@ -55,6 +55,7 @@ def assign(
             _put(model, name, checkpoint.load(name).to(device=device, dtype=None if stays else dtype))
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
+    checkpoint.release()
 
 
 def verify(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> None:

@@ -58,6 +58,9 @@ class Checkpoint(ABC):
     def load(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
+    def release(self) -> None:  # noqa: B027
+        """Let go of whatever keeps a file mapped besides the tensors given out; it is mapped anew when one is read."""
+
     def __contains__(self, name: object) -> bool:
         return name in self.keys()  # noqa: SIM118
 
@@ -107,6 +110,38 @@ class Checkpoint(ABC):
         """What numbers a tensor is stored in, in a word: of its layer's scheme, or of its dtype."""
         scheme = self.schemes.get(name.rpartition(".")[0])
         return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
+
+
+class Stored(Checkpoint):
+    """The tensors of files whose headers were read: `_entries`, in the order in which the tensors lie on disk."""
+
+    _entries: dict[str, Entry]
+
+    def keys(self) -> list[str]:
+        """All names, in the order in which the tensors lie on disk, file by file."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> Entry:
+        """Shape, dtype and bytes of one tensor as stored; CheckpointError for an unknown name."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: no tensor {name!r} among {len(self._entries)}; the files are of another model"
+            ) from None
+
+
+class View(Checkpoint):
+    """A checkpoint shown in another way: other names, other tensors made of its own."""
+
+    _checkpoint: Checkpoint
+
+    def release(self) -> None:
+        """Let go of what the checkpoint below keeps mapped."""
+        self._checkpoint.release()
 
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]

@@ -28,10 +28,15 @@ from s3dit.weights.stored import Layer, Made, Parted, widened
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER = {"int4": "int8-weights"}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+MLX = (
+    "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
+    "safetensors or GGUF"
+)
 
 
 def recognized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the number formats of its layers; raises CheckpointError for a format that is not known."""
+    _refuse_mlx(checkpoint)
     if "scheme" in checkpoint.metadata:
         checkpoint.schemes = _own(checkpoint)
         return checkpoint
@@ -47,6 +52,13 @@ def recognized(checkpoint: Checkpoint) -> Checkpoint:
     made += _cast(checkpoint, taken)
     _refuse_rest(checkpoint, taken)
     return Parted(checkpoint, made, comfy.markers(checkpoint))
+
+
+def _refuse_mlx(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for MLX's files, whose packed weights are uint32, and names a dialect of their own."""
+    quantized = any(key.endswith(".biases") and f"{key[:-7]}.scales" in checkpoint for key in checkpoint)
+    if quantized or "mflux_version" in checkpoint.metadata:
+        raise CheckpointError(f"{checkpoint.path}: {MLX}")
 
 
 def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:

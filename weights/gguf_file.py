@@ -15,6 +15,7 @@ Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little en
 import math
 import mmap
 import struct
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, sniff
+from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry, Stored, sniff
 
 # Type id -> name, numbers in a block, bytes of a block.
 BLOCKS = {
@@ -59,7 +60,7 @@ class Array:
     start: int
 
 
-class GGUFFile(Checkpoint):
+class GGUFFile(Stored):
     """Tensors of one GGUF file.
 
     fields: the metadata as it is typed, with `Array` for lists (`items` reads one) · ggml_types: block format of the
@@ -72,9 +73,8 @@ class GGUFFile(Checkpoint):
         if container != "gguf":
             raise CheckpointError(f"{path}: {REFUSED.get(container, 'is not a GGUF file')}")
         self.path = path
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        reader = _Reader(self._map, path)
+        self._map: weakref.ref[mmap.mmap] | None = None
+        reader = _Reader(self._mapped(), path)
         tensors = reader.open()
         self.fields = reader.fields()
         self.metadata = {key: str(value) for key, value in self.fields.items() if not isinstance(value, Array)}
@@ -95,9 +95,9 @@ class GGUFFile(Checkpoint):
         for name, shape, kind, offset in found:
             block, size, unit = BLOCKS[kind]
             length = math.prod(shape) // size * unit
-            if offset % alignment or offset < end or data + offset + length > len(self._map):
+            if offset % alignment or offset < end or data + offset + length > len(reader.data):
                 raise reader.error(
-                    f"{name} is said to lie at {offset} + {length} bytes of {max(0, len(self._map) - data)}; needed "
+                    f"{name} is said to lie at {offset} + {length} bytes of {max(0, len(reader.data) - data)}; needed "
                     f"a multiple of {alignment} behind the tensor before it and inside the file"
                 )
             if name in self._entries:
@@ -110,21 +110,15 @@ class GGUFFile(Checkpoint):
                 self.ggml_types[name] = block
                 self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
 
-    def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk."""
-        return list(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor as stored; CheckpointError for an unknown name."""
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.path}: no tensor {name!r} among {len(self._entries)}; the file is of another model"
-            ) from None
+    def _mapped(self) -> mmap.mmap:
+        """The file's map: the one that tensors given out still hold, else a new one."""
+        found = self._map() if self._map is not None else None
+        if found is None:
+            with self.path.open("rb") as file:
+                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Private, so that writing into a tensor never reaches the file; weak, so that pages go with their tensors.
+            self._map = weakref.ref(found)
+        return found
 
     def load(self, name: str) -> Tensor:
         """One tensor as stored (blocks as uint8), on the CPU, a view of the mapped file."""
@@ -133,7 +127,7 @@ class GGUFFile(Checkpoint):
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         count = entry.nbytes // entry.dtype.itemsize
-        flat = torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=self._starts[name])
+        flat = torch.frombuffer(self._mapped(), dtype=entry.dtype, count=count, offset=self._starts[name])
         return flat.view(entry.shape)
 
     def format(self, name: str) -> str:
@@ -145,7 +139,7 @@ class GGUFFile(Checkpoint):
         array = self.fields.get(key)
         if not isinstance(array, Array):
             raise CheckpointError(f"{self.path}: its metadata has no list {key!r}; take a complete GGUF file")
-        return list(_Reader(self._map, self.path, array.start).array(array))
+        return list(_Reader(self._mapped(), self.path, array.start).array(array))
 
 
 class _Reader:

@@ -43,9 +43,9 @@ def resolve(name: str) -> Path:
 
 
 def resolve_file(name: str) -> Path:
-    """The local path of an adapter: a file or folder as it is, "org/name/file.safetensors" or "org/name" of the Hub.
+    """The local path of one file of weights: as it is, or "org/name/file.safetensors" or "org/name" of the Hub.
 
-    Of a bare repository only the names that PEFT and diffusers give are asked for. Raises CheckpointError.
+    Of a bare repository only the names that PEFT and diffusers give an adapter are asked for. Raises CheckpointError.
     """
     if (path := _local(name)) is not None:
         return path
@@ -53,14 +53,14 @@ def resolve_file(name: str) -> Path:
     named = inner.endswith(SUFFIX) or (not inner and not repository.endswith(SUFFIX))
     if not REPOSITORY.fullmatch(repository) or ".." in inner.split("/") or not named:
         raise CheckpointError(
-            f"{name!r}: no such file or folder; needed the path of an adapter ({SUFFIX}), or one of the Hub as in "
-            f"org/name/file{SUFFIX}"
+            f"{name!r}: no such file or folder; needed the path of a file of weights ({SUFFIX}), or one of the "
+            f"Hub as in org/name/file{SUFFIX}"
         )
     folder = _snapshot(repository, (inner,) if inner else ADAPTERS)
     if not (folder / inner).exists() or not (inner or any(folder.glob(f"*{SUFFIX}"))):
         raise CheckpointError(
-            f"{name}: the repository holds no {inner or 'adapter under the usual names'}; needed its file, as in "
-            f"{repository}/file{SUFFIX}; look them up on huggingface.co"
+            f"{name}: the repository holds no {inner or 'file of weights under the usual names'}; needed its file, "
+            f"as in {repository}/file{SUFFIX}; look them up on huggingface.co"
         )
     return folder / inner
 

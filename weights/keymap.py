@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
 
 # In an official name: one stored tensor is several, cut into equal runs of rows.
 FUSED = re.compile(r"\{(.*)\}")
@@ -140,7 +140,7 @@ def official(checkpoint: Checkpoint, names: Collection[str] = ()) -> Checkpoint:
     return renamed if renamed.changed else checkpoint
 
 
-class Respelled(Checkpoint):
+class Respelled(View):
     """A checkpoint whose keys read in the official spelling: each a stored key, and which run of its rows."""
 
     def __init__(self, checkpoint: Checkpoint, spelling: Spelling) -> None:

@@ -2,7 +2,7 @@
 
 A part is told by a tensor that it cannot do without and that no writer quantizes, a norm or a bias; what stands before
 that name in the file is the part's prefix. Each part is given as a checkpoint of its own, without the prefix, in the
-file's spelling; `keymap` does the rest. Files of other models, of Apple's MLX and of adapters are told for what they
+file's spelling; `keymap` does the rest. Files of other models and of adapters are told for what they
 are, since "521 tensors missing" helps nobody.
 
 Source: prefixes as seen in Comfy-Org's, SeeSee21's, leejet's and diffusers' files.
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
+from s3dit.weights.dialects import family
 
 PARTS = ("transformer", "text_encoder", "vae")
 PREFIXES = {
@@ -58,11 +59,6 @@ OTHERS = (
 ADAPTER = re.compile(r"\.(lora_[AB]|lora[_.](down|up)|lokr_\w+|hada_\w+)(\.|$)|\.diff(_b)?$")
 CONTROL = "control_layers.0."
 
-MLX = (
-    "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
-    "safetensors or GGUF"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Found:
@@ -76,7 +72,6 @@ class Found:
 def split(checkpoint: Checkpoint) -> Found:
     """Take a checkpoint apart; CheckpointError says what it is where it holds no part of a Z-Image model."""
     keys = dict.fromkeys(checkpoint)
-    _check_mlx(checkpoint, keys)
     prefixes = {part: prefix for part in PARTS if (prefix := _prefix(part, keys)) is not None}
     if not prefixes:
         raise CheckpointError(f"{checkpoint.path}: {kind(keys)}")
@@ -105,7 +100,12 @@ def split(checkpoint: Checkpoint) -> Found:
 def kind(keys: Collection[str]) -> str:
     """What a checkpoint is that holds no part of the model, in a clause that says what to do."""
     if any(map(ADAPTER.search, keys)):
-        return "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE"
+        if other := family(keys):
+            return f"is an adapter of {other}, not a model; needed a part of Z-Image, or an adapter trained on it"
+        return (
+            "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE, or convert it "
+            "to a *.safetensors"
+        )
     if any(CONTROL in key for key in keys):
         return "is a ControlNet of Z-Image, not the model; draw with a model and add --control FILE:IMAGE"
     if other := _other(keys):
@@ -125,12 +125,6 @@ def _other(keys: Collection[str]) -> str | None:
 def _prefix(part: str, keys: Collection[str]) -> str | None:
     """What stands before a part's names; None where the part is not there."""
     return next((p for p in PREFIXES[part] for tell in TELLS[part] if p + tell in keys), None)
-
-
-def _check_mlx(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    quantized = any(key.endswith(".biases") and f"{key[:-7]}.scales" in checkpoint for key in keys)
-    if quantized or "mflux_version" in checkpoint.metadata:
-        raise CheckpointError(f"{checkpoint.path}: {MLX}")
 
 
 def _check_transformer(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> None:
@@ -165,7 +159,7 @@ def _check_vae(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> No
         )
 
 
-class Part(Checkpoint):
+class Part(View):
     """Some tensors of a checkpoint, without the prefix that their names have in it."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, keys: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, sniff, unique
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, Stored, sniff, unique
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -47,7 +47,7 @@ SUFFIX = ".safetensors"
 LARGEST_INDEX = 1 << 24
 
 
-class SafetensorsFiles(Checkpoint):
+class SafetensorsFiles(Stored):
     """Tensors of one or several safetensors files, under one roof."""
 
     def __init__(self, path: Path, shards: list[Path]) -> None:
@@ -68,21 +68,9 @@ class SafetensorsFiles(Checkpoint):
             self._entries |= entries
             self.metadata = metadata | self.metadata
 
-    def keys(self) -> list[str]:
-        """All names, shard by shard, in the order in which the tensors lie on disk."""
-        return list(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor, from the header; CheckpointError for an unknown name."""
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.path}: no tensor {name!r} among {len(self._entries)}; the files are of another model"
-            ) from None
+    def release(self) -> None:
+        """Close the file that is open; tensors given out keep their map."""
+        self._open = None
 
     def load(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU, a view of the mapped file (misaligned: a copy)."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
 
 # Bits from which on an 8-bit float is no number, its sign apart: e4m3 has one NaN, e5m2 infinity and NaN.
 NO_NUMBER = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -159,7 +159,7 @@ def widened(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Made:
     return Made({name: Entry(entry.shape, dtype, math.prod(entry.shape) * dtype.itemsize)}, (name,), make)
 
 
-class Parted(Checkpoint):
+class Parted(View):
     """A checkpoint in which some tensors are shown as others are made of them, and some not at all."""
 
     def __init__(self, checkpoint: Checkpoint, made: Iterable[Made], dropped: Iterable[str] = ()) -> None:
@@ -184,6 +184,11 @@ class Parted(Checkpoint):
                 self._names[name] = None
         # The parts of one layer, which are asked for one after another, or rows of each.
         self._held: tuple[Made, dict[str, Tensor]] | None = None
+
+    def release(self) -> None:
+        """Let go of the layer made last, and of what the checkpoint below keeps mapped."""
+        self._held = None
+        super().release()
 
     def keys(self) -> list[str]:
         """All names, in the order in which the tensors lie on disk, the parts of a layer together."""

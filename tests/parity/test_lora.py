@@ -233,7 +233,7 @@ def test_text_encoder_adapter(ours, reference, tmp_path):
     trained.save_pretrained(tmp_path)
     # The layer that is never computed has one, too.
     assert len(ours.lora.attach(tmp_path).matched) == 15
-    ids = torch.tensor([ours._ids("a red circle", 512)])
+    ids = torch.tensor([ours.tokenizer.encode("a red circle")])
     with torch.inference_mode():
         wanted = trained(input_ids=ids, output_hidden_states=True).hidden_states[-2][0]
     found = ours.encode(["a red circle"])[0]

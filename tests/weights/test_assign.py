@@ -1,6 +1,7 @@
 """A checkpoint into a meta model: every name accounted for, one tensor at a time, or nothing at all."""
 
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,8 @@ class Spied:
             return tensor
 
         checkpoint.load = spy
+        # The map stays, so that addresses can be compared afterwards.
+        checkpoint.release = lambda: None
         return checkpoint
 
 
@@ -81,6 +84,32 @@ def test_views_where_the_dtype_agrees(tensors, stored):
     assign(model, checkpoint, dtype=torch.float32)
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == checkpoint.load(name).data_ptr(), name
+
+
+def maps(path):
+    """How often this process has mapped a file."""
+    return sum(line.rstrip().endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux what is mapped")
+def test_a_file_is_mapped_for_as_long_as_its_tensors_live(tensors, tmp_path):
+    """A part that is let go must not leave its pages behind: they count as resident memory."""
+    safe, other = tmp_path / "model.safetensors", tmp_path / "model.gguf"
+    save_file(tensors, safe)
+    writer = pytest.importorskip("gguf").GGUFWriter(other, "any")
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for path in (safe, other):
+        checkpoint, model = open_checkpoint(path), blank()
+        assign(model, checkpoint, dtype=torch.float32)
+        assert maps(path) >= 1
+        del model
+        assert maps(path) == 0
+        assert torch.equal(checkpoint.load("scale"), tensors["scale"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

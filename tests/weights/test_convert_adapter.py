@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from s3dit.cli import main
 from s3dit.weights.adapter import METADATA, read_adapter
 from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.convert_adapter import convert_adapter
@@ -140,6 +141,15 @@ def test_what_is_refused_writes_nothing(source, random, tmp_path):
     with pytest.raises(CheckpointError, match=r"1 of its layers cannot be converted \(unknown\.layer\)"):
         convert_adapter(source, target, version="1", force=True)
     assert target.read_bytes() == b"mine" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_command_line(source, tmp_path, capsys):
+    target = tmp_path / "target.safetensors"
+    assert main(["convert", str(source), str(target), "--dtype", "bf16"]) == 2 and not target.exists()
+    assert "dtype is 'bf16'; an adapter keeps its numbers as stored" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "folder")]) == 2
+    assert "is an adapter" in (err := capsys.readouterr().err) and "convert it to a *.safetensors" in err
+    assert main(["convert", str(source), str(target)]) == 0 and capsys.readouterr().out == f"{target}\n"
 
 
 def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, monkeypatch):

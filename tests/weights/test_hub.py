@@ -144,12 +144,12 @@ def test_adapters_are_files_folders_or_of_the_hub(tmp_path, monkeypatch):
         resolve_file("org/name/other.safetensors")
     asked.clear()
     for missing in ("x.safetensors", "loras/y.safetensors", "org/name/x.bin", "org/name/../x.safetensors", "", "/no/x"):
-        with pytest.raises(CheckpointError, match=r"no such file or folder; needed the path of an adapter"):
+        with pytest.raises(CheckpointError, match=r"no such file or folder; needed the path of a file of weights"):
             resolve_file(missing)
     assert asked == []
 
 
 def test_a_repository_without_an_adapter_under_the_usual_names(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(CheckpointError, match="holds no adapter under the usual names; .* org/name/file.safetensors"):
+    with pytest.raises(CheckpointError, match="no file of weights under the usual names; .* org/name/file.safetensors"):
         resolve_file("org/name")

@@ -65,7 +65,8 @@ def test_formats_of_layers_go_with_their_part(tmp_path):
         ({"cap_embedder.0.weight": (2560,)}, "such as Ming-Image"),
         (TRANSFORMER | {"dec_net.cond_embed.weight": (1,)}, "pixel-space derivative"),
         ({"model.layers.0.input_layernorm.weight": (8,)}, "another language model; needed Qwen3"),
-        ({"layers.0.attention.to_q.lora_A.weight": (1,)}, "is an adapter"),
+        ({"layers.0.attention.to_q.lora_A.weight": (1,)}, "is an adapter .* add --lora FILE"),
+        ({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (1,)}, "is an adapter of FLUX, not a model"),
         ({"diffusion_model.layers.0.attention.qkv.lora_down.weight": (1,)}, "is an adapter"),
         ({"model.diffusion_model.layers.0.diff": (1,)}, "is an adapter"),
         ({"control_layers.0.after_proj.weight": (1,)}, "is a ControlNet of Z-Image"),
@@ -79,6 +80,18 @@ def test_what_else_people_hold(shapes, words, tmp_path):
     with pytest.raises(CheckpointError, match=words) as error:
         split(held(tmp_path, shapes))
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_mlx_is_told_before_its_packed_weights_are_taken_for_broken(tmp_path):
+    """4 bits as mflux packs them: eight codes in a uint32, a scale and a bias every 64 inputs."""
+    tensors = {key: torch.zeros(shape) for key, shape in TRANSFORMER.items()} | {
+        "layers.0.w.weight": torch.zeros(8, 16, dtype=torch.uint32),
+        "layers.0.w.scales": torch.zeros(8, 2, dtype=torch.bfloat16),
+        "layers.0.w.biases": torch.zeros(8, 2, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / "0.safetensors")
+    with pytest.raises(CheckpointError, match="form of Apple's MLX"):
+        open_checkpoint(tmp_path)
 
 
 def test_mlx_without_quantization_is_told_by_its_metadata(tmp_path):
