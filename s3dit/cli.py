@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from s3dit import __version__, cli_files
 from s3dit.control import FORM, Control
@@ -64,8 +64,15 @@ CHOICES = {
 LONG = 1 << 28
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"s3dit: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="s3dit",
         description="Draw pictures with Z-Image models (S3-DiT), or look at what drawing would take.",
         epilog=EXAMPLES,

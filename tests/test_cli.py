@@ -53,6 +53,24 @@ def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys
     assert "was drawn on " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["generate", "a", "--steps", "few"], "invalid int value: 'few'"),
+        (["generate", "a", "--mask-mode", "soft"], "invalid choice: 'soft'"),
+        (["generate", "a", "--image", "a.png", "--extend", "1,x"], "not four margins in pixels"),
+        (["generate", "a", "--nothing"], "unrecognized arguments: --nothing"),
+        (["draw"], "invalid choice: 'draw'"),
+        (["quantize", "a"], "the following arguments are required: DST, --to"),
+    ],
+)
+def test_a_word_that_is_no_option_is_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and words in err and err.count("\n") == 1 and "--help" in err
+
+
 def test_start_images_and_their_replay(tmp_path, capsys):
     star, mask, drawn, again = (tmp_path / name for name in ("star.png", "mask.png", "drawn.png", "again.png"))
     assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", star) == 0
