@@ -10,21 +10,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from s3dit import __version__, cli_files
+from s3dit.cli_replay import changes, replayed
+from s3dit.cli_show import Progress, describe, explain, show
 from s3dit.control import FORM, Control
 from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from s3dit.pipeline import Pipeline
-    from s3dit.plan import Plan
-    from s3dit.sampler import Step
 
 EXAMPLES = """examples:
   s3dit generate                                        the embedded model draws its own example
@@ -60,8 +58,6 @@ CHOICES = {
     "solver": get_args(Solver), "schedule": get_args(Schedule), "mask_mode": get_args(MaskMode),
     "posterior": get_args(Posterior), "reference_positions": get_args(Positions),
 }  # fmt: skip
-# Bytes of a part from which its loading is worth a bar.
-LONG = 1 << 28
 
 
 class _Parser(argparse.ArgumentParser):
@@ -93,19 +89,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--kernels", action="store_true", help="also print which implementation serves each operation, and why"
             )
     cli_files.add(commands)
-    text = "write a model directory in a number format"
-    _add_quantize(commands.add_parser("quantize", help=text, description=text))
     return parser
-
-
-def _add_quantize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a model in the official layout, or a hub name")
-    parser.add_argument("target", type=Path, metavar="DST", help="the new model directory")
-    parser.add_argument(
-        "--to", required=True, metavar="NAME", help="of the transformer: fp8, int8, int4, fp8-weights or int8-weights"
-    )
-    parser.add_argument("--text", metavar="NAME", help="of the text encoder but its last layers (default: as it is)")
-    parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     try:
-        code = {"quantize": _quantize, **cli_files.COMMANDS}.get(args.command, _run)(args)
+        code = cli_files.COMMANDS.get(args.command, _run)(args)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -269,8 +253,8 @@ def _run(args: argparse.Namespace) -> int:
     adapters: list[Any] = []
     engine: dict[str, Any] = {}
     if args.command == "generate" and args.replay is not None:
-        replayed, adapters, engine = _replayed(args, prompt)
-        wanted = replayed | wanted
+        made_with, adapters, engine = replayed(args, prompt)
+        wanted = made_with | wanted
     if prompt is not None:
         wanted["prompt"] = prompt
     # Whatever can be found wrong without torch is found before it is imported.
@@ -288,7 +272,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
-    for change in _changes(pipe, engine):
+    for change in changes(pipe, engine):
         print(f"s3dit: {args.replay} was drawn {change}: not the same to the bit", file=sys.stderr)
     reports = [pipe.lora.attach(file, scale, allow_partial=args.lora_allow_partial) for file, scale in args.lora]
     for report in reports or pipe.lora.attach_records(adapters):
@@ -305,23 +289,6 @@ def _run(args: argparse.Namespace) -> int:
             print(explain(pipe, plan.request))
         return 0
     return _generate(pipe, request, args)
-
-
-def _quantize(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
-    from s3dit.pipeline import EMBEDDED
-    from s3dit.weights.hub import resolve
-    from s3dit.weights.quantize import check, quantize, scheme_named
-
-    named = {"transformer": args.to, "text_encoder": args.text}
-    schemes = {part: scheme_named(name) for part, name in named.items() if name is not None}
-    source = EMBEDDED if args.source == "embedded" else resolve(args.source)
-    total = sum(checkpoint.nbytes for checkpoint in check(source, args.target, schemes, force=args.force).values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as bar:
-        quantize(source, args.target, schemes, version=__version__, force=args.force, progress=bar.update)
-    print(args.target)
-    return 0
 
 
 def _controls(texts: Sequence[str]) -> list[Control]:
@@ -341,73 +308,6 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line]
 
 
-def _replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """The request that a picture was made with, its adapters and what drew it; its model too, unless one is named."""
-    from s3dit.images import Picture, read_metadata
-
-    data = read_metadata(args.replay)
-    model, engine, adapters = data.pop("model", None), _mapping(data.pop("engine", None)), data.pop("adapters", [])
-    if engine.get("replayable") is False:
-        raise RequestError(
-            f"{args.replay}: its noise or an image was given from Python, not by a seed and files; it cannot be drawn "
-            "again from here"
-        )
-    inputs = _mapping(engine.get("inputs"))
-    for name in set(IMAGES) & set(inputs):
-        # Another file may be given instead; one that is taken from there must be what it was.
-        if getattr(args, name) is None and Picture.open(str(data.get(name)), name).sha256 != inputs[name]:
-            raise RequestError(
-                f"{data[name]} is not what it was when {args.replay} was drawn; needed the same pixels; give the file "
-                f"with {SHORT.get(name, ['--image'])[0]}"
-            )
-    if args.model in (None, "embedded") and model not in (None, "embedded"):
-        raise RequestError(f"{args.replay} was drawn with {model}; say where it is with --model")
-    for part, name in _mapping(engine.get("mixed")).items():
-        if getattr(args, str(part), name) is None:
-            raise RequestError(
-                f"{args.replay} was drawn with the {part} of {name}; say where it is with --{part.replace('_', '-')}"
-            )
-    request = Request.from_json(data)
-    request.check()
-    if args.reference is None:
-        _check_references(args.replay, request, inputs.get("reference"))
-    values = request.to_json()
-    if request.control and not args.control:
-        from s3dit.branches import hold
-
-        hold(request.controls, inputs, args.replay)
-    if request.control:
-        values["control"] = request.control
-    if prompt is not None:
-        values.pop("prompt")
-    return values, adapters, engine
-
-
-def _changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
-    """In what a pipeline differs from the one that drew a picture, as far as that remembers it."""
-    if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
-        yield f"on {placement}, this is on {pipe.placement}"
-    for part, name in pipe.parts.formats.items():
-        if "quantized" in engine and (before := _mapping(engine["quantized"]).get(part)) != (name or None):
-            yield f"with its {part} in {before or 'plain floats'}, this is in {name or 'plain floats'}"
-
-
-def _check_references(replay: Path, request: Request, known: Any) -> None:
-    """References that a replayed picture names must be what they were."""
-    from s3dit.images import Picture
-
-    for path, sha256 in zip(request.references()[0], known if isinstance(known, list) else (), strict=False):
-        if Picture.open(path).sha256 != sha256:
-            raise RequestError(
-                f"{path} is not what it was when {replay} was drawn; needed the same pixels; give the files with "
-                "--reference"
-            )
-
-
-def _mapping(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
-
-
 def _check_output(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
@@ -424,61 +324,6 @@ def _check_output(path: Path) -> None:
         ) from None
 
 
-def describe(pipe: "Pipeline", plan: "Plan") -> str:
-    """The plan as text: where, what, when, how many bytes, which noise levels."""
-    request = plan.request
-    sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
-    lines = [
-        f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
-        + "".join(f", {part} in {name}" for part, name in pipe.parts.formats.items() if name),
-        f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
-        f"{request.shift:g}, guidance {request.guidance_scale:g})",
-        "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
-    ]
-    lines += [
-        f"adapter {one['file']} of strength {one['scale']:g}" + (", merged" if one.get("merged") else "")
-        for one in pipe.lora.records()
-    ]
-    if request.strength is not None:
-        lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "
-                     f"{request.num_inference_steps}")  # fmt: skip
-    if plan.then is not None:
-        lines.append(f"then {request.upscale:g} times as large, noise levels "
-                     + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
-    for turn, stage in enumerate(plan.stages, 1):
-        lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
-    held = {stage.part: stage.holds for stage in plan.stages}
-    turns = [stage.holds + stage.beside for stage in plan.stages]
-    most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
-    weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
-    lines.append(weights if plan.fit is None else str(plan.fit))
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
-
-
-def explain(pipe: "Pipeline", request: Request) -> str:
-    """Which implementation serves each operation of one model call, and why not the others."""
-    from s3dit.kernels.dispatch import asked, backend
-
-    with asked() as calls:
-        pipe.rehearse(request)
-    found: dict[tuple[str, ...], int] = {}
-    for op, args in calls:
-        x, answers = args[0], op.explain(*args)
-        question = f"{op.name} {'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), "nobody")
-        others = [f"not {name} ({kind}): {why}" for name, kind, why in answers if f"{name} ({kind})" != chosen]
-        key = (f"{question}: {chosen}", *others)
-        found[key] = found.get(key, 0) + 1
-    lines = [f"backend {backend()}, {pipe.placement}"]
-    for (question, *others), count in found.items():
-        lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
-    return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
 def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> int:
     from s3dit.images import save_png
 
@@ -493,7 +338,7 @@ def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> i
         save_png(picture, path, None if args.no_metadata else metadata)  # type: ignore[arg-type]
         print(json.dumps({"event": "saved", "path": str(path)}) if args.json else path, flush=True)
     if args.preview and not args.json:
-        _show(result.images[0])  # type: ignore[arg-type]
+        show(result.images[0])  # type: ignore[arg-type]
     return 0
 
 
@@ -501,64 +346,3 @@ def _paths(output: Path, count: int) -> list[Path]:
     if count == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
-
-
-def _show(picture: "Image.Image") -> None:
-    if sys.stderr.isatty():
-        from s3dit.images import ansi
-
-        print(ansi(picture, 48), file=sys.stderr)
-
-
-class Progress:
-    """A bar that counts model calls, or JSON lines; with --preview also the picture as it forms."""
-
-    def __init__(self, pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> None:
-        from tqdm import tqdm
-
-        self.pipe, self.plan, self.args = pipe, plan, args
-        self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
-        self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
-        self.loading: dict[str, tqdm[Any]] = {}
-        pipe.parts.on_read = self.read
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.pipe.parts.on_read = None
-        self.bar.close()
-        if self.args.preview:
-            self._preview_path().unlink(missing_ok=True)
-
-    def read(self, part: str, count: int) -> None:
-        """Show a part coming in, where that takes long: `count` more bytes of it were read."""
-        from tqdm import tqdm
-
-        if self.args.json or part not in self.reads:
-            return
-        if part not in self.loading:
-            options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
-            self.loading[part] = tqdm(total=self.reads[part], desc=f"loading {part}", **options)
-        bar = self.loading[part]
-        bar.update(count)
-        if bar.n >= self.reads[part]:
-            self.loading.pop(part).close()
-
-    def _preview_path(self) -> Path:
-        output: Path = self.args.output
-        return output.with_name(f"{output.stem}.preview.png")
-
-    def __call__(self, step: "Step") -> None:
-        if self.args.json:
-            event = {"event": "step", "step": step.i, "of": step.n, "model_calls": step.calls, "sigma": step.sigma_next}
-            print(json.dumps(event), flush=True)
-        self.bar.update(step.calls - self.bar.n)
-        if self.args.preview:
-            from s3dit.images import save_png, to_pil
-
-            # The transformer stays: a small autoencoder beside it is worth less than loading it again.
-            with self.pipe.parts.beside():
-                picture = to_pil(self.pipe.decode(step.denoised[:1])[0][None])[0]
-            save_png(picture, self._preview_path())
-            _show(picture)

@@ -1,4 +1,4 @@
-"""The commands that deal with files instead of pictures: `s3dit look` and `s3dit convert`."""
+"""The commands that deal with files instead of pictures: `s3dit look`, `s3dit convert` and `s3dit quantize`."""
 
 import argparse
 import json
@@ -19,6 +19,18 @@ def add(commands: Any) -> None:
     command.add_argument("--json", action="store_true", help="the same as one JSON object")
     text = "write any checkpoint or adapter that can be read under official names, for any other tool"
     _add_convert(commands.add_parser("convert", help=text, description=text))
+    text = "write a model directory in a number format"
+    _add_quantize(commands.add_parser("quantize", help=text, description=text))
+
+
+def _add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a model in the official layout, or a hub name")
+    parser.add_argument("target", type=Path, metavar="DST", help="the new model directory")
+    parser.add_argument(
+        "--to", required=True, metavar="NAME", help="of the transformer: fp8, int8, int4, fp8-weights or int8-weights"
+    )
+    parser.add_argument("--text", metavar="NAME", help="of the text encoder but its last layers (default: as it is)")
+    parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -65,4 +77,21 @@ def _convert(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"look": _look, "convert": _convert}
+def _quantize(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from s3dit.pipeline import EMBEDDED
+    from s3dit.weights.hub import resolve
+    from s3dit.weights.quantize import check, quantize, scheme_named
+
+    named = {"transformer": args.to, "text_encoder": args.text}
+    schemes = {part: scheme_named(name) for part, name in named.items() if name is not None}
+    source = EMBEDDED if args.source == "embedded" else resolve(args.source)
+    total = sum(checkpoint.nbytes for checkpoint in check(source, args.target, schemes, force=args.force).values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as bar:
+        quantize(source, args.target, schemes, version=__version__, force=args.force, progress=bar.update)
+    print(args.target)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"look": _look, "convert": _convert, "quantize": _quantize}

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Control, Pipeline
-from s3dit.cli import describe, main
+from s3dit.cli import main
+from s3dit.cli_show import describe
 from s3dit.config import read_model
 from s3dit.controlnet import ControlNet, ControlNetConfig
 from s3dit.guidance import Guidance, guide

@@ -196,7 +196,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
 
 
 def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("s3dit.cli.LONG", 1 << 20)
+    monkeypatch.setattr("s3dit.cli_show.LONG", 1 << 20)
     assert run("generate", "a red star", "--steps", 1, "-o", tmp_path / "a.png") == 0
     err = capsys.readouterr().err
     assert "loading transformer:" in err and "/10.3M" in err and "loading text_encoder" not in err

@@ -24,7 +24,7 @@ FLOORS = {
     6: ("parts",),
     7: ("plan",),
     8: ("pipeline",),
-    9: ("cli", "cli_files", "serve"),
+    9: ("cli", "cli_files", "cli_replay", "cli_show", "serve"),
     10: ("__main__", "__init__"),
 }
 # The highest floor that a floor may look down on, where it is not the one below.
@@ -44,6 +44,8 @@ SIDEWAYS = {
     ("s3dit.conditioning", "s3dit.sampler"),
     ("s3dit.convert", "s3dit.look"),
     ("s3dit.cli", "s3dit.cli_files"),
+    ("s3dit.cli", "s3dit.cli_replay"),
+    ("s3dit.cli", "s3dit.cli_show"),
 }
 # From the ground up; rooms of one rank do not know each other.
 KERNELS = (
