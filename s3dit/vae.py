@@ -120,14 +120,40 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double both sides by repeating pixels, then smooth with a 3×3 convolution."""
+    """Double both sides by repeating pixels, then smooth with a 3×3 convolution.
+
+    Where pixels are repeated, nine products fall on four different ones. A large picture in fp32 on a CPU is made as
+    its four phases, every second row and column, each a 2×2 convolution of the small picture by sums of the weights:
+    2.25 times less work, and the repeated picture is never made. It rounds in other places than diffusers does (2e-7),
+    so small pictures, which are quick anyway, are not.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        few = 4 * x.shape[2] * x.shape[3] <= FEW
+        if torch.is_grad_enabled() or few or x.device.type != "cpu" or x.dtype.itemsize < 4 or not x.is_contiguous():
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self._by_phases(x)
+
+    def _by_phases(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W); an even row reads the rows before and at it, an odd one at and after it."""
+        height, width = x.shape[2:]
+        x, weight = F.pad(x, (1, 1, 1, 1)), self.conv.weight
+        out = x.new_empty(len(x), len(weight), 2 * height, 2 * width)
+        for i, rows in enumerate(_halves(weight, 2)):
+            for j, phase in enumerate(_halves(rows, 3)):
+                part = x[:, :, i : i + height + 1, j : j + width + 1]
+                out[:, :, i::2, j::2] = F.conv2d(part, phase, self.conv.bias)
+        return out
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps as the two that an even place has, and the two of an odd one."""
+    before, at, after = weight.split(1, dim)
+    return torch.cat((before, at + after), dim), torch.cat((before + at, after), dim)
 
 
 class DownBlock(nn.Module):
