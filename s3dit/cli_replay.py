@@ -66,7 +66,13 @@ def _check_references(replay: Path, request: Request, known: Any) -> None:
     """References that a replayed picture names must be what they were."""
     from s3dit.images import Picture
 
-    for path, sha256 in zip(request.references()[0], known if isinstance(known, list) else (), strict=False):
+    given, hashes = request.references()[0], known if isinstance(known, list) else []
+    if len(given) != len(hashes):
+        raise RequestError(
+            f"{replay}: its metadata names {len(given)} references and has {len(hashes)} hashes; it was changed since; "
+            "give the files with --reference"
+        )
+    for path, sha256 in zip(given, hashes, strict=True):
         if Picture.open(path).sha256 != sha256:
             raise RequestError(
                 f"{path} is not what it was when {replay} was drawn; needed the same pixels; give the files with "

@@ -16,7 +16,7 @@ from s3dit import Pipeline, RequestError
 from s3dit.cli import main
 from s3dit.config import read_model
 from s3dit.graphs import Replay
-from s3dit.images import read_metadata
+from s3dit.images import read_metadata, save_png
 from s3dit.layout import edit
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
@@ -344,6 +344,11 @@ def test_the_command_line(command, file, tmp_path):
     assert code == 2 and f"{other} is not what it was" in said and said.count("\n") == 1
     code, said = command("generate", "--replay", drawn, "--reference", other, "-o", again)
     assert code == 0 and read_metadata(again)["reference"] == [str(other)], said
+    # a hash less than pictures would leave one unchecked
+    data["engine"]["inputs"]["reference"].pop()
+    save_png(Image.open(drawn), drawn, data)
+    code, said = command("generate", "--replay", drawn, "-o", again)
+    assert code == 2 and "names 2 references and has 1 hashes" in said and said.count("\n") == 1
 
 
 def test_the_plan_on_the_command_line(command, file):

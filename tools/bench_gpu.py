@@ -1,6 +1,6 @@
 """Measure on a CUDA device: kernels beside torch's own, forwards in every number format, pictures end to end, memory.
 
-    python tools/bench.py --gpu --json tools/results      everything, under ten minutes on an H200
+    python tools/bench.py --gpu --json tools/results      everything; meant for ten minutes of an H200
     python tools/bench.py --gpu --only forward            one part: kernels, forward, picture
     python tools/bench.py --gpu --table tools/results     the README's tables of the committed files
 
