@@ -42,6 +42,7 @@ PLAIN = "plain floats"
 # Two ways to say one thing: whichever the user chooses, the picture's is dropped.
 RIVALS = (("cfg", "guidance_scale"), ("sigmas", "num_inference_steps"))
 HASH = re.compile("[0-9a-f]{64}")
+STEERING = re.compile(f"control [0-9]{{1,2}} ({'|'.join(CONTROL_IMAGES)})")
 # What records hold: a type, a list of one, or a mapping of names to one. REQUIRED of an adapter.
 NUMBER = int | float
 ENGINE: dict[str, Any] = {
@@ -158,7 +159,7 @@ def _record(name: str, found: Any, kinds: Mapping[str, Any]) -> tuple[dict[str, 
             raise RequestError(
                 f"its {name} has a {key} of {shown(value)}, as s3dit writes none; take the original file"
             )
-    return known, sorted({*found} - {*known})
+    return known, sorted({*found} - {*known})[:8]
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -172,6 +173,8 @@ def _fits(value: Any, kind: Any) -> bool:
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
     """Hashes of images, a list of them for references."""
     for name, found in inputs.items():
+        if name not in OPTIONS and not STEERING.fullmatch(name):
+            raise RequestError(f"its hashes are of {shown(name)}, too, as s3dit writes none; take the original file")
         hashes = found if name == "reference" and isinstance(found, list) else [found]
         if not all(isinstance(one, str) and HASH.fullmatch(one) for one in hashes):
             raise RequestError(f"its hash of {shown(name)} is {shown(found)}; needed sha256, 64 digits and letters")
@@ -214,9 +217,8 @@ def _wanted(adapters: Sequence[Mapping[str, Any]]) -> str:
 def _spoken(control: Control) -> str:
     """A control as the command line says it, without the folders of whoever drew with it."""
     paths = {name: getattr(control, name) for name in ("model", *CONTROL_IMAGES)}
-    return str(
-        replace(control, **{name: _own(path) if isinstance(path, str) else path for name, path in paths.items()})
-    )
+    own: dict[str, Any] = {name: _own(path) for name, path in paths.items() if isinstance(path, str)}
+    return str(replace(control, **own))
 
 
 def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
@@ -239,9 +241,10 @@ def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any
             continue
         given, hashes = _named(request, name), _several(inputs.get(name))
         if len(given) != len(hashes):
+            names = ", ".join(map(shown, given[:4])) or "nothing"
             raise RequestError(
-                f"it names {len(given)} files for {name} and has {len(hashes)} hashes of them; none is opened without "
-                f"its hash; give what is to be drawn with {OPTIONS[name]}"
+                f"it names {names} for {name}, {len(given)} in all, and has {len(hashes)} hashes; no file is opened "
+                f"without its hash; give what is to be drawn with {OPTIONS[name]}"
             )
         paths = [_file(args.replay.parent, *one, OPTIONS[name]) for one in zip(given, hashes, strict=True)]
         found[name] = (paths or None) if name == "reference" else paths[0] if paths else None

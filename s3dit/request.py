@@ -403,10 +403,13 @@ class Request:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Read back `to_json`; RequestError on unknown or missing keys, and where an image is no path."""
+        """Read back `to_json`; RequestError on unknown or missing keys, and where an image is no path.
+
+        Drawing it opens the files that it names: what a stranger wrote goes through `cli_replay`.
+        """
         known = {f.name for f in fields(cls)} - {*UNNAMED}
         if unknown := sorted(set(data) - known):
-            raise RequestError(f"replay data has unknown keys {shown(unknown)}; it was written by another version")
+            raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
         if "prompt" not in data:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
         for name in {*IMAGES, "reference"} & {*data}:

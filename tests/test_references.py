@@ -348,7 +348,7 @@ def test_the_command_line(command, file, tmp_path):
     data["engine"]["inputs"]["reference"].pop()
     save_png(Image.open(drawn), drawn, data)
     code, said = command("generate", "--replay", drawn, "-o", again)
-    assert code == 2 and "names 2 files for reference and has 1 hashes" in said and said.count("\n") == 1
+    assert code == 2 and "for reference, 2 in all, and has 1 hashes" in said and said.count("\n") == 1
 
 
 def test_the_plan_on_the_command_line(command, file):
