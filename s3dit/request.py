@@ -315,7 +315,7 @@ class Request:
         if self.count > MOST_PICTURES:
             raise RequestError(
                 f"{len(self.prompts)} prompts and num_images_per_prompt {self.num_images_per_prompt} are "
-                f"{self.count:,} pictures; needed at most {MOST_PICTURES}; draw fewer at once"
+                f"{self.count:,} pictures; needed at most {MOST_PICTURES}; draw fewer at once (--count)"
             )
         negatives = self.negative_prompt
         if values.several(negatives) and len(negatives or ()) not in (0, len(self.prompts)):
@@ -330,8 +330,7 @@ class Request:
         if area > MOST_PIXELS:
             raise RequestError(
                 f"{self.count} pictures have {area:,.0f} pixels in all; needed at most {MOST_PIXELS:,}, since they are "
-                "drawn together; draw fewer at once (num_images_per_prompt, prompts), or smaller ones (height, width, "
-                "upscale)"
+                "drawn together; draw fewer at once (prompts, --count or num_images_per_prompt), or smaller ones"
             )
 
     def _check_start(self) -> None:
