@@ -201,33 +201,13 @@ class Adapters:
         return self._dtype.itemsize * sum(tensor.numel() for delta in deltas for tensor in _tensors(delta))
 
     def records(self) -> list[dict[str, Any]]:
-        """What a picture's metadata says: enough to attach the same files again, and to know them by their hash."""
+        """What a picture's metadata says: names for people, and hashes by which the same files are known again."""
         return [
             {"file": one.source, "sha256": one.sha256, "scale": one.scale}
             | ({"partial": True} if one.partial else {})
             | ({"merged": True} if one.merged else {})
             for one in self._loaded.values()
         ]
-
-    def attach_records(self, records: Any) -> list[Report]:
-        """Attach what `records` wrote down; RequestError where a file is missing or is another one by now."""
-        reports = []
-        for record in _checked(records):
-            try:
-                report = self.attach(record["file"], record["scale"], allow_partial=bool(record.get("partial")))
-            except CheckpointError as error:
-                raise RequestError(f"the picture was drawn with the adapter {record['file']}: {error}") from None
-            name = self.names[-1]
-            if self._loaded[name].sha256 != record["sha256"]:
-                self.detach(name)
-                raise RequestError(
-                    f"{record['file']} is not the adapter that the picture was drawn with (sha256 {record['sha256']}); "
-                    "put that file there, or say with --lora which to use"
-                )
-            if record.get("merged"):
-                self.merge(name)
-            reports.append(report)
-        return reports
 
     def _chosen(self, name: str | None) -> list[str]:
         if name is not None and name not in self._loaded:
@@ -255,19 +235,6 @@ def _check_scale(value: Any) -> None:
         raise RequestError(
             f"the scale of an adapter is {value!r}; needed a number within ±{STRONGEST:g}, 1 for full strength"
         )
-
-
-def _checked(records: Any) -> list[dict[str, Any]]:
-    """Records out of a file of a stranger."""
-    whole = isinstance(records, list) and all(
-        isinstance(one, dict) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
-        for one in records
-    )
-    if not whole:
-        raise RequestError("replay data says its adapters in another form; it was written by another version")
-    for one in records:
-        _check_scale(one.get("scale"))
-    return records
 
 
 def _tensors(delta: Delta) -> list[Tensor]:

@@ -7,9 +7,8 @@ branches act that have it in their steps (`acting`). A control of strength 0 is 
 Not here: what a ControlNet computes (`controlnet`), what the user may say (`control`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -127,17 +126,6 @@ def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
     return {
         f"control {one.number} {name}": picture.sha256 for one in prepared for name, picture in one.pictures[i].items()
     }
-
-
-def hold(controls: Sequence[Control], known: Mapping[str, str], drawn: Path) -> None:
-    """Hold the images of controls to the `hashes` in a drawn picture's metadata; raises RequestError."""
-    for number, one in enumerate(controls, 1):
-        for name in IMAGES:
-            path, wanted = getattr(one, name), known.get(f"control {number} {name}")
-            if path is not None and wanted is not None and Picture.open(path, name).sha256 != wanted:
-                raise RequestError(
-                    f"{path} is not what it was when {drawn} was drawn; needed the same pixels; say the control anew"
-                )
 
 
 def acting(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 from s3dit import __version__, cli_files
-from s3dit.cli_replay import changes, replayed
+from s3dit.cli_replay import attach, changes, replayed
 from s3dit.cli_show import Progress, describe, explain, show
 from s3dit.control import FORM, Control
 from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
@@ -194,13 +194,13 @@ def _floats(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1,0.75,0.4") from None
 
 
-def _lora(text: str) -> tuple[str, float]:
-    """A file and its strength; a colon that no number follows belongs to the name."""
+def _lora(text: str) -> tuple[str, float | None]:
+    """A file and its strength, if one is given; a colon that no number follows belongs to the name."""
     path, _, scale = text.rpartition(":")
     try:
-        return (path, float(scale)) if path and not Path(text).exists() else (text, 1.0)
+        return (path, float(scale)) if path and not Path(text).exists() else (text, None)
     except ValueError:
-        return text, 1.0
+        return text, None
 
 
 def _margins(text: str) -> list[int]:
@@ -274,8 +274,7 @@ def _run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     for change in changes(pipe, engine):
         print(f"s3dit: {args.replay} was drawn {change}: not the same to the bit", file=sys.stderr)
-    reports = [pipe.lora.attach(file, scale, allow_partial=args.lora_allow_partial) for file, scale in args.lora]
-    for report in reports or pipe.lora.attach_records(adapters):
+    for report in attach(pipe, args, adapters):
         print(f"s3dit: adapter {report}", file=sys.stderr)
     if "prompt" not in wanted:
         if not pipe.config.prompt:

@@ -21,6 +21,21 @@ IMAGES = ("image", "inpaint", "mask")
 WORDS = ("inpaint", "mask", "version", "rule")
 # Twice what a ControlNet was trained for is no use any more, and more is a slip of the pen.
 STRONGEST = 2.0
+# Characters of a path: what Linux takes.
+LONGEST_PATH = 4096
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: short, whatever it is; only short lists are spelled out."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str):
+        return repr(value[:80]) + "…" * (len(value) > 80)
+    if value is None or isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple) and len(value) <= 8 and not any(isinstance(one, list | tuple) for one in value):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +88,22 @@ class Control:
 
     def check(self) -> None:
         """Find what is wrong without opening anything; raises ValueError."""
-        if not isinstance(self.model, str | PathLike) or not str(self.model):
-            raise ValueError(f"control model is {self.model!r}; needed a file, a folder or a hub name")
+        if not isinstance(self.model, str | PathLike) or not 0 < len(str(self.model)) <= LONGEST_PATH:
+            raise ValueError(f"control model is {shown(self.model)}; needed a file, a folder or a hub name")
         for name, low, high in (("strength", 0.0, STRONGEST), ("start", 0.0, 1.0), ("end", 0.0, 1.0)):
             value = getattr(self, name)
             fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
             if not fits and not (value is None and name == "strength"):
-                raise ValueError(f"control {name} is {value!r}; needed a number from {low:g} to {high:g}")
+                raise ValueError(f"control {name} is {shown(value)}; needed a number from {low:g} to {high:g}")
         if self.start >= self.end:
             raise ValueError(
                 f"control acts from {self.start:g} to {self.end:g} of the steps, which is none; needed start below end"
             )
         for name, kinds in (("version", (*get_args(Version), None)), ("rule", get_args(Rule))):
-            if getattr(self, name) not in kinds:
+            value = getattr(self, name)
+            if not isinstance(value, str | None) or value not in kinds:
                 needed = ", ".join(filter(None, kinds))
-                raise ValueError(f"control {name} is {getattr(self, name)!r}; needed one of {needed}")
+                raise ValueError(f"control {name} is {shown(value)}; needed one of {needed}")
         if (self.inpaint is None) != (self.mask is None):
             given, other = ("inpaint", "mask") if self.mask is None else ("mask", "inpaint")
             raise ValueError(f"control has {given} but no {other}; needed both, a picture and where to paint in it")
@@ -115,19 +131,35 @@ class Control:
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Read back `to_json`; ValueError on unknown or missing keys."""
+        """Read back `to_json`; ValueError on unknown or missing keys, and where an image is no path."""
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or "model" not in data or set(data) - known:
-            raise ValueError(f"replay data has a control {data!r}; needed the JSON that this program writes")
+            raise ValueError(f"replay data has a control {shown(data)}; needed the JSON that this program writes")
+        for name in set(IMAGES) & set(data):
+            if data[name] is not None and _paths(data[name]) is None:
+                raise ValueError(f"replay data has a control whose {name} is {shown(data[name])}; needed a path")
         return cls(**data)
+
+    def __str__(self) -> str:
+        """What `parse` reads; of one whose images are each a path."""
+        span = f"{self.start!r}-{self.end!r}" if (self.start, self.end) != (0, 1) else None
+        words = {name: getattr(self, name) for name in WORDS if getattr(self, name) not in (None, "authors")}
+        pieces = (
+            self.model,
+            self.image or "",
+            self.strength,
+            span,
+            *(f"{name}={word}" for name, word in words.items()),
+        )
+        return ":".join(str(piece) for piece in pieces if piece is not None)
 
 
 def _paths(given: Any) -> str | list[str] | None:
     """Paths as text: of one, or of a sequence of them; None where there is anything else."""
     if isinstance(given, str | PathLike):
         return str(given)
-    found = [_paths(one) for one in given] if isinstance(given, list | tuple) else []
-    return [one for one in found if isinstance(one, str)] if found and all(isinstance(f, str) for f in found) else None
+    whole = isinstance(given, list | tuple) and given and all(isinstance(one, str | PathLike) for one in given)
+    return [str(one) for one in given] if whole else None
 
 
 def _name(pieces: list[str]) -> str:

@@ -2,20 +2,22 @@
 
 A Request says what is wanted, in the names that diffusers' users know; None means "as this model is meant to be run"
 and is replaced by `resolve`. Everything that can be wrong with a request without looking at weights is found by
-`check`, before any heavy work, and raised as RequestError. Values are never changed in silence: 0.0 is a value, lists
-given by the caller are copied and not written to.
+`check`, before any heavy work, and raised as RequestError: first each field by itself, by the check in its metadata
+(`values`), then what does not go together. Values are never changed in silence: 0.0 is a value, lists given by the
+caller are copied and not written to.
 
 Importing this module does not import torch, so that the command line's `--help` is quick.
 """
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from s3dit import values
 from s3dit.control import IMAGES as CONTROL_IMAGES
-from s3dit.control import Control
+from s3dit.control import Control, shown
+from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, RequestError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,19 +36,22 @@ MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
 Positions = Literal["released", "intended"]
 
-# 512 patches of 16 pixels a side: what the published rotary tables were made for.
-LARGEST_SIDE = 8192
+LARGEST_SEED = 2**63 - 1
 # Fields that hold images; what goes into JSON of them is their paths.
 IMAGES = ("image", "mask_image")
+# Fields that JSON does not say.
+UNNAMED = ("generator", "latents", "output_type")
 
 
-class RequestError(ValueError):
-    """A request that cannot be served; the message says what was found, what was needed and what to do."""
+def _field(
+    default: Any, check: Callable[..., None], *bounds: Any, each: bool = False, holes: bool = False, says: str = ""
+) -> Any:
+    """A field of a Request: its default, which values it takes besides a default of None, and its help text.
 
-
-def _says(text: str) -> Any:
-    """Help text of a field, shown by the command line."""
-    return {"help": text}
+    check(name, value, *bounds) raises RequestError · each: it may hold one value a prompt or picture · holes: of which
+    some may be None.
+    """
+    return field(default=default, metadata={"help": says, "check": (check, bounds), "each": each, "holes": holes})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,92 +62,137 @@ class Request:
     what a mask keeps.
     """
 
-    prompt: str | Sequence[str] = field(metadata=_says("what to draw"))
-    negative_prompt: str | Sequence[str] | None = field(
-        default=None, metadata=_says("what to avoid; used when guidance is on (default: the empty prompt)")
+    prompt: str | Sequence[str] = _field(MISSING, values.texts, says="what to draw")
+    negative_prompt: str | Sequence[str] | None = _field(
+        None, values.texts, says="what to avoid; used when guidance is on (default: the empty prompt)"
     )
-    height: int | Sequence[int] | None = field(
-        default=None, metadata=_says("pixels, a multiple of 16 (default: 1024; 128 for the embedded model)")
+    height: int | Sequence[int] | None = _field(
+        None,
+        values.side,
+        each=True,
+        holes=True,
+        says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
     )
-    width: int | Sequence[int] | None = field(
-        default=None, metadata=_says("pixels, a multiple of 16 (default: 1024; 128 for the embedded model)")
+    width: int | Sequence[int] | None = _field(
+        None,
+        values.side,
+        each=True,
+        holes=True,
+        says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
     )
-    num_inference_steps: int | None = field(
-        default=None, metadata=_says("steps of the solver (default: Turbo 8, Z-Image 28)")
+    num_inference_steps: int | None = _field(
+        None, values.integer, 1, values.MOST_STEPS, says="steps of the solver (default: Turbo 8, Z-Image 28)"
     )
-    guidance_scale: float | None = field(
-        default=None,
-        metadata=_says("s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)"),
+    guidance_scale: float | None = _field(
+        None,
+        values.number,
+        0,
+        1000,
+        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
     )
-    cfg: float | None = field(
-        default=None, metadata=_says("guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1")
+    cfg: float | None = _field(
+        None, values.number, 1, 1001, says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1"
     )
-    cfg_normalization: bool | float = field(
-        default=False, metadata=_says("limit the guided velocity's norm to this multiple of the unguided one; 0 is off")
+    cfg_normalization: bool | float = _field(
+        False,
+        values.number_or_bool,
+        0,
+        1000,
+        says="limit the guided velocity's norm to this multiple of the unguided one; 0 is off",
     )
-    cfg_truncation: float = field(default=1.0, metadata=_says("no guidance once t (0 noise, 1 image) is above this"))
-    num_images_per_prompt: int = field(default=1, metadata=_says("pictures a prompt; seeds count up"))
-    seed: int | Sequence[int] | None = field(
-        default=None, metadata=_says("seed of the first picture; the next ones take seed + 1, … (default: random)")
+    cfg_truncation: float = _field(
+        1.0, values.number, 0, 1000, says="no guidance once t (0 noise, 1 image) is above this"
     )
-    generator: "torch.Generator | Sequence[torch.Generator] | None" = None
-    latents: "torch.Tensor | None" = None
-    sigmas: Sequence[float] | None = field(
-        default=None, metadata=_says("explicit noise levels, descending from 1, before the shift (use shift 1 for raw)")
+    num_images_per_prompt: int = _field(1, values.integer, 1, MOST_PICTURES, says="pictures a prompt; seeds count up")
+    seed: int | Sequence[int] | None = _field(
+        None,
+        values.integer,
+        -(2**63),
+        LARGEST_SEED,
+        each=True,
+        says="seed of the first picture; the next ones take seed + 1, … (default: random)",
     )
-    shift: float | None = field(default=None, metadata=_says("shift of the schedule (default: the model's file)"))
-    schedule: Schedule = field(default="official", metadata=_says("spacing of the noise levels"))
-    solver: Solver = field(default="euler", metadata=_says("how the flow is integrated"))
-    max_sequence_length: int = field(default=512, metadata=_says("tokens of the prompt that are read; the rest is cut"))
-    image: "ImageSource | Sequence[ImageSource] | None" = field(
-        default=None,
-        metadata=_says("start image, to be redrawn; its size, cut to multiples of 16, is the default"),
+    generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.generators)
+    latents: "torch.Tensor | None" = _field(None, values.latents)
+    sigmas: Sequence[float] | None = _field(
+        None, values.levels, says="explicit noise levels, descending from 1, before the shift (use shift 1 for raw)"
     )
-    mask_image: "ImageSource | Sequence[ImageSource | None] | None" = field(
-        default=None, metadata=_says("mask of the start image's size: white is painted anew, black is kept")
+    shift: float | None = _field(
+        None, values.number, 1e-3, 1e3, says="shift of the schedule (default: the model's file)"
     )
-    strength: float | None = field(
-        default=None,
-        metadata=_says("how much of the start image is redrawn, up to 1 (default: 0.6; 1 with a mask or margins)"),
+    schedule: Schedule = _field("official", values.choice, Schedule, says="spacing of the noise levels")
+    solver: Solver = _field("euler", values.choice, Solver, says="how the flow is integrated")
+    max_sequence_length: int = _field(
+        512, values.integer, 1, values.MOST_TOKENS, says="tokens of the prompt that are read; the rest is cut"
     )
-    extend: Sequence[int] | None = field(
-        default=None, metadata=_says("margins in pixels to paint around the start image: left,top,right,bottom")
+    image: "ImageSource | Sequence[ImageSource] | None" = _field(
+        None,
+        values.image,
+        each=True,
+        says="start image, to be redrawn; its size, cut to multiples of 16, is the default",
     )
-    mask_mode: MaskMode = field(
-        default="inpaint",
-        metadata=_says("inpaint cuts the mask at one half; differential reads gray as how much is to change"),
+    mask_image: "ImageSource | Sequence[ImageSource | None] | None" = _field(
+        None,
+        values.image,
+        each=True,
+        holes=True,
+        says="mask of the start image's size: white is painted anew, black is kept",
     )
-    mask_blur: float = field(default=0.0, metadata=_says("soften the mask's edges by this many pixels"))
-    composite: bool = True
-    posterior: Posterior = field(
-        default="mode",
-        metadata=_says("start image in latents: mode is certain, sample is drawn from the seed as diffusers does"),
+    strength: float | None = _field(
+        None,
+        values.number,
+        0,
+        1,
+        says="how much of the start image is redrawn, up to 1 (default: 0.6; 1 with a mask or margins)",
     )
-    upscale: float | None = field(
-        default=None, metadata=_says("draw a second pass, this many times as large, over the first one's picture")
+    extend: Sequence[int] | None = _field(
+        None, values.margins, says="margins in pixels to paint around the start image: left,top,right,bottom"
     )
-    upscale_strength: float | None = field(
-        default=None, metadata=_says("how much the second pass redraws, up to 1 (default: 0.35)")
+    mask_mode: MaskMode = _field(
+        "inpaint",
+        values.choice,
+        MaskMode,
+        says="inpaint cuts the mask at one half; differential reads gray as how much is to change",
     )
-    control: Control | Sequence[Control] | None = None
-    reference: "ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None" = field(
-        default=None,
-        metadata=_says(
-            "picture for an Omni or Edit model to look at, once for each; the last one's size is the default"
+    mask_blur: float = _field(0.0, values.number, 0, 512, says="soften the mask's edges by this many pixels")
+    composite: bool = _field(True, values.true_or_false)
+    posterior: Posterior = _field(
+        "mode",
+        values.choice,
+        Posterior,
+        says="start image in latents: mode is certain, sample is drawn from the seed as diffusers does",
+    )
+    upscale: float | None = _field(
+        None, values.number, 1, 8, says="draw a second pass, this many times as large, over the first one's picture"
+    )
+    upscale_strength: float | None = _field(
+        None, values.number, 0, 1, says="how much the second pass redraws, up to 1 (default: 0.35)"
+    )
+    control: Control | Sequence[Control] | None = _field(None, values.controls)
+    reference: "ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None" = _field(
+        None,
+        values.references,
+        says="picture for an Omni or Edit model to look at, once for each; the last one's size is the default",
+    )
+    reference_area: int | Sequence[int | None] | None = _field(
+        None,
+        values.integer,
+        64 * 64,
+        LARGEST_SIDE**2,
+        each=True,
+        holes=True,
+        says=(
+            "pixels that references of more than 1024 × 1024 are scaled to (default: height × width where "
+            "both are given, else 1024 × 1024)"
         ),
     )
-    reference_area: int | Sequence[int | None] | None = field(
-        default=None,
-        metadata=_says(
-            "pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both are "
-            "given, else 1024 × 1024)"
-        ),
+    reference_positions: Positions = _field(
+        "released",
+        values.choice,
+        Positions,
+        says="where captions between references stand: as in the released code, or as it was meant",
     )
-    reference_positions: Positions = field(
-        default="released",
-        metadata=_says("where captions between references stand: as in the released code, or as it was meant"),
-    )
-    output_type: OutputType = "pil"
+    output_type: OutputType = _field("pil", values.choice, OutputType)
 
     @property
     def prompts(self) -> list[str]:
@@ -186,7 +236,7 @@ class Request:
 
     def spread(self, name: str, value: Any) -> list[Any]:
         """`per_image` of any value, which messages call `name`."""
-        if value is None or isinstance(value, str) or not isinstance(value, Sequence):
+        if not values.several(value):
             return [value] * self.count
         if len(value) == self.count:
             return list(value)
@@ -232,58 +282,55 @@ class Request:
             cfg=None,
             shift=config.scheduler.shift if self.shift is None else float(self.shift),
         )
+        resolved._check_pixels()
         resolved._check_latents()
         return resolved
 
     def check(self) -> None:
         """Find what is wrong without any model; raises RequestError."""
-        self._check_prompts()
-        for name in ("height", "width"):
-            for value in self.per_image(name):
-                if value is not None:
-                    _check_side(name, value)
-        _check_int("num_inference_steps", self.num_inference_steps, 1, 1000)
-        _check_int("num_images_per_prompt", self.num_images_per_prompt, 1, 1024)
-        _check_int("max_sequence_length", self.max_sequence_length, 1, 32768)
-        for seed in self.per_image("seed"):
-            _check_int("seed", seed, -(2**63), 2**63 - 1)
-        for name, low, high in (
-            ("guidance_scale", 0.0, 1000.0), ("cfg", 1.0, 1001.0), ("cfg_normalization", 0.0, 1000.0),
-            ("cfg_truncation", 0.0, 1000.0), ("shift", 1e-3, 1e3), ("strength", 0.0, 1.0),
-            ("upscale_strength", 0.0, 1.0), ("upscale", 1.0, 8.0), ("mask_blur", 0.0, 512.0),
-        ):  # fmt: skip
-            _check_float(name, getattr(self, name), low, high)
+        self._check_count()
+        for one in fields(self):
+            value, (check, bounds) = getattr(self, one.name), one.metadata["check"]
+            if value is None and one.default is None:
+                continue
+            for item in self.spread(one.name, value) if one.metadata["each"] else [value]:
+                if item is not None or not one.metadata["holes"]:
+                    check(one.name, item, *bounds)
+        if isinstance(self.seed, int):
+            values.integer("seed of the last picture", self.seed + self.count - 1, -(2**63), LARGEST_SEED)
         if self.cfg is not None and self.guidance_scale is not None:
             raise RequestError(
                 "both cfg and guidance_scale are given; they are the same knob (cfg = guidance_scale + 1)"
             )
-        for name, kind in (
-            ("solver", Solver), ("schedule", Schedule), ("output_type", OutputType), ("mask_mode", MaskMode),
-            ("posterior", Posterior), ("reference_positions", Positions),
-        ):  # fmt: skip
-            if getattr(self, name) not in get_args(kind):
-                raise RequestError(f"{name} is {getattr(self, name)!r}; needed one of {', '.join(get_args(kind))}")
+        self._check_pixels()
         self._check_start()
         self._check_control()
         self._check_references()
-        self._check_sigmas()
+        self._check_steps()
 
-    def _check_prompts(self) -> None:
-        given = self.prompt
-        if isinstance(given, bytes) or not isinstance(given, str | Sequence):
-            raise RequestError(f"prompt is a {type(given).__name__}; needed a string or a list of strings")
-        for name in ("prompt", "negative_prompt"):
-            value = getattr(self, name)
-            texts = [] if value is None else [value] if isinstance(value, str) else list(value)
-            for text in texts:
-                if not isinstance(text, str):
-                    raise RequestError(f"{name} holds a {type(text).__name__}; needed strings")
-        if not self.prompts:
-            raise RequestError("prompt is an empty list; needed at least one prompt (an empty string is a prompt)")
-        negatives = self.negative_prompt
-        if not isinstance(negatives, str | None) and len(negatives) != len(self.prompts):
+    def _check_count(self) -> None:
+        """How many pictures there are, before anything is spread over them."""
+        values.texts("prompt", self.prompt)
+        values.integer("num_images_per_prompt", self.num_images_per_prompt, 1, MOST_PICTURES)
+        if self.count > MOST_PICTURES:
             raise RequestError(
-                f"{len(negatives)} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
+                f"{len(self.prompts)} prompts and num_images_per_prompt {self.num_images_per_prompt} are "
+                f"{self.count:,} pictures; needed at most {MOST_PICTURES}; draw fewer at once (--count)"
+            )
+        negatives = self.negative_prompt
+        if values.several(negatives) and len(negatives or ()) not in (0, len(self.prompts)):
+            raise RequestError(
+                f"{len(negatives or ())} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
+            )
+
+    def _check_pixels(self) -> None:
+        """Pixels of all pictures together, as far as their sizes are known."""
+        sides = zip(self.per_image("height"), self.per_image("width"), strict=True)
+        area = sum((height or 0) * (width or 0) for height, width in sides) * (self.upscale or 1) ** 2
+        if area > MOST_PIXELS:
+            raise RequestError(
+                f"{self.count} pictures have {area:,.0f} pixels in all; needed at most {MOST_PIXELS:,}, since they are "
+                "drawn together; draw fewer at once (prompts, --count or num_images_per_prompt), or smaller ones"
             )
 
     def _check_start(self) -> None:
@@ -301,52 +348,27 @@ class Request:
                 raise RequestError(f"{name} is 0, which would redraw nothing; needed more than 0, up to 1")
         if self.upscale == 1:
             raise RequestError("upscale is 1; needed more, such as 2, or none")
-        for name in IMAGES:
-            self.per_image(name)
-        if self.extend is not None:
-            margins = list(self.extend) if isinstance(self.extend, Sequence) else [self.extend]
-            whole = all(isinstance(m, int) and not isinstance(m, bool) and 0 <= m < LARGEST_SIDE for m in margins)
-            if len(margins) != 4 or not whole or not any(margins):
-                raise RequestError(
-                    f"extend is {self.extend!r}; needed four margins in pixels: left, top, right, bottom"
-                )
 
     def _check_control(self) -> None:
-        given = self.control
-        known = isinstance(given, Control | list | tuple | None)
-        if not known or not all(isinstance(one, Control) for one in self.controls):
-            raise RequestError(f"control is {given!r:.80}; needed a Control, or a list of them")
-        try:
-            for one in self.controls:
-                one.check()
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-        self.controls_of(0)
+        for one in self.controls:
+            for name in CONTROL_IMAGES:
+                for image in self.spread(f"control {name}", getattr(one, name)):
+                    if image is not None:
+                        values.image(f"control {name}", image)
 
     def _check_references(self) -> None:
         """What belongs to reference images; the images themselves are read later, by `references`."""
-        for area in self.per_image("reference_area"):
-            _check_int("reference_area", area, 64 * 64, LARGEST_SIDE**2)
-        if any(self.references()):
-            return
-        if self.reference_area is not None or self.reference_positions != "released":
+        found = self.references()
+        if (most := max(map(len, found))) > MOST_REFERENCES:
+            raise RequestError(f"a picture has {most} references; needed at most {MOST_REFERENCES}; leave some out")
+        if not any(found) and (self.reference_area is not None or self.reference_positions != "released"):
             raise RequestError(
                 "reference_area and reference_positions are about references; give reference, or leave them out"
             )
 
-    def _check_sigmas(self) -> None:
-        if self.sigmas is None:
-            return
-        values = list(self.sigmas)
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
-            raise RequestError("sigmas holds something else than numbers; needed floats between 0 and 1")
-        descending = all(a > b for a, b in zip(values, values[1:], strict=False))
-        if not values or not descending or not 0 < values[0] <= 1 or values[-1] < 0:
-            raise RequestError(
-                f"sigmas is {values[:8]}; needed a descending list that starts at 1 or below and stays at 0 or above"
-            )
-        steps = len([v for v in values if v > 0])
-        if self.num_inference_steps not in (None, steps):
+    def _check_steps(self) -> None:
+        steps = len([level for level in self.sigmas or () if level > 0])
+        if self.sigmas is not None and self.num_inference_steps not in (None, steps):
             raise RequestError(
                 f"{steps} sigmas but num_inference_steps {self.num_inference_steps}; leave one of them out"
             )
@@ -369,7 +391,7 @@ class Request:
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {k: v for k, v in values.items() if k not in ("generator", "latents", "output_type") and v is not None}
+        values = {k: v for k, v in values.items() if k not in UNNAMED and v is not None}
         values = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
         values |= {"control": [one.to_json() for one in self.controls]} if self.controls else {}
         for name in {*IMAGES, "reference"} & set(values):
@@ -380,54 +402,39 @@ class Request:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
-        """Read back `to_json`; RequestError on unknown or missing keys."""
-        known = {f.name for f in fields(cls)}
+        """Read back `to_json`; RequestError on unknown or missing keys, and where an image is no path.
+
+        Drawing it opens the files that it names: what a stranger wrote goes through `cli_replay`.
+        """
+        known = {f.name for f in fields(cls)} - {*UNNAMED}
         if unknown := sorted(set(data) - known):
-            raise RequestError(f"replay data has unknown keys {', '.join(unknown)}; it was written by another version")
+            raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
         if "prompt" not in data:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
+        for name in {*IMAGES, "reference"} & {*data}:
+            if data[name] is not None and _paths(data[name]) is None:
+                raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
+        found = data.get("control")
+        if found is None:
+            return cls(**data)
+        if not isinstance(found, list) or len(found) > MOST_CONTROLS:
+            raise RequestError(
+                f"replay data has a control of {shown(found)}; needed at most {MOST_CONTROLS}, in a list"
+            )
         try:
-            controls = {"control": [Control.from_json(one) for one in data["control"]]} if data.get("control") else {}
-        except (ValueError, TypeError) as error:
+            return cls(**data | {"control": [Control.from_json(one) for one in found] or None})
+        except ValueError as error:
             raise RequestError(str(error)) from None
-        return cls(**data | controls)
 
 
-def _paths(given: Any) -> Any:
+def _paths(given: Any, deep: int = 2) -> Any:
     """Paths of image files as JSON has them, in lists like theirs; None where one is no file."""
     if isinstance(given, str | PathLike):
         return str(given)
-    if not isinstance(given, list | tuple):
+    if not isinstance(given, list | tuple) or not deep:
         return None
-    paths = [_paths(one) for one in given]
+    paths = [_paths(one, deep - 1) for one in given]
     return None if None in paths else paths
-
-
-def _check_side(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} is {value!r}; needed an integer, a multiple of 16")
-    if not 0 < value <= LARGEST_SIDE:
-        raise RequestError(
-            f"{name} is {value}; needed 16 to {LARGEST_SIDE} pixels (the model is at home in 512 to 2048)"
-        )
-    if value % 16:
-        low = max(16, value // 16 * 16)
-        near = f"{low} or {low + 16}" if low < value else f"{low}"
-        raise RequestError(f"{name} is {value}, not a multiple of 16; the nearest that work are {near}")
-
-
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; needed an integer from {low} to {high}")
-
-
-def _check_float(name: str, value: Any, low: float, high: float) -> None:
-    if value is None:
-        return
-    if not isinstance(value, int | float) or math.isnan(value) or not low <= value <= high:
-        raise RequestError(f"{name} is {value!r}; needed a number from {low:g} to {high:g}")
 
 
 @dataclass(frozen=True, slots=True)

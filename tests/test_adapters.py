@@ -236,23 +236,42 @@ def test_command_line_and_replay(local, capsys):
     assert [(one["file"], one["scale"]) for one in records] == [("style.safetensors", 0.5), ("norms.safetensors", 1.0)]
     assert not np.array_equal(pixels("plain.png"), pixels("a.png"))
     assert "adapters" not in json.loads(Image.open("plain.png").text["s3dit"])
-    assert run("generate", "--replay", "a.png", "-o", "again.png") == 0
-    assert np.array_equal(pixels("a.png"), pixels("again.png"))
-    # Other flags change it, this one too.
-    assert run("generate", "--replay", "a.png", "--lora", "style.safetensors:0.1", "-o", "other.png") == 0
-    assert not np.array_equal(pixels("a.png"), pixels("other.png"))
-    assert [one["scale"] for one in json.loads(Image.open("other.png").text["s3dit"])["adapters"]] == [0.1]
+    # None is loaded because a picture names it.
     capsys.readouterr()
-    save_file({"layers.2.ffn_norm1.w_norm": torch.full((192,), 0.3)}, "norms.safetensors")
     assert run("generate", "--replay", "a.png", "-o", "b.png") == 2
-    assert "norms.safetensors is not the adapter that the picture was drawn with" in capsys.readouterr().err
-    Path("style.safetensors").unlink()
-    assert run("generate", "--replay", "a.png", "-o", "b.png") == 2
+    wanted = "'style.safetensors:0.5', 'norms.safetensors:1'; give them with --lora"
+    assert f"s3dit: a.png: it was drawn with adapters {wanted}\n" == capsys.readouterr().err
+    assert run("generate", "--replay", "a.png", "--lora", "style.safetensors:0.1", "-o", "b.png") == 2
+    wanted = "'norms.safetensors:1'; give them with --lora (scale 0 leaves one out)"
+    assert f"s3dit: a.png: it was drawn with the adapter {wanted}\n" == capsys.readouterr().err
+    assert not Path("b.png").exists()
+
+
+def test_a_replay_takes_strength_and_order_of_its_adapters(local, capsys):
+    assert run(*SMALL, "--lora", "style.safetensors:0.5", "--lora", "norms.safetensors", "-o", "a.png") == 0
+    Path("style.safetensors").rename("renamed.safetensors")
+    again = ("generate", "--replay", "a.png", "-o", "again.png", "--lora")
+    capsys.readouterr()
+    assert run(*again, "norms.safetensors", "--lora", "renamed.safetensors") == 0
+    assert np.array_equal(pixels("a.png"), pixels("again.png"))
     said = capsys.readouterr().err
     assert (
-        "drawn with the adapter style.safetensors: 'style.safetensors': no such file" in said and said.count("\n") == 1
+        "adapter renamed: 4 matched, 0 unmatched, 0 of a wrong shape; strength 0.5 as the picture was drawn\n" in said
     )
-    assert not Path("b.png").exists()
+    assert said.index("adapter renamed") < said.index("adapter norms")
+    # What the user says is stronger; an adapter more is told, and so is another file of a name.
+    assert run(*again, "norms.safetensors", "--lora", "renamed.safetensors:0.1", "--lora", "renamed.safetensors") == 0
+    assert not np.array_equal(pixels("a.png"), pixels("again.png"))
+    records = json.loads(Image.open("again.png").text["s3dit"])["adapters"]
+    assert [one["scale"] for one in records] == [0.1, 1.0, 1.0]
+    assert "adapter renamed-2: 4 matched, 0 unmatched, 0 of a wrong shape; the picture was drawn without it\n" in (
+        capsys.readouterr().err
+    )
+    save_file({"layers.2.ffn_norm1.w_norm": torch.full((192,), 0.3)}, "norms.safetensors")
+    assert run(*again, "norms.safetensors", "--lora", "renamed.safetensors") == 0
+    assert "strength 1 as the picture was drawn; another file than the picture was drawn with\n" in (
+        capsys.readouterr().err
+    )
 
 
 def test_the_plan_lists_adapters(local, capsys):
@@ -266,7 +285,7 @@ def test_command_line_and_what_fits_in_part(local, capsys):
     said = capsys.readouterr().err
     assert "4 matched, 1 unmatched, 0 of a wrong shape (transformer.nothing)" in said and said.count("\n") == 1
     assert run(*SMALL, "--lora", "part.safetensors", "--lora-allow-partial", "-o", "a.png") == 0
-    assert run("generate", "--replay", "a.png", "-o", "b.png") == 0
+    assert run("generate", "--replay", "a.png", "--lora", "part.safetensors", "-o", "b.png") == 0
     assert np.array_equal(pixels("a.png"), pixels("b.png"))
     assert run("plan", PROMPT, "--lora", "style.safetensors") == 0
 
@@ -289,10 +308,3 @@ def test_command_line_mistakes_are_one_line(local, capsys, flag, words):
 def test_a_colon_in_the_name_of_a_file_that_exists(local):
     Path("style.safetensors").rename("a:1")
     assert run(*SMALL, "--lora", "a:1", "-o", "a.png") == 0
-
-
-@pytest.mark.parametrize("records", [3, [3], [{"file": "x"}], [{"file": "x", "sha256": "y", "scale": None}]])
-def test_replay_data_of_a_stranger(records):
-    pipe = Pipeline.load(device="cpu", dtype="fp32")
-    with pytest.raises(RequestError):
-        pipe.lora.attach_records(records)

@@ -313,12 +313,15 @@ def test_a_picture_is_drawn_again_from_its_metadata(pipe, nets, tmp_path, capsys
     ]
     assert data["engine"]["replayable"] and len(data["engine"]["inputs"]["control 1 image"]) == 64
     again = ["generate", "--replay", str(tmp_path / "a.png"), "--dtype", "fp32", "--device", "cpu", "--preview"]
-    assert main([*again, "-o", str(tmp_path / "b.png")]) == 0
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    picture(9).save(tmp_path / "pose.png")
     assert main([*again, "-o", str(tmp_path / "b.png")]) == 2
-    assert "pose.png is not what it was" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"with --control '{nets['2.1'].name}:pose.png:0.5:0.0-0.7'" in err and err.count("\n") == 1
+    assert main([*again, "--control", word, "-o", str(tmp_path / "b.png")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert "was drawn with" not in capsys.readouterr().err
+    picture(9).save(tmp_path / "pose.png")
     assert main([*again, "--control", f"{word}:rule=diffusers", "-o", str(tmp_path / "b.png")]) == 0
+    assert "was drawn with another control 1 image than" in capsys.readouterr().err
     # A picture that was given from Python has no name to find it by.
     result = pipe(**SHORT, control=Control(nets["2.1"], picture(1)))
     assert not result.metadata[0]["engine"]["replayable"]

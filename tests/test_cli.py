@@ -39,11 +39,11 @@ def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys
     capsys.readouterr()
     assert run("generate", "--replay", first, "-o", again) == 2
     err = capsys.readouterr().err
-    assert "was drawn with the transformer of diffusion_pytorch_model.safetensors; say where it is" in err
+    assert "was drawn with the transformer of 'diffusion_pytorch_model.safetensors'; say where that is" in err
     assert "--transformer" in err and err.count("\n") == 1 and not again.exists()
     options = ("generate", "--replay", first, "--model", "embedded", "--transformer", part, "-o", again)
     assert run(*options) == 0
-    said = "was drawn with its transformer in int8, this is in plain floats: not the same to the bit\n"
+    said = "drawn with its transformer in 'int8', this is in plain floats (--quantize int8): not the same to the bit\n"
     assert said in capsys.readouterr().err
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
     assert run(*options, "--quantize", "int8") == 0
@@ -85,11 +85,14 @@ def test_start_images_and_their_replay(tmp_path, capsys):
     capsys.readouterr()
     star.unlink()
     assert run("generate", "--replay", drawn, "-o", again) == 2
-    assert f"s3dit: {star}: not found" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "star.png', not found beside it nor in this folder; give the file with --image" in err
     Image.new("RGB", (128, 128)).save(star)
     assert run("generate", "--replay", drawn, "-o", again) == 2
-    assert "is not what it was when" in capsys.readouterr().err
+    assert "is not what it was then; needed the same pixels; give the file with --image" in capsys.readouterr().err
     assert run("generate", "--replay", drawn, "--image", star, "--no-composite", "-o", again) == 0
+    said = f"drawn.png was drawn with another image than '{star}': not the same to the bit\n"
+    assert said in capsys.readouterr().err
 
 
 def test_plan_of_start_images(tmp_path, capsys):

@@ -294,7 +294,7 @@ WRONG = {
     "a cut JPEG": ({"image": cut}, "cannot be read .*runcated"),
     "an animation": ({"image": moving}, "2 frames"),
     "no file": ({"image": "none.png"}, "none.png: not found"),
-    "a list with a hole": ({"image": [None], "mask_image": None}, "image is a NoneType"),
+    "a list with a hole": ({"image": [None], "mask_image": None}, "image is None"),
     "too few images": ({"image": [scene(64, 64)] * 2}, "image has 2 entries"),
     "too small": ({"image": scene(15, 64)}, "leaves 64×0 of it"),
     "too long": ({"image": np.zeros((16, 9000), np.uint8)}, "needed sides of at most 8192"),

@@ -97,7 +97,7 @@ def test_json_there_and_back():
     for odd in (3, {"image": "b"}, {"model": "a", "weight": 1}):
         with pytest.raises(RequestError, match="replay data has a control"):
             Request.from_json({"prompt": "x", "control": [odd]})
-    with pytest.raises(RequestError, match="int"):
+    with pytest.raises(RequestError, match="control of 3"):
         Request.from_json({"prompt": "x", "control": 3})
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
     1: ("config",),
-    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control", "shapes"),
+    2: ("layout", "layers", "linear", "images", "request", "values", "devices", "bands", "control", "shapes"),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "adapters", "offload", "graphs", "budget", "parallel", "trace"),
@@ -34,6 +34,8 @@ SIDEWAYS = {
     ("s3dit.config", "s3dit.weights.checkpoint"),
     ("s3dit.images", "s3dit.request"),
     ("s3dit.request", "s3dit.control"),
+    ("s3dit.request", "s3dit.values"),
+    ("s3dit.values", "s3dit.control"),
     ("s3dit.controlnet", "s3dit.transformer"),
     ("s3dit.lora", "s3dit.offload"),
     ("s3dit.adapters", "s3dit.lora"),

@@ -132,7 +132,7 @@ def test_the_plan_says_it(pipe):
         ([picture(63, 100)], "reference 1 is 100×63 pixels; a reference needs at least 64"),
         ([picture(), picture(64, 600)], "reference 2 is 600×64 pixels; a reference may be 8 times"),
         (["missing.png"], "missing.png: not found"),
-        ([b"bytes"], "reference 1 is a bytes"),
+        ([b"bytes"], "reference is a bytes"),
         ([torch.full((3, 80, 80), float("nan"))], "NaN"),
         ([[picture()], picture()], "mixes images and lists"),
         ([[picture()], [picture()], []], "reference has 3 entries; needed 1"),
@@ -341,14 +341,14 @@ def test_the_command_line(command, file, tmp_path):
     # another picture of the same name is another picture
     picture(64, 80, 6).save(other)
     code, said = command("generate", "--replay", drawn, "-o", again)
-    assert code == 2 and f"{other} is not what it was" in said and said.count("\n") == 1
+    assert code == 2 and f"'{other}' is not what it was" in said and said.count("\n") == 1
     code, said = command("generate", "--replay", drawn, "--reference", other, "-o", again)
     assert code == 0 and read_metadata(again)["reference"] == [str(other)], said
     # a hash less than pictures would leave one unchecked
     data["engine"]["inputs"]["reference"].pop()
     save_png(Image.open(drawn), drawn, data)
     code, said = command("generate", "--replay", drawn, "-o", again)
-    assert code == 2 and "names 2 references and has 1 hashes" in said and said.count("\n") == 1
+    assert code == 2 and "for reference, 2 in all, and has 1 hashes" in said and said.count("\n") == 1
 
 
 def test_the_plan_on_the_command_line(command, file):

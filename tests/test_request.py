@@ -1,12 +1,17 @@
 """Every wrong request is one clear RequestError; None becomes the model's setting, 0.0 stays a value."""
 
+import collections
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from s3dit.config import read_model
-from s3dit.pipeline import EMBEDDED
+from s3dit.control import Control
+from s3dit.pipeline import EMBEDDED, Pipeline
 from s3dit.request import Request, RequestError
 
 WRONG = [
@@ -63,6 +68,34 @@ WRONG = [
     ({"seed": 1.5}, "seed is 1.5"),
     ({"latents": torch.zeros(1, 16, 3, 3), "height": 64, "width": 64}, "latents has shape"),
     ({"latents": torch.full((1, 16, 8, 8), float("nan"))}, "NaN"),
+    ({"latents": torch.zeros(3)}, r"latents has shape \(3,\)"),
+    ({"latents": [0.0]}, "latents is"),
+    ({"generator": 42}, "generator is 42; needed a torch.Generator"),
+    ({"seed": [None]}, "seed is None"),
+    ({"seed": b"a"}, "seed is a bytes"),
+    ({"seed": 2**63 - 1, "num_images_per_prompt": 2}, "seed of the last picture is 9223372036854775808"),
+    ({"seed": 10**5000}, "seed is an integer of 16610 bits"),
+    ({"guidance_scale": True}, "guidance_scale is True"),
+    ({"composite": "no"}, "composite is 'no'; needed true or false"),
+    ({"solver": ["euler"]}, "solver is "),
+    ({"sigmas": 5}, "sigmas is 5; needed a list"),
+    ({"sigmas": [1.0, float("nan")]}, "descending"),
+    ({"sigmas": [1 - i / 2000 for i in range(1500)]}, "sigmas has 1,500 numbers; needed at most 1001"),
+    ({"image": 5}, "image is 5; needed a path"),
+    ({"image": ["a.png", None], "prompt": ["a", "b"]}, "image is None"),
+    ({"image": "a\0b"}, "which is no path"),
+    ({"reference": [["a.png"], 5]}, "reference is 5"),
+    ({"reference": ["a.png"] * 17}, "reference has 17 entries; needed at most 16"),
+    ({"control": Control("a", 5)}, "control image is 5"),
+    ({"control": [Control("a", "b.png")] * 17}, "control has 17 entries; needed at most 16"),
+    ({"prompt": "\ud800"}, "no Unicode text"),
+    ({"prompt": "a" * 131073}, "prompt has 131,073 characters; needed at most 131,072"),
+    ({"prompt": ["a" * 131072] * 33}, "4,325,376 characters in all; needed at most 4,194,304"),
+    ({"prompt": ["a"] * 10**6}, "prompt has 1,000,000 entries; needed at most 1024"),
+    ({"num_images_per_prompt": 10**9}, "num_images_per_prompt is 1000000000; needed an integer from 1 to 1024"),
+    ({"prompt": ["a"] * 33, "num_images_per_prompt": 32}, "1,056 pictures; needed at most 1024"),
+    ({"height": 8192, "width": 8192, "num_images_per_prompt": 64}, "4,294,967,296 pixels in all; needed at most 268"),
+    ({"height": 4096, "width": 4096, "upscale": 8}, "pixels in all"),
 ]
 
 
@@ -71,11 +104,48 @@ def config():
     return read_model(EMBEDDED)
 
 
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.load(device="cpu", dtype="fp32")
+
+
 @pytest.mark.parametrize("fields, message", WRONG, ids=[m for _, m in WRONG])
 def test_wrong(config, fields, message):
     with pytest.raises(RequestError, match=message) as caught:
         Request(**({"prompt": "a"} | fields)).resolve(config)
     assert "\n" not in str(caught.value)
+
+
+def test_pixels_are_bounded_where_the_size_is_the_model_s_own(config):
+    """1024 pictures of 128² are far from the bound; at 1024² they are four times too many."""
+    Request(prompt="a", num_images_per_prompt=1024).resolve(config)
+    large = replace(config, settings=replace(config.settings, height=1024, width=1024))
+    Request(prompt="a", num_images_per_prompt=256).resolve(large)
+    with pytest.raises(RequestError, match="1,073,741,824 pixels in all"):
+        Request(prompt="a", num_images_per_prompt=1024).resolve(large)
+
+
+ODD = [
+    None, True, 0, -1, 10**5000, 1.5, float("nan"), "", "x", "\0", "\ud800", "x" * 10**6, b"ab", memoryview(b"ab"), (),
+    [None], [[]], {}, {1}, object(), np.int64(3), np.float32(0.5), np.zeros(3), np.array(["a"]), torch.zeros(2),
+    torch.zeros(1, 16, 16, 16, dtype=torch.int64), collections.deque([1, 2]), range(10**9), Path("/dev/null"),
+    Control(5), Control("a", object()), int, iter([1]), 1j, collections.UserList([1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [one.name for one in fields(Request)])
+def test_nothing_but_a_request_error_whatever_a_field_holds(pipe, name):
+    """Of every type there is, and deep enough to be read, counted and compared: no field lets a foreign error out."""
+    nested: list = []
+    for _ in range(2000):
+        nested = [nested]
+    start = {"image": Image.new("RGB", (32, 32)), "mask_image": Image.new("L", (32, 32), 255), "upscale": 2.0}
+    for value in (*ODD, nested):
+        for base in ({}, start):
+            try:
+                pipe.plan(**{"prompt": "a red star"} | base | {name: value})
+            except RequestError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600
 
 
 def test_none_is_the_model_s_setting_and_zero_is_a_value(config):

@@ -1,0 +1,173 @@
+"""What the values of a request's fields may be: types and bounds, checked before anything of their size is allocated.
+
+A check is called with a field's name and one value of it, and raises RequestError; `request` says in each field's
+metadata which check is its own. It knows no default: whether None is one, and whether a list is one value or several,
+is the field's affair. What is wrong with several fields together is found by `Request.check`.
+"""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Any, get_args
+
+from s3dit.control import LONGEST_PATH, Control, shown
+
+# 512 patches of 16 pixels a side: what the published rotary tables were made for.
+LARGEST_SIDE = 8192
+# Pictures of a request, which are all drawn in one pass: four of the largest size are a million tokens, and one
+# activation of the official width is then 8 GB in bf16. Their number bounds what is kept of each besides pixels.
+MOST_PIXELS, MOST_PICTURES = 4 * LARGEST_SIDE**2, 1024
+# Characters of a prompt, four for each token that is read at most; and of all prompts of a request.
+MOST_TOKENS = 1 << 15
+LONGEST_PROMPT, MOST_TEXT = 4 * MOST_TOKENS, 1 << 22
+MOST_STEPS = 1000
+# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024².
+MOST_CONTROLS = MOST_REFERENCES = 16
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the message says what was found, what was needed and what to do."""
+
+
+def several(value: Any) -> bool:
+    """Whether a value is several: text and bytes are one."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _number(value: Any, kind: Any = int) -> bool:
+    """Whether a value is a number of Python's; a truth value is none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def integer(name: str, value: Any, low: int, high: int) -> None:
+    if not _number(value) or not low <= value <= high:
+        raise RequestError(f"{name} is {shown(value)}; needed an integer from {low} to {high}")
+
+
+def number(name: str, value: Any, low: float, high: float) -> None:
+    # NaN is in no range.
+    if not _number(value, int | float) or not low <= value <= high:
+        raise RequestError(f"{name} is {shown(value)}; needed a number from {low:g} to {high:g}")
+
+
+def number_or_bool(name: str, value: Any, low: float, high: float) -> None:
+    """A number, or False for 0 and True for 1."""
+    number(name, float(value) if isinstance(value, bool) else value, low, high)
+
+
+def true_or_false(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {shown(value)}; needed true or false")
+
+
+def choice(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, str) or value not in get_args(kind):
+        raise RequestError(f"{name} is {shown(value)}; needed one of {', '.join(get_args(kind))}")
+
+
+def side(name: str, value: Any) -> None:
+    if not _number(value):
+        raise RequestError(f"{name} is {shown(value)}; needed an integer, a multiple of 16")
+    if not 0 < value <= LARGEST_SIDE:
+        raise RequestError(
+            f"{name} is {shown(value)}; needed 16 to {LARGEST_SIDE} pixels (the model is at home in 512 to 2048)"
+        )
+    if value % 16:
+        low = max(16, value // 16 * 16)
+        near = f"{low} or {low + 16}" if low < value else f"{low}"
+        raise RequestError(f"{name} is {value}, not a multiple of 16; the nearest that work are {near}")
+
+
+def texts(name: str, value: Any) -> None:
+    """One string, or a list of them."""
+    if not isinstance(value, str) and not several(value):
+        raise RequestError(f"{name} is a {type(value).__name__}; needed a string or a list of strings")
+    given = [value] if isinstance(value, str) else value
+    if not len(given):
+        raise RequestError(f"{name} is an empty list; needed at least one string (an empty one is a prompt)")
+    if len(given) > MOST_PICTURES:
+        raise RequestError(f"{name} has {len(given):,} entries; needed at most {MOST_PICTURES}; draw fewer at once")
+    for text in given:
+        if not isinstance(text, str):
+            raise RequestError(f"{name} holds a {type(text).__name__}; needed strings")
+        if len(text) > LONGEST_PROMPT:
+            raise RequestError(f"{name} has {len(text):,} characters; needed at most {LONGEST_PROMPT:,}; shorten it")
+        if any("\ud800" <= one <= "\udfff" for one in (() if text.isascii() else text)):
+            raise RequestError(f"{name} holds what is no Unicode text; needed UTF-8; check where it comes from")
+    if (total := sum(map(len, given))) > MOST_TEXT:
+        raise RequestError(
+            f"{name} has {total:,} characters in all; needed at most {MOST_TEXT:,}; draw fewer at once, or shorten them"
+        )
+
+
+def levels(name: str, value: Any) -> None:
+    """Noise levels, descending."""
+    if not several(value):
+        raise RequestError(f"{name} is {shown(value)}; needed a list of numbers such as 1, 0.75, 0.4")
+    if len(value) > MOST_STEPS + 1:
+        raise RequestError(f"{name} has {len(value):,} numbers; needed at most {MOST_STEPS + 1}")
+    given = list(value)
+    if not all(_number(one, int | float) for one in given):
+        raise RequestError(f"{name} holds something else than numbers; needed floats between 0 and 1")
+    descending = all(a > b for a, b in zip(given, given[1:], strict=False))
+    if not given or not descending or not 0 < given[0] <= 1 or not given[-1] >= 0:
+        raise RequestError(
+            f"{name} is {shown(value)}; needed a descending list that starts at 1 or below and stays at 0 or above"
+        )
+
+
+def margins(name: str, value: Any) -> None:
+    given = value if several(value) and len(value) == 4 else ()
+    if not any(given) or not all(_number(one) and 0 <= one < LARGEST_SIDE for one in given):
+        raise RequestError(f"{name} is {shown(value)}; needed four margins in pixels: left, top, right, bottom")
+
+
+def image(name: str, value: Any) -> None:
+    """A path, or what has pixels; `images.Picture` opens it."""
+    if isinstance(value, str | PathLike):
+        if not 0 < len(str(value)) <= LONGEST_PATH or "\0" in str(value):
+            raise RequestError(f"{name} is {shown(value)}, which is no path; needed the path of a picture")
+    elif not hasattr(value, "size"):
+        raise RequestError(f"{name} is {shown(value)}; needed a path, a Pillow image, an array or a tensor")
+
+
+def references(name: str, value: Any) -> None:
+    """An image, a list of them, or a list for each prompt; None is an empty list."""
+    given = value if isinstance(value, list | tuple) else [value]
+    rows = [one for one in given if isinstance(one, list | tuple)]
+    most = MOST_PICTURES if rows else MOST_REFERENCES
+    for row, bound in ((given, most), *((row, MOST_REFERENCES) for row in rows)):
+        if len(row) > bound:
+            raise RequestError(f"{name} has {len(row):,} entries; needed at most {bound}; leave some out")
+        for one in row:
+            if one is not None and not (row is given and isinstance(one, list | tuple)):
+                image(name, one)
+
+
+def controls(name: str, value: Any) -> None:
+    given = [value] if isinstance(value, Control) else value
+    if not isinstance(given, list | tuple) or not all(isinstance(one, Control) for one in given):
+        raise RequestError(f"{name} is {shown(value)}; needed a Control, or a list of them")
+    if len(given) > MOST_CONTROLS:
+        raise RequestError(f"{name} has {len(given):,} entries; needed at most {MOST_CONTROLS}; leave some out")
+    try:
+        for one in given:
+            one.check()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def generators(name: str, value: Any) -> None:
+    import torch
+
+    given = value if several(value) else [value]
+    if not all(isinstance(one, torch.Generator) for one in given):
+        raise RequestError(f"{name} is {shown(value)}; needed a torch.Generator, or one a picture; or give seed")
+
+
+def latents(name: str, value: Any) -> None:
+    import torch
+
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise RequestError(f"{name} is {shown(value)}; needed a tensor of floats (pictures, 16, height/8, width/8)")
+    if value.ndim != 4:
+        raise RequestError(f"{name} has shape {tuple(value.shape)}; needed (pictures, 16, height/8, width/8)")
