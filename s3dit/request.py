@@ -278,6 +278,8 @@ class Request:
             for text in texts:
                 if not isinstance(text, str):
                     raise RequestError(f"{name} holds a {type(text).__name__}; needed strings")
+                if not text.isascii() and any("\ud800" <= one <= "\udfff" for one in text):
+                    raise RequestError(f"{name} holds what is no Unicode text; needed UTF-8; check where it comes from")
         if not self.prompts:
             raise RequestError("prompt is an empty list; needed at least one prompt (an empty string is a prompt)")
         negatives = self.negative_prompt
