@@ -157,10 +157,15 @@ def test_plan_kernels(capsys):
         (["generate", "x", "--dtype", "fp16"], "overflows"),
         (["generate", "x", "--device", "cuda:99"], "device"),
         (["generate", "x", "--model", "no/such/folder/here"], "no/such/folder/here"),
-        (["generate", "x", "-o", "no/such/folder/a.png"], "does not exist"),
-        (["generate", "x", "-o", "a.jpg"], "needed a name that ends in .png"),
+        (["generate", "x", "-o", "a.tif"], "needed a name that ends in .png, .jpg, .jpeg or .webp, or a folder"),
+        (["generate", "x", "-o", "n" * 256 + ".png"], "cannot be written (File name too long)"),
+        (["generate", "x", "-o", "/dev/full/a.png"], "cannot be written (Not a directory)"),
+        (["generate", "x", "--quality", "90"], "PNG has none"),
+        (["generate", "x", "--quality", "101", "-o", "a.jpg"], "--quality is 101"),
+        (["generate", "a\udcff"], "prompt holds what is no Unicode text"),
+        (["generate", "x", "--negative-prompt", "a\udcff"], "negative_prompt holds what is no Unicode text"),
         (["generate", "x", "--prompt-file", "none.txt"], "both a prompt"),
-        (["generate", "--prompt-file", "none.txt"], "cannot be read"),
+        (["generate", "--prompt-file", "none.txt"], "none.txt: not found"),
         (["generate", "--replay", "none.png"], "none.png"),
         (["generate", "x", "--strength", "1.5"], "strength is 1.5"),
         (["plan", "x", "--residency", "half"], "residency is 'half'; needed staged, resident or streamed"),
@@ -192,7 +197,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     assert run("generate", "x", "-o", tmp_path / "a.png") == 2
     captured = capsys.readouterr()
-    assert "a.png cannot be written" in captured.err and "call" not in captured.err
+    assert "a.png: cannot be written (Read-only file system)" in captured.err and "call" not in captured.err
 
 
 def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch):
