@@ -7,7 +7,7 @@ when there is something to compute, so `--help` is quick.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
@@ -215,11 +215,11 @@ def _margins(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not four margins in pixels such as 64,0,64,0") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, early: Callable[[int, object], None] | None = None) -> int:
+    """Run the command line; returns the exit code. early: what a signal does while torch is imported (`stoppable`)."""
     with streams():
         try:
-            with stoppable():
+            with stoppable(early):
                 code = _command(argv)
         except SystemExit as done:
             # argparse has said what there was to say.

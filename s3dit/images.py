@@ -310,6 +310,8 @@ def save_picture(
     form = form or ENDINGS.get(path.suffix.lower())
     if form is None:
         raise RequestError(f"{path.name!r} says no format; needed a name that ends in {', '.join(ENDINGS)}")
+    if quality is not None and (form == "PNG" or not 1 <= quality <= 100):
+        raise RequestError(f"quality is {quality} for {form}; needed 1 to 100 for JPEG or WEBP, or none")
     if form != "PNG" and image.mode not in ("L", "RGB"):
         image = _rgb(image)
     options = carried(metadata, image.size, form)

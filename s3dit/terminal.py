@@ -21,8 +21,9 @@ import threading
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, TextIO
 
 LONGEST = 600
@@ -34,6 +35,8 @@ MARKS = 4
 NEAR = {"×": "x", "…": "...", "·": "*", "²": "^2", "≥": ">=", "–": "-", "—": "-", "▀": "="}
 # Seconds in which further signals do not disturb the cleaning up that the first one began.
 QUIET = 3.0
+# Seconds after which a signal whose exception got lost (in a finalizer, in a library in C) is raised again.
+LOST = 0.5
 
 
 def line(text: object, encoding: str = "utf-8") -> str:
@@ -97,6 +100,7 @@ class _Stream:
         return self.stream is not None and self.lost is None and self.stream.isatty()
 
     def write(self, text: str) -> int:
+        _stop_again()
         with self._losing():
             if self.stream is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -230,23 +234,63 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + number
 
 
+# The signal that asked for the end, and when it last raised.
+_asked: tuple[int, float] | None = None
+
+
+def _stop(number: int) -> None:
+    global _asked
+    now = time.monotonic()
+    if _asked is None or now - _asked[1] >= QUIET:
+        _asked = number, now
+        raise Stopped(number)
+
+
+def _stop_again() -> None:
+    """Where the command line comes by, often: end now if the end was asked for and work goes on all the same."""
+    global _asked
+    if _asked is not None and time.monotonic() - _asked[1] >= LOST:
+        _asked = _asked[0], time.monotonic()
+        raise Stopped(_asked[0])
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None and "<frozen importlib" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _send(number: int) -> None:
+    """To the main thread, so that it wakes from what it waits for; on Windows there is no such thing."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)
+
+
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable(early: Callable[[int, object], None] | None = None) -> Iterator[None]:
     """While inside, SIGINT, SIGTERM and SIGHUP raise Stopped in the main thread; elsewhere nothing is changed.
 
-    A handler of the caller's own, or one that ignores (nohup), stays.
+    A handler of the caller's own, or one that ignores (nohup), stays. early: given by a program that ends after
+    this; called while torch is still being imported, when nothing is made yet, to end it at once.
     """
+    global _asked
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    last = -QUIET
 
-    def stop(number: int, frame: object) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= QUIET:
-            last = now
-            raise Stopped(number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        if not _importing(frame):
+            _stop(number)
+            return
+        # NumPy's import swallows an exception and leaves half of a library: wait until no import is under way.
+        torch = getattr(sys.modules.get("torch"), "__spec__", None)
+        if early is not None and getattr(torch, "_initializing", False):
+            early(number, frame)
+        timer = threading.Timer(0.05, _send, (number,))
+        timer.daemon = True
+        timer.start()
 
     found: dict[int, Any] = {}
     try:
@@ -258,4 +302,6 @@ def stoppable() -> Iterator[None]:
         yield
     finally:
         for number, before in found.items():
-            signal.signal(number, before)
+            # What comes after a program's last line is its end, which takes a moment, and is not to be disturbed.
+            signal.signal(number, before if early is None else signal.SIG_IGN)
+        _asked = None

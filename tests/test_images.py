@@ -403,6 +403,9 @@ def test_quality_is_of_jpeg_and_webp(tmp_path):
             save_picture(image, tmp_path / f"a.{ending}", quality=quality)
             sizes.append((tmp_path / f"a.{ending}").stat().st_size)
         assert sizes == sorted(set(sizes))
+    for name, quality in (("a.png", 90), ("a.jpg", 0), ("a.webp", 101)):
+        with pytest.raises(RequestError, match=f"quality is {quality}"):
+            save_picture(image, tmp_path / name, quality=quality)
 
 
 def test_what_a_form_cannot_hold(tmp_path):

@@ -1,12 +1,14 @@
 """What reaches a terminal: every line one line, printable, short; streams that fail; signals that end."""
 
 import ast
+import contextlib
 import io
 import json
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -201,6 +203,30 @@ def test_a_later_signal_is_taken_again(monkeypatch):
                 signal.raise_signal(signal.SIGTERM)
 
 
+def test_a_signal_whose_exception_got_lost_ends_it_at_the_next_line(monkeypatch, capsys):
+    """As happens in finalizers: Python prints it and goes on."""
+    monkeypatch.setattr(terminal, "LOST", 0.0)
+    with pytest.raises(Stopped) as caught, streams(), stoppable():
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        say("goes on")
+    assert caught.value.code == 143 and capsys.readouterr().err == ""
+    with streams(), stoppable():
+        say("another time")
+
+
+def test_no_import_is_torn(tmp_path, monkeypatch):
+    """A library of which a half was imported would draw on; the signal waits until it is whole."""
+    source = "import signal, time\nsignal.raise_signal(signal.SIGTERM)\ntime.sleep(0.1)\nwhole = True"
+    (tmp_path / "slowly_imported.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Stopped) as caught, stoppable():
+        import slowly_imported  # type: ignore[import-not-found]
+
+        time.sleep(5)
+    assert slowly_imported.whole and caught.value.code == 143
+
+
 def test_handlers_of_the_caller_stay(monkeypatch):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *args: seen.append(1))
@@ -243,6 +269,7 @@ def test_nothing_else_prints():
         for folder in ("s3dit", "kernels", "weights")
         for path in (ROOT / folder).glob("*.py")
         for number in printing(path.read_text(encoding="utf-8"))
-        if path.name != "terminal.py"
+        # The entry has to end before anything is imported.
+        if path.name not in ("terminal.py", "__main__.py")
     }
     assert not wrong
