@@ -23,11 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -51,6 +51,8 @@ DAMAGED = (
 )  # fmt: skip
 # Longer metadata is an accident or an attack; the longest honest one is a prompt of a few thousand words.
 LARGEST_TEXT = 1 << 20
+# Honest pictures have a few; each may take 4 MB.
+MOST_TEXTS = 15
 
 # Where Exif has them: tags of TIFF and Exif, and what tells our description from another's.
 DESCRIPTION, ORIENTATION, EXIF, COMMENT = 0x010E, 0x0112, 0x8769, 0x9286
@@ -101,13 +103,7 @@ class Picture:
         transparency is laid over white, 16-bit gray is scaled to 8.
         """
         if isinstance(source, str | os.PathLike):
-            needed = "a picture that can be read, such as a PNG or JPEG file"
-            # Pillow gets the file, not its name: it would map it, and a file cut short then ends the process.
-            with (
-                opened(source, needed, LARGEST_FILE) as file,
-                _reading(str(source), needed),
-                Image.open(file, formats=_formats()) as image,
-            ):
+            with _image(source, "a picture that can be read, such as a PNG or JPEG file", FORMATS) as image:
                 return cls(str(source), _loaded(image, str(source)))
         if isinstance(source, Image.Image):
             with _reading(name, "a Pillow image that can be read"):
@@ -164,9 +160,28 @@ def spread(given: Any) -> Any:
     return list(given) if isinstance(given, np.ndarray | Tensor) and given.ndim == 4 else given
 
 
-def _formats() -> list[str]:
+@contextmanager
+def _image(path: str | os.PathLike[str], needed: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Open a file of one of the formats, its pixels not yet read; all that is wrong with it becomes RequestError."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    # Pillow gets the file, not its name: it would map it, and a file cut short then ends the process.
+    with opened(path, needed, LARGEST_FILE) as file, _reading(str(path), needed):
+        _check_chunks(file, str(path))
+        with Image.open(file, formats=[name for name in formats if name in Image.OPEN]) as image:
+            yield image
+
+
+def _check_chunks(file: BinaryIO, name: str) -> None:
+    """Compressed texts of a PNG take a thousand times their size; Pillow limits each, and only the letters of all."""
+    found = 0
+    if file.read(8) == b"\x89PNG\r\n\x1a\n":
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            found += kind in (b"zTXt", b"iTXt")
+            file.seek(length + 4, io.SEEK_CUR)
+    file.seek(0)
+    if found > MOST_TEXTS:
+        raise RequestError(f"{name}: {found:,} compressed texts; needed at most {MOST_TEXTS}; save it anew")
 
 
 @contextmanager
@@ -183,6 +198,8 @@ def _reading(name: str | Path, needed: str) -> Iterator[None]:
         # Pillow says how many there are, and a limit that is not ours.
         found = next(iter(re.findall(r"\d+", str(error))), "far too many")
         raise RequestError(f"{name}: {found} pixels; needed at most {LARGEST_PIXELS:,}; scale it down") from None
+    except UnidentifiedImageError:
+        raise RequestError(f"{name}: cannot be read (it is no picture); needed {needed}; check the file") from None
     except DAMAGED as error:
         said = str(error) or type(error).__name__
         raise RequestError(f"{name}: cannot be read ({said}); needed {needed}; check the file") from None
@@ -397,9 +414,8 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     -> the mapping given to `save_picture`. Raises RequestError if the file is no picture of s3dit, or broken.
     """
     needed = "a PNG, JPEG or WebP file written by s3dit"
-    with opened(path, needed, LARGEST_FILE) as file, _reading(path, needed):
-        with Image.open(file, formats=[name for name in ("PNG", "JPEG", "WEBP") if name in _formats()]) as image:
-            text = image.info.get("s3dit") if image.format == "PNG" else image.getexif().get(DESCRIPTION)
+    with _image(path, needed, ("PNG", "JPEG", "WEBP")) as image:
+        text = image.info.get("s3dit") if image.format == "PNG" else image.getexif().get(DESCRIPTION)
         if image.format != "PNG":
             text = text.removeprefix(MARK) if isinstance(text, str) and text.startswith(MARK) else None
         if text is not None and len(text) > LARGEST_TEXT:

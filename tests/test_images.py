@@ -190,7 +190,7 @@ WRONG = {
     "no file": ("none.png", "none.png: not found"),
     "moving": (moving, "2 frames; needed one picture"),
     "cut": (cut_jpeg, "cannot be read .*truncated"),
-    "script": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "cannot be read"),
+    "script": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "it is no picture"),
 }
 
 
@@ -333,6 +333,20 @@ def test_a_header_that_claims_more_than_there_is(tmp_path):
     for mode in ("1", "P", "L", "RGB", "LA"):
         Image.new(mode, (4000, 4000)).save(path, "PNG")
         assert Picture.open(path).size == (4000, 4000)
+
+
+def test_texts_that_would_fill_the_memory(tmp_path):
+    """Pillow takes 60 of these, 64 KB on disk, for 244 MB."""
+    text = zlib.compress(("x" * ((1 << 20) - 4) + "\U0001f600").encode(), 9)
+    for count in (15, 16):
+        (tmp_path / "a.png").write_bytes(png(*(chunk(b"iTXt", b"k%d\0\1\0\0\0" % i + text) for i in range(count))))
+        for read, words in ((Picture.open, None), (read_metadata, "no s3dit metadata")):
+            with (
+                pytest.raises(RequestError, match="16 compressed texts")
+                if count > 15
+                else (pytest.raises(RequestError, match=words) if words else contextlib.nullcontext())
+            ):
+                read(tmp_path / "a.png")
 
 
 def test_special_files_are_no_pictures(tmp_path):
