@@ -1,25 +1,23 @@
 """The command line: `s3dit generate`, `plan`, `look`, `convert`, `quantize`. Flags are made from Request's fields.
 
-Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130
-and leaves no half-written picture; a reader that goes away ends it with 141, in silence. torch is imported only when
-there is something to compute, so `--help` is quick.
+Everything the user may get wrong ends in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with
+130, SIGTERM with 143, SIGHUP with 129, and nothing half-written is left; where standard output is lost, the pictures
+are written all the same, and the exit code is 141 if its reader went away, in silence, else 2. torch is imported only
+when there is something to compute, so `--help` is quick.
 """
 
 import argparse
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from s3dit import __version__, cli_files
+from s3dit import __version__, cli_files, files
 from s3dit.cli_replay import attach, changes, replayed
 from s3dit.cli_show import Progress, describe, explain, show
 from s3dit.control import FORM, Control
 from s3dit.request import IMAGES, MaskMode, Positions, Posterior, Request, RequestError, Schedule, Solver
+from s3dit.terminal import event, finish, line, say, stoppable, streams, tell
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
@@ -64,7 +62,7 @@ class _Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, as everything here does."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"s3dit: {message}; see {self.prog} --help\n")
+        self.exit(2, line(f"s3dit: {message}; see {self.prog} --help") + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +131,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_request(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("request")
     group.add_argument("prompt", nargs="?", help="what to draw (default: the embedded model's example)")
-    group.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line, one picture each")
+    group.add_argument(
+        "--prompt-file", metavar="FILE", help="one prompt a line, one picture each; - reads standard input"
+    )
     for field in fields(Request):
         if field.name in KINDS or field.name in CHOICES:
             _add_field(group, field)
@@ -174,17 +174,22 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
-        "-o", "--output", type=Path, default=Path("s3dit.png"), metavar="FILE",
-        help="a PNG (default: s3dit.png); several pictures get -1, -2, … before the suffix",
+        "-o", "--output", metavar="FILE",
+        help="a .png, .jpg or .webp, or a folder (default: s3dit.png, or the next name that is free); several "
+        "pictures get -1, -2, … before the suffix",
     )  # fmt: skip
+    group.add_argument("--overwrite", action="store_true", help="replace any output that exists, not only one FILE")
     group.add_argument(
-        "--replay", type=Path, metavar="PNG", help="draw again what made this picture; other flags change it"
+        "--quality", type=int, metavar="N", help="of .jpg (default: 95) or .webp (default: lossless), 1 to 100"
+    )
+    group.add_argument(
+        "--replay", type=Path, metavar="FILE", help="draw again what made this picture; other flags change it"
     )
     group.add_argument(
         "--preview", action="store_true", help="show the picture forming: in the terminal, and FILE.preview.png"
     )
     group.add_argument("--json", action="store_true", help="progress as JSON lines on stdout instead of a bar")
-    group.add_argument("--no-metadata", action="store_true", help="write no prompt and no settings into the PNG")
+    group.add_argument("--no-metadata", action="store_true", help="write no prompt and no settings into the file")
 
 
 def _floats(text: str) -> list[float]:
@@ -210,29 +215,33 @@ def _margins(text: str) -> list[int]:
         raise argparse.ArgumentTypeError(f"{text!r} is not four margins in pixels such as 64,0,64,0") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None, *, early: Callable[[int, object], None] | None = None) -> int:
+    """Run the command line; returns the exit code. early: what a signal does while torch is imported (`stoppable`)."""
+    with streams():
+        try:
+            with stoppable(early):
+                code = _command(argv)
+        except SystemExit as done:
+            # argparse has said what there was to say.
+            raise SystemExit(finish(int(done.code or 0))) from None
+        except KeyboardInterrupt as stopped:
+            say("stopped; nothing half-written is left")
+            return getattr(stopped, "code", 130)
+        except (ValueError, RuntimeError, OSError) as error:
+            if not _ours(error):
+                raise
+            say(error)
+            return 2
+        return finish(code)
+
+
+def _command(argv: Sequence[str] | None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help()
         return 0
-    try:
-        code = cli_files.COMMANDS.get(args.command, _run)(args)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # A reader such as `head` has enough; what is left in the buffer is not to be tried again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("s3dit: stopped; nothing half-written is left", file=sys.stderr)
-        return 130
-    except (ValueError, RuntimeError, OSError) as error:
-        if not _ours(error):
-            raise
-        print(f"s3dit: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return cli_files.COMMANDS.get(args.command, _run)(args)
 
 
 def _ours(error: Exception) -> bool:
@@ -249,7 +258,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.prompt_file is not None:
         if prompt is not None:
             raise RequestError("both a prompt and --prompt-file are given; needed one of them")
-        prompt = _lines(args.prompt_file)
+        prompt = files.prompts(args.prompt_file)
     adapters: list[Any] = []
     engine: dict[str, Any] = {}
     if args.command == "generate" and args.replay is not None:
@@ -258,12 +267,10 @@ def _run(args: argparse.Namespace) -> int:
     if prompt is not None:
         wanted["prompt"] = prompt
     # Whatever can be found wrong without torch is found before it is imported.
-    Request(**({"prompt": ""} | wanted)).check()
+    request = Request(**({"prompt": ""} | wanted))
+    request.check()
     if args.command == "generate":
-        _check_output(args.output)
-    import warnings
-
-    warnings.showwarning = lambda message, *rest, **more: print(f"s3dit: {message}", file=sys.stderr)
+        args.paths, args.replace = _outputs(args, request.count)
     from s3dit.pipeline import Pipeline
 
     pipe = Pipeline.load(
@@ -273,9 +280,9 @@ def _run(args: argparse.Namespace) -> int:
         vram=args.vram, compile=args.compile, graphs=args.graphs,
     )  # fmt: skip
     for change in changes(pipe, engine):
-        print(f"s3dit: {args.replay} was drawn {change}: not the same to the bit", file=sys.stderr)
+        say(f"{args.replay} was drawn {change}: not the same to the bit")
     for report in attach(pipe, args, adapters):
-        print(f"s3dit: adapter {report}", file=sys.stderr)
+        say(f"adapter {report}")
     if "prompt" not in wanted:
         if not pipe.config.prompt:
             raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
@@ -283,9 +290,9 @@ def _run(args: argparse.Namespace) -> int:
     request = Request(**wanted)
     if args.command == "plan":
         plan = pipe.plan(request)
-        print(describe(pipe, plan))
+        tell(describe(pipe, plan))
         if args.kernels:
-            print(explain(pipe, plan.request))
+            tell(explain(pipe, plan.request))
         return 0
     return _generate(pipe, request, args)
 
@@ -297,51 +304,58 @@ def _controls(texts: Sequence[str]) -> list[Control]:
         raise RequestError(str(error)) from None
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"{path}: cannot be read as text ({error}); needed one prompt a line, UTF-8") from None
-    if not any(lines):
-        raise RequestError(f"{path}: holds no prompt; needed one a line")
-    return [line for line in lines if line]
-
-
-def _check_output(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise RequestError(f"output is {path.name!r}; needed a name that ends in .png")
-    if not path.parent.is_dir():
-        raise RequestError(f"output folder {path.parent} does not exist; make it or choose another")
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError:
-        raise RequestError(
-            f"output {path} cannot be written; needed a writable folder and a file name; choose another"
-        ) from None
+def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:
+    """The files of all pictures, and whether they may be replaced."""
+    paths, replace = files.outputs(args.output, count, args.overwrite)
+    if args.quality is not None and not 1 <= args.quality <= 100:
+        raise RequestError(f"--quality is {args.quality}; needed 1 to 100")
+    if args.quality is not None and paths[0].suffix.lower() == ".png":
+        raise RequestError(f"--quality is given for {paths[0]}; PNG has none; name a .jpg or .webp with -o")
+    return paths, replace
 
 
 def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> int:
-    from s3dit.images import save_png
+    from s3dit.images import carried
 
     plan = pipe.plan(request)
-    paths = _paths(args.output, plan.request.count)
-    print(f"s3dit: {pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}", file=sys.stderr)
+    last = plan if plan.then is None else plan.then
+    for record, path, *size in zip(
+        pipe.records(plan), args.paths, last.request.per_image("width"), last.request.per_image("height"), strict=True
+    ):
+        # What a file cannot hold is found before it is drawn.
+        carried(None if args.no_metadata else record, (size[0], size[1]), files.ENDINGS[path.suffix.lower()])
+    say(f"{pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}")
     for note in (*plan.notes, *([] if plan.fit is None else [plan.fit])):
-        print(f"s3dit: {note}", file=sys.stderr)
+        say(note)
+    if args.output is None and len(args.paths) == 1 and args.paths[0].name != files.DEFAULT:
+        say(f"{files.DEFAULT} exists; this picture goes to {args.paths[0]}")
     with Progress(pipe, plan, args) as progress:
         result = pipe(plan.request, on_step=progress)
-    for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
-        save_png(picture, path, None if args.no_metadata else metadata)  # type: ignore[arg-type]
-        print(json.dumps({"event": "saved", "path": str(path)}) if args.json else path, flush=True)
+    code = 0
+    for path, picture, metadata in zip(args.paths, result.images, result.metadata, strict=True):
+        try:
+            found = _save(picture, path, None if args.no_metadata else metadata, args)
+        except RequestError as error:
+            # The others are drawn, too, and are not to be lost.
+            say(error)
+            code = 2
+            continue
+        if args.json:
+            event(event="saved", path=str(found))
+        else:
+            tell(found)
     if args.preview and not args.json:
         show(result.images[0])  # type: ignore[arg-type]
-    return 0
+    return code
 
 
-def _paths(output: Path, count: int) -> list[Path]:
-    if count == 1:
-        return [output]
-    return [output.with_stem(f"{output.stem}-{i + 1}") for i in range(count)]
+def _save(picture: Any, path: Path, metadata: Any, args: argparse.Namespace) -> Path:
+    """Save one picture -> the file, another one than was meant if somebody took the name meanwhile."""
+    from s3dit.images import save_picture
+
+    if args.replace:
+        save_picture(picture, path, metadata, quality=args.quality)
+        return path
+    with files.claimed(path) as free:
+        save_picture(picture, free, metadata, quality=args.quality)
+    return free

@@ -1,14 +1,13 @@
 """The commands that deal with files instead of pictures: `s3dit look`, `s3dit convert` and `s3dit quantize`."""
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from s3dit import __version__
 from s3dit.request import RequestError
+from s3dit.terminal import bar, event, say, tell
 
 
 def add(commands: Any) -> None:
@@ -48,13 +47,14 @@ def _look(args: argparse.Namespace) -> int:
     from s3dit.look import look
 
     report = look(args.path)
-    print(json.dumps(report.to_json()) if args.json else report)
+    if args.json:
+        event(**report.to_json())
+    else:
+        tell(report)
     return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from s3dit.convert import check, convert
     from s3dit.weights.convert_adapter import convert_adapter
     from s3dit.weights.hub import resolve
@@ -64,22 +64,20 @@ def _convert(args: argparse.Namespace) -> int:
         if args.dtype is not None:
             raise RequestError(f"dtype is {args.dtype!r}; an adapter keeps its numbers as stored; leave --dtype out")
         convert_adapter(source, args.target, version=__version__, force=args.force)
-        print(args.target)
+        tell(args.target)
         return 0
     total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", file=sys.stderr) as bar:
+    with bar("converting", total=total, unit="B", unit_scale=True) as done:
         notes = convert(
-            source, args.target, version=__version__, dtype=args.dtype, force=args.force, progress=bar.update
+            source, args.target, version=__version__, dtype=args.dtype, force=args.force, progress=done.update
         )
     for note in notes:
-        print(f"s3dit: {note}", file=sys.stderr)
-    print(args.target)
+        say(note)
+    tell(args.target)
     return 0
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from s3dit.pipeline import EMBEDDED
     from s3dit.weights.hub import resolve
     from s3dit.weights.quantize import check, quantize, scheme_named
@@ -88,9 +86,9 @@ def _quantize(args: argparse.Namespace) -> int:
     schemes = {part: scheme_named(name) for part, name in named.items() if name is not None}
     source = EMBEDDED if args.source == "embedded" else resolve(args.source)
     total = sum(checkpoint.nbytes for checkpoint in check(source, args.target, schemes, force=args.force).values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="quantizing", file=sys.stderr) as bar:
-        quantize(source, args.target, schemes, version=__version__, force=args.force, progress=bar.update)
-    print(args.target)
+    with bar("quantizing", total=total, unit="B", unit_scale=True) as done:
+        quantize(source, args.target, schemes, version=__version__, force=args.force, progress=done.update)
+    tell(args.target)
     return 0
 
 

@@ -1,12 +1,13 @@
 """What the command line shows: a plan, who computes what, progress, and the picture as it forms."""
 
 import argparse
-import json
-import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3dit.files import claimed
 from s3dit.request import Request
+from s3dit.terminal import bar, event, line, paint, say
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,7 +48,7 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.fit is None else str(plan.fit))
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
 
 
 def explain(pipe: "Pipeline", request: Request) -> str:
@@ -67,7 +68,7 @@ def explain(pipe: "Pipeline", request: Request) -> str:
     lines = [f"backend {backend()}, {pipe.placement}"]
     for (question, *others), count in found.items():
         lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
-    return "\n".join(lines)
+    return "\n".join(map(line, lines))
 
 
 def _size(count: int) -> str:
@@ -75,61 +76,59 @@ def _size(count: int) -> str:
 
 
 def show(picture: "Image.Image") -> None:
-    if sys.stderr.isatty():
-        from s3dit.images import ansi
+    """Draw a picture in the terminal, if there is one."""
+    from s3dit.images import ansi
 
-        print(ansi(picture, 48), file=sys.stderr)
+    paint(ansi(picture, 48))
 
 
 class Progress:
     """A bar that counts model calls, or JSON lines; with --preview also the picture as it forms."""
 
     def __init__(self, pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> None:
-        from tqdm import tqdm
-
         self.pipe, self.plan, self.args = pipe, plan, args
-        self.bar = tqdm(total=plan.calls, unit="call", desc="denoising", disable=args.json, file=sys.stderr)
         self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
-        self.loading: dict[str, tqdm[Any]] = {}
-        pipe.parts.on_read = self.read
+        self.loading: dict[str, Any] = {}
+        self.preview: Path | None = None
+        self.ending = ExitStack()
 
     def __enter__(self) -> "Progress":
+        if self.args.preview:
+            first: Path = self.args.paths[0]
+            # A name of its own: another file of this name is somebody's.
+            self.preview = self.ending.enter_context(claimed(first.with_name(f"{first.stem}.preview.png")))
+            self.ending.callback(self.preview.unlink, missing_ok=True)
+            say(f"the picture forms in {self.preview}")
+        self.bar = self.ending.enter_context(
+            bar("denoising", total=self.plan.calls, unit="call", disable=self.args.json)
+        )
+        self.pipe.parts.on_read = self.read
         return self
 
     def __exit__(self, *error: object) -> None:
         self.pipe.parts.on_read = None
-        self.bar.close()
-        if self.args.preview:
-            self._preview_path().unlink(missing_ok=True)
+        self.ending.close()
 
     def read(self, part: str, count: int) -> None:
         """Show a part coming in, where that takes long: `count` more bytes of it were read."""
-        from tqdm import tqdm
-
         if self.args.json or part not in self.reads:
             return
         if part not in self.loading:
-            options: dict[str, Any] = {"unit": "B", "unit_scale": True, "leave": False, "file": sys.stderr}
-            self.loading[part] = tqdm(total=self.reads[part], desc=f"loading {part}", **options)
-        bar = self.loading[part]
-        bar.update(count)
-        if bar.n >= self.reads[part]:
+            self.loading[part] = bar(f"loading {part}", total=self.reads[part], unit="B", unit_scale=True, leave=False)
+        coming = self.loading[part]
+        coming.update(count)
+        if coming.n >= self.reads[part]:
             self.loading.pop(part).close()
-
-    def _preview_path(self) -> Path:
-        output: Path = self.args.output
-        return output.with_name(f"{output.stem}.preview.png")
 
     def __call__(self, step: "Step") -> None:
         if self.args.json:
-            event = {"event": "step", "step": step.i, "of": step.n, "model_calls": step.calls, "sigma": step.sigma_next}
-            print(json.dumps(event), flush=True)
+            event(event="step", step=step.i, of=step.n, model_calls=step.calls, sigma=step.sigma_next)
         self.bar.update(step.calls - self.bar.n)
-        if self.args.preview:
+        if self.preview is not None:
             from s3dit.images import save_png, to_pil
 
             # The transformer stays: a small autoencoder beside it is worth less than loading it again.
             with self.pipe.parts.beside():
                 picture = to_pil(self.pipe.decode(step.denoised[:1])[0][None])[0]
-            save_png(picture, self._preview_path())
+            save_png(picture, self.preview)
             show(picture)

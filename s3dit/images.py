@@ -2,35 +2,38 @@
 
 Four ideas. Whatever a user gives as an image becomes a `Picture`, in one place: its header is looked at first, then its
 pixels are read whole, turned upright and laid over white. A conversion rounds exactly like diffusers, so that equal
-latents give equal bytes. A file is written whole or not at all: under a hidden name beside its target first, then
-renamed. And a picture carries what made it, twice: the text chunk `parameters` in the form that AUTOMATIC1111 began and
-galleries read, and the chunk `s3dit`, one JSON object that is enough to make the picture again.
+latents give equal bytes. A file is written whole or not at all. And a picture carries what made it, twice:
+`parameters` in the form that AUTOMATIC1111 began and galleries read, and `s3dit`, one JSON object that is enough to
+make the picture again. A PNG has them as text chunks, JPEG and WebP as UserComment and ImageDescription of their Exif.
 
 Source: diffusers `image_processor.py` (VaeImageProcessor) for values and rounding; the PNG specification for chunks.
 Not here: which sizes a request may have (request.py), what the model does with a picture (conditioning.py).
 """
 
 import hashlib
+import io
 import json
 import math
 import os
 import re
-import secrets
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from s3dit.files import ENDINGS, opened, whole
 from s3dit.request import RequestError
+from s3dit.terminal import hushed
 
 if TYPE_CHECKING:
     from s3dit.request import ImageSource
@@ -39,13 +42,24 @@ if TYPE_CHECKING:
 LARGEST_PIXELS = 1 << 26
 # What is read. Not everything that Pillow knows: some of its formats run other programs.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
-# What Pillow raises for files that are damaged, one way or another.
+# Bytes of a file that is opened: what so many pixels of 8 bytes take without compression.
+LARGEST_FILE = 1 << 29
+# What Pillow and its decoders raise for files that are damaged, one way or another.
 DAMAGED = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, struct.error,
-    Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, AssertionError, AttributeError,
+    NameError, BufferError, MemoryError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 # Longer metadata is an accident or an attack; the longest honest one is a prompt of a few thousand words.
 LARGEST_TEXT = 1 << 20
+# Honest pictures have a few; each may take 4 MB.
+MOST_TEXTS = 15
+
+# Where Exif has them: tags of TIFF and Exif, and what tells our description from another's.
+DESCRIPTION, ORIENTATION, EXIF, COMMENT = 0x010E, 0x0112, 0x8769, 0x9286
+MARK = "s3dit:"
+# What the headers of a form can say: pixels a side, and bytes of Exif in the one segment of a JPEG.
+LARGEST_SIDES = {"PNG": (1 << 31) - 1, "JPEG": 65535, "WEBP": 16383}
+LARGEST_EXIF = 65533
 
 # Names of the request's fields in the line that galleries read, in the order they expect.
 LABELS = {"num_inference_steps": "Steps", "solver": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
@@ -89,10 +103,10 @@ class Picture:
         transparency is laid over white, 16-bit gray is scaled to 8.
         """
         if isinstance(source, str | os.PathLike):
-            with _reading(str(source)), Image.open(source, formats=_formats()) as image:
+            with _image(source, "a picture that can be read, such as a PNG or JPEG file", FORMATS) as image:
                 return cls(str(source), _loaded(image, str(source)))
         if isinstance(source, Image.Image):
-            with _reading(name):
+            with _reading(name, "a Pillow image that can be read"):
                 return cls(name, _loaded(source, name))
         if isinstance(source, np.ndarray | Tensor):
             return cls(name, _from_array(source, name))
@@ -146,33 +160,49 @@ def spread(given: Any) -> Any:
     return list(given) if isinstance(given, np.ndarray | Tensor) and given.ndim == 4 else given
 
 
-def _formats() -> list[str]:
+@contextmanager
+def _image(path: str | os.PathLike[str], needed: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Open a file of one of the formats, its pixels not yet read; all that is wrong with it becomes RequestError."""
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    # Pillow gets the file, not its name: it would map it, and a file cut short then ends the process.
+    with opened(path, needed, LARGEST_FILE) as file, _reading(str(path), needed):
+        _check_chunks(file, str(path))
+        with Image.open(file, formats=[name for name in formats if name in Image.OPEN]) as image:
+            yield image
+
+
+def _check_chunks(file: BinaryIO, name: str) -> None:
+    """Compressed texts of a PNG take a thousand times their size; Pillow limits each, and only the letters of all."""
+    found = 0
+    if file.read(8) == b"\x89PNG\r\n\x1a\n":
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            found += kind in (b"zTXt", b"iTXt")
+            file.seek(length + 4, io.SEEK_CUR)
+    file.seek(0)
+    if found > MOST_TEXTS:
+        raise RequestError(f"{name}: {found:,} compressed texts; needed at most {MOST_TEXTS}; save it anew")
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str | Path, needed: str) -> Iterator[None]:
     """Whatever goes wrong with a file inside becomes one RequestError."""
     try:
         with warnings.catch_warnings():
             # Sizes are checked here; else Pillow warns of metadata that it can do without.
             warnings.simplefilter("ignore")
             yield
-    except DAMAGED as error:
-        _refuse(name, error, "a picture that can be read, such as a PNG or JPEG file")
-
-
-def _refuse(path: str | Path, error: BaseException, needed: str) -> NoReturn:
-    """Raise RequestError for a file that could not be read."""
-    if isinstance(error, RequestError):
-        raise error
-    if isinstance(error, Image.DecompressionBombError):
+    except RequestError:
+        raise
+    except Image.DecompressionBombError as error:
         # Pillow says how many there are, and a limit that is not ours.
-        count = next(iter(re.findall(r"\d+", str(error))), "far too many")
-        raise RequestError(f"{path}: {count} pixels; needed at most {LARGEST_PIXELS:,}; scale it down") from None
-    found = "not found" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-    raise RequestError(f"{path}: {found}; needed {needed}; check the file") from None
+        found = next(iter(re.findall(r"\d+", str(error))), "far too many")
+        raise RequestError(f"{name}: {found} pixels; needed at most {LARGEST_PIXELS:,}; scale it down") from None
+    except UnidentifiedImageError:
+        raise RequestError(f"{name}: cannot be read (it is no picture); needed {needed}; check the file") from None
+    except DAMAGED as error:
+        said = str(error) or type(error).__name__
+        raise RequestError(f"{name}: cannot be read ({said}); needed {needed}; check the file") from None
 
 
 def _check_size(name: str, height: int, width: int) -> None:
@@ -187,20 +217,44 @@ def _loaded(image: Image.Image, name: str) -> Image.Image:
     _check_size(name, image.height, image.width)
     # An MPO is what cameras write: a photograph, and the same one small or from beside.
     if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise RequestError(f"{name}: {getattr(image, 'n_frames', 0)} frames; needed one picture; save one of them")
-    image.load()
+        # How many is not counted: that reads all of them.
+        raise RequestError(f"{name}: at least 2 frames; needed one picture; save one of them")
+    _check_tiles(image, name)
+    with hushed() if image.format == "TIFF" else nullcontext():
+        image.load()
     return _rgb(image, name)
+
+
+def _check_tiles(image: Image.Image, name: str) -> None:
+    """A header may claim far more pixels than the file has: Pillow leaves them black, and memory is taken for them."""
+    tiles = getattr(image, "tile", None) or ()
+    if tiles and any(max(tile[1][side + 2] for tile in tiles) < image.size[side] for side in (0, 1)):
+        raise RequestError(f"{name}: holds less than its {image.width}x{image.height} pixels; take the original file")
+    file = getattr(image, "fp", None)
+    if file is None or image.format not in ("PNG", "JPEG2000"):
+        return
+    length = file.seek(0, io.SEEK_END)
+    # A megapixel of black in a few bytes is real; deflate makes a byte of 1032 at best, of 8256 pixels of one bit.
+    most = (1 << 22) + (length << 13)
+    if image.format == "PNG" and image.mode not in ("1", "P"):
+        most = 1032 * length // len(image.getbands())
+    if image.width * image.height > most:
+        raise RequestError(
+            f"{name}: {image.width}x{image.height} pixels in {length:,} bytes, which cannot be; take the original file"
+        )
 
 
 def _rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """Upright, opaque, three channels of eight bits."""
     if image.mode == "F":
         raise RequestError(f"{name} has floating-point pixels; needed 8 or 16 bits a channel; convert it first")
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        # Only then: it copies.
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit gray at 255 instead of scaling it.
-        levels = np.asarray(image, dtype=np.float64) / 257.0
-        return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        return Image.fromarray(((levels + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -255,34 +309,76 @@ def _resized(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
 
 
-def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write one picture whole or not at all, with what made it in its text chunks.
+def save_picture(
+    image: Image.Image,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    form: str | None = None,
+    quality: int | None = None,
+) -> None:
+    """Write one picture whole or not at all, with what made it; an existing file is replaced, missing folders are made.
 
-    metadata: what JSON can hold, under the names of Request's fields; None writes no text. An existing file is
-    replaced. Raises RequestError if the place cannot be written or the metadata is not JSON.
+    metadata: what JSON can hold, under the names of Request's fields; None writes no text · form: PNG, JPEG or WEBP
+    (default: by the name's ending) · quality: of JPEG (default: 95) or WebP (default: lossless), 1 to 100. Raises
+    RequestError if the place cannot be written, the metadata is not JSON, or the form cannot hold it.
     """
     path = Path(path)
-    chunks = PngInfo()
-    for key, text in ({} if metadata is None else texts(metadata, image.size)).items():
-        chunks.add_text(key, text)
-    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with open(partial, "xb") as file:
-                image.save(file, "PNG", pnginfo=chunks)
-            os.replace(partial, path)
-        finally:
-            # After the rename there is nothing left under this name; after an error or Ctrl-C there may be.
-            partial.unlink(missing_ok=True)
-    except OSError as error:
+    form = form or ENDINGS.get(path.suffix.lower())
+    if form is None:
+        raise RequestError(f"{path.name!r} says no format; needed a name that ends in {', '.join(ENDINGS)}")
+    if quality is not None and (form == "PNG" or not 1 <= quality <= 100):
+        raise RequestError(f"quality is {quality} for {form}; needed 1 to 100 for JPEG or WEBP, or none")
+    if form != "PNG" and image.mode not in ("L", "RGB"):
+        image = _rgb(image)
+    options = carried(metadata, image.size, form)
+    if form == "JPEG":
+        # A color for every pixel, as they were drawn.
+        options |= {"quality": quality or 95, "subsampling": 0}
+    elif form == "WEBP":
+        options |= {"lossless": quality is None, "quality": quality or 80}
+    with whole(path) as file:
+        # Encoded in memory first: an encoder that writes to a full disk does not say so.
+        data = io.BytesIO()
+        image.save(data, form, **options)
+        file.write(data.getbuffer())
+
+
+def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """`save_picture` as a PNG, whatever the name."""
+    save_picture(image, path, metadata, form="PNG")
+
+
+def carried(metadata: Mapping[str, Any] | None, size: tuple[int, int], form: str) -> dict[str, Any]:
+    """Pillow's options that make a file of a form carry metadata; RequestError if it cannot, or cannot be so large.
+
+    size (width, height) in pixels.
+    """
+    if max(size) > LARGEST_SIDES[form]:
         raise RequestError(
-            f"{path}: cannot be written ({error.strerror or error}); needed a folder that exists and is writable, with "
-            "room for the picture; choose another place"
-        ) from None
+            f"{size[0]}x{size[1]} pixels; needed at most {LARGEST_SIDES[form]:,} a side for {form}; save it as .png"
+        )
+    if metadata is None:
+        return {}
+    found = texts(metadata, size)
+    if form == "PNG":
+        chunks = PngInfo()
+        for key, text in found.items():
+            chunks.add_text(key, text)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[DESCRIPTION] = MARK + found["s3dit"]
+    exif.get_ifd(EXIF)[COMMENT] = b"UNICODE\0" + found["parameters"].encode("utf-16-be")
+    length = len(exif.tobytes())
+    if form == "JPEG" and length > LARGEST_EXIF:
+        raise RequestError(
+            f"metadata is {length:,} bytes; needed at most {LARGEST_EXIF:,} for JPEG; save it as .png or .webp"
+        )
+    return {"exif": exif}
 
 
 def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
-    """The text chunks of a picture: `parameters` for galleries and `s3dit` to make it again.
+    """What a picture carries: `parameters` for galleries and `s3dit`, in ASCII, to make it again.
 
     size (width, height) of the picture. "CFG scale" counts as galleries do, one more than `guidance_scale` here.
     Raises RequestError if the metadata cannot be written as JSON.
@@ -307,25 +403,27 @@ def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     if values.get("negative_prompt"):
         lines.append(f"Negative prompt: {values['negative_prompt']}")
     lines.append(", ".join(f"{label}: {value}" for label, value in settings.items()))
-    return {"parameters": "\n".join(lines), "s3dit": replay}
+    # A folder's name may be no UTF-8.
+    shown = "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+    return {"parameters": shown, "s3dit": replay}
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Read what made a picture out of its `s3dit` chunk, without unpacking the pixels.
+    """Read what made a picture out of what `save_picture` wrote, without unpacking the pixels.
 
-    -> the mapping given to `save_png`. Raises RequestError if the file is no PNG, is broken, or carries none.
+    -> the mapping given to `save_picture`. Raises RequestError if the file is no picture of s3dit, or broken.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get("s3dit")
+    needed = "a PNG, JPEG or WebP file written by s3dit"
+    with _image(path, needed, ("PNG", "JPEG", "WEBP")) as image:
+        text = image.info.get("s3dit") if image.format == "PNG" else image.getexif().get(DESCRIPTION)
+        if image.format != "PNG":
+            text = text.removeprefix(MARK) if isinstance(text, str) and text.startswith(MARK) else None
         if text is not None and len(text) > LARGEST_TEXT:
             raise RequestError(f"{path}: {len(text):,} characters of metadata; needed at most {LARGEST_TEXT:,}")
-    except DAMAGED as error:
-        _refuse(path, error, "a PNG file written by s3dit")
     if text is None:
         raise RequestError(
-            f"{path}: carries no s3dit metadata; needed a PNG that s3dit wrote with it; other programs "
-            "drop it when they save, so take the original file"
+            f"{path}: carries no s3dit metadata; needed {needed} with it; other programs drop it when they save, so "
+            "take the original file"
         )
     try:
         metadata = json.loads(text, parse_constant=_no_constant)

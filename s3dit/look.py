@@ -18,6 +18,7 @@ from torch import nn
 from s3dit import shapes
 from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
 from s3dit.sources import Found, look_into, missing
+from s3dit.terminal import line
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
 from s3dit.vae import Autoencoder
@@ -76,7 +77,7 @@ class Report:
             few = ", ".join(self.rest[:3])
             lines.append(f"not used: {len(self.rest)} tensors of no part ({few}{', …' if len(self.rest) > 3 else ''})")
         lines.append(f"missing: {', '.join(self.missing) or 'nothing, it is a whole model'}")
-        return "\n".join([*lines, f"use it: {self.command}"])
+        return "\n".join(map(line, [*lines, f"use it: {self.command}"]))
 
 
 def look(path: Path) -> Report:

@@ -442,7 +442,11 @@ class Pipeline:
             raise BackendError(out_of_memory(plan, str(error))) from None
         if request.output_type == "pil":
             pictures = [images.to_pil(picture[None])[0] for picture in pictures]
-        return Result(pictures, latents, records(plan, self._engine(), self._beside()))
+        return Result(pictures, latents, self.records(plan))
+
+    def records(self, plan: Plan) -> list[dict[str, Any]]:
+        """What the pictures of a plan will carry, one a picture: JSON values."""
+        return records(plan, self._engine(), self._beside())
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""

@@ -1,10 +1,15 @@
 """The command line as a user meets it: pictures, replay, JSON lines, and one line for every mistake."""
 
+import contextlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from PIL import Image
 
 from s3dit.cli import main
 from s3dit.pipeline import EMBEDDED
+from s3dit.request import RequestError
 
 PROMPT = "a red star above a blue ring on a white background"
 
@@ -160,10 +166,15 @@ def test_plan_kernels(capsys):
         (["generate", "x", "--dtype", "fp16"], "overflows"),
         (["generate", "x", "--device", "cuda:99"], "device"),
         (["generate", "x", "--model", "no/such/folder/here"], "no/such/folder/here"),
-        (["generate", "x", "-o", "no/such/folder/a.png"], "does not exist"),
-        (["generate", "x", "-o", "a.jpg"], "needed a name that ends in .png"),
+        (["generate", "x", "-o", "a.tif"], "needed a name that ends in .png, .jpg, .jpeg or .webp, or a folder"),
+        (["generate", "x", "-o", "n" * 256 + ".png"], "cannot be written (File name too long)"),
+        (["generate", "x", "-o", "/dev/full/a.png"], "cannot be written (Not a directory)"),
+        (["generate", "x", "--quality", "90"], "PNG has none"),
+        (["generate", "x", "--quality", "101", "-o", "a.jpg"], "--quality is 101"),
+        (["generate", "a\udcff"], "prompt holds what is no Unicode text"),
+        (["generate", "x", "--negative-prompt", "a\udcff"], "negative_prompt holds what is no Unicode text"),
         (["generate", "x", "--prompt-file", "none.txt"], "both a prompt"),
-        (["generate", "--prompt-file", "none.txt"], "cannot be read"),
+        (["generate", "--prompt-file", "none.txt"], "none.txt: not found"),
         (["generate", "--replay", "none.png"], "none.png"),
         (["generate", "x", "--strength", "1.5"], "strength is 1.5"),
         (["plan", "x", "--residency", "half"], "residency is 'half'; needed staged, resident or streamed"),
@@ -195,7 +206,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, tmp
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     assert run("generate", "x", "-o", tmp_path / "a.png") == 2
     captured = capsys.readouterr()
-    assert "a.png cannot be written" in captured.err and "call" not in captured.err
+    assert "a.png: cannot be written (Read-only file system)" in captured.err and "call" not in captured.err
 
 
 def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch):
@@ -218,6 +229,184 @@ def test_help_names_the_environment(capsys):
         main(["plan", "--help"])
     out = capsys.readouterr().out
     assert "S3DIT_BACKEND=auto|reference|torch|triton" in out and "--kernels" in out and "--vram" in out
+
+
+def test_what_nobody_named_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for said in ("", "s3dit: s3dit.png exists; this picture goes to s3dit-2.png\n"):
+        assert run("generate", PROMPT, "--steps", 1) == 0
+        assert said in capsys.readouterr().err
+    assert run("generate", PROMPT, "--steps", 1, "-o", "new/folder/") == 0
+    assert capsys.readouterr().out == "new/folder/s3dit.png\n"
+    (tmp_path / "s3dit.png").write_bytes(b"mine")
+    assert run("generate", PROMPT, "--steps", 1, "--count", 2, "-o", "s3dit.png") == 2
+    captured = capsys.readouterr()
+    assert "s3dit-2.png; needed names that are free" in captured.err and captured.err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "s3dit-2.png", "s3dit.png"]
+    assert run("generate", PROMPT, "--steps", 1, "--count", 2, "-o", "s3dit.png", "--overwrite") == 0
+    assert capsys.readouterr().out == "s3dit-1.png\ns3dit-2.png\n" and (tmp_path / "s3dit.png").read_bytes() == b"mine"
+    assert run("generate", PROMPT, "--steps", 1, "-o", "s3dit.png") == 0 and Image.open("s3dit.png").size == (128, 128)
+
+
+def test_a_name_taken_while_it_was_drawn_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    from s3dit.pipeline import Pipeline
+
+    decode = Pipeline.decode
+    monkeypatch.setattr(Pipeline, "decode", lambda *args: (tmp_path / "s3dit.png").write_bytes(b"x") and decode(*args))
+    assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 's3dit-2.png'}\n" and (tmp_path / "s3dit.png").read_bytes() == b"x"
+
+
+def test_a_picture_that_cannot_be_saved_does_not_take_the_others(tmp_path, monkeypatch, capsys):
+    from s3dit import images
+
+    save = images.save_picture
+
+    def full(image, path, *args, **options):
+        if path.name == "a-2.png":
+            raise RequestError(f"{path}: cannot be written (No space left on device); needed room")
+        save(image, path, *args, **options)
+
+    monkeypatch.setattr(images, "save_picture", full)
+    assert run("generate", PROMPT, "--steps", 1, "--count", 3, "-o", tmp_path / "a.png") == 2
+    captured = capsys.readouterr()
+    assert captured.err.endswith(f"s3dit: {tmp_path / 'a-2.png'}: cannot be written (No space left on device); "
+                                 "needed room\n")  # fmt: skip
+    assert captured.out.split() == [str(tmp_path / "a-1.png"), str(tmp_path / "a-3.png")]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-1.png", "a-3.png"]
+
+
+def test_every_form_is_drawn_again(tmp_path):
+    options = ("generate", PROMPT, "--steps", 1, "--seed", 3)
+    exact = []
+    for name in ("a.webp", "a.jpg", "a.png"):
+        assert run(*options, "-o", tmp_path / name) == 0
+        assert run("generate", "--replay", tmp_path / name, "-o", tmp_path / f"{name}.png") == 0
+        exact.append(np.asarray(Image.open(tmp_path / f"{name}.png")).tobytes())
+    assert len(set(exact)) == 1 and np.asarray(Image.open(tmp_path / "a.webp")).tobytes() == exact[0]
+    assert run(*options, "-o", tmp_path / "small.jpg", "--quality", 5, "--no-metadata") == 0
+    assert (tmp_path / "small.jpg").stat().st_size < (tmp_path / "a.jpg").stat().st_size / 2
+    assert not Image.open(tmp_path / "small.jpg").getexif()
+
+
+def test_what_a_form_cannot_hold_is_refused_before_it_is_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("s3dit.pipeline.Pipeline.__call__", lambda *args, **options: pytest.fail("drawn"))
+    long = ("generate", "x " * 20_000, "--steps", 1)
+    assert run(*long, "-o", tmp_path / "a.jpg") == 2
+    assert "needed at most 65,533 for JPEG; save it as .png or .webp" in capsys.readouterr().err
+    monkeypatch.setattr("s3dit.images.LARGEST_TEXT", 30_000)
+    assert run(*long, "-o", tmp_path / "a.png") == 2 and "needed at most 30,000" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_preview_has_a_file_of_its_own(tmp_path, capsys):
+    (tmp_path / "a.preview.png").write_bytes(b"mine")
+    assert run("generate", PROMPT, "--steps", 1, "--preview", "-o", tmp_path / "a.png") == 0
+    assert f"s3dit: the picture forms in {tmp_path / 'a.preview-2.png'}\n" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.preview.png"]
+    assert (tmp_path / "a.preview.png").read_bytes() == b"mine"
+
+
+def test_prompts_of_standard_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\ufeffa fox\r\na\u2028star\n".encode())))
+    assert run("plan", "--prompt-file", "-") == 0
+    assert "2 picture(s)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["generate", "--pipe"],
+        ["generate", "--replay"],
+        ["generate", "--prompt-file"],
+        ["generate", "x", "--image"],
+        ["generate", "x", "--image", "a.png", "--mask"],
+        ["generate", "x", "--image", "a.png", "--control"],
+    ],
+)
+def test_special_files_are_refused_and_what_is_said_is_printable(args, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    name = "b\x1b[31m\u202e\u2028\udcff.png"
+    os.mkfifo(name)
+    with contextlib.suppress(SystemExit):
+        assert run(*args, f"x.safetensors:{name}" if args[-1] == "--control" else name) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and captured.err[:-1].isprintable()
+    assert len(captured.err) <= 601 and sorted(os.listdir()) == ["a.png", name]
+
+
+def test_words_that_are_no_option_are_shown_on_one_short_line(capsys):
+    for args in (
+        ["generate", "--\x1b]0;x\x07\n\u2028", "x" * 9999],
+        ["\x9b31m" * 400],
+        ["plan", "a", "--steps", "\r" * 999],
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(args)
+        err = capsys.readouterr().err
+        assert caught.value.code == 2 and err.count("\n") == 1 and err[:-1].isprintable() and len(err) <= 601
+        assert err.endswith("--help\n")
+
+
+def process(*args, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "s3dit", *map(str, args)], text=True, **({"stdout": PIPE, "stderr": PIPE} | options)
+    )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1251", "cp866"])
+def test_help_in_any_code_page(encoding):
+    run = process("generate", "--help", env=os.environ | {"PYTHONIOENCODING": encoding}, encoding=encoding)
+    out, err = run.communicate()
+    assert run.returncode == 0 and err == "" and "1024 x 1024" in out and "-1, -2, " in out
+
+
+def test_a_plan_and_a_name_in_ascii(tmp_path):
+    """Two in one: what is printed of a plan, and of a file that does not exist."""
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    run = process("plan", "狐", "--kernels", env=env)
+    out, err = run.communicate()
+    assert run.returncode == 0 and err == "" and "of 128x128" in out and " x attention " in out
+    run = process("generate", "--prompt-file", "狐\udcff.txt", env=env)
+    out, err = run.communicate()
+    assert run.returncode == 2 and out == "" and err.startswith("s3dit: \\u72d0\\xff.txt: not found; needed text")
+
+
+def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
+    """By a shell, as a user would do it; all at once, since each imports torch."""
+    command = f"{sys.executable} -m s3dit generate x --steps 1 -o"
+    cases = {"a.png 2>&-": "0", "b.png >&-": "2", "c\udcff.png >/dev/full --preview": "2"}
+    script = "".join(f"({command} {case}; echo $? >&9) 9>{i} & " for i, case in enumerate(cases))
+    root = str(Path(__file__).resolve().parents[1])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    done = subprocess.run(["bash", "-c", script + "wait"], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert [(tmp_path / str(i)).read_text().strip() for i in range(len(cases))] == list(cases.values())
+    for name in cases:
+        assert Image.open(tmp_path / name.split()[0]).size == (128, 128)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    assert done.stderr.count("standard output cannot be written (") == 2 and done.stdout == "a.png\n"
+    assert len([*tmp_path.iterdir()]) == 2 * len(cases)
+
+
+@pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "start"), (signal.SIGTERM, "import"),
+                                                (signal.SIGTERM, "drawing"), (signal.SIGINT, "drawing")])  # fmt: skip
+def test_a_signal_ends_it_in_one_line_with_nothing_left(tmp_path, number, moment):
+    draw = process("generate", PROMPT, "--steps", 900, "--preview", "--json", "-o", tmp_path / "a.png")
+    if moment == "drawing":
+        for _ in range(3):
+            assert json.loads(draw.stdout.readline())["event"] == "step"
+        assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png"] == ["a.preview.png"]
+    else:
+        time.sleep({"start": 0.1, "import": 0.6}[moment])
+    draw.send_signal(number)
+    if moment == "drawing":
+        time.sleep(0.02)
+        draw.send_signal(signal.SIGINT)
+    err = draw.communicate()[1]
+    # What a program writes before its last line are the notes of a request that began.
+    assert err.endswith("s3dit: stopped; nothing half-written is left\n") and "Traceback" not in err
+    assert draw.returncode == 128 + number and list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):

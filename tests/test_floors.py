@@ -16,7 +16,20 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
     1: ("config",),
-    2: ("layout", "layers", "linear", "images", "request", "values", "devices", "bands", "control", "shapes"),
+    2: (
+        "layout",
+        "layers",
+        "linear",
+        "images",
+        "request",
+        "values",
+        "devices",
+        "bands",
+        "control",
+        "shapes",
+        "files",
+        "terminal",
+    ),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "adapters", "offload", "graphs", "budget", "parallel", "trace"),
@@ -33,6 +46,9 @@ BELOW = {4: 2, 5: 3}
 SIDEWAYS = {
     ("s3dit.config", "s3dit.weights.checkpoint"),
     ("s3dit.images", "s3dit.request"),
+    ("s3dit.images", "s3dit.files"),
+    ("s3dit.images", "s3dit.terminal"),
+    ("s3dit.files", "s3dit.request"),
     ("s3dit.request", "s3dit.control"),
     ("s3dit.request", "s3dit.values"),
     ("s3dit.values", "s3dit.control"),

@@ -12,11 +12,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from s3dit import images
-from s3dit.images import Picture, ansi, contact_sheet, read_metadata, save_png, spread, to_pil
+from s3dit.images import Picture, ansi, contact_sheet, read_metadata, save_picture, save_png, spread, to_pil
 from s3dit.request import Request, RequestError
 
 
@@ -190,7 +190,7 @@ WRONG = {
     "no file": ("none.png", "none.png: not found"),
     "moving": (moving, "2 frames; needed one picture"),
     "cut": (cut_jpeg, "cannot be read .*truncated"),
-    "script": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "cannot be read"),
+    "script": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage", "it is no picture"),
 }
 
 
@@ -212,18 +212,149 @@ def test_what_a_camera_writes_is_one_picture(tmp_path):
     assert Picture.open(tmp_path / "a.jpg").size == (16, 16)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA"])
-def test_damaged_files_of_every_form_raise_nothing_but_request_errors(tmp_path, form):
-    path, rng = tmp_path / "a", random.Random(0)
-    gradient(40, 30).save(path, form)
-    good = path.read_bytes()
-    for _ in range(60):
-        data = bytearray(good)
-        for _ in range(rng.randint(1, 6)):
-            data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
-        path.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
-        with contextlib.suppress(RequestError):
-            Picture.open(path)
+def written(form, image=None, **options):
+    file = io.BytesIO()
+    (image or gradient(40, 30)).save(file, form, **options)
+    return file.getvalue()
+
+
+def described():
+    """Exif as save_picture writes it, and a turn."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, 's3dit:{"prompt": "a fox"}'
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0\0a"
+    return exif
+
+
+def kinds():
+    """Small files of every form that is read, by name: bytes."""
+    image, text = gradient(40, 30), PngInfo()
+    gray, clear = Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40)), image.convert("RGBA")
+    text.add_text("s3dit", '{"prompt": "a fox"}')
+    text.add_text("z", "x" * 300, zip=True)
+    exif, icc = described(), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rich = {"exif": exif, "icc_profile": icc}
+    return {
+        "PNG": written("PNG", pnginfo=text, **rich),
+        "PNG palette": written("PNG", image.convert("P"), transparency=3),
+        "PNG 16": written("PNG", gray),
+        "JPEG": written("JPEG", **rich),
+        "JPEG progressive": written("JPEG", image.convert("CMYK"), progressive=True),
+        "MPO": written("MPO", save_all=True, append_images=[image]),
+        "WEBP": written("WEBP", **rich),
+        "WEBP lossless": written("WEBP", clear, lossless=True),
+        "AVIF": written("AVIF", clear, **rich),
+        "GIF": written("GIF"),
+        "BMP": written("BMP"),
+        "BMP palette": written("BMP", image.convert("P")),
+        "TIFF": written("TIFF", exif=exif),
+        "TIFF 16": written("TIFF", gray),
+        "TIFF LZW": written("TIFF", compression="tiff_lzw"),
+        "TIFF fax": written("TIFF", image.convert("1"), compression="group4"),
+        "TIFF JPEG": written("TIFF", compression="jpeg"),
+        "PPM": written("PPM"),
+        "PPM plain": b"P3\n4 3\n255\n" + b" ".join(b"%d" % i for i in range(36)),
+        "TGA": written("TGA", rle=True),
+        "JPEG2000": written("JPEG2000", tile_size=(16, 16)),
+        "JPEG2000 bare": written("JPEG2000", clear, no_jp2=True),
+        "ICO": written("ICO", sizes=[(16, 16), (24, 24)], bitmap_format="bmp"),
+    }
+
+
+EXTREMES = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\xff\xff", b"\0\1\0\0", b"\x80\0\0\0"]
+
+
+def mutant(good, rng):
+    """A file with a few bytes changed, put in, taken out, or cut."""
+    data, head = bytearray(good), rng.choice([60, 400, len(good)])
+    for _ in range(rng.choice([1, 1, 2, 3, 6])):
+        i, how = rng.randrange(min(len(data), head)), rng.random()
+        if how < 0.6:
+            data[i] = rng.randrange(256)
+        elif how < 0.8:
+            one = rng.choice(EXTREMES)
+            data[i : i + len(one)] = one
+        elif how < 0.9:
+            data[i:i] = data[: rng.randrange(1, 40)]
+        else:
+            data = data[: rng.randrange(1, len(data) + 1)]
+    return sealed(data) if data.startswith(b"\x89PNG") and rng.random() < 0.8 else bytes(data)
+
+
+def sealed(data):
+    """A PNG whose checksums are right again, so that what is in its chunks is read."""
+    out, i = bytearray(data[:8]), 8
+    while i + 8 <= len(data) and (length := struct.unpack(">I", data[i : i + 4])[0]) < len(data):
+        out += chunk(bytes(data[i + 4 : i + 8]), bytes(data[i + 8 : i + 8 + length]))
+        i += 12 + length
+    return bytes(out)
+
+
+@pytest.mark.parametrize("name", kinds())
+def test_every_form_is_read_and_its_damage_raises_nothing_but_request_errors(tmp_path, name, capfd):
+    path, rng, good = tmp_path / "a", random.Random(0), kinds()[name]
+    path.write_bytes(good)
+    assert Picture.open(path).size in ((30, 40), (40, 30), (3, 4), (18, 24))
+    for _ in range(40):
+        path.write_bytes(mutant(good, rng))
+        for read in (Picture.open, read_metadata):
+            with contextlib.suppress(RequestError):
+                read(path)
+    # libtiff would print what it minds.
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("error", images.DAMAGED)
+def test_whatever_a_decoder_raises_is_a_request_error(tmp_path, monkeypatch, error):
+    gradient().save(tmp_path / "a.png")
+
+    def fail(*args, **options):
+        raise error("deep inside\nof it") if error is not UnicodeDecodeError else error
+
+    monkeypatch.setattr(Image.Image, "load", fail)
+    with pytest.raises(RequestError, match="a.png"):
+        Picture.open(tmp_path / "a.png")
+
+
+def test_a_header_that_claims_more_than_there_is(tmp_path):
+    """Else black rows would be taken for a picture, and hundreds of megabytes."""
+    path, data = tmp_path / "a", bytearray(written("TIFF", Image.new("L", (40, 30)).convert("I;16")))
+    for at in range(len(data) - 12):
+        # The tag of the height, and its value.
+        if data[at : at + 2] == b"\x01\x01" and data[at + 8] == 30:
+            data[at + 8 : at + 12] = struct.pack("<I", 9000)
+    path.write_bytes(data)
+    with pytest.raises(RequestError, match="holds less than its 40x9000 pixels"):
+        Picture.open(path)
+    path.write_bytes(png(width=4000, height=4000))
+    with pytest.raises(RequestError, match="4000x4000 pixels in [0-9]+ bytes"):
+        Picture.open(path)
+    # The flattest that there is.
+    for mode in ("1", "P", "L", "RGB", "LA"):
+        Image.new(mode, (4000, 4000)).save(path, "PNG")
+        assert Picture.open(path).size == (4000, 4000)
+
+
+def test_texts_that_would_fill_the_memory(tmp_path):
+    """Pillow takes 60 of these, 64 KB on disk, for 244 MB."""
+    text = zlib.compress(("x" * ((1 << 20) - 4) + "\U0001f600").encode(), 9)
+    for count in (15, 16):
+        (tmp_path / "a.png").write_bytes(png(*(chunk(b"iTXt", b"k%d\0\1\0\0\0" % i + text) for i in range(count))))
+        for read, words in ((Picture.open, None), (read_metadata, "no s3dit metadata")):
+            with (
+                pytest.raises(RequestError, match="16 compressed texts")
+                if count > 15
+                else (pytest.raises(RequestError, match=words) if words else contextlib.nullcontext())
+            ):
+                read(tmp_path / "a.png")
+
+
+def test_special_files_are_no_pictures(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        for read in (Picture.open, read_metadata):
+            with pytest.raises(RequestError, match="cannot be read .it is a"):
+                read(path)
 
 
 METADATA = {
@@ -255,6 +386,72 @@ def test_a_request_comes_back(tmp_path):
     request = Request(prompt="fox", seed=3, num_inference_steps=4, sigmas=[1.0, 0.7, 0.4, 0.1])
     save_png(gradient(), tmp_path / "a.png", request.to_json())
     assert Request.from_json(read_metadata(tmp_path / "a.png")) == request
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp"])
+def test_every_form_carries_what_made_it(tmp_path, ending):
+    path = tmp_path / "new" / f"fox.{ending}"
+    save_picture(gradient(40, 30), path, METADATA)
+    assert read_metadata(path) == METADATA
+    with Image.open(path) as image:
+        form = image.format
+        shown = image.info.get("parameters") or image.getexif().get_ifd(0x8769)[0x9286]
+        exact = np.array_equal(np.asarray(image), np.asarray(gradient(40, 30)))
+    if form != "PNG":
+        # As AUTOMATIC1111's own files have it, for galleries.
+        assert shown.startswith(b"UNICODE\0")
+        shown = shown[8:].decode("utf-16-be")
+    assert shown == images.texts(METADATA, (40, 30))["parameters"]
+    assert form == {"png": "PNG", "webp": "WEBP"}.get(ending, "JPEG") and exact == (form != "JPEG")
+    assert Picture.open(path).size == (30, 40)
+    save_picture(gradient(40, 30), path)
+    with pytest.raises(RequestError, match="no s3dit metadata"):
+        read_metadata(path)
+
+
+def test_quality_is_of_jpeg_and_webp(tmp_path):
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    for ending in ("jpg", "webp"):
+        sizes = []
+        for quality in (10, 60, None):
+            save_picture(image, tmp_path / f"a.{ending}", quality=quality)
+            sizes.append((tmp_path / f"a.{ending}").stat().st_size)
+        assert sizes == sorted(set(sizes))
+    for name, quality in (("a.png", 90), ("a.jpg", 0), ("a.webp", 101)):
+        with pytest.raises(RequestError, match=f"quality is {quality}"):
+            save_picture(image, tmp_path / name, quality=quality)
+
+
+def test_what_a_form_cannot_hold(tmp_path):
+    for name, words in (("a.gif", "says no format"), ("a", "says no format")):
+        with pytest.raises(RequestError, match=words):
+            save_picture(gradient(), tmp_path / name)
+    with pytest.raises(RequestError, match="needed at most 16,383 a side for WEBP"):
+        save_picture(Image.new("RGB", (16384, 1)), tmp_path / "a.webp")
+    long = {"prompt": "x" * 30_000}
+    with pytest.raises(RequestError, match="needed at most 65,533 for JPEG"):
+        save_picture(gradient(), tmp_path / "a.jpg", long)
+    assert list(tmp_path.iterdir()) == []
+    save_picture(gradient(), tmp_path / "a.webp", long)
+    assert read_metadata(tmp_path / "a.webp") == long
+    save_picture(gradient(), tmp_path / "a.jpg", {"prompt": "x" * 20_000})
+    # Transparent pixels become those over white, in forms that have none.
+    save_picture(Image.new("RGBA", (8, 8)), tmp_path / "b.jpg")
+    assert Image.open(tmp_path / "b.jpg").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_descriptions_of_other_programs_are_not_ours(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = '{"prompt": "a fox"}'
+    gradient().save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(RequestError, match="no s3dit metadata"):
+        read_metadata(tmp_path / "a.jpg")
+
+
+def test_a_folder_whose_name_is_no_text(tmp_path):
+    data = {"prompt": "fox", "model": "Z\udcff"}
+    save_picture(gradient(), tmp_path / "a.png", data)
+    assert read_metadata(tmp_path / "a.png") == data
 
 
 def test_without_metadata_there_is_no_text(tmp_path):
@@ -306,7 +503,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error):
 def test_places_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    for place in (tmp_path / "none" / "a.png", tmp_path / "file" / "a.png", tmp_path / "folder"):
+    for place in (tmp_path / "file" / "a.png", tmp_path / "folder", tmp_path / "folder" / ("n" * 256)):
         with pytest.raises(RequestError, match="cannot be written") as caught:
             save_png(gradient(), place)
         assert "\n" not in str(caught.value)

@@ -1,0 +1,223 @@
+"""Files of people: those of strangers are opened with care, names of pictures are taken without loss.
+
+Whatever path a request, a command line or the metadata of a picture names is opened by `opened`: regular files of a
+bounded size alone, because a pipe or a device may wait forever or never end. Pictures go to the files that `outputs`
+names; a file that exists is replaced only where the user named it (`-o FILE`, or `--overwrite`), else a name that is
+free is taken by `claimed`. `whole` writes a file whole or not at all.
+
+Weights are not opened here (weights/). Importing this room does not import torch, so mistakes are found at once.
+"""
+
+import os
+import re
+import secrets
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from typing import BinaryIO
+
+from s3dit.request import RequestError
+
+# The form of a picture, by the ending of its name.
+ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+DEFAULT = "s3dit.png"
+# Prompts are a few kilobytes each; a request holds at most so many pictures.
+LARGEST_PROMPTS = 1 << 24
+MOST_PROMPTS = 1024
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[BinaryIO]:
+    """Open a regular file of 1 to `largest` bytes for reading; RequestError for anything else.
+
+    needed: what the file should be, for messages.
+    """
+    # Before it is opened, because opening a device may set it going; and after, because it may be another by now.
+    with _finding(path, needed):
+        found = os.stat(path)
+    _check_regular(path, found, needed, largest)
+    with _finding(path, needed):
+        number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(number, "rb") as file:
+        _check_regular(path, os.fstat(number), needed, largest)
+        yield file
+
+
+@contextmanager
+def _finding(path: object, needed: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise RequestError(f"{path}: not found; needed {needed}; check the file") from None
+    except (OSError, ValueError) as error:
+        # ValueError: a name with a zero byte, or with characters that no name of this system has.
+        raise _unreadable(path, error, needed) from None
+
+
+def _unreadable(path: object, error: Exception, needed: str) -> RequestError:
+    said = getattr(error, "strerror", None) or error
+    return RequestError(f"{path}: cannot be read ({said}); needed {needed}; check the file")
+
+
+def _check_regular(path: object, found: os.stat_result, needed: str, largest: int) -> None:
+    kind = _kind(found.st_mode)
+    if kind != "a file":
+        raise RequestError(f"{path}: cannot be read (it is {kind}); needed {needed}; name a regular file")
+    # Empty are, too, the files of /proc that hold something, and never end.
+    if found.st_size == 0:
+        raise RequestError(f"{path}: cannot be read (it is empty); needed {needed}; check the file")
+    if found.st_size > largest:
+        raise RequestError(
+            f"{path}: holds {found.st_size:,} bytes; needed {needed} of at most {largest:,}; check the file"
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def prompts(path: str) -> list[str]:
+    """Read the prompts of a text file, one a line, without empty lines; `-` is standard input. Raises RequestError.
+
+    UTF-8 with or without a byte order mark, or UTF-16 or UTF-32 with one. Lines end in LF, CR LF or CR and nothing
+    else: what str.splitlines cuts at (U+2028, form feeds, …) stands in prompts that were copied from somewhere.
+    """
+    needed = "text in UTF-8, one prompt a line (- reads standard input)"
+    if path == "-":
+        if sys.stdin is None:
+            raise RequestError(f"standard input is closed; needed {needed}; name a file")
+        data = sys.stdin.buffer.read(LARGEST_PROMPTS + 1)
+        if len(data) > LARGEST_PROMPTS:
+            raise RequestError(f"standard input holds more than {LARGEST_PROMPTS:,} bytes; needed {needed}")
+    else:
+        with opened(path, needed, LARGEST_PROMPTS) as file:
+            data = file.read(LARGEST_PROMPTS)
+    marks = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+    encoding = next((name for mark, name in marks.items() if data.startswith(mark)), "utf-8-sig")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise _unreadable(path, error, needed) from None
+    if "\0" in text:
+        raise RequestError(f"{path}: holds zero bytes, so it is no text, or UTF-16 without a mark; needed {needed}")
+    lines = [line.strip(" \t") for line in re.split("\r\n|\n|\r", text) if line.strip()]
+    if not lines:
+        raise RequestError(f"{path}: holds no prompt; needed {needed}")
+    if len(lines) > MOST_PROMPTS:
+        raise RequestError(f"{path}: holds {len(lines):,} prompts; needed at most {MOST_PROMPTS:,}; cut it in several")
+    return lines
+
+
+def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Path], bool]:
+    """The files of a request's pictures, and whether they may be replaced; RequestError before anything is drawn.
+
+    given: what -o says. A file takes one picture, several are FILE-1, FILE-2, …, which must not exist; a folder, or
+    nothing, takes s3dit.png, s3dit-2.png, … as they are free. `overwrite` takes what exists.
+    """
+    folder = given is not None and (given.endswith(("/", os.sep)) or os.path.isdir(given))
+    named = given is not None and not folder
+    first = Path(given or ".") / DEFAULT if not named else Path(given or "")
+    if first.suffix.lower() not in ENDINGS:
+        *others, last = ENDINGS
+        raise RequestError(
+            f"output is {first.name!r}; needed a name that ends in {', '.join(others)} or {last}, or a folder"
+        )
+    _check_folder(first)
+    names = (first if n == pictures == 1 else first.with_stem(f"{first.stem}-{n}") for n in count(1))
+    if named or overwrite:
+        paths = [next(names) for _ in range(pictures)]
+        replaced = [path for path in paths if taken(path)]
+        if replaced and not overwrite and pictures > 1:
+            raise RequestError(
+                f"{len(replaced)} of the {pictures} outputs exist, such as {replaced[0]}; needed names that are free; "
+                "give another with -o, or replace them with --overwrite"
+            )
+        for path in replaced:
+            if not path.is_symlink() and (kind := _kind(path.stat().st_mode)) != "a file":
+                raise RequestError(f"output {path} is {kind}; needed a file; choose another name with -o")
+        return paths, overwrite or pictures == 1
+    free = (path for path in names if not taken(path))
+    return [next(free) for _ in range(pictures)], False
+
+
+def taken(path: Path) -> bool:
+    """Whether something has this name; RequestError where nothing can."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from None
+    return True
+
+
+def _check_folder(path: Path) -> None:
+    """A file can be made in the folder of this path, or in the nearest above it that exists."""
+    folder = next((one for one in path.parents if os.path.lexists(one)), Path("."))
+    try:
+        # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: Exception) -> RequestError:
+    return RequestError(
+        f"{path}: cannot be written ({getattr(error, 'strerror', None) or error}); needed a folder that is writable, "
+        "with room for the picture; choose another place"
+    )
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """Take a name that nothing has, this or the next free one: an empty file holds it, removed if an error ends it.
+
+    Missing folders are made. Raises RequestError.
+    """
+    names = chain([path], (path.with_stem(f"{path.stem}-{n}") for n in count(2)))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = next(name for name in names if _made(name))
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield free
+    except BaseException:
+        free.unlink(missing_ok=True)
+        raise
+
+
+def _made(path: Path) -> bool:
+    """Whether an empty file could be made under a name that nothing had."""
+    try:
+        open(path, "xb").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: under a hidden name beside it first, then renamed over what is there.
+
+    Missing folders are made. Raises RequestError.
+    """
+    partial = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "xb") as file:
+                yield file
+            os.replace(partial, path)
+        finally:
+            # After the rename there is nothing left under this name; after an error or Ctrl-C there may be.
+            partial.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        if isinstance(error, RequestError):
+            raise
+        raise _unwritable(path, error) from None
