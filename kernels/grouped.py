@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
 from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, codes_as, pieces, wide
@@ -178,7 +179,7 @@ def turned(x: Tensor, parts: Parts) -> Tensor:
     """x (…, in) · rotation, run by run; x itself where the layer has none."""
     if "rotation" not in parts:
         return x
-    matrix = parts["rotation"][0].to(x.dtype)
+    matrix = aligned(parts["rotation"][0].to(x.dtype))
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
@@ -193,7 +194,8 @@ def _branch(x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     """Add the branch of low rank to out (…, out), in place."""
     if "up" not in parts:
         return out
-    return out.add_(F.linear(F.linear(x, parts["down"][0].to(x.dtype)), parts["up"].to(x.dtype)))
+    down, up = (aligned(matrix.to(x.dtype)) for matrix in (parts["down"][0], parts["up"]))
+    return out.add_(F.linear(F.linear(x, down), up))
 
 
 def _pieced(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:

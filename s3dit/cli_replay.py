@@ -12,8 +12,8 @@ the picture and in the current folder, under the name that they had (or below th
 path without `..`), and used only if their pixels have the hash that the picture carries; else the user gives them with
 `--image`, `--mask` or `--reference`.
 
-The picture is the same to the bit where model, adapters, images, number formats, device, dtype and versions are the
-same. What differs, as far as the picture remembers it, is told (`changes`), with the option that undoes it.
+The picture is the same to the bit where model, adapters, images, number formats, device, dtype, versions, number of
+threads and kind of CPU are the same. What differs, as far as the picture remembers it, is told (`changes`), with the option that undoes it.
 """
 
 import argparse
@@ -126,10 +126,17 @@ def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping
 
 def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
     """In what a pipeline differs from the one that drew a picture, as far as that remembers it."""
+    import torch
+
     if (variant := engine.get("variant", pipe.config.variant)) != pipe.config.variant:
         yield f"with a model of the variant {shown(variant)}, this is {pipe.config.variant} (--model)"
     if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
         yield f"on {shown(placement)}, this is on {pipe.placement} (--device, --dtype)"
+    # Sums are taken in another order; versions differ in theirs too.
+    if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+        yield f"on {threads} threads, these are {torch.get_num_threads()} (OMP_NUM_THREADS={threads})"
+    if (version := engine.get("torch", torch.__version__)) != torch.__version__:
+        yield f"with torch {shown(version)}, this is {torch.__version__}"
     now = {part: name for part, name in pipe.parts.formats.items() if name}
     then = engine.get("quantized", now)
     for part in {**now, **then}:

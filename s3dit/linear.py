@@ -4,6 +4,11 @@ A CPU without bf16 arithmetic multiplies bf16 matrices six to eight times slower
 are fp32 and the weight stays bf16, as it lies in the (memory-mapped) file; it is widened piece by piece into one
 buffer that the cache holds, which costs a few per cent of the product and needs no second copy of the model.
 
+The answer does not depend on where in memory a weight lies, mapped from a file or copied: products of few rows take it
+from an aligned address (`kernels.aligned`). On one machine, with one version of torch and one number of threads, the
+same numbers give the same bits from any file and in any residency; compiled blocks keep that only where weights are
+aligned anyway.
+
 `swap` lets layers of a model on the meta device be of a number format (`kernels.scheme`); `weights.assign` then fills
 them from a quantized file as it lies, or from float weights, which it encodes on the way in.
 """
@@ -14,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3dit.kernels.aligned import FEW_ROWS, aligned
 from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.linear import linear
 from s3dit.kernels.scheme import Rows, Scheme
@@ -32,7 +38,10 @@ class Linear(nn.Linear):
         """Apply to x (…, in) of any float dtype -> (…, out), same dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.dtype == x.dtype:
-            return F.linear(x, self.weight, bias)
+            weight = self.weight
+            if x.shape[:-1].numel() < FEW_ROWS:
+                x, weight = aligned(x), aligned(weight)
+            return F.linear(x, weight, bias)
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
         if self.weight.requires_grad or torch.compiler.is_compiling() or self.out_features <= ROWS:
             return F.linear(x, self.weight.to(x.dtype), bias)

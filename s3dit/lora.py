@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.scheme import Rows
 from s3dit.linear import Linear, QuantLinear
@@ -32,7 +33,7 @@ class Branch:
 
     def __init__(self, delta: Delta, layer: Linear | QuantLinear, strength: Tensor, dtype: torch.dtype) -> None:
         def placed(tensor: Tensor) -> Tensor:
-            return tensor.to(strength.device, dtype).contiguous()
+            return aligned(tensor.to(strength.device, dtype).contiguous())
 
         self.strength, self.layer, self.replaces = strength, layer, delta.replaces
         self.term = None if delta.term is None else delta.term.map(placed)

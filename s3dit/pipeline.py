@@ -463,6 +463,7 @@ class Pipeline:
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
+            "threads": torch.get_num_threads(),
             "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
             "quantized": {part: name for part, name in self.parts.formats.items() if name},
         }

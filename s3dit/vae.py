@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.config import VAEConfig
+from s3dit.linear import Linear
 
 # The smallest tile, in latent cells: below it a tile is mostly overlap and its statistics say little of the picture.
 SMALLEST_TILE = 8
@@ -81,10 +82,10 @@ class Attention(nn.Module):
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
-        self.to_q = nn.Linear(width, width)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         h = _normalized(x, self.group_norm).flatten(2).transpose(1, 2)  # (B, positions, width)

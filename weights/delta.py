@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from s3dit.kernels.aligned import aligned
+
 
 @dataclass(frozen=True, slots=True)
 class Term:
@@ -82,7 +84,7 @@ class LowRank(Term):
         return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.up.T).view(y.shape)
 
     def dense(self) -> Tensor:
-        return self.up.float() @ self.down.float()
+        return aligned(self.up.float()) @ aligned(self.down.float())
 
     def rows(self, start: int, stop: int) -> "LowRank":
         return LowRank(self.up[start:stop], self.down)
@@ -109,7 +111,8 @@ class Hadamard(Term):
         return F.linear(x, (self.w1a @ self.w1b) * (self.w2a @ self.w2b))
 
     def dense(self) -> Tensor:
-        return (self.w1a.float() @ self.w1b.float()) * (self.w2a.float() @ self.w2b.float())
+        w1a, w1b, w2a, w2b = (aligned(factor.float()) for factor in (self.w1a, self.w1b, self.w2a, self.w2b))
+        return (w1a @ w1b) * (w2a @ w2b)
 
     def rows(self, start: int, stop: int) -> "Hadamard":
         return Hadamard(self.w1a[start:stop], self.w1b, self.w2a[start:stop], self.w2b)
