@@ -207,7 +207,7 @@ def _write_rest(found: Found, built: Path) -> Iterator[str]:
         shutil.copytree(found.tokenizer, built / "tokenizer")
     if set(found.parts) != set(PARTS):
         return
-    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | {"shift": found.scheduler.shift}
+    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | asdict(found.scheduler)
     (built / "scheduler").mkdir()
     _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
     for folder in _eyes(found):
