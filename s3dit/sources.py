@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s3dit import shapes
+from s3dit import shapes, tokenizer_config
 from s3dit.config import (
     KINDS,
     ModelConfig,
@@ -98,7 +98,8 @@ def gather(
         model = "embedded"
     base = None
     if model is not None:
-        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), wanted)
+        skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
+        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), skip)
     homes = {part: _one(part, resolve(path)) for part, path in wanted.items()}
     places = [found for found in (base, *homes.values()) if found is not None]
     if base is not None:
@@ -106,7 +107,8 @@ def gather(
     words = [resolve(str(tokenizer))] if tokenizer is not None else [f.tokenizer for f in places if f.tokenizer]
     _check_complete(places[0].path, homes, bool(words))
     known = base.configs if base is not None else {}
-    notes = list(dict.fromkeys(note for found in places for note in found.notes))
+    said_of_words = tokenizer_config.check(words[0]) if isinstance(words[0], Path) else []
+    notes = list(dict.fromkeys(note for found in places for note in found.notes)) + said_of_words
     checkpoints = {part: homes[part].parts[part] for part in PARTS}
     configs = {
         part: homes[part].configs.get(part) or shapes.READERS[part](checkpoints[part], known.get(part), notes)
@@ -197,12 +199,20 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _one(part: str, path: Path) -> Found:
-    """A path that must give a part; raises CheckpointError."""
-    found = look_into(path, [other for other in PARTS if other != part])
+    """A path that must give a part, perhaps out of another model's directory; raises CheckpointError.
+
+    Of such a directory nothing else is read but its tokenizer, so it may be of any kind (FLUX.1's, for its VAE).
+    """
+    folder = path / part if (path / part).is_dir() else path
+    has = next((other for other in PARTS if folder == path and (path / other).is_dir()), None)
+    found = Found(path) if has else _one_checkpoint(folder)
     if part not in found.parts:
-        has = next(iter(found.parts), None)
+        has = has or next(iter(found.parts), None)
         remedy = f"give it with {OPTIONS[has]}" if has else "give another path"
         raise CheckpointError(f"{path}: holds {has or 'no part of a model'}, where {part} was needed; {remedy}")
+    found.path = path
+    if found.tokenizer is None and (path / "tokenizer").is_dir():
+        found.tokenizer = path / "tokenizer"
     return found
 
 

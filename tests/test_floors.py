@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
     1: ("config", "config_keys"),
-    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control", "shapes"),
+    2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control", "shapes", "tokenizer_config"),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "adapters", "offload", "graphs", "budget", "parallel", "trace"),
