@@ -14,14 +14,16 @@ from s3dit.config import (
     SchedulerConfig,
     VisionConfig,
     VisionInputConfig,
+    compose,
     read_index,
     read_json,
     read_model,
     read_own,
     variant_of,
 )
+from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.pipeline import EMBEDDED
-from s3dit.request import RequestError
+from s3dit.request import Request, RequestError
 from s3dit.sources import gather
 from s3dit.weights.checkpoint import CheckpointError
 
@@ -310,8 +312,6 @@ def test_the_variant_is_told_from_an_exact_shift(copy, shift, variant):
 def test_a_vae_of_other_cells(channels):
     """A cell of 4 or 16 pixels would be taken for one of 8."""
     model = read_model(EMBEDDED)
-    from s3dit.config import compose
-
     vae = replace(model.vae, block_out_channels=channels)
     configs = {"transformer": model.transformer, "text_encoder": model.text_encoder, "vae": vae}
     with pytest.raises(CheckpointError, match="4 levels"):
@@ -357,6 +357,76 @@ def test_a_file_without_its_last_layer(tmp_path):
         gather("embedded", {"text_encoder": tmp_path / "b.safetensors"}, None, EMBEDDED)
 
 
+def gguf_of(path, tensors, **fields):
+    """A llama.cpp file of a text encoder, by gguf-py; the widths are the embedded model's."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(path, "qwen3")
+    for key, value in fields.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(llama_name(name), tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama_name(name):
+    for official, short in (
+        ("model.layers.", "blk."), ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"),
+        ("post_attention_layernorm", "ffn_norm"), ("input_layernorm", "attn_norm"), ("self_attn.o_proj", "attn_output"),
+        ("self_attn.", "attn_"), ("_proj", ""), ("mlp.", "ffn_"),
+    ):  # fmt: skip
+        name = name.replace(official, short)
+    return name
+
+
+def test_a_gguf_whose_header_says_more_layers(tmp_path):
+    """The first file of two holds a prefix of the layers: llama.cpp names it so, or its block_count does."""
+    tensors = load_file(EMBEDDED / "text_encoder" / "model.safetensors")
+    first = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.layers.2.", "model.norm"))}
+    whole = gguf_of(tmp_path / "whole.gguf", tensors, qwen3__block_count=3)
+    sources = gather("embedded", {"text_encoder": whole}, None, EMBEDDED)
+    assert sources.config.text_encoder.num_hidden_layers == 3 and sources.notes == ()
+    for count in (2, 4):
+        file = gguf_of(tmp_path / f"{count}.gguf", tensors, qwen3__block_count=count)
+        with pytest.raises(CheckpointError, match=f"has 3 layers, its metadata says {count}"):
+            gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+    # Even without the last layer alone: a file that says so is not whole.
+    file = gguf_of(tmp_path / "first.gguf", first, qwen3__block_count=3)
+    with pytest.raises(CheckpointError, match="has 2 layers, its metadata says 3"):
+        gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+    file = gguf_of(tmp_path / "x-00001-of-00002.gguf", first, split__count=2, split__no=0)
+    with pytest.raises(CheckpointError, match="one file of 2 .*llama-gguf-split --merge"):
+        gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+
+
+# --- a ControlNet's config.json ---
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"dim": 96}, {"n_heads": 3}, {"n_kv_heads": 3}, {"norm_eps": 1e-3}, {"n_refiner_layers": 2}, {"qk_norm": False},
+        {"all_patch_size": [4]}, {"control_in_dim": 33}, {"_class_name": "FluxControlNetModel"}, {"dim": "192"},
+        {"add_control_noise_refiner": [1]}, {"add_control_noise_refiner": 5}, {"control_layers_places": [0, "2"]},
+        {"control_layers_places": [0, 1 << 40]}, {"control_layers_places": {}}, {"control_refiner_layers_places": [3]},
+    ],
+)  # fmt: skip
+def test_a_controlnet_that_says_other_things_than_its_base(said, tmp_path):
+    base = read_model(EMBEDDED).transformer
+    tensors = ControlNet(ControlNetConfig("1.0", 16, (0, 3)), base).state_dict()
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    right = {"dim": 192, "n_heads": 6, "norm_eps": 1e-5, "control_layers_places": [0, 3], "control_in_dim": 16,
+             "add_control_noise_refiner": None, "_class_name": "ZImageControlNetModel"}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(right))
+    assert open_controlnet(tmp_path, base)[1].places == (0, 3)
+    (tmp_path / "config.json").write_text(json.dumps(right | said))
+    with pytest.raises(CheckpointError, match="config.json"):
+        open_controlnet(tmp_path, base)
+
+
 # --- dynamic shifting ---
 
 
@@ -389,8 +459,6 @@ def test_several_sizes_need_one_shift(dynamic):
 
 
 def test_a_second_pass_and_a_replay_find_their_own_shift(dynamic):
-    from s3dit.request import Request
-
     plan = dynamic.plan(prompt="a star", upscale=2.0, upscale_strength=0.5, height=64, width=64)
     assert plan.then.sigmas == dynamic.plan(prompt="a star", height=128, width=128).sigmas[4:]
     result = dynamic(prompt="a star", seed=1, num_inference_steps=2, height=64, width=64, output_type="latent")
