@@ -440,15 +440,22 @@ def read_index(folder: Path, skip: Collection[str] = ()) -> list[str]:
     return config_keys.check_index(read_json(path), path, skip) if path.is_file() else []
 
 
-def read_vision(folder: Path) -> dict[str, Any]:
-    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/."""
+def read_vision(folder: Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/.
+
+    notes: gets what they say that nobody knows.
+    """
     if not (folder / "siglip").is_dir():
         return {}
-    tower, pictures = folder / "siglip" / "config.json", folder / "siglip_processor" / "preprocessor_config.json"
-    return {
-        "siglip": VisionConfig.from_json(read_json(tower), tower),
-        "siglip_processor": VisionInputConfig.from_json(read_json(pictures), pictures),
-    }
+    found = {}
+    for kind, path in (
+        (VisionConfig, folder / "siglip" / "config.json"),
+        (VisionInputConfig, folder / "siglip_processor" / "preprocessor_config.json"),
+    ):
+        found[path.parent.name] = kind.from_json(data := read_json(path), path)
+        if notes is not None:
+            notes += kind.strange(data, path)
+    return found
 
 
 def compose(

@@ -114,7 +114,8 @@ def gather(
         part: homes[part].configs.get(part) or shapes.READERS[part](checkpoints[part], known.get(part), notes)
         for part in PARTS
     }
-    if base is not None and configs["transformer"].siglip_feat_dim is not None and (eyes := read_vision(base.path)):
+    sees = base is not None and configs["transformer"].siglip_feat_dim is not None
+    if base is not None and sees and (eyes := read_vision(base.path, notes)):
         configs |= eyes
         checkpoints[EYES] = open_checkpoint(base.path / EYES)
     scheduler = base.scheduler if base is not None else None
