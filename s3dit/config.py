@@ -30,7 +30,9 @@ Variant = Literal["turbo", "base", "omni", "tiny"]
 LARGEST = 1 << 20
 # No published model of this family has over 100 layers; modules are built before their weights are looked for.
 MOST_LAYERS = 256
-LAYERS = ("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block")
+MOST = dict.fromkeys(("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block"), MOST_LAYERS)
+# Patches of one picture are made before the tower is there; SigLIP2 was trained for up to 1024.
+MOST["max_num_patches"] = 1 << 14
 # Floats that may be 0 or negative; all others are divisors, epsilons, bases and scales.
 SIGNED = ("shift_factor", "image_mean", "base_shift", "max_shift")
 
@@ -61,7 +63,7 @@ class Part:
     def strange(cls, data: Mapping[str, Any], source: str | Path) -> list[str]:
         """A note on keys that nobody knows; no note where there are none."""
         names = cls.keys.unknown(data, [field.name for field in fields(cls)])  # type: ignore[arg-type]
-        few = ", ".join(name[:40] for name in names[:5]) + (", …" if len(names) > 5 else "")
+        few = ", ".join(repr(name[:40]) for name in names[:5]) + (", …" if len(names) > 5 else "")
         return [f"{source}: keys without effect here, nor known in diffusers: {few}"] if names else []
 
 
@@ -82,7 +84,7 @@ def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
             return value
     elif value is None and kind == int | None:
         return None
-    elif number and isinstance(value, int) and 0 < value <= (MOST_LAYERS if name in LAYERS else LARGEST):
+    elif number and isinstance(value, int) and 0 < value <= MOST.get(name, LARGEST):
         return value
     needed = "list of numbers" if isinstance(kind, type(tuple[int, ...])) else getattr(kind, "__name__", str(kind))
     sign = "of a sane size" if name in SIGNED or kind in (bool, str) else "above 0 and of a sane size"
@@ -479,11 +481,11 @@ def compose(
                 f"{needed}; the parts are of different models"
             )
     vae: VAEConfig = configs["vae"]
-    levels = len(vae.block_out_channels)
+    sizes = (vae.in_channels, vae.out_channels, vae.latent_channels, transformer.in_channels)
     _need(
-        (vae.latent_channels, levels) == (transformer.in_channels, 4), source,
-        f"the VAE has latents of {vae.latent_channels} channels and {levels} block_out_channels",
-        f"the {transformer.in_channels} channels of the transformer, and 4 levels, which make 8 pixels one cell",
+        sizes == (3, 3, 16, 16) and len(vae.block_out_channels) == 4, source,
+        f"channels of (pictures in, pictures out, latents, transformer) are {sizes}, the VAE's block_out_channels "
+        f"{list(vae.block_out_channels)}", "(3, 3, 16, 16), and 4 levels, which make 8 pixels one cell",
     )  # fmt: skip
     # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
     variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"

@@ -193,7 +193,7 @@ def check_index(index: Mapping[str, Any], source: object, skip: Collection[str] 
     for name, value in index.items():
         if name not in ("_class_name", *COMPONENTS):
             unset = name.startswith("_") or value in (None, [None, None])
-            strange += [] if unset else [name[:40]]
+            strange += [] if unset else [repr(name[:40])]
             continue
         classes = PIPELINES if name == "_class_name" else COMPONENTS[name]
         kind = value[1] if name in COMPONENTS and isinstance(value, list) and len(value) == 2 else value

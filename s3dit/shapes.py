@@ -85,6 +85,9 @@ def text_encoder(
         rms_norm_eps=stored.said("qwen3.attention.layer_norm_rms_epsilon", known.rms_norm_eps),
         rope_theta=stored.said("qwen3.rope.freq_base", known.rope_theta),
     )
+    heads, shared = found.num_attention_heads, found.num_key_value_heads
+    if not shared or heads % shared or head_dim % 2:
+        raise stored.error(f"its {heads} heads of {head_dim} do not share {shared}")
     layers, notes = found.num_hidden_layers, [] if notes is None else notes
     if "qwen3.block_count" in checkpoint.metadata:
         _check_count(stored, "model.layers", int(stored.said("qwen3.block_count", 0)), "its metadata says")
@@ -107,13 +110,13 @@ def _widths(config: TextEncoderConfig) -> tuple[int, ...]:
     return config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
 
 
-def check_layers(part: str, checkpoint: Checkpoint, config: Any) -> None:
-    """Raise CheckpointError where a text encoder has another number of layers than its config says.
+def check_layers(part: str, checkpoint: Checkpoint, config: Any, who: str = "its config.json says") -> None:
+    """Raise CheckpointError where a text encoder has another number of layers than its config, or `who` else, says.
 
     Its last layer is never read, so `assign` does not ask for it; of other parts every layer is.
     """
     if part == "text_encoder":
-        _check_count(_Shapes(checkpoint), "model.layers", config.num_hidden_layers, "its config.json says")
+        _check_count(_Shapes(checkpoint), "model.layers", config.num_hidden_layers, who)
 
 
 def _check_count(stored: "_Shapes", stem: str, needed: int, who: str) -> None:

@@ -43,7 +43,7 @@ def check(folder: Path) -> list[str]:
     if template is not None and digest not in TEMPLATES:
         notes.append(f"{path}: its chat template is not Qwen3's own; it is not executed, prompts stand in Qwen3's turn")
     names = config_keys.TOKENIZER.unknown(said, ("added_tokens_decoder", "chat_template"))
-    few = ", ".join(name[:40] for name in names[:5])
+    few = ", ".join(repr(name[:40]) for name in names[:5])
     return notes + ([f"{folder / FILE}: keys without effect here: {few}"] if names else [])
 
 
@@ -59,14 +59,14 @@ def check_added(path: Path, tokens: Mapping[int, Any]) -> None:
         same = home is not None and isinstance(token, dict) and token.get("content") == home.content
         if not same or any(bool(token.get(flag, False)) != getattr(home, flag) for flag in FLAGS):
             raise CheckpointError(
-                f"{path}: its added token {number[:20]!r} is {str(token)[:80]}, which is not in tokenizer.json; needed "
+                f"{path}: its added token {number[:20]!r} is {token!r:.80}, which is not in tokenizer.json; needed "
                 "two files of one tokenizer; download the tokenizer folder again"
             )
     for name in NAMED:
         for token in _named(said.get(name)):
             if token not in contents:
                 raise CheckpointError(
-                    f"{path}: {name} is {str(token)[:60]!r}, which is no added token of tokenizer.json; needed two "
+                    f"{path}: {name} is {token!r:.60}, which is no added token of tokenizer.json; needed two "
                     "files of one tokenizer; download the tokenizer folder again"
                 )
 

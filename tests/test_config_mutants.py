@@ -11,8 +11,6 @@ import time
 import warnings
 from collections import Counter
 
-import pytest
-
 from s3dit import Pipeline
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import RequestError
@@ -122,10 +120,3 @@ def test_mutants(tmp_path):
     print(dict(seen), f"slowest {slowest:.2f} s")
     # Both ends were reached, so it looks at more than the first check of each reader.
     assert seen["planned"] > MUTANTS // 20 and seen["CheckpointError"] > MUTANTS // 4
-
-
-@pytest.mark.skipif(MUTANTS < 1000, reason="needs a long run, S3DIT_MUTANTS=20000")
-def test_mutants_of_the_tokenizer(tmp_path):
-    folder = copied(EMBEDDED.resolve(), tmp_path / "model")
-    seen, _ = mutate_all(folder, ("tokenizer/tokenizer.json",), MUTANTS // 10, 2)
-    print(dict(seen))

@@ -112,6 +112,8 @@ def test_metadata_of_gguf():
         ("transformer", {"layers.0.attention_norm1.weight": ()}, "is \\[\\]"),
         ("transformer", {"layers.9.extra": (1,)}, "layers has the numbers 0, 1, 2, 3, 4, 5, 9"),
         ("vae", {"encoder.down_blocks.0.resnets.0.conv1.bias": (15,)}, "do not divide"),
+        ("text_encoder", {"model.layers.0.self_attn.q_norm.weight": (31,)}, "heads of 31 do not share"),
+        ("text_encoder", {"model.layers.0.self_attn.k_proj.weight": (8, 128)}, "do not share 0"),
     ],
 )
 def test_shapes_that_are_no_models(part, change, words, tmp_path):
