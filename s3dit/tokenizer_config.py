@@ -56,8 +56,9 @@ def check_added(path: Path, tokens: Mapping[int, Any]) -> None:
     listed, contents = said.get("added_tokens_decoder") or {}, {token.content for token in tokens.values()}
     for number, token in listed.items() if isinstance(listed, dict) else [("", None)]:
         home = tokens.get(int(number)) if number.isdecimal() and len(number) < 10 else None
-        same = home is not None and isinstance(token, dict) and token.get("content") == home.content
-        if not same or any(bool(token.get(flag, False)) != getattr(home, flag) for flag in FLAGS):
+        flags = token if isinstance(token, dict) else {}
+        same = home is not None and flags.get("content") == home.content
+        if not same or any(bool(flags.get(flag, False)) != getattr(home, flag) for flag in FLAGS):
             raise CheckpointError(
                 f"{path}: its added token {number[:20]!r} is {token!r:.80}, which is not in tokenizer.json; needed "
                 "two files of one tokenizer; download the tokenizer folder again"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
-    1: ("config", "config_keys"),
+    1: ("config", "config_keys", "config_parts"),
     2: ("layout", "layers", "linear", "images", "request", "devices", "bands", "control", "shapes", "tokenizer_config"),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
@@ -32,7 +32,9 @@ BELOW = {4: 2, 5: 3}
 # Arrows on one floor.
 SIDEWAYS = {
     ("s3dit.config", "s3dit.config_keys"),
-    ("s3dit.config", "s3dit.weights.checkpoint"),
+    ("s3dit.config", "s3dit.config_parts"),
+    ("s3dit.config_parts", "s3dit.config_keys"),
+    ("s3dit.config_parts", "s3dit.weights.container"),
     ("s3dit.config", "s3dit.weights.container"),
     ("s3dit.config_keys", "s3dit.weights.container"),
     ("s3dit.images", "s3dit.request"),
