@@ -1,4 +1,4 @@
-"""The keys of every JSON file of a model beside those that `config_parts` reads: held to what is built, or without effect.
+"""What each key of a model's JSON files means here, beside those that `config_parts` reads: run as built, or inert.
 
 One table a file. `runs`: a key must have one of these values, which are what this engine computes; another value would
 change diffusers' picture and is refused by name. `inert`: the value cannot change a picture, for the reason given. A

@@ -77,9 +77,10 @@ def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
         return None
     elif number and isinstance(value, int) and 0 < value <= MOST.get(name, LARGEST):
         return value
-    needed = "list of numbers" if isinstance(kind, type(tuple[int, ...])) else getattr(kind, "__name__", str(kind))
-    sign = "of a sane size" if name in SIGNED or kind in (bool, str) else "above 0 and of a sane size"
-    raise CheckpointError(f"{source}: {name} is {value!r:.80}; needed {needed} {sign}; restore the official file")
+    needed = {bool: "true or false", str: "a text", float: "a number"}.get(kind, "a whole number")
+    needed = "a list of numbers" if get_args(kind)[1:] == (...,) else needed
+    size = "" if kind in (bool, str) else f" of a sane size{'' if name in SIGNED else ', above 0'}"
+    raise CheckpointError(f"{source}: {name} is {value!r:.80}; needed {needed}{size}; restore the official file")
 
 
 def need(holds: bool, source: str | Path, found: str, needed: str) -> None:

@@ -3,6 +3,7 @@
 The default suite tries some hundred; S3DIT_MUTANTS=20000 is for a longer run.
 """
 
+import copy
 import json
 import os
 import random
@@ -57,9 +58,9 @@ def mutant(text, draw):
         if what < 0.1 and isinstance(home, dict):
             del home[last]
         elif what < 0.2 and isinstance(home, dict):
-            home[draw.choice(NAMES)] = draw.choice(VALUES)
+            home[draw.choice(NAMES)] = copy.deepcopy(draw.choice(VALUES))
         else:
-            home[last] = draw.choice(VALUES)
+            home[last] = copy.deepcopy(draw.choice(VALUES))
         if not data:
             break
     return json.dumps(data).encode()

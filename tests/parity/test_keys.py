@@ -120,6 +120,34 @@ def test_a_scheduler_draws_as_in_diffusers(copy, reference, said):
     assert ((found - expected[0]).norm() / expected[0].norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"rope_theta": 1e6}, {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+        {"rope_theta": 1e6, "rope_scaling": {"rope_theta": 4e5, "type": "default"}},
+        {"rope_theta": 1e6, "rope_scaling": {}, "rope_parameters": {"rope_theta": 5e5}},
+        {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 3e5, "rope_type": "yarn", "factor": 2.0}},
+        {"rope_theta": 1e6, "use_sliding_window": True}, {"rope_theta": 1e6, "use_sliding_window": True,
+        "max_window_layers": 2, "sliding_window": 8}, {"rope_theta": 1e6, "use_sliding_window": True,
+        "max_window_layers": 1, "sliding_window": 8}, {"rope_theta": 1e6, "sliding_window": 8, "max_window_layers": 0},
+    ],
+)  # fmt: skip
+def test_rotation_and_windows_as_transformers_takes_them(copy, said):
+    """What it computes is read so, or refused where it is not plain; the last layer is above the features."""
+    data = json.loads((copy / "text_encoder" / "config.json").read_text())
+    data = {key: value for key, value in data.items() if "rope" not in key and "window" not in key}
+    data = {key: value for key, value in data.items() if key != "layer_types"} | said
+    theirs = transformers.Qwen3Config(**json.loads(json.dumps(data)))
+    kind = KINDS["text_encoder"]
+    plain = theirs.rope_parameters["rope_type"] == "default" and set(theirs.layer_types[:-1]) == {"full_attention"}
+    if plain:
+        assert kind.from_json(data, "FILE").rope_theta == theirs.rope_parameters["rope_theta"]
+    else:
+        with pytest.raises(CheckpointError, match="this engine runs"):
+            kind.from_json(data, "FILE")
+
+
 TEXT = "<|im_start|>user\na red  star <|im_end|> foo<think> Ünï\n<|im_end|>\n"
 
 
