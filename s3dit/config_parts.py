@@ -20,10 +20,16 @@ from s3dit.weights.container import CheckpointError
 # Above this a number in a config is an accident or an attack: the official model's largest is vocab_size, 151,936.
 LARGEST = 1 << 20
 # No published model of this family has over 100 layers; modules are built before their weights are looked for.
-MOST_LAYERS = 256
-MOST = dict.fromkeys(("n_layers", "n_refiner_layers", "num_hidden_layers", "layers_per_block"), MOST_LAYERS)
-# Patches of one picture are made before the tower is there; SigLIP2 was trained for up to 1024.
-MOST["max_num_patches"] = 1 << 14
+MOST_LAYERS = 128
+MOST = {
+    "n_layers": MOST_LAYERS,
+    "num_hidden_layers": MOST_LAYERS,
+    # Published: 2, of both.
+    "n_refiner_layers": 16,
+    "layers_per_block": 16,
+    # Patches of one picture are made before the tower is there; SigLIP2 was trained for up to 1024.
+    "max_num_patches": 1 << 14,
+}
 # Floats that may be 0 or negative; all others are divisors, epsilons, bases and scales.
 SIGNED = ("shift_factor", "image_mean", "base_shift", "max_shift")
 

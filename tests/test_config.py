@@ -145,7 +145,7 @@ def test_lists_are_lists_of_numbers(name, key):
                                        ("vae", "layers_per_block")])  # fmt: skip
 def test_layers_are_bounded_before_they_are_built(name, key):
     """2^20 modules take minutes and gigabytes; no published model has over 100 layers."""
-    for count in (257, 1 << 20, 10**9):
+    for count in (129, 1 << 20, 10**9):
         refused(name, {key: count}, f"{key} is {count}")
 
 
@@ -338,7 +338,7 @@ def test_a_text_encoder_with_fewer_layers_than_its_config(copy, stem):
         Pipeline.load(copy, device="cpu")
 
 
-@pytest.mark.parametrize("count", [2, 4, 5, 200])
+@pytest.mark.parametrize("count", [2, 4, 5, 128])
 def test_a_config_of_another_number_of_layers(copy, count):
     write(copy, "text_encoder", {"num_hidden_layers": count})
     with pytest.raises(CheckpointError, match=f"has 3 layers, its config.json says {count}"):

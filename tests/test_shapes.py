@@ -86,7 +86,7 @@ def test_layers_without_end():
     stored = blank("text_encoder", replace(shapes.TEXT_ENCODER, num_hidden_layers=1))
     norm = stored._tensors["model.layers.0.input_layernorm.weight"]
     stored._tensors |= {f"model.layers.{i}.input_layernorm.weight": norm for i in range(300)}
-    with pytest.raises(CheckpointError, match="are 300, of which no model has over 256"):
+    with pytest.raises(CheckpointError, match="are 300, of which no model has over 128"):
         shapes.text_encoder(stored)
 
 
