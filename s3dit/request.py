@@ -91,9 +91,7 @@ class Request:
         default=None, metadata=_says("explicit noise levels, descending from 1, before the shift (use shift 1 for raw)")
     )
     shift: float | None = field(default=None, metadata=_says("shift of the schedule (default: the model's file)"))
-    schedule: Schedule = field(
-        default="official", metadata=_says("spacing of the noise levels (official: the model's)")
-    )
+    schedule: Schedule = field(default="official", metadata=_says("spacing of the noise levels"))
     solver: Solver = field(default="euler", metadata=_says("how the flow is integrated"))
     max_sequence_length: int = field(default=512, metadata=_says("tokens of the prompt that are read; the rest is cut"))
     image: "ImageSource | Sequence[ImageSource] | None" = field(
