@@ -465,7 +465,7 @@ def test_a_second_pass_and_a_replay_find_their_own_shift(dynamic):
     assert plan.then.sigmas == dynamic.plan(prompt="a star", height=128, width=128).sigmas[4:]
     result = dynamic(prompt="a star", seed=1, num_inference_steps=2, height=64, width=64, output_type="latent")
     record = {key: value for key, value in result.metadata[0].items() if key not in ("engine", "model")}
-    again = dynamic(Request.from_json(json.loads(json.dumps(record)) | {"output_type": "latent"}))
+    again = dynamic(replace(Request.from_json(json.loads(json.dumps(record))), output_type="latent"))
     assert "shift" not in record and torch.equal(again.latents[0], result.latents[0])
 
 
