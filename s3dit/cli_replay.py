@@ -13,7 +13,8 @@ path without `..`), and used only if their pixels have the hash that the picture
 `--image`, `--mask` or `--reference`.
 
 The picture is the same to the bit where model, adapters, images, number formats, device, dtype, versions, number of
-threads and kind of CPU are the same. What differs, as far as the picture remembers it, is told (`changes`), with the option that undoes it.
+threads and kind of CPU are the same. What differs, as far as the picture remembers it, is told (`changes`), with the
+option that undoes it.
 """
 
 import argparse

@@ -28,7 +28,7 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
         + "".join(f", {part} in {name}" for part, name in pipe.parts.formats.items() if name),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
-        f"{request.shift:g}, guidance {request.guidance_scale:g})",
+        f"{'by size' if request.shift is None else format(request.shift, 'g')}, guidance {request.guidance_scale:g})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
     lines += [

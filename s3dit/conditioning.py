@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from s3dit.config import SchedulerConfig
 from s3dit.images import Picture, resized, spread
 from s3dit.layout import patchify
 from s3dit.request import IMAGES, LARGEST_SIDE, Request, RequestError
@@ -168,14 +169,40 @@ def _cells(mask: Tensor) -> Tensor:
     return F.interpolate(mask[None], scale_factor=0.125, mode="nearest")[0]
 
 
-def levels(request: Request) -> Tensor:
-    """Noise levels of a resolved request: all of them, or with a strength the last ones; (steps + 1,) fp32."""
-    found = sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
+def levels(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
+    """Noise levels of a resolved request: all of them, or with a strength the last ones; (steps + 1,) fp32.
+
+    scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
+    """
+    dynamic = request.shift is None and scheduler is not None
+    shift = _dynamic_shift(request, scheduler) if dynamic and scheduler else request.shift or 1.0
+    found = sigmas(request.num_inference_steps or 1, shift, request.schedule, request.sigmas, dynamic)
     n = len(found) - 1
     if request.strength is None:
         return found
     # parity: diffusers' get_timesteps, in floats of 64 bits.
     return found[int(max(n - min(n * request.strength, n), 0)) :]
+
+
+def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
+    """The shift that follows from the size of the pictures; RequestError where they have several."""
+    tokens = {rows * columns for rows, columns in _grids_of(request)}
+    if len(tokens) > 1:
+        raise RequestError(
+            "the pictures have several sizes, and this model's noise levels follow from the size "
+            "(use_dynamic_shifting in its scheduler_config.json); needed one size in a call; draw them one after the "
+            "other, or give one shift for all"
+        )
+    try:
+        return scheduler.shift_at(tokens.pop())
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _grids_of(request: Request) -> Grids:
+    """Rows and columns of patches of every picture."""
+    sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
+    return tuple((height // PATCH, width // PATCH) for height, width in sides)
 
 
 def generators(request: Request) -> list[torch.Generator]:

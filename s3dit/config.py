@@ -1,225 +1,37 @@
-"""What a model is made of: one frozen dataclass a part, filled from the JSON files that lie beside the weights.
-
-The JSON file is the only source of an architecture's constants: a key that is missing there is an error, not a default,
-because two defaults that disagree give a different model in silence (the official code has three sources for
-`axes_lens`, and they disagree). Keys that no computation needs (`axes_lens`, `_diffusers_version`) are not read.
+"""What a model is made of: the configurations of its parts, its variant, and how it wants to be run.
 
 `VARIANTS` holds what the files do not say: the settings a variant is meant to be run with. Which variant a directory
-holds is told from its files (SigLIP width, scheduler shift), never from its name. A directory may say more in
-`s3dit.json` (size, steps, the words it knows); the embedded tiny model does.
-
-Source: the official Z-Image configuration files; Qwen3 keys as written by transformers 4.51 and 5.x, both read.
+holds is told from its files (SigLIP width, the shift of the schedule where it is exactly one of the published ones),
+never from its name. A directory may say more in `s3dit.json` (variant, size, steps, the words it knows); the embedded
+tiny model does. How each part reads its file is in `config_parts`.
 """
 
 import json
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal
 
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit import config_keys
+from s3dit.config_parts import (
+    LARGEST,
+    MOST_LAYERS,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    VisionConfig,
+    VisionInputConfig,
+    need,
+)
+from s3dit.weights.container import CheckpointError, unique
+
+__all__ = [
+    "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
+    "VAEConfig", "VisionConfig", "VisionInputConfig",
+]  # fmt: skip
 
 Variant = Literal["turbo", "base", "omni", "tiny"]
-
-# Above this a number in a config is an accident or an attack: the official model's largest is vocab_size, 151,936.
-LARGEST = 1 << 20
-
-
-class Part:
-    """Reading of one part's JSON: every field present, of its type, of a sane size."""
-
-    __slots__ = ()
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        """Read the fields of this part out of a parsed JSON object; `source` names the file in errors."""
-        values = {}
-        for field in fields(cls):  # type: ignore[arg-type]
-            if field.name not in data:
-                raise CheckpointError(
-                    f"{source}: key {field.name!r} is missing; every constant of the model is read from this file, "
-                    "so restore it from the official repository"
-                )
-            values[field.name] = _checked(data[field.name], field.type, field.name, source)
-        return cls(**values)
-
-
-def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
-    """Convert one JSON value to the annotated type, or say what was found and what was needed."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind in (tuple[int, ...], tuple[float, ...]):
-        if isinstance(value, list) and 0 < len(value) <= 16:
-            return tuple(_checked(item, get_args(kind)[0], name, source) for item in value)
-    elif kind is bool:
-        if isinstance(value, bool):
-            return value
-    elif kind is float:
-        if number and abs(value) < 1e12:
-            return float(value)
-    elif value is None and kind == int | None:
-        return None
-    elif number and isinstance(value, int) and 0 < value <= LARGEST:
-        return value
-    needed = getattr(kind, "__name__", str(kind))
-    raise CheckpointError(f"{source}: {name} is {value!r}; needed {needed} of a sane size; restore the official file")
-
-
-@dataclass(frozen=True, slots=True)
-class TransformerConfig(Part):
-    """The S3-DiT, `transformer/config.json`. `siglip_feat_dim` is None except for Omni and Edit."""
-
-    all_patch_size: tuple[int, ...]
-    all_f_patch_size: tuple[int, ...]
-    in_channels: int
-    dim: int
-    n_layers: int
-    n_refiner_layers: int
-    n_heads: int
-    n_kv_heads: int
-    norm_eps: float
-    qk_norm: bool
-    cap_feat_dim: int
-    siglip_feat_dim: int | None
-    rope_theta: float
-    t_scale: float
-    axes_dims: tuple[int, ...]
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        config = super(TransformerConfig, cls).from_json({"siglip_feat_dim": None} | data, source)
-        found = (config.all_patch_size, config.all_f_patch_size, config.n_kv_heads, config.qk_norm)
-        needed = ((2,), (1,), config.n_heads, True)
-        if found != needed:
-            raise CheckpointError(
-                f"{source}: (all_patch_size, all_f_patch_size, n_kv_heads, qk_norm) is {found}; this engine runs "
-                f"{needed}, the only form ever published"
-            )
-        if config.dim != config.n_heads * sum(config.axes_dims) or any(d % 2 for d in config.axes_dims):
-            raise CheckpointError(
-                f"{source}: dim {config.dim} with {config.n_heads} heads needs {config.n_heads} even axes_dims that "
-                f"sum to dim / n_heads, found {list(config.axes_dims)}"
-            )
-        return config
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
-
-    @property
-    def ffn_dim(self) -> int:
-        """Hidden width of the SwiGLU; the official code truncates a float product (10240 for 3840)."""
-        return int(self.dim / 3 * 8)
-
-    @property
-    def adaln_dim(self) -> int:
-        """Width of the timestep embedding that feeds every modulation."""
-        return min(self.dim, 256)
-
-    @property
-    def patch_dim(self) -> int:
-        """Numbers in one patch: (1 frame, 2 rows, 2 columns, channels)."""
-        return 4 * self.in_channels
-
-
-@dataclass(frozen=True, slots=True)
-class TextEncoderConfig(Part):
-    """Qwen3, `text_encoder/config.json`."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        # transformers 5 moved the rope base into `rope_parameters`.
-        rope = data.get("rope_parameters")
-        if isinstance(rope, dict) and "rope_theta" in rope:
-            data = {"rope_theta": rope["rope_theta"]} | data
-        return super(TextEncoderConfig, cls).from_json(data, source)
-
-
-@dataclass(frozen=True, slots=True)
-class VAEConfig(Part):
-    """AutoencoderKL of FLUX.1, `vae/config.json`."""
-
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    block_out_channels: tuple[int, ...]
-    layers_per_block: int
-    norm_num_groups: int
-    scaling_factor: float
-    shift_factor: float
-
-
-@dataclass(frozen=True, slots=True)
-class VisionConfig(Part):
-    """SigLIP2 (NaFlex), `siglip/config.json`; only Omni and Edit have one."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_channels: int
-    patch_size: int
-    num_patches: int
-    layer_norm_eps: float
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        if data.get("hidden_act") != "gelu_pytorch_tanh":
-            raise CheckpointError(
-                f"{source}: hidden_act is {data.get('hidden_act')!r}; this engine runs gelu_pytorch_tanh, SigLIP2's "
-                "own; restore the official file"
-            )
-        config = super(VisionConfig, cls).from_json(data, source)
-        if config.hidden_size % config.num_attention_heads or math.isqrt(config.num_patches) ** 2 != config.num_patches:
-            raise CheckpointError(
-                f"{source}: hidden_size {config.hidden_size}, {config.num_attention_heads} heads, num_patches "
-                f"{config.num_patches}; needed a width that the heads divide and a square of positions"
-            )
-        return config
-
-
-@dataclass(frozen=True, slots=True)
-class VisionInputConfig(Part):
-    """How a picture becomes SigLIP2's patches, `siglip_processor/preprocessor_config.json`."""
-
-    patch_size: int
-    max_num_patches: int
-    rescale_factor: float
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        steps = ("do_resize", "do_rescale", "do_normalize")
-        # 2 is Pillow's number for bilinear.
-        if data.get("resample") != 2 or not all(data.get(step) is True for step in steps):
-            raise CheckpointError(
-                f"{source}: resample {data.get('resample')!r} with {', '.join(f'{s} {data.get(s)!r}' for s in steps)}; "
-                "this engine resizes (bilinear, 2), rescales and normalizes; restore the official file"
-            )
-        config = super(VisionInputConfig, cls).from_json(data, source)
-        if len(config.image_mean) != 3 or len(config.image_std) != 3 or 0.0 in config.image_std:
-            raise CheckpointError(f"{source}: image_mean and image_std need three numbers, and no deviation of 0")
-        return config
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig(Part):
-    """Flow schedule, `scheduler/scheduler_config.json`: 3.0 is Turbo's shift, 6.0 Z-Image's."""
-
-    shift: float
-
 
 # By the folder that holds it.
 KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
@@ -271,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{path}: {path.stat().st_size:,} bytes is too large for a config; needed a small file"
             )
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -306,19 +118,39 @@ def read_model(folder: Path) -> ModelConfig:
     configs = {name: part(kind, name) for name, kind in KINDS.items()}
     if configs["transformer"].siglip_feat_dim is not None:
         configs |= read_vision(folder)
-    own = read_json(folder / OWN) if (folder / OWN).is_file() else {}
-    return compose(configs, scheduler, own, folder)
+    return compose(configs, scheduler, read_own(folder), folder)
 
 
-def read_vision(folder: Path) -> dict[str, Any]:
-    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/."""
+def read_own(folder: Path) -> dict[str, Any]:
+    """What a directory says in its `s3dit.json`, checked; empty where it has none. Raises CheckpointError."""
+    path = folder / OWN
+    own = read_json(path) if path.is_file() else {}
+    config_keys.check_own(own, path)
+    return own
+
+
+def read_index(folder: Path, skip: Collection[str] = ()) -> list[str]:
+    """Hold a directory's `model_index.json`, where it has one, to what is built here (`config_keys.check_index`)."""
+    path = folder / "model_index.json"
+    return config_keys.check_index(read_json(path), path, skip) if path.is_file() else []
+
+
+def read_vision(folder: Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/.
+
+    notes: gets what they say that nobody knows.
+    """
     if not (folder / "siglip").is_dir():
         return {}
-    tower, pictures = folder / "siglip" / "config.json", folder / "siglip_processor" / "preprocessor_config.json"
-    return {
-        "siglip": VisionConfig.from_json(read_json(tower), tower),
-        "siglip_processor": VisionInputConfig.from_json(read_json(pictures), pictures),
-    }
+    found = {}
+    for kind, path in (
+        (VisionConfig, folder / "siglip" / "config.json"),
+        (VisionInputConfig, folder / "siglip_processor" / "preprocessor_config.json"),
+    ):
+        found[path.parent.name] = kind.from_json(data := read_json(path), path)
+        if notes is not None:
+            notes += kind.strange(data, path)
+    return found
 
 
 def compose(
@@ -341,15 +173,21 @@ def compose(
                 f"{source}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
                 f"{needed}; the parts are of different models"
             )
-    variant: Variant = own.get("variant") or variant_of(transformer, scheduler)
-    if variant not in VARIANTS:
-        raise CheckpointError(f"{source / OWN}: variant is {variant!r}; needed one of {', '.join(VARIANTS)}")
+    vae: VAEConfig = configs["vae"]
+    sizes = (vae.in_channels, vae.out_channels, vae.latent_channels, transformer.in_channels)
+    need(
+        sizes == (3, 3, 16, 16) and len(vae.block_out_channels) == 4, source,
+        f"channels of (pictures in, pictures out, latents, transformer) are {sizes}, the VAE's block_out_channels "
+        f"{list(vae.block_out_channels)}", "(3, 3, 16, 16), and 4 levels, which make 8 pixels one cell",
+    )  # fmt: skip
+    # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
+    variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"
     settings = VARIANTS[variant]
     known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
     return ModelConfig(
         transformer=transformer,
         text_encoder=text_encoder,
-        vae=configs["vae"],
+        vae=vae,
         scheduler=scheduler,
         variant=variant,
         settings=Settings(**known),
@@ -361,8 +199,11 @@ def compose(
     )
 
 
-def variant_of(transformer: TransformerConfig, scheduler: SchedulerConfig) -> Variant:
-    """Tell the variant from the files: SigLIP input means Omni or Edit, shift 3 means Turbo, another shift Z-Image."""
+def variant_of(transformer: TransformerConfig, scheduler: SchedulerConfig) -> Variant | None:
+    """Tell the variant from the files: SigLIP input means Omni or Edit, the shift exactly 3 Turbo, exactly 6 Z-Image.
+
+    None for another shift, which somebody chose: then the files do not say whether the model is distilled.
+    """
     if transformer.siglip_feat_dim is not None:
         return "omni"
-    return "turbo" if scheduler.shift == 3.0 else "base"
+    return {3.0: "turbo", 6.0: "base"}.get(scheduler.shift)  # type: ignore[return-value]

@@ -25,6 +25,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from s3dit import config_keys
 from s3dit.config import TransformerConfig, read_json
 from s3dit.control import Rule, Version
 from s3dit.kernels.attention import Spans
@@ -40,6 +41,8 @@ REFINER = "control_noise_refiner."
 BEFORE = f"{REFINER}0.before_proj.weight"
 # How diffusers' config.json says the version, under `add_control_noise_refiner`.
 SPOKEN: Mapping[str | None, Version] = {None: "1.0", "control_layers": "2.0", "control_noise_refiner": "2.1"}
+# What a ControlNet's config.json repeats of its base.
+BASE = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps")
 # Strengths of the authors' own examples.
 STRENGTHS: Mapping[Version, float] = {"1.0": 0.75, "2.0": 0.75, "2.1": 0.9}
 
@@ -90,6 +93,8 @@ class ControlNetConfig:
         said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
         told = _version(checkpoint, said)
         channels = columns // 4
+        config_keys.CONTROLNET.check(said, f"{checkpoint.path}: its config.json")
+        _check_base(checkpoint, said, {name: getattr(base, name) for name in BASE} | {"control_in_dim": channels})
         if (columns % 4, channels) != (0, base.in_channels if told == "1.0" else 2 * base.in_channels + 1):
             raise CheckpointError(
                 f"{checkpoint.path}: {EMBEDDER} has {columns} columns, not those of a ControlNet {told} (4 · "
@@ -126,10 +131,20 @@ def _embedder(checkpoint: Checkpoint) -> tuple[int, int]:
     )
 
 
+def _check_base(checkpoint: Checkpoint, said: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a config.json says other sizes or epsilons than the base and the tensors have."""
+    for key, value in needed.items():
+        if key in said and said[key] != value:
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} is {said[key]!r:.80} in its config.json; this model needs {value}; take the "
+                "ControlNet that was made for it, or restore the file"
+            )
+
+
 def _version(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Version:
     """The version that a config.json says, else the one that the tensors tell."""
     if (word := said.get("add_control_noise_refiner", "")) != "":
-        if word not in SPOKEN:
+        if not isinstance(word, str | None) or word not in SPOKEN:
             raise CheckpointError(
                 f"{checkpoint.path}: add_control_noise_refiner is {word!r} in its config.json; needed null, "
                 "control_layers or control_noise_refiner; restore the file"

@@ -108,6 +108,8 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
     needed = SPARE
     for part, checkpoint in found.parts.items():
         config = found.configs.get(part) or shapes.READERS[part](checkpoint)
+        # A file may lack the layer that is never read, a config.json beside it may not leave that open.
+        shapes.check_layers(part, checkpoint, config, "the whole model has")
         needed += sum(_size(part, official(checkpoint), config, dtype))
     needed += sum(file.stat().st_size for folder in _eyes(found) for file in folder.iterdir())
     check_room(target, needed)
@@ -207,7 +209,7 @@ def _write_rest(found: Found, built: Path) -> Iterator[str]:
         shutil.copytree(found.tokenizer, built / "tokenizer")
     if set(found.parts) != set(PARTS):
         return
-    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | {"shift": found.scheduler.shift}
+    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | asdict(found.scheduler)
     (built / "scheduler").mkdir()
     _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
     for folder in _eyes(found):

@@ -155,7 +155,9 @@ def _kind(config: Any, found: Found) -> str:
     if config.siglip_feat_dim is not None or found.scheduler is not None:
         # Without SigLIP only the schedule tells.
         shift = found.scheduler
-        variant = "omni" if config.siglip_feat_dim is not None or shift is None else variant_of(config, shift)
+        variant = (
+            "omni" if config.siglip_feat_dim is not None or shift is None else variant_of(config, shift) or variant
+        )
     return f"Z-Image ({found.own.get('variant') or variant}), {config.n_layers} layers of width {config.dim}"
 
 

@@ -166,7 +166,7 @@ class Pipeline:
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
         read = [f"{len(strange)} references"] if strange else []
         works += [("siglip", read[0])] if strange else []
-        found = [(one, conditioning.levels(one)) for one in conditioning.passes(request, said)]
+        found = [(one, conditioning.levels(one, self.config.scheduler)) for one in conditioning.passes(request, said)]
         calls = [model_calls(request.solver, few) for _, few in found]
         read += [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
         works += [("vae", " and ".join(read))] if read else []

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
-Schedule = Literal["official", "simple", "beta", "karras"]
+Schedule = Literal["official", "simple", "beta", "karras", "exponential"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -269,6 +269,7 @@ class Request:
         if self.sigmas is not None:
             steps = len([s for s in self.sigmas if s > 0])
         masked = self.mask_image is not None or self.extend is not None
+        dynamic_or_own = None if config.scheduler.use_dynamic_shifting else config.scheduler.shift
         strength = None if self.image is None else 1.0 if masked else 0.6
         resolved = replace(
             self,
@@ -280,7 +281,9 @@ class Request:
             num_inference_steps=steps,
             guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
             cfg=None,
-            shift=config.scheduler.shift if self.shift is None else float(self.shift),
+            schedule=config.scheduler.schedule if self.schedule == "official" else self.schedule,
+            # A shift that follows from the size stays None, so that a second pass and a replay find their own.
+            shift=dynamic_or_own if self.shift is None else float(self.shift),
         )
         resolved._check_pixels()
         resolved._check_latents()

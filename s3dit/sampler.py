@@ -12,6 +12,7 @@ Sources: official `src/zimage/pipeline.py`, diffusers `FlowMatchEulerDiscreteSch
 et al. 2022 (heun, karras spacing); Lu et al. 2022 (DPM-Solver++ 2M, with log-SNR log((1 - sigma)/sigma)).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,31 +67,40 @@ def split_latents(x: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
 
 
 def sigmas(
-    n: int, shift: float = 3.0, schedule: Schedule = "official", explicit: Sequence[float] | None = None
+    n: int,
+    shift: float = 3.0,
+    schedule: Schedule = "official",
+    explicit: Sequence[float] | None = None,
+    dynamic: bool = False,
 ) -> Tensor:
     """Noise levels for n steps: (n + 1,) fp32, from 1 down to 0.
 
     `explicit` levels replace the even spacing and are shifted like it, as diffusers does with its `sigmas` argument.
+    dynamic: the shift follows from the size of the picture, and is applied in the form diffusers then has.
     """
     # parity: float32 from the start, as diffusers' pipelines space them; the last bit of t moves the picture.
     even = torch.linspace(1.0, 1.0 / n, n).numpy() if explicit is None else [s for s in explicit if s > 0]
-    levels = _shift(np.asarray(even, dtype=np.float32), shift)
+    levels = _shift(np.asarray(even, dtype=np.float32), shift, dynamic)
+    # parity: the ends of the spacings are Python's floats, of 64 bits.
+    high, low = float(levels[0]), float(levels[-1])
     if schedule == "simple":
         # n picks out of the 1000 training levels, the largest first.
-        table = _shift(np.arange(1, 1001, dtype=np.float32) / np.float32(1000), shift)
+        table = _shift(np.arange(1, 1001, dtype=np.float32) / np.float32(1000), shift, dynamic)
         levels = table[[-1 - int(i * 1000 / n) for i in range(n)]]
     elif schedule == "karras":
-        ramp = np.linspace(0, 1, n)
-        low, high = levels[-1] ** (1 / 7), levels[0] ** (1 / 7)
-        levels = (high + ramp * (low - high)) ** 7
+        ramp, low, high = np.linspace(0, 1, n), low ** (1 / 7.0), high ** (1 / 7.0)
+        levels = (high + ramp * (low - high)) ** 7.0
+    elif schedule == "exponential":
+        levels = np.exp(np.linspace(math.log(high), math.log(low), n))
     elif schedule == "beta":
-        low, high = levels[-1], levels[0]
         levels = low + _beta_quantile(1 - np.linspace(0, 1, n)) * (high - low)
     return torch.from_numpy(np.append(levels, 0.0).astype(np.float32))
 
 
-def _shift(levels: np.ndarray, shift: float) -> np.ndarray:
-    """Move levels toward noise: s·u / (1 + (s - 1)·u)."""
+def _shift(levels: np.ndarray, shift: float, dynamic: bool) -> np.ndarray:
+    """Move levels toward noise: s·u / (1 + (s - 1)·u); the dynamic form s / (s + (1/u - 1)) rounds differently."""
+    if dynamic:
+        return shift / (shift + (1 / levels - 1))
     return shift * levels / (1 + (shift - 1) * levels)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from s3dit.config import LARGEST, TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.config import LARGEST, MOST_LAYERS, TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.weights.container import Checkpoint, CheckpointError
 from s3dit.weights.keymap import official
 
@@ -32,7 +32,9 @@ VAE = VAEConfig(
 )  # fmt: skip
 
 
-def transformer(checkpoint: Checkpoint, known: TransformerConfig | None = None) -> TransformerConfig:
+def transformer(
+    checkpoint: Checkpoint, known: TransformerConfig | None = None, notes: list[str] | None = None
+) -> TransformerConfig:
     """The configuration of a transformer in any spelling; raises CheckpointError where a telling tensor is missing."""
     known, stored = known or TRANSFORMER, _Shapes(checkpoint)
     dim, head_dim = stored.size("layers.0.attention_norm1.weight"), stored.size("layers.0.attention.norm_q.weight")
@@ -43,11 +45,14 @@ def transformer(checkpoint: Checkpoint, known: TransformerConfig | None = None) 
     if dim % head_dim or head_dim % 16:
         raise stored.error(f"its width {dim} and the width of a head {head_dim} do not go together")
     vision = "siglip_embedder.0.weight"
+    layers = stored.count("layers")
+    if notes is not None and (dim, head_dim) == (known.dim, known.head_dim) and layers != known.n_layers:
+        notes.append(f"{checkpoint.path}: has {layers} layers, other models of its width {known.n_layers}")
     return replace(
         known,
         in_channels=stored.size("all_final_layer.2-1.linear.bias") // 4,
         dim=dim,
-        n_layers=stored.count("layers"),
+        n_layers=layers,
         n_refiner_layers=stored.count("noise_refiner"),
         n_heads=dim // head_dim,
         n_kv_heads=dim // head_dim,
@@ -57,12 +62,18 @@ def transformer(checkpoint: Checkpoint, known: TransformerConfig | None = None) 
     )
 
 
-def text_encoder(checkpoint: Checkpoint, known: TextEncoderConfig | None = None) -> TextEncoderConfig:
-    """The configuration of a Qwen3 in any spelling; rotation and epsilon from GGUF metadata where there is some."""
+def text_encoder(
+    checkpoint: Checkpoint, known: TextEncoderConfig | None = None, notes: list[str] | None = None
+) -> TextEncoderConfig:
+    """The configuration of a Qwen3 in any spelling; rotation and epsilon from GGUF metadata where there is some.
+
+    The features are the output of the last layer but one, so the number of layers must not be guessed from a file that
+    was cut: it is the one of the metadata, else of the model with these widths. notes: gets what was taken on trust.
+    """
     known, stored = known or TEXT_ENCODER, _Shapes(checkpoint)
     layer = "model.layers.0"
     head_dim = stored.size(f"{layer}.self_attn.q_norm.weight")
-    return replace(
+    found = replace(
         known,
         vocab_size=stored.size("model.embed_tokens.weight"),
         hidden_size=stored.size(f"{layer}.input_layernorm.weight"),
@@ -74,9 +85,47 @@ def text_encoder(checkpoint: Checkpoint, known: TextEncoderConfig | None = None)
         rms_norm_eps=stored.said("qwen3.attention.layer_norm_rms_epsilon", known.rms_norm_eps),
         rope_theta=stored.said("qwen3.rope.freq_base", known.rope_theta),
     )
+    heads, shared = found.num_attention_heads, found.num_key_value_heads
+    if not shared or heads % shared or head_dim % 2:
+        raise stored.error(f"its {heads} heads of {head_dim} do not share {shared}")
+    layers, notes = found.num_hidden_layers, [] if notes is None else notes
+    if "qwen3.block_count" in checkpoint.metadata:
+        _check_count(stored, "model.layers", int(stored.said("qwen3.block_count", 0)), "its metadata says")
+        return found
+    same = [one for one in (known, TEXT_ENCODER) if _widths(one) == _widths(found)]
+    if not same:
+        notes.append(f"{checkpoint.path}: is taken for a text encoder of {layers} layers, as many as are in the file")
+        return found
+    needed = same[0].num_hidden_layers
+    if layers != needed - 1:
+        _check_count(stored, "model.layers", needed, "the model of its widths has")
+        return found
+    # The last layer is never read, so a file may leave it out.
+    notes.append(f"{checkpoint.path}: has {layers} layers, read as the first of {needed}; the last is not needed")
+    return replace(found, num_hidden_layers=needed)
 
 
-def vae(checkpoint: Checkpoint, known: VAEConfig | None = None) -> VAEConfig:
+def _widths(config: TextEncoderConfig) -> tuple[int, ...]:
+    """What tells one Qwen3 from another besides its number of layers."""
+    return config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
+
+
+def check_layers(part: str, checkpoint: Checkpoint, config: Any, who: str = "its config.json says") -> None:
+    """Raise CheckpointError where a text encoder has another number of layers than its config, or `who` else, says.
+
+    Its last layer is never read, so `assign` does not ask for it; of other parts every layer is.
+    """
+    if part == "text_encoder":
+        _check_count(_Shapes(checkpoint), "model.layers", config.num_hidden_layers, who)
+
+
+def _check_count(stored: "_Shapes", stem: str, needed: int, who: str) -> None:
+    """CheckpointError unless there are as many layers as somebody says."""
+    if (found := stored.count(stem)) != needed:
+        raise stored.error(f"it has {found} layers, {who} {needed}; perhaps it is one file of several")
+
+
+def vae(checkpoint: Checkpoint, known: VAEConfig | None = None, notes: list[str] | None = None) -> VAEConfig:
     """The configuration of a FLUX.1 autoencoder in any spelling."""
     known, stored = known or VAE, _Shapes(checkpoint)
     levels = stored.count("encoder.down_blocks")
@@ -126,6 +175,8 @@ class _Shapes:
         numbers = {int(found[1]) for key in self._keys if (found := pattern.match(key))}
         if not numbers or numbers != set(range(len(numbers))):
             raise self.error(f"{stem} has the numbers {_few(numbers)}")
+        if len(numbers) > MOST_LAYERS:
+            raise self.error(f"{stem} are {len(numbers)}, of which no model has over {MOST_LAYERS}")
         return len(numbers)
 
     def said(self, key: str, otherwise: float) -> float:

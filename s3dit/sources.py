@@ -8,13 +8,23 @@ the model's own or the official constant, which a note tells.
 What is missing is named together with the option that gives it, before anything is loaded.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from s3dit import shapes
-from s3dit.config import KINDS, OWN, ModelConfig, SchedulerConfig, compose, read_json, read_vision
+from s3dit import shapes, tokenizer_config
+from s3dit.config import (
+    KINDS,
+    ModelConfig,
+    SchedulerConfig,
+    compose,
+    read_index,
+    read_json,
+    read_own,
+    read_vision,
+    variant_of,
+)
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import resolve
@@ -36,6 +46,11 @@ SHIFT = 3.0
 SHIFT_NOTE = (
     "no scheduler_config.json says the shift of the schedule: drawing like Turbo, with 3; for Z-Image itself use "
     "--shift 6 --steps 28 --guidance 4"
+)
+VARIANT_NOTE = (
+    "the files do not say whether this is Turbo or Z-Image itself (their shifts are 3 and 6): what is not given is "
+    'Turbo\'s, 8 steps without guidance; for Z-Image use --steps 28 --guidance 4, or write {"variant": "base"} into '
+    "s3dit.json in its folder"
 )
 VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.3611 and 0.1159 are used"
 
@@ -67,6 +82,7 @@ class Found:
     own: dict[str, Any] = field(default_factory=dict)
     tokenizer: Path | GGUFFile | None = None
     rest: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def gather(
@@ -82,7 +98,8 @@ def gather(
         model = "embedded"
     base = None
     if model is not None:
-        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), wanted)
+        skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
+        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), skip)
     homes = {part: _one(part, resolve(path)) for part, path in wanted.items()}
     places = [found for found in (base, *homes.values()) if found is not None]
     if base is not None:
@@ -90,50 +107,60 @@ def gather(
     words = [resolve(str(tokenizer))] if tokenizer is not None else [f.tokenizer for f in places if f.tokenizer]
     _check_complete(places[0].path, homes, bool(words))
     known = base.configs if base is not None else {}
-    configs = {part: homes[part].configs.get(part) or _shaped(part, homes[part], known) for part in PARTS}
+    said_of_words = tokenizer_config.check(words[0]) if isinstance(words[0], Path) else []
+    notes = list(dict.fromkeys(note for found in places for note in found.notes)) + said_of_words
     checkpoints = {part: homes[part].parts[part] for part in PARTS}
-    if base is not None and configs["transformer"].siglip_feat_dim is not None and (eyes := read_vision(base.path)):
+    configs = {
+        part: homes[part].configs.get(part) or shapes.READERS[part](checkpoints[part], known.get(part), notes)
+        for part in PARTS
+    }
+    sees = base is not None and configs["transformer"].siglip_feat_dim is not None
+    if base is not None and sees and (eyes := read_vision(base.path, notes)):
         configs |= eyes
         checkpoints[EYES] = open_checkpoint(base.path / EYES)
     scheduler = base.scheduler if base is not None else None
     said = any("vae" in found.configs for found in (homes["vae"], base) if found is not None)
+    own = base.own if base is not None else {}
+    notes += [] if said else [VAE_NOTE]
+    unsaid = scheduler is not None and "variant" not in own and variant_of(configs["transformer"], scheduler) is None
+    notes += [VARIANT_NOTE] if unsaid else []
     return Sources(
         path=places[0].path,
-        config=compose(
-            configs, scheduler or SchedulerConfig(SHIFT), base.own if base is not None else {}, places[0].path
-        ),
+        config=compose(configs, scheduler or SchedulerConfig(SHIFT), own, places[0].path),
         checkpoints=checkpoints,
         tokenizer=words[0],
         mixed=tuple(wanted),
-        notes=() if said else (VAE_NOTE,),
+        notes=tuple(notes),
         guessed=scheduler is None,
     )
 
 
-def look_into(path: Path, skip: Iterable[str] = ()) -> Found:
+def look_into(path: Path, skip: Collection[str] = ()) -> Found:
     """What a path holds: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
 
     skip: parts that are not opened; their config is still what is known of the model.
     """
     if not path.is_dir() or not any((path / part).is_dir() for part in PARTS):
         return _one_checkpoint(path)
-    found = Found(path)
+    found = Found(path, notes=read_index(path, skip))
     for part in PARTS:
         folder = path / part
         if part in skip:
-            found.configs |= _beside(part, folder)
+            found.configs |= _beside(part, folder, [])
             continue
         if not folder.is_dir():
             continue
         inside = _one(part, folder)
         found.parts[part], found.rest = inside.parts[part], found.rest + inside.rest
         found.configs |= inside.configs
+        found.notes += inside.notes
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.parent.is_dir():
-        found.scheduler = SchedulerConfig.from_json(read_json(scheduler), scheduler)
+        found.scheduler = SchedulerConfig.from_json(data := read_json(scheduler), scheduler)
+        found.notes += SchedulerConfig.strange(data, scheduler)
     if (path / "tokenizer").is_dir():
         found.tokenizer = path / "tokenizer"
-    found.own = read_json(path / OWN) if (path / OWN).is_file() else {}
+    found.own = read_own(path)
     return found
 
 
@@ -145,34 +172,49 @@ def _one_checkpoint(path: Path) -> Found:
             "needed the layout of Tongyi-MAI/Z-Image-Turbo"
         )
     checkpoint = open_checkpoint(path)
+    if checkpoint.metadata.get("split.count", "0") not in ("0", "1"):
+        raise CheckpointError(
+            f"{path}: one file of {checkpoint.metadata['split.count'][:20]} that a GGUF was split into; needed it "
+            "whole; join them with `llama-gguf-split --merge`"
+        )
     inside = split(checkpoint)
     found = Found(path, inside.parts, rest=inside.rest)
     if path.is_dir() and len(found.parts) == 1:
-        found.configs = _beside(next(iter(found.parts)), path)
+        part = next(iter(found.parts))
+        found.configs = _beside(part, path, found.notes)
+        if part in found.configs:
+            shapes.check_layers(part, found.parts[part], found.configs[part])
     if VOCABULARY in checkpoint.metadata:
         found.tokenizer = GGUFFile(checkpoint.path)
     return found
 
 
-def _beside(part: str, folder: Path) -> dict[str, Any]:
-    """The config of a part whose folder has one."""
+def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
+    """The config of a part whose folder has one; adds to the notes what it says that nobody knows."""
     path = folder / "config.json"
-    return {part: KINDS[part].from_json(read_json(path), path)} if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    data = read_json(path)
+    notes += KINDS[part].strange(data, path)
+    return {part: KINDS[part].from_json(data, path)}
 
 
 def _one(part: str, path: Path) -> Found:
-    """A path that must give a part; raises CheckpointError."""
-    found = look_into(path, [other for other in PARTS if other != part])
+    """A path that must give a part, perhaps out of another model's directory; raises CheckpointError.
+
+    Of such a directory nothing else is read but its tokenizer, so it may be of any kind (FLUX.1's, for its VAE).
+    """
+    folder = path / part if (path / part).is_dir() else path
+    has = next((other for other in PARTS if folder == path and (path / other).is_dir()), None)
+    found = Found(path) if has else _one_checkpoint(folder)
     if part not in found.parts:
-        has = next(iter(found.parts), None)
+        has = has or next(iter(found.parts), None)
         remedy = f"give it with {OPTIONS[has]}" if has else "give another path"
         raise CheckpointError(f"{path}: holds {has or 'no part of a model'}, where {part} was needed; {remedy}")
+    found.path = path
+    if found.tokenizer is None and (path / "tokenizer").is_dir():
+        found.tokenizer = path / "tokenizer"
     return found
-
-
-def _shaped(part: str, home: Found, known: Mapping[str, Any]) -> Any:
-    """A part's config from its shapes."""
-    return shapes.READERS[part](home.parts[part], known.get(part))
 
 
 def missing(parts: Iterable[str], tokenizer: bool) -> list[str]:

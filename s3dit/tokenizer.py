@@ -24,6 +24,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from s3dit.tokenizer_config import FILE, check_added
 from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.gguf_file import GGUFFile
 
@@ -138,6 +139,7 @@ def _json(folder: Path) -> Callable[[str], list[int]]:
     tokenizer = _sound(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    check_added(folder / FILE, tokenizer.get_added_tokens_decoder())
     return _checked(tokenizer, path)
 
 
@@ -243,7 +245,8 @@ def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], lis
             f"{path}: it has no {' and no '.join(absent)}; needed the tokenizer of a Qwen chat model; take the folder "
             "from the model's official place"
         )
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
+    # parity: what the file adds around every text is added; Qwen's adds nothing.
+    return lambda text: list(tokenizer.encode(text).ids)
 
 
 def _sound(path: Path, read: Callable[[], Any]) -> Any:

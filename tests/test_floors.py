@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # The rooms of s3dit/, floor by floor; kernels/ is floor 0, weights/ floor 1 like config.
 FLOORS = {
-    1: ("config",),
+    1: ("config", "config_keys", "config_parts"),
     2: (
         "layout",
         "layers",
@@ -29,6 +29,7 @@ FLOORS = {
         "shapes",
         "files",
         "terminal",
+        "tokenizer_config",
     ),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
@@ -44,7 +45,12 @@ FLOORS = {
 BELOW = {4: 2, 5: 3}
 # Arrows on one floor.
 SIDEWAYS = {
-    ("s3dit.config", "s3dit.weights.checkpoint"),
+    ("s3dit.config", "s3dit.config_keys"),
+    ("s3dit.config", "s3dit.config_parts"),
+    ("s3dit.config_parts", "s3dit.config_keys"),
+    ("s3dit.config_parts", "s3dit.weights.container"),
+    ("s3dit.config", "s3dit.weights.container"),
+    ("s3dit.config_keys", "s3dit.weights.container"),
     ("s3dit.images", "s3dit.request"),
     ("s3dit.images", "s3dit.files"),
     ("s3dit.images", "s3dit.terminal"),

@@ -146,7 +146,7 @@ def test_overflow_is_named(copy):
     "change, message",
     [
         ({"dim": 10**9}, "dim is 1000000000"),
-        ({"dim": 200}, "needs 6 even axes_dims"),
+        ({"dim": 200}, "needed three even axes_dims"),
         ({"n_layers": "6"}, "n_layers is '6'"),
         ({"n_layers": 7}, "tensors missing"),
         ({"n_layers": 5}, "tensors unexpected"),

@@ -62,6 +62,34 @@ def test_other_sizes():
     assert shapes.text_encoder(blank("text_encoder", text)) == text
 
 
+@pytest.mark.parametrize("layers", [36, 35, 34, 37, 12])
+def test_a_text_encoder_of_the_official_width(layers):
+    """36 layers, or the 35 that are read; a file of fewer is one of several, of more another model's."""
+    stored, notes = blank("text_encoder", replace(shapes.TEXT_ENCODER, num_hidden_layers=layers)), []
+    if layers in (35, 36):
+        assert shapes.text_encoder(stored, None, notes) == shapes.TEXT_ENCODER and len(notes) == 36 - layers
+        return
+    with pytest.raises(CheckpointError, match=f"has {layers} layers, the model of its widths has 36"):
+        shapes.text_encoder(stored)
+
+
+def test_what_is_counted_on_trust_is_noted():
+    text = replace(shapes.TEXT_ENCODER, num_hidden_layers=4, hidden_size=96)
+    deep = replace(shapes.TRANSFORMER, n_layers=28)
+    assert shapes.text_encoder(blank("text_encoder", text), None, notes := []) == text and "of 4 layers" in notes[0]
+    assert shapes.transformer(blank("transformer", deep), None, notes := []) == deep and "has 28 layers" in notes[0]
+    shapes.transformer(blank("transformer", shapes.TRANSFORMER), None, notes := [])
+    assert not notes
+
+
+def test_layers_without_end():
+    stored = blank("text_encoder", replace(shapes.TEXT_ENCODER, num_hidden_layers=1))
+    norm = stored._tensors["model.layers.0.input_layernorm.weight"]
+    stored._tensors |= {f"model.layers.{i}.input_layernorm.weight": norm for i in range(300)}
+    with pytest.raises(CheckpointError, match="are 300, of which no model has over 128"):
+        shapes.text_encoder(stored)
+
+
 def test_metadata_of_gguf():
     stored = blank("text_encoder", shapes.TEXT_ENCODER)
     stored.metadata = {
@@ -84,6 +112,8 @@ def test_metadata_of_gguf():
         ("transformer", {"layers.0.attention_norm1.weight": ()}, "is \\[\\]"),
         ("transformer", {"layers.9.extra": (1,)}, "layers has the numbers 0, 1, 2, 3, 4, 5, 9"),
         ("vae", {"encoder.down_blocks.0.resnets.0.conv1.bias": (15,)}, "do not divide"),
+        ("text_encoder", {"model.layers.0.self_attn.q_norm.weight": (31,)}, "heads of 31 do not share"),
+        ("text_encoder", {"model.layers.0.self_attn.k_proj.weight": (8, 128)}, "do not share 0"),
     ],
 )
 def test_shapes_that_are_no_models(part, change, words, tmp_path):

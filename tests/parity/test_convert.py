@@ -60,8 +60,8 @@ def test_a_comfyui_file(tensors, official_dir, ours, reference, tmp_path):
 def test_a_whole_model_in_one_file(tensors, official_dir, ours, tmp_path, capsys):
     """With a VAE that the shapes describe; diffusers' own pipeline loads what comes out."""
     vae = diffusers.AutoencoderKL(
-        block_out_channels=(32, 32), layers_per_block=1, latent_channels=16, norm_num_groups=32,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=16, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=False, use_post_quant_conv=False,
     )  # fmt: skip
     whole = {

@@ -1,12 +1,21 @@
 """Noise levels and single steps against diffusers' FlowMatchEulerDiscreteScheduler."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
-from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
+from diffusers import ZImageImg2ImgPipeline
+from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 
-from s3dit.conditioning import Keep, noised
+from s3dit.conditioning import Keep, levels, noised
+from s3dit.config import SchedulerConfig, read_model
+from s3dit.pipeline import EMBEDDED
+from s3dit.request import Request
 from s3dit.sampler import euler, sigmas
+
+MODEL = read_model(EMBEDDED)
 
 
 def theirs(n, shift, **options):
@@ -21,10 +30,47 @@ def test_official_levels_are_the_same_bits(n, shift):
     assert torch.equal(sigmas(n, shift), theirs(n, shift).sigmas)
 
 
-@pytest.mark.parametrize("n", [2, 8, 30])
-def test_karras(n):
-    # 1e-6: the seventh root and power are taken in another precision
-    assert torch.allclose(sigmas(n, 3.0, "karras"), theirs(n, 3.0, use_karras_sigmas=True).sigmas, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("name", ["karras", "exponential"])
+@pytest.mark.parametrize("n", [1, 2, 8, 30])
+def test_spacings_are_the_same_bits(n, name):
+    assert torch.equal(sigmas(n, 3.0, name), theirs(n, 3.0, **{f"use_{name}_sigmas": True}).sigmas)
+
+
+NUMBERS = {"base_shift": 0.4, "max_shift": 1.3, "base_image_seq_len": 64, "max_image_seq_len": 2048}
+
+
+def said_by(said, height, width, **fields):
+    """The levels that a scheduler_config.json gives a request here, and in ZImageImg2ImgPipeline's own steps."""
+    config = SchedulerConfig.from_json(said, "scheduler_config.json")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(said)
+    n, strength = fields.get("num_inference_steps", 8), fields.get("strength")
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    mu = calculate_shift(height * width // 256, *(scheduler.config[name] for name in names))
+    scheduler.set_timesteps(sigmas=fields.get("sigmas") or get_default_z_image_sigmas(n), mu=mu)
+    found = scheduler.sigmas
+    if strength is not None:
+        theirs = SimpleNamespace(scheduler=scheduler)
+        timesteps, _ = ZImageImg2ImgPipeline.get_timesteps(theirs, len(found) - 1, strength, "cpu")
+        found = found[len(found) - 1 - len(timesteps) :]
+    request = Request(prompt="", height=height, width=width, **fields, image=None if strength is None else "a.png")
+    return levels(request.resolve(replace(MODEL, scheduler=config)), config), found
+
+
+@pytest.mark.parametrize("size", [(128, 128), (512, 1024), (1024, 1024), (2048, 1536)])
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("numbers", [{}, NUMBERS], ids=["diffusers' numbers", "others"])
+@pytest.mark.parametrize("fields", [{}, {"num_inference_steps": 28}, {"strength": 0.6}, {"sigmas": [1.0, 0.7, 0.2]}])
+def test_dynamic_shifting_is_the_same_bits(size, kind, numbers, fields):
+    said = {"shift": 3.0, "use_dynamic_shifting": True, "time_shift_type": kind, **numbers}
+    ours, found = said_by(said, *size, **fields)
+    assert torch.equal(ours, found) and not torch.equal(ours, said_by({"shift": 3.0}, *size, **fields)[0])
+
+
+@pytest.mark.parametrize("spacing", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_model_s_own_spacing_is_the_same_bits(spacing, dynamic):
+    ours, found = said_by({"shift": 3.0, "use_dynamic_shifting": dynamic, spacing: True}, 512, 512)
+    assert torch.equal(ours, found)
 
 
 @pytest.mark.parametrize("n", [2, 8, 30])
