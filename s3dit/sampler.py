@@ -73,7 +73,11 @@ def sigmas(
     `explicit` levels replace the even spacing and are shifted like it, as diffusers does with its `sigmas` argument.
     """
     # parity: float32 from the start, as diffusers' pipelines space them; the last bit of t moves the picture.
-    even = torch.linspace(1.0, 1.0 / n, n).numpy() if explicit is None else [s for s in explicit if s > 0]
+    even = (
+        torch.linspace(1.0, 1.0 / n, n, dtype=torch.float32).numpy()
+        if explicit is None
+        else [s for s in explicit if s > 0]
+    )
     levels = _shift(np.asarray(even, dtype=np.float32), shift)
     if schedule == "simple":
         # n picks out of the 1000 training levels, the largest first.
