@@ -17,12 +17,15 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from s3dit.hooks import watched
+from s3dit.hooks import Own, watched
+from s3dit.kernels.dispatch import BackendError
 from s3dit.offload import Mode, Shelf, tensors, version
 
 # What tells a tensor that nobody has touched: itself, its version counter, its memory, whether it wants a gradient.
@@ -40,12 +43,21 @@ def _same(tensor: Tensor | None, mark: Mark) -> bool:
     return mark[0]() is tensor and mark[1:] == (version(tensor), tensor.data_ptr(), tensor.requires_grad)
 
 
+def _refuse(name: str, *args: Any) -> None:
+    raise BackendError(
+        f"the {name} is not in memory: it was let go when another part's turn came; needed a part that is held; take "
+        f"it anew (pipe.parts[{name!r}]), or load the model with residency resident"
+    )
+
+
 class Component:
     """One part: its module, and the places in it where tensors come and go."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """module: on the meta device, as the part is made."""
-        self.module = module
+    def __init__(self, module: nn.Module, name: str) -> None:
+        """module: on the meta device, as the part is made · name: for messages."""
+        self.module, self._name = module, name
+        self._guards: list[RemovableHandle] = []
+        self._guard()
         found = list(tensors(module))
         self._places: list[tuple[Shelf, str]] = [(shelf, leaf) for shelf, leaf, _ in found]
         self._blanks = [tensor for *_, tensor in found]
@@ -55,6 +67,8 @@ class Component:
 
     def hang(self, filled: nn.Module) -> None:
         """Take over the tensors of a filled copy of the module, but where somebody has put tensors of his own."""
+        while self._guards:
+            self._guards.pop().remove()
         self._theirs = self.touched()
         for i, (_, _, tensor) in enumerate(tensors(filled)):
             shelf, leaf = self._places[i]
@@ -75,6 +89,16 @@ class Component:
             if i not in self._theirs:
                 shelf[leaf] = blank
         self._marks = None
+        if not self._guards:
+            self._guard()
+
+    def _guard(self) -> None:
+        """Let whatever would compute without its tensors say so: some of it would go on, on the meta device."""
+        for one in self.module.modules():
+            if one._parameters or one._buffers:
+                # Also where hooks of others are refused.
+                register = partial(nn.Module.register_forward_pre_hook, one, prepend=True)
+                self._guards.append(register(Own(partial(_refuse, self._name))))
 
     def restore(self) -> None:
         """Forget what somebody has changed; with the part out of memory."""
@@ -141,7 +165,7 @@ class Residency:
         """A part, in memory or not."""
         with self.lock:
             if name not in self._components:
-                self._components[name] = Component(self.make(name))
+                self._components[name] = Component(self.make(name), name)
             return self._components[name]
 
     def __getitem__(self, name: str) -> nn.Module:

@@ -104,6 +104,20 @@ def test_a_part_that_fails_to_load_holds_nothing():
     assert parts.held == () and parts.component("a").module.weight.is_meta
 
 
+def test_a_part_that_is_away_says_so():
+    """Also where it would go on without weights, on the meta device."""
+    pipe = load("staged")
+    features = pipe.encode(["a red star"])[0]
+    vae, transformer = pipe.parts["vae"], pipe.parts["transformer"]
+    with pytest.raises(BackendError, match="the vae is not in memory: .*take it anew .pipe.parts.'vae'.."):
+        vae.decode(torch.zeros(1, 16, 8, 8))
+    pipe.parts.free()
+    with pytest.raises(BackendError, match="the transformer is not in memory"):
+        transformer.context(text_to_image([(4, 4)], [len(features)]), features)
+    assert not pipe.parts.watched("vae", "transformer")
+    pipe.parts["transformer"].context(text_to_image([(4, 4)], [len(features)]), features)
+
+
 EDITS = {
     "in place": lambda layer: layer.weight.mul_(2),
     "a piece": lambda layer: layer.weight[0].zero_(),
