@@ -6,8 +6,10 @@ reference. `set_backend` (or the environment variable S3DIT_BACKEND) narrows the
 run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice, and
 `op.explain` says of each stand-in why it does or does not serve a call.
 
-`op.using(f)` replaces the implementation inside a `with`: tests run both, benchmarks time each, and a researcher looks
-at (or edits) the arguments and then calls `op.reference`.
+`use_backend` does the same inside a `with` and for the calling thread only: what a pipeline was loaded with.
+
+`op.using(f)` replaces the implementation inside a `with`, for all threads: tests run both, benchmarks time each, and a
+researcher looks at (or edits) the arguments and then calls `op.reference`.
 
 Triton kernels are written with `kernel` and `tl` from here. They run on CUDA, or on the CPU under TRITON_INTERPRET=1,
 which is how they are tested without a GPU; anywhere else Triton is not even imported. What launches them is a
@@ -16,6 +18,7 @@ which is how they are tested without a GPU; anywhere else Triton is not even imp
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -61,35 +64,62 @@ class StandIn:
 
 
 _backend = "auto"
-# How many `using` are in force, and the calls that `asked` has noted so far.
+# How many `using` are in force.
 _overrides = 0
-_questions: list[tuple["Op", tuple[Any, ...]]] | None = None
+_lock = threading.Lock()
 
 
-def set_backend(name: str) -> None:
-    """Choose who serves every Op from now on: auto, reference, torch or triton; raises BackendError."""
-    global _backend
+class _Thread(threading.local):
+    """What holds for one thread: the backend of `use_backend`, and the calls that `asked` has noted so far."""
+
+    # Not a ContextVar, which torch.compile cannot trace.
+    backend: str | None = None
+    questions: list[tuple["Op", tuple[Any, ...]]] | None = None
+
+
+_thread = _Thread()
+
+
+def check_backend(name: str) -> None:
+    """Raise the BackendError of a backend that does not exist, or cannot run on this machine."""
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
     if name == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError("backend 'triton' needs a CUDA device, found none; use 'auto', 'torch' or 'reference'")
+
+
+def set_backend(name: str) -> None:
+    """Choose who serves every Op of this process from now on: auto, reference, torch or triton; raises BackendError."""
+    global _backend
+    check_backend(name)
     _backend = name
 
 
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Choose who serves every Op that this thread calls inside the `with`; None leaves the choice as it is."""
+    if name is not None:
+        check_backend(name)
+    before, _thread.backend = _thread.backend, name or _thread.backend
+    try:
+        yield
+    finally:
+        _thread.backend = before
+
+
 def backend() -> str:
-    """Return the choice in force."""
-    return _backend
+    """Return the choice in force for this thread."""
+    return _thread.backend or _backend
 
 
 @contextmanager
 def asked() -> Iterator[list[tuple["Op", tuple[Any, ...]]]]:
-    """Note every call of an Op inside the `with` and let its reference serve: for a run on fake tensors."""
-    global _questions
-    before, _questions = _questions, []
+    """Note every call of an Op by this thread in the `with` and let its reference serve: for a run on fake tensors."""
+    before, _thread.questions = _thread.questions, []
     try:
-        yield _questions
+        yield _thread.questions
     finally:
-        _questions = before
+        _thread.questions = before
 
 
 def overridden() -> bool:
@@ -105,6 +135,8 @@ class Op:
         self.name = reference.__name__
         self.stand_ins: list[StandIn] = []
         self._override: Callable[..., Any] | None = None
+        # Every replacement in force, the last of them being `_override`.
+        self._replacements: list[tuple[Callable[..., Any]]] = []
         self._node: Callable[..., Any] | None = None
         functools.update_wrapper(self, reference)
 
@@ -126,15 +158,16 @@ class Op:
         """Return the implementation that a call with these arguments would run."""
         if self._override is not None:
             return self._override
-        if _backend == "reference":
+        chosen = backend()
+        if chosen == "reference":
             return self.reference
         device = _device(args)
         for stand_in in self.stand_ins:
-            if _backend in ("auto", stand_in.backend) and not stand_in.refusal(device, args):
+            if chosen in ("auto", stand_in.backend) and not stand_in.refusal(device, args):
                 return stand_in.function
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
         kernels = [stand_in for stand_in in self.stand_ins if stand_in.backend == "triton"]
-        if _backend == "triton" and kernels:
+        if chosen == "triton" and kernels:
             why = "; ".join(dict.fromkeys(stand_in.refusal(device, args) for stand_in in kernels))
             raise BackendError(f"backend 'triton' is forced but no kernel of {self.name} may run: {why}; use 'auto'")
         return self.reference
@@ -147,11 +180,11 @@ class Op:
         for stand_in in self.stand_ins:
             name = stand_in.function.__name__.strip("_")
             reason = stand_in.refusal(device, args)
-            if not reason and _backend not in ("auto", stand_in.backend):
-                reason = f"backend {_backend!r} is forced"
+            if not reason and backend() not in ("auto", stand_in.backend):
+                reason = f"backend {backend()!r} is forced"
             lines.append((name, stand_in.backend, reason or (f"{found} comes first" if found else "chosen")))
             found = found or ("" if reason else name)
-        barred = _backend == "triton" and any(stand_in.backend == "triton" for stand_in in self.stand_ins)
+        barred = backend() == "triton" and any(stand_in.backend == "triton" for stand_in in self.stand_ins)
         reason = f"{found} comes first" if found else "backend 'triton' is forced" if barred else "chosen"
         return [*lines, ("reference", "reference", reason)]
 
@@ -163,22 +196,28 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if self._node is not None and torch.compiler.is_compiling():
             return self._node(*args)
-        if _questions is not None:
-            _questions.append((self, args))
+        if _thread.questions is not None:
+            _thread.questions.append((self, args))
             return self.reference(*args)
         return self.choose(*args)(*args)
 
     @contextmanager
     def using(self, function: Callable[..., Any]) -> Iterator[None]:
-        """Serve every call with `function` inside the `with`."""
+        """Serve every call, of every thread, with `function` inside the `with`."""
         global _overrides
-        before, self._override = self._override, function
-        _overrides += 1
+        mine = (function,)
+        with _lock:
+            self._replacements.append(mine)
+            self._override = function
+            _overrides += 1
         try:
             yield
         finally:
-            self._override = before
-            _overrides -= 1
+            with _lock:
+                # By identity: threads need not leave in the order in which they came.
+                self._replacements = [one for one in self._replacements if one is not mine]
+                self._override = self._replacements[-1][0] if self._replacements else None
+                _overrides -= 1
 
 
 def op(reference: Callable[..., Any]) -> Op:
@@ -189,7 +228,7 @@ def op(reference: Callable[..., Any]) -> Op:
 def _device(args: tuple[Any, ...]) -> str:
     """The device type whose stand-ins are asked: that of the first argument; interpreted kernels take CPU tensors."""
     device = args[0].device.type
-    return "cuda" if INTERPRETED and _backend == "triton" and device == "cpu" else device
+    return "cuda" if INTERPRETED and backend() == "triton" and device == "cpu" else device
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -1,24 +1,30 @@
 """The adapters of a pipeline: `pipe.lora.attach(file)`, `detach`, `scale`, `merge`.
 
-Parts of a model come and go (`offload.Residency`), adapters stay: the list is kept here, a part in memory is changed at
-once, and a part that is made anew is given all of it by its maker (`give`). So nothing is loaded again for a new
-strength, and nothing is forgotten when a part is.
+Parts of a model come and go (`residency`), adapters stay: a part in memory is changed at once, and a part that comes in
+is given all that belong to it (`merge_into`, `attach_to`). So nothing is loaded again for a new strength, and nothing
+is forgotten when a part is. The list itself belongs to the parts, which know nothing else of this room.
+
+What is called while a picture is drawn by another thread waits for it; between two steps of a `stream` it acts from the
+next step on.
 
 A file is held to the model before anything is changed: the report says what of it matched, what did not and what has a
 wrong shape, and the rest is an error unless partial use is allowed.
 """
 
 import math
-from collections.abc import Callable, Mapping
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from s3dit import lora
-from s3dit.offload import Residency
+from s3dit.devices import Placement, own_settings
 from s3dit.request import RequestError
 from s3dit.weights.adapter import Adapter, Deltas, read_adapter
 from s3dit.weights.checkpoint import CheckpointError
@@ -99,20 +105,49 @@ class Loaded:
     merged: bool = False
 
 
+class Host(Protocol):
+    """The parts that adapters change: `parts.Parts`.
+
+    adapters: by name, in the order in which they came · revisions: how often those of a part changed.
+    """
+
+    lock: threading.RLock
+    placement: Placement
+    adapters: dict[str, Loaded]
+    revisions: Counter[str]
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """Names of the parts in memory."""
+
+    def component(self, name: str) -> Any:
+        """A part, in memory or not; its `module` is the same object for good."""
+
+    def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
+        """A part's module on the meta device, and the names that are never read."""
+
+    def changed_by_hand(self, part: str) -> bool:
+        """Whether somebody has changed parameters of a part."""
+
+    def free(self) -> None:
+        """Let every part go."""
+
+
 class Adapters:
     """The adapters of one pipeline, by name, in the order in which they came."""
 
-    def __init__(
-        self,
-        parts: Residency,
-        blank: Callable[[str], nn.Module],
-        device: torch.device,
-        dtype: torch.dtype,
-        changed: Callable[[str], None],
-    ) -> None:
-        """blank(part): its module on the meta device · device, dtype: of the computation · changed(part): is told."""
-        self._parts, self._blank, self._device, self._dtype, self._changed = parts, blank, device, dtype, changed
-        self._loaded: dict[str, Loaded] = {}
+    def __init__(self, parts: Host) -> None:
+        self._parts = parts
+
+    @property
+    def _loaded(self) -> dict[str, Loaded]:
+        return self._parts.adapters
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Alone with the parts, whatever the caller has switched on in torch."""
+        with self._parts.lock, own_settings(self._parts.placement.device):
+            yield
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -128,77 +163,72 @@ class Adapters:
         strength, any sign · name: to speak of it later (default: the file's) · allow_partial: leave out what fits no
         layer. Raises CheckpointError (the file, and what does not fit), RequestError (name, scale).
         """
-        _check_scale(scale)
-        if name is not None and name in self._loaded:
-            raise RequestError(f"there is an adapter {name!r} already; detach it, or give this one another name")
-        adapter = read_adapter(resolve_file(str(source)))
-        name = name or self._free(adapter.path.stem)
-        shapes = {part: lora.homes(self._blank(part)) for part in adapter.deltas}
-        deltas, report = fit(adapter, shapes, name, allow_partial)
-        loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
-        try:
-            for part, module in self._held(deltas):
-                lora.attach(module, name, deltas[part], scale, self._device, self._dtype)
-        except BaseException:
-            # Made anew, a part has nothing half attached.
-            self._parts.free()
-            raise
-        self._loaded[name] = loaded
-        self._tell(deltas)
-        return report
+        with self._turn():
+            _check_scale(scale)
+            if name is not None and name in self._loaded:
+                raise RequestError(f"there is an adapter {name!r} already; detach it, or give this one another name")
+            adapter = read_adapter(resolve_file(str(source)))
+            name = name or self._free(adapter.path.stem)
+            shapes = {part: lora.homes(self._parts.blank(part)[0]) for part in adapter.deltas}
+            deltas, report = fit(adapter, shapes, name, allow_partial)
+            loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
+            try:
+                for part, module in self._held(deltas):
+                    attach_one(loaded, name, part, module, self._parts.placement)
+            except BaseException:
+                # A part that comes in again has nothing half attached.
+                self._parts.free()
+                raise
+            self._loaded[name] = loaded
+            self._tell(deltas)
+            return report
 
     def detach(self, name: str | None = None) -> None:
         """Take one adapter off, or all; the weights are bit for bit what they were. RequestError for a merged one."""
-        for one in self._chosen(name):
-            if self._loaded[one].merged:
-                raise RequestError(f"{one} is merged into the weights and cannot be detached; load the model again")
-        for one in self._chosen(name):
-            gone = self._loaded[one]
-            for _, module in self._held(gone.deltas):
-                lora.detach(module, one)
-            del self._loaded[one]
-            self._tell(gone.deltas)
+        with self._turn():
+            for one in self._chosen(name):
+                if self._loaded[one].merged:
+                    raise RequestError(f"{one} is merged into the weights and cannot be detached; load the model again")
+            for one in self._chosen(name):
+                gone = self._loaded[one]
+                for _, module in self._held(gone.deltas):
+                    lora.detach(module, one)
+                del self._loaded[one]
+                self._tell(gone.deltas)
 
     def scale(self, name: str, value: float) -> None:
         """Change the strength of an adapter, from the next model call on; nothing is loaded or compiled anew."""
-        _check_scale(value)
-        (one,) = self._chosen(name)
-        loaded = self._loaded[one]
-        if loaded.merged:
-            raise RequestError(f"{one} is merged into the weights at scale {loaded.scale:g}; load the model again")
-        for _, module in self._held(loaded.deltas):
-            lora.rescale(module, one, value)
-        loaded.scale = float(value)
-        self._tell(loaded.deltas)
+        with self._turn():
+            _check_scale(value)
+            (one,) = self._chosen(name)
+            loaded = self._loaded[one]
+            if loaded.merged:
+                raise RequestError(f"{one} is merged into the weights at scale {loaded.scale:g}; load the model again")
+            for _, module in self._held(loaded.deltas):
+                lora.rescale(module, one, value)
+            loaded.scale = float(value)
+            self._tell(loaded.deltas)
 
     def merge(self, name: str | None = None) -> None:
         """Write one adapter, or all, into the float weights: no cost in a pass, no way back but a new pipeline.
 
-        The parts in memory are let go and made anew when next needed. BackendError where a layer is quantized.
+        The parts in memory are let go and loaded again when next needed. BackendError where a layer is quantized,
+        RequestError where somebody has changed weights of the part.
         """
-        chosen = self._chosen(name)
-        for one in chosen:
-            for part, deltas in self._loaded[one].deltas.items():
-                lora.check_merge(self._blank(part), deltas)
-        for one in chosen:
-            self._loaded[one].merged = True
-            self._tell(self._loaded[one].deltas)
-        self._parts.free()
-
-    def give(self, part: str, module: nn.Module) -> None:
-        """Give a part that was just made its adapters: merged ones into the weights, the others beside them."""
-        mine = [(name, one) for name, one in self._loaded.items() if part in one.deltas]
-        for _, one in mine:
-            if one.merged:
-                lora.merge(module, one.deltas[part], one.scale)
-        for name, one in mine:
-            if not one.merged:
-                lora.attach(module, name, one.deltas[part], one.scale, self._device, self._dtype)
-
-    def nbytes(self, part: str) -> int:
-        """What the adapters beside a part hold on the device."""
-        deltas = [d for one in self._loaded.values() if not one.merged for d in one.deltas.get(part, {}).values()]
-        return self._dtype.itemsize * sum(tensor.numel() for delta in deltas for tensor in _tensors(delta))
+        with self._turn():
+            chosen = self._chosen(name)
+            for one in chosen:
+                for part, deltas in self._loaded[one].deltas.items():
+                    if self._parts.changed_by_hand(part):
+                        raise RequestError(
+                            f"weights of the {part} were changed by hand, into which {one} cannot be merged; merge "
+                            "first and change them then, or take the changes back (parts.restore)"
+                        )
+                    lora.check_merge(self._parts.blank(part)[0], deltas)
+            for one in chosen:
+                self._loaded[one].merged = True
+                self._tell(self._loaded[one].deltas)
+            self._parts.free()
 
     def records(self) -> list[dict[str, Any]]:
         """What a picture's metadata says: names for people, and hashes by which the same files are known again."""
@@ -222,11 +252,35 @@ class Adapters:
 
     def _held(self, deltas: Mapping[str, Deltas]) -> list[tuple[str, nn.Module]]:
         """The parts in memory that an adapter changes."""
-        return [(part, self._parts.peek(part)) for part in deltas if part in self._parts.held]
+        return [(part, self._parts.component(part).module) for part in deltas if part in self._parts.held]
 
     def _tell(self, deltas: Mapping[str, Deltas]) -> None:
-        for part in deltas:
-            self._changed(part)
+        self._parts.revisions.update(deltas.keys())
+
+
+def merge_into(module: nn.Module, part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> None:
+    """Write the merged adapters into the weights of a part that was just read; dtype: what these are kept in."""
+    for one in adapters.values():
+        if one.merged and part in one.deltas:
+            lora.merge(module, one.deltas[part], one.scale, dtype)
+
+
+def attach_to(module: nn.Module, part: str, adapters: Mapping[str, Loaded], placement: Placement) -> None:
+    """Put the adapters that are not merged beside a part that was just loaded."""
+    for name, one in adapters.items():
+        if not one.merged and part in one.deltas:
+            attach_one(one, name, part, module, placement)
+
+
+def attach_one(one: Loaded, name: str, part: str, module: nn.Module, placement: Placement) -> None:
+    """Put one adapter beside a part."""
+    lora.attach(module, name, one.deltas[part], one.scale, placement.device, placement.compute)
+
+
+def nbytes(part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> int:
+    """What the adapters beside a part hold on the device."""
+    deltas = [d for one in adapters.values() if not one.merged for d in one.deltas.get(part, {}).values()]
+    return dtype.itemsize * sum(tensor.numel() for delta in deltas for tensor in _tensors(delta))
 
 
 def _check_scale(value: Any) -> None:

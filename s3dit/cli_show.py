@@ -12,6 +12,7 @@ from s3dit.terminal import bar, event, line, paint, say
 if TYPE_CHECKING:
     from PIL import Image
 
+    from s3dit.kernels.dispatch import Op
     from s3dit.pipeline import Pipeline
     from s3dit.plan import Plan
     from s3dit.sampler import Step
@@ -53,10 +54,15 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
 
 def explain(pipe: "Pipeline", request: Request) -> str:
     """Which implementation serves each operation of one model call, and why not the others."""
-    from s3dit.kernels.dispatch import asked, backend
+    from s3dit.kernels.dispatch import asked, backend, use_backend
 
     with asked() as calls:
         pipe.rehearse(request)
+    with use_backend(pipe.backend):
+        return _explained(calls, f"backend {backend()}, {pipe.placement}")
+
+
+def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]", title: str) -> str:
     found: dict[tuple[str, ...], int] = {}
     for op, args in calls:
         x, answers = args[0], op.explain(*args)
@@ -65,7 +71,7 @@ def explain(pipe: "Pipeline", request: Request) -> str:
         others = [f"not {name} ({kind}): {why}" for name, kind, why in answers if f"{name} ({kind})" != chosen]
         key = (f"{question}: {chosen}", *others)
         found[key] = found.get(key, 0) + 1
-    lines = [f"backend {backend()}, {pipe.placement}"]
+    lines = [title]
     for (question, *others), count in found.items():
         lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
     return "\n".join(map(line, lines))

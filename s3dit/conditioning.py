@@ -141,7 +141,7 @@ def _canvas(
     if mask is None and not any(margins):
         return Canvas(pixels, None, hashes)
     if mask is None:
-        paint = torch.zeros(1, *inner)
+        paint = torch.zeros(1, *inner, dtype=torch.float32)
     else:
         if mask.size != picture.size:
             (h, w), (height, width) = mask.size, picture.size
@@ -216,11 +216,16 @@ def generators(request: Request) -> list[torch.Generator]:
     return several
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers in fp32; a generator gives others in other dtypes."""
+    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+
 def draw(grids: Grids, generators: Sequence[torch.Generator]) -> Tensor:
     """Noise for every picture from its own generator, drawn as latents so that it is diffusers' noise: (tokens, 64)."""
     return torch.cat(
         [
-            patchify(torch.randn(16, 2 * rows, 2 * columns, generator=g, device=g.device).cpu())
+            patchify(_normal((16, 2 * rows, 2 * columns), g).cpu())
             for (rows, columns), g in zip(grids, generators, strict=True)
         ]
     )
@@ -259,7 +264,7 @@ class Keep:
             # parity: the last step is the model's everywhere, so that its seams close.
             if i == self.steps:
                 return x
-            paint = (1 - paint <= torch.tensor((i - 1) / self.steps)).to(x)
+            paint = (1 - paint <= torch.tensor((i - 1) / self.steps, dtype=torch.float32)).to(x)
         return (1 - paint) * noised(self.image, self.noise, sigma) + paint * x
 
 

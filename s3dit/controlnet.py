@@ -334,7 +334,7 @@ def condition(
     given = shown if shown is not None else masked
     assert given is not None
     depth, rows, columns = given.shape
-    latents = torch.zeros(channels, rows, columns, device=given.device)
+    latents = torch.zeros(channels, rows, columns, dtype=torch.float32, device=given.device)
     if shown is not None:
         latents[:depth] = shown
     if masked is not None and mask is not None:

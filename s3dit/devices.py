@@ -7,6 +7,8 @@ AVX512-BF16 but no AMX (twice: one Sapphire Rapids without AMX gave 82 GFLOP/s i
 3840). Plain fp16 is refused: the products of Z-Image's feed-forward pass 65504.
 """
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,3 +86,22 @@ def fast_bf16(device: torch.device) -> bool:
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     slow = able.get("avx512_bf16") and not able.get("amx_bf16") and "Intel" in able.get("cpu_name", "")
     return native_bf16(device) and not slow
+
+
+@contextmanager
+def own_settings(device: torch.device) -> Iterator[None]:
+    """Switch off what the calling thread has switched on in torch: autocast, gradients, inference and default device.
+
+    All of it belongs to the thread. torch's default dtype belongs to the process and stays: whatever depends on a dtype
+    names it. Tensors that are made inside are ordinary ones, so that gradients can pass through weights later.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        # A mode that looks at every call of torch, so only where there is another.
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield

@@ -2,8 +2,9 @@
 
 `compile_blocks` gives each kind of repeated block to torch.compile once, not the model: one graph serves all thirty
 main blocks. Sizes are symbols in it, and attention is an opaque node (`kernels/attention.py`), so no picture size,
-prompt length, batch or guidance compiles anything anew. Hooks stay outside of the graph: streamed blocks (`offload`)
-and traces work as before.
+prompt length, batch or guidance compiles anything anew. Hooks of the blocks stay outside of the graph, so streamed
+blocks (`offload`) work as before; a block into which somebody looks (hooks, `op.using`, a forward of his own) runs
+uncompiled as long as he does.
 
 `Replay` records a pass as a CUDA graph and replays it: one launch in place of hundreds, which decides the speed of
 small pictures. A recording has its own buffers, and serves all calls whose arguments have the same shapes and host
@@ -17,17 +18,20 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s3dit.hooks import Own, watched
 from s3dit.kernels.dispatch import BackendError, backend, overridden
-from s3dit.offload import repeated
+from s3dit.offload import repeated, tensors
 
 # Recordings that are kept: two (guided and not) of the last few sizes. Their working memory is one shared pool.
 KEPT = 8
@@ -52,30 +56,57 @@ def compile_blocks(model: nn.Module, compiler: str | Callable[..., Any] = "induc
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     kinds = {kind: _compiled(kind, compiler) for kind in {type(block) for block in blocks}}
     for block in blocks:
-        block.forward = _bound(kinds[type(block)], block)
+        block.forward = _bound(kinds[type(block)], type(block).forward, block)
 
 
 def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
     """One kind's forward, compiled for every size at once."""
-    from torch.fx.experimental import _config as symbols
-
     compiled = torch.compile(kind.forward, dynamic=True, fullgraph=True, backend=compiler)
 
     def forward(block: nn.Module, *args: Any) -> Any:
-        # Else two sizes that are equal by accident (items + 1 and the 2 of a cosine and sine) become one symbol.
-        before, symbols.use_duck_shape = symbols.use_duck_shape, False
-        try:
+        with _apart():
             return compiled(block, *args)
-        finally:
-            symbols.use_duck_shape = before
 
     return forward
 
 
-def _bound(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+_lock = threading.Lock()
+# For each thread inside of `_apart`, what the setting was before the first one came.
+_before: list[bool] = []
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Let two sizes that are equal by accident (items + 1 and the 2 of a cosine and sine) not become one symbol.
+
+    It is a setting of the process: the last thread that leaves puts it back.
+    """
+    from torch.fx.experimental import _config as symbols
+
+    with _lock:
+        _before.append(_before[0] if _before else symbols.use_duck_shape)
+        symbols.use_duck_shape = False
+    try:
+        yield
+    finally:
+        with _lock:
+            before = _before.pop()
+            symbols.use_duck_shape = before if not _before else False
+
+
+def _bound(compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
     """The forward as a method that does not keep its block alive."""
     itself = weakref.ref(block)
-    return lambda *args: forward(itself(), *args)
+
+    def forward(*args: Any) -> Any:
+        block = itself()
+        assert block is not None
+        _, *inside = block.modules()
+        # A graph does not run hooks that came after it.
+        looked = overridden() or watched(inside) or any("forward" in vars(one) for one in inside)
+        return (plain if looked else compiled)(block, *args)
+
+    return forward
 
 
 def check_compiler(device: torch.device) -> None:
@@ -140,23 +171,30 @@ class Replay:
         """record: None records CUDA graphs; raises BackendError where there is no CUDA or hooks want to look in."""
         if record is None and not torch.cuda.is_available():
             raise BackendError("graphs need a CUDA device, found none; load the model without graphs")
-        self._modules = list(model.modules())
-        if self._watched():
+        if any(isinstance(hook, Own) for one in model.modules() for hook in one._forward_hooks.values()):
             raise BackendError(
-                f"{type(model).__name__} has hooks (streamed blocks or a trace), which a recorded pass would not run; "
-                "needed residency staged or resident; load the model without graphs"
+                f"{type(model).__name__} has hooks of streamed blocks, which a recorded pass would not run; needed "
+                "residency staged or resident; load the model without graphs"
             )
-        self._model, self._record, self._keep = model, record or CudaGraphs(), keep
+        # Weak, as it is the model that keeps its recordings.
+        self._model, self._record, self._keep = weakref.ref(model), record or CudaGraphs(), keep
         self._recordings: OrderedDict[Any, Recording] = OrderedDict()
+        self._made_of = _made_of(model)
 
     def __len__(self) -> int:
         return len(self._recordings)
 
-    @torch.inference_mode()
+    @property
+    def stale(self) -> bool:
+        """Whether the model has other modules or tensors by now than those that were recorded."""
+        return self._made_of != _made_of(self._itself())
+
+    @torch.no_grad()
     def __call__(self, *args: Any) -> Tensor:
         """What `model(*args)` returns, a tensor. While somebody looks inside (hooks, `op.using`) it simply runs."""
-        if self._watched() or overridden():
-            return self._model(*args)
+        model = self._itself()
+        if watched(model.modules()) or overridden():
+            return model(*args)
         parts = [flatten(arg) for arg in args]
         signature = (backend(), *(shape for shape, _ in parts))
         if signature not in self._recordings:
@@ -165,9 +203,9 @@ class Replay:
                 self._recordings.popitem(last=False)
         self._recordings.move_to_end(signature)
         recording = self._recordings[signature]
-        for i, (arg, (_, tensors)) in enumerate(zip(args, parts, strict=True)):
+        for i, (arg, (_, inside)) in enumerate(zip(args, parts, strict=True)):
             if isinstance(arg, Tensor) or arg is not recording.filled[i]:
-                for own, given in zip(recording.inputs[i], tensors, strict=True):
+                for own, given in zip(recording.inputs[i], inside, strict=True):
                     own.copy_(given)
                 recording.filled[i] = arg
         recording.replay()
@@ -176,11 +214,20 @@ class Replay:
     def _recorded(self, args: tuple[Any, ...], parts: list[tuple[Any, list[Tensor]]]) -> Recording:
         inputs = [[tensor.clone() for tensor in tensors] for _, tensors in parts]
         own = [rebuild(arg, iter(tensors)) for arg, tensors in zip(args, inputs, strict=True)]
-        replay, output = self._record(lambda: self._model(*own))
+        model = self._itself()
+        replay, output = self._record(lambda: model(*own))
         return Recording(inputs, list(args), replay, output)
 
-    def _watched(self) -> bool:
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self._modules)
+    def _itself(self) -> nn.Module:
+        model = self._model()
+        assert model is not None
+        return model
+
+
+def _made_of(model: nn.Module) -> list[int]:
+    """The modules of a model, their own forwards, and its tensors, as numbers."""
+    forwards = [id(one) for module in model.modules() for one in (module, vars(module).get("forward"))]
+    return [*forwards, *(id(tensor) for *_, tensor in tensors(model))]
 
 
 def flatten(value: Any) -> tuple[Any, list[Tensor]]:

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s3dit.hooks import SHELVES
 from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.scheme import Rows
 from s3dit.linear import Linear, QuantLinear
-from s3dit.offload import Shelf, hang, lands_as
+from s3dit.offload import Shelf, lands_as
 from s3dit.weights.delta import Delta, norms
 
 
@@ -61,7 +62,7 @@ class Branch:
         if self.replaces:
             added = added - product
         elif self.columns is not None:
-            added = added + (self.layer(grown) - plain)
+            added = added + (self.layer.forward(grown) - plain)
         if self.rows is not None:
             added = added + self.rows * (product + added)
         return y + self.strength * added
@@ -71,7 +72,8 @@ class Adapted(nn.Module):
     """A linear layer and the branches beside it.
 
     The layer's parameters and buffers hang here too, on the layer's own shelves: names and state dict of the model are
-    what they were, and who moves a weight moves the layer's.
+    what they were, and who moves a weight moves the layer's. So do hooks: one that was put on either runs once, after
+    the branches, and is still there when they are gone.
     """
 
     # A branch wants x unrounded.
@@ -83,12 +85,13 @@ class Adapted(nn.Module):
         # Not as a child, whose name would come between.
         self.__dict__["layer"] = layer
         self._parameters, self._buffers = layer._parameters, layer._buffers
+        vars(self).update({shelf: vars(layer)[shelf] for shelf in SHELVES})
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.branches: dict[str, Branch] = {}
 
     def forward(self, x: Tensor | Rows) -> Tensor:
         """Apply to x (…, in) of any float dtype, or to its Rows -> (…, out), same dtype."""
-        plain = y = self.layer(x)
+        plain = y = self.layer.forward(x)  # type: ignore[arg-type]
         wide = x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
         for branch in self.branches.values():
             y = branch(y, wide, plain)
@@ -131,7 +134,7 @@ def weight_of(layer: Linear | QuantLinear) -> Tensor:
     return layer.scheme.decode({name: part for name, part in layer._buffers.items() if part is not None})
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attach(
     model: nn.Module,
     name: str,
@@ -164,7 +167,7 @@ def attach(
     vars(model).pop("replay", None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def detach(model: nn.Module, name: str) -> None:
     """Take an adapter off again: with the last one, every layer and parameter is the object that it was."""
     changes: Changes = vars(model)["adapters"]
@@ -178,13 +181,26 @@ def detach(model: nn.Module, name: str) -> None:
     vars(model).pop("replay", None)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def rescale(model: nn.Module, name: str, scale: float) -> None:
     """Give an attached adapter another strength, in force from the next pass on."""
     attached = vars(model)["adapters"].attached[name]
     attached.strength.fill_(scale)
     for layer in attached.vectors:
         _revise(model, layer)
+
+
+def stand_ins(model: nn.Module) -> list[tuple[Shelf, str]]:
+    """Where copies hang that adapters have changed."""
+    changes: Changes | None = vars(model).get("adapters")
+    return [] if changes is None else [_parameter(model, layer) for layer in changes.originals]
+
+
+def strip(model: nn.Module) -> None:
+    """Take all adapters off a model."""
+    changes: Changes | None = vars(model).get("adapters")
+    for name in [] if changes is None else list(changes.attached):
+        detach(model, name)
 
 
 def check_merge(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -202,9 +218,12 @@ def check_merge(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         raise BackendError(f"{type(model).__name__} has adapters attached; merge first, then attach")
 
 
-@torch.inference_mode()
-def merge(model: nn.Module, deltas: Mapping[str, Delta], scale: float) -> None:
-    """Write an adapter into the float weights of a model; BackendError where one is quantized, before any change."""
+@torch.no_grad()
+def merge(model: nn.Module, deltas: Mapping[str, Delta], scale: float, dtype: torch.dtype | None = None) -> None:
+    """Write an adapter into the float weights of a model; BackendError where one is quantized, before any change.
+
+    dtype: of the weights that were changed, None keeps theirs.
+    """
     check_merge(model, deltas)
     for layer, delta in deltas.items():
         home = _module(model, layer)
@@ -214,10 +233,10 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta], scale: float) -> None:
             continue
         wide = weight.float()
         changed = torch.lerp(wide, delta.changed(weight), scale)
-        hang(model, shelf, leaf, _parameter_of(changed, lands_as(model, shelf, leaf)))
+        shelf[leaf] = _parameter_of(changed, dtype or weight.dtype)
         if delta.bias is not None and home is not None and home.bias is not None:
             added = home.bias.float() + scale * delta.bias.to(home.bias.device, torch.float32)
-            hang(model, shelf, "bias", _parameter_of(added, lands_as(model, shelf, "bias")))
+            shelf["bias"] = _parameter_of(added, dtype or home.bias.dtype)
 
 
 def _parameter_of(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
@@ -245,9 +264,11 @@ def _blank(home: nn.Module) -> bool:
 
 
 def _replace(model: nn.Module, layer: str, module: Any) -> Any:
-    """Let another module stand in a layer's place; returns it."""
+    """Let another module stand in a layer's place, hooks included; returns it."""
     parent, _, leaf = layer.rpartition(".")
-    model.get_submodule(parent)._modules[leaf] = module
+    siblings = model.get_submodule(parent)._modules
+    module._is_full_backward_hook = siblings[leaf]._is_full_backward_hook  # type: ignore[union-attr]
+    siblings[leaf] = module
     return module
 
 
@@ -257,16 +278,13 @@ def _revise(model: nn.Module, layer: str) -> None:
     shelf, leaf = _parameter(model, layer)
     found = [(one.strength, one.vectors[layer]) for one in changes.attached.values() if layer in one.vectors]
     if not found:
-        hang(model, shelf, leaf, changes.originals.pop(layer))
+        shelf[leaf] = changes.originals.pop(layer)
         return
     original = changes.originals.setdefault(layer, shelf[leaf])
     value = wide = original.float()
     for strength, delta in found:
         value = value + strength.to(wide.device) * (delta.changed(original) - wide)
     if shelf[leaf] is original:
-        # Compiled blocks tell tensors that were made in inference mode from others.
-        with torch.inference_mode(original.is_inference()):
-            hang(model, shelf, leaf, _parameter_of(original.clone(), lands_as(model, shelf, leaf)))
-    # In place, so that what was recorded or compiled reads it; hung again, as a slot may hold a copy.
+        shelf[leaf] = _parameter_of(original.clone(), lands_as(model, shelf, leaf))
+    # In place, so that what was recorded or compiled reads it.
     shelf[leaf].copy_(value)
-    hang(model, shelf, leaf, shelf[leaf])

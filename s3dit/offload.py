@@ -1,98 +1,27 @@
-"""Residency: which parts of a model are in memory, and when.
+"""Streamed blocks: of a model's repeated blocks only some stay on the device, the others pass through two slots.
 
-*staged* (default): text encoder, transformer and VAE take turns; loading one lets the others go. *resident*: every
-part stays once loaded. *streamed*: as staged, and of a part's repeated blocks only some stay on the device (or none);
-the others live in host memory and pass through two slots, each brought in while the one before it computes.
-
-A part is made by a function that the caller gives, and streaming is done by hooks on the blocks, so nothing here knows
-a model and no model knows of it. The arithmetic is the same, bit for bit. On a CPU where file and compute dtype agree,
-a part is a set of views of the mapped file, and its turn costs no copy; streamed there, the system may drop every page
-of the file but those that are being copied.
+They live in host memory, and each is brought in while the one before it computes. Streaming is done by hooks on the
+blocks, so nothing here knows a model and no model knows of it. The arithmetic is the same, bit for bit. On a CPU the
+system may drop every page of the file but those that are being copied.
 """
 
-import gc
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from s3dit.hooks import Own
 from s3dit.kernels.dispatch import BackendError
 
 Mode = Literal["staged", "resident", "streamed"]
 # Tensors start at multiples of this inside a slot, as kernels and copy engines like it.
 ALIGNED = 256
-
-
-class Residency:
-    """Parts by name, made when first asked for.
-
-    `kept` says of a part how many of its blocks are to stay on the device, for its maker to read; a part that is not
-    in it is whole. A part that holds more than that is made anew; one that holds less is used as it is.
-    """
-
-    def __init__(self, makers: Mapping[str, Callable[[], nn.Module]], mode: Mode) -> None:
-        self.mode = mode
-        self.kept: Mapping[str, int] = {}
-        self._makers = makers
-        self._held: dict[str, nn.Module] = {}
-        self._made: dict[str, int | None] = {}
-
-    def add(self, name: str, maker: Callable[[], nn.Module]) -> None:
-        """Know one more part."""
-        self._makers = {**self._makers, name: maker}
-
-    @property
-    def held(self) -> tuple[str, ...]:
-        """Names of the parts in memory now."""
-        return tuple(self._held)
-
-    def __getitem__(self, name: str) -> nn.Module:
-        wanted = self.kept.get(name)
-        if name in self._held and wanted is not None and ((made := self._made[name]) is None or made > wanted):
-            self._let_go(name)
-        if name not in self._held:
-            if self.mode != "resident":
-                self.free()
-            self._held[name] = self._makers[name]()
-            self._made[name] = wanted
-        return self._held[name]
-
-    def peek(self, name: str) -> nn.Module:
-        """A part that is held, as it is: nothing is made or made anew."""
-        return self._held[name]
-
-    @contextmanager
-    def beside(self) -> Iterator[None]:
-        """Inside the `with`, parts come in beside those that are held (for previews)."""
-        before, self.mode = self.mode, "resident"
-        try:
-            yield
-        finally:
-            self.mode = before
-
-    def settle(self, mode: Mode, kept: Mapping[str, int], parts: Collection[str]) -> None:
-        """Change how parts are held, for the sake of `parts`; let go of what has no room beside them any more."""
-        self.mode, self.kept = mode, kept
-        if mode != "resident" and len(self._held) > 1:
-            self.free()
-        self._let_go(*(name for name in self.held if name not in parts))
-
-    def free(self) -> None:
-        """Let every part go."""
-        self._let_go(*self._held)
-
-    def _let_go(self, *names: str) -> None:
-        gone = [weakref.ref(self._held.pop(name)) for name in names]
-        # Recordings point back at their model, and only the collector, which takes its time, lets go of such rings.
-        if any(module() is not None for module in gone):
-            gc.collect()
-        if gone and torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def repeated(model: nn.Module) -> list[nn.ModuleList]:
@@ -123,7 +52,8 @@ def stream(
     moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
     for shelf, leaf, tensor in tensors(model, without=moving):
         if not tensor.is_meta:
-            shelf[leaf] = _like(tensor, tensor.to(device, _dtype(tensor, dtype)))
+            moved = tensor.to(device, _dtype(tensor, dtype))
+            shelf[leaf] = tensor if moved is tensor else _like(tensor, moved)
     if not moving:
         return None
     belt = Belt(moving, device, dtype)
@@ -159,13 +89,6 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
-def hang(model: nn.Module, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
-    """Let a parameter of a model be another tensor of the same shape, on the belt too where it is streamed."""
-    shelf[leaf] = tensor
-    if (belt := vars(model).get("belt")) is not None:
-        belt.load(shelf, leaf, tensor)
-
-
 def lands_as(model: nn.Module, shelf: Shelf, leaf: str) -> torch.dtype:
     """The dtype that a parameter of a model computes in: its own, or that of its slot where it is streamed."""
     belt: Belt | None = vars(model).get("belt")
@@ -175,20 +98,54 @@ def lands_as(model: nn.Module, shelf: Shelf, leaf: str) -> torch.dtype:
 
 @dataclass(slots=True)
 class Home:
-    """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots."""
+    """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots.
+
+    version: of the host's tensor, when it was last copied · hung: what hangs there in its place.
+    """
 
     shelf: Shelf
     leaf: str
-    host: Tensor
+    host: Tensor | None
     views: tuple[Tensor, Tensor]
+    version: int = -1
+    hung: Tensor | None = None
+
+    def changed(self) -> bool:
+        """Whether somebody has written into the host's tensor, or hung up another, which then is the host's."""
+        found = self.shelf.get(self.leaf)
+        same = found is self.host and (found is None or version(found) == self.version)
+        self.host = found
+        return not same
+
+    def onto(self, device: torch.device) -> Tensor | None:
+        """The host's tensor on a device in the slots' dtype, in memory of its own, with a way back for gradients."""
+        return None if self.host is None else self.host.to(device, self.views[0].dtype)
+
+    def bring(self, slot: int) -> None:
+        """Copy the host's tensor into a slot."""
+        if self.host is None:
+            return
+        if self.host.shape != self.views[slot].shape:
+            raise BackendError(
+                f"{self.leaf} of a streamed block was {list(self.views[slot].shape)} and is {list(self.host.shape)}; "
+                "needed the same shape; load the model with residency staged or resident"
+            )
+        self.version = version(self.host)
+        self.views[slot].copy_(self.host, non_blocking=True)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written to; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Belt:
     """Blocks in host memory that pass through two slots on a device, the next one while this one computes.
 
-    Outside of its own forward a block has its host tensors, so a model reads and saves as ever. Which block comes next
-    is what came next the last time. On CUDA host memory is pinned, copies run on a stream of their own, and events
-    keep both sides apart; elsewhere a copy is done where it is asked for.
+    Outside of its own forward a block has its host tensors, so a model reads and saves as ever, and who writes into
+    them or hangs up others changes what comes next. Which block comes next is what came next the last time. On CUDA
+    host memory is pinned, copies run on a stream of their own, and events keep both sides apart; elsewhere a copy is
+    done where it is asked for.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None = None) -> None:
@@ -213,42 +170,60 @@ class Belt:
             self._side.wait_stream(torch.cuda.current_stream(device))
             for slot in slots:
                 slot.record_stream(self._side)
+        self._hooks = []
         for i, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, i=i: self._enter(i))
+            self._hooks.append(block.register_forward_pre_hook(Own(partial(self._enter, i))))
             # Also after an exception: a block must not be left in a slot that is going to hold another.
-            block.register_forward_hook(lambda *_: self._leave(), always_call=True)
+            self._hooks.append(block.register_forward_hook(Own(self._leave), always_call=True))
 
-    def load(self, shelf: Shelf, leaf: str, tensor: Tensor) -> None:
-        """Let a block carry another tensor in host memory from its next turn on; others than its own are ignored."""
-        for home in self.carried(shelf, leaf):
-            home.host = tensor
-            # The slots may hold the old one.
-            self._holds = [None, None]
+    def close(self) -> None:
+        """Stop streaming: every block has its host tensors, and the slots go."""
+        self._leave()
+        for hook in self._hooks:
+            hook.remove()
 
     def carried(self, shelf: Shelf, leaf: str) -> Iterator[Home]:
         """The home of what hangs there, if a block carries it."""
         return (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf)
 
-    def _enter(self, i: int) -> None:
+    def _enter(self, i: int, block: nn.Module, inputs: tuple[Any, ...]) -> None:
         """Hang block i into the slot that holds it, and send for the one that follows."""
         self._leave()
+        changed = [home.changed() for home in self._homes[i]]
+        tensors = (*inputs, *(home.host for home in self._homes[i]))
+        if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
+            # Until it has gone back, a gradient needs every weight as it was.
+            self._hang(i, [home.onto(self._device) for home in self._homes[i]])
+            return
+        if any(changed) and i in self._holds:
+            self._holds[self._holds.index(i)] = None
         if i not in self._holds:
             self._bring(i, 1 - self._slot)
         self._slot = self._holds.index(i)
         if (landed := self._landed[self._slot]) is not None:
             torch.cuda.current_stream(self._device).wait_event(landed)
-        for home in self._homes[i]:
-            home.shelf[home.leaf] = home.views[self._slot]
-        self._after[self._last], self._last, self._running = i, i, i
+        self._hang(i, [home.host if home.host is None else home.views[self._slot] for home in self._homes[i]])
+        self._after[self._last], self._last = i, i
         if (following := self._after[i]) not in self._holds:
             self._bring(following, 1 - self._slot)
 
-    def _leave(self) -> None:
+    def _hang(self, i: int, tensors: Sequence[Tensor | None]) -> None:
+        """Let a block have these tensors until it is left."""
+        for home, tensor in zip(self._homes[i], tensors, strict=True):
+            home.hung = tensor
+            if tensor is not None:
+                home.shelf[home.leaf] = tensor
+        self._running = i
+
+    def _leave(self, *_: Any) -> None:
         """Give the running block its host tensors back."""
         if self._running is None:
             return
         for home in self._homes[self._running]:
-            home.shelf[home.leaf] = home.host
+            # What somebody has hung up meanwhile stays.
+            if home.hung is not None and home.shelf.get(home.leaf) is home.hung:
+                home.shelf[home.leaf] = home.host
+            home.hung = None
         self._running = None
         if self._side is not None:
             self._done[self._slot] = torch.cuda.current_stream(self._device).record_event()
@@ -261,7 +236,7 @@ class Belt:
             if (done := self._done[slot]) is not None and self._side is not None:
                 self._side.wait_event(done)
             for home in self._homes[i]:
-                home.views[slot].copy_(home.host, non_blocking=True)
+                home.bring(slot)
             if self._side is not None:
                 self._landed[slot] = self._side.record_event()
 

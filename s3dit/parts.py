@@ -1,13 +1,14 @@
-"""The parts of one model: from open checkpoints to modules in memory, each made when it is asked for.
+"""The parts of one model: from open checkpoints to modules in memory, each loaded when it is asked for.
 
 `Parts` is a Residency that knows what a part is: its module and the names that are never read, the number formats of
 its layers, how many bytes it takes, the adapters that belong on it. ControlNets are parts as well; they come when a
 request first wants them.
 
-Headers are read and held to the modules at once, weights when a part is made. Fixed order: swap, assign, stream,
-attach, compile.
+Headers are read and held to the modules at once, weights when a part is loaded. Fixed order: swap, assign, merge,
+stream, attach, compile.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,14 +16,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from s3dit import budget
-from s3dit.adapters import Adapters
+from s3dit import adapters, budget, lora
 from s3dit.control import Control
 from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
-from s3dit.devices import Placement
+from s3dit.devices import Placement, own_settings
 from s3dit.graphs import compile_blocks
+from s3dit.hooks import refusal, unhookable
 from s3dit.linear import swap
-from s3dit.offload import Mode, Residency, stream
+from s3dit.offload import Mode, repeated, stream
+from s3dit.residency import Component, Residency, ids
 from s3dit.sources import Sources
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
@@ -46,17 +48,13 @@ class Parts(Residency):
         self.controlnets: dict[str, ControlNetConfig] = {}
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-        super().__init__({part: self._maker(part) for part in self.checkpoints}, mode)
+        super().__init__(mode)
         if mode == "streamed":
             self.kept = {"text_encoder": 0, "transformer": 0}
         # Called with the part's name and the bytes of each tensor that is read, as parts come in.
         self.on_read: Callable[[str, int], None] | None = None
-        # Called with the name of a part whose adapters changed.
-        self.on_change: Callable[[str], None] = lambda part: None
-        self.lora = Adapters(
-            self, lambda part: self.blank(part)[0], placement.device, placement.compute,
-            lambda part: self.on_change(part),
-        )  # fmt: skip
+        self.adapters: dict[str, adapters.Loaded] = {}
+        self.revisions: Counter[str] = Counter()
         # The number format that each part is in, "" for plain floats.
         self.formats = {part: named(schemes(self.blank(part)[0])) for part in self.checkpoints}
         for part in self.checkpoints:
@@ -86,24 +84,56 @@ class Parts(Residency):
                     swap(module, kind, name.__eq__)
         return module, unused
 
-    def _maker(self, part: str) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            module, unused = self.blank(part)
-            dtype = self._kept_in(part)
-            device, kept = self.placement.device, self.kept.get(part)
+    def make(self, name: str) -> nn.Module:
+        """A part's module on the meta device; those in it that are never called refuse hooks."""
+        module, unused = self.blank(name)
+        for path, one in module.named_modules():
+            names = [f"{path}.{leaf}".removeprefix(".") for leaf in one.state_dict()]
+            if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
+                unhookable(one, "no picture needs it, so it is not read")
+            elif why := refusal(one):
+                unhookable(one, why)
+        return module
+
+    def load(self, name: str, component: Component) -> None:
+        """Read a part's weights, and change them as was asked for: formats, adapters, streaming, compiling."""
+        module, device, kept = component.module, self.placement.device, self.kept.get(name)
+        dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
+        with own_settings(device):
+            filled, unused = self.blank(name)
             if kept is None:
-                seen = None if self.on_read is None else partial(self.on_read, part)
-                assign(module, self.checkpoints[part], dtype=dtype, device=device, unused=unused, progress=seen)
+                seen = None if self.on_read is None else partial(self.on_read, name)
+                assign(filled, checkpoint, dtype=dtype, device=device, unused=unused, progress=seen)
             else:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
-                assign(module, self.checkpoints[part], dtype=None, unused=unused)
+                assign(filled, checkpoint, dtype=None, unused=unused)
+            adapters.merge_into(filled, name, self.adapters, dtype)
+            component.hang(filled)
+            if kept is not None:
                 stream(module, device, kept, dtype)
-            self.lora.give(part, module)
-            if self.compiled and part not in ("text_encoder", "vae"):
+            component.mark()
+            adapters.attach_to(module, name, self.adapters, self.placement)
+            if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
                 compile_blocks(module)
-            return module.eval()
+            module.eval()
 
-        return make
+    def unload(self, name: str, component: Component) -> None:
+        """Take out of a part what `load` has brought into it."""
+        with own_settings(self.placement.device):
+            lora.strip(component.module)
+            super().unload(name, component)
+
+    def changed_by_hand(self, part: str) -> bool:
+        """Whether somebody has changed parameters of a part."""
+        component = self.component(part)
+        return bool(component.touched(ids(lora.stand_ins(component.module))))
+
+    def state(self, *names: str) -> tuple[object, ...]:
+        """Something that is another when what these parts compute may be: adapters, parameters, modules."""
+        found = [self.component(name) for name in names]
+        places = [ids(lora.stand_ins(one.module)) for one in found]
+        states = [one.state(ours) for one, ours in zip(found, places, strict=True)]
+        return tuple(self.revisions[name] for name in names), *states
 
     def sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
         """Bytes of a part: read, held outside of its blocks, held by each block.
@@ -112,7 +142,7 @@ class Parts(Residency):
         """
         if part in self._weights:
             read, fixed, blocks = self._weights[part]
-            return read, fixed + self.lora.nbytes(part), blocks
+            return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
         module, unused = self.blank(part)
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self._kept_in(part), unused)
@@ -132,7 +162,11 @@ class Parts(Residency):
         if part not in self.controlnets:
             checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
             self.checkpoints[part], self.controlnets[part] = checkpoint, config
-            self.add(part, self._maker(part))
             if self.mode == "streamed":
                 self.kept = {**self.kept, part: 0}
         return part, self.controlnets[part]
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether its blocks are compiled already, when it was in memory before."""
+    return any("forward" in vars(block) for blocks in repeated(module) for block in blocks)

@@ -4,9 +4,13 @@
     pipe.lora.attach("style.safetensors", scale=0.8)
     pipe(prompt="a red fox in the snow", seed=7).images[0].save("fox.png")
 
-Headers are read and checked at `load`; weights come into memory when a stage needs them (`offload.Residency`). Prompt
-features are kept, so that more pictures of a prompt never load the text encoder again. `stream` yields Steps: progress
-bars, previews and early stops are a `for` loop around it.
+Headers are read and checked at `load`; weights come into memory when a stage needs them (`residency`). Prompt features
+are kept, so that more pictures of a prompt never load the text encoder again. `stream` yields Steps: progress bars,
+previews and early stops are a `for` loop around it.
+
+A pipeline may be called from several threads, which wait for one another: for a whole call, and of a `stream` for each
+step. So between two steps the pipeline is free for anybody, the stream's own thread included, and the next step brings
+back what it needs. What a thread has switched on in torch (autocast, gradients, a default device) changes nothing.
 
 What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), noise and start images (`conditioning`),
 where tokens stand (`layout`), the list of adapters (`adapters`).
@@ -15,6 +19,7 @@ where tokens stand (`layout`), the list of adapters (`adapters`).
 import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -25,12 +30,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, branches, budget, conditioning, images, references
+from s3dit.adapters import Adapters
 from s3dit.control import Control
 from s3dit.controlnet import ControlNetConfig
-from s3dit.devices import Placement, place
+from s3dit.devices import Placement, own_settings, place
 from s3dit.graphs import Replay, check_compiler
 from s3dit.guidance import Guidance, guide
-from s3dit.kernels.dispatch import BackendError, set_backend
+from s3dit.kernels.dispatch import BackendError, backend, check_backend, overridden, use_backend
 from s3dit.layout import Layout, edit, text_to_image
 from s3dit.offload import Mode, tensors
 from s3dit.parts import Parts
@@ -48,6 +54,8 @@ from s3dit.weights import keymap
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
 PROMPTS_KEPT = 256
+# Token ids of this many prompts are kept; those of 400 words are 18 kB.
+TOKENS_KEPT = 1024
 # What the model reads of so many reference pictures is kept, 2 to 3 MB each in fp32.
 LOOKS_KEPT = 64
 # Latent cells (16,384 is 1024 × 1024 pixels) above which a picture is decoded by tiles, and a tile's side in cells.
@@ -56,6 +64,23 @@ WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
 
 # Token ids of an item's texts: one, or the segments around its references.
 Caption = tuple[tuple[int, ...], ...]
+
+
+class Kept(OrderedDict[Any, Any]):
+    """What some parts computed, by what they were given; the `most` entries that came last, after `trim`.
+
+    state: of the parts when that was.
+    """
+
+    def __init__(self, most: int, *parts: str) -> None:
+        super().__init__()
+        self.most, self.parts = most, parts
+        self.state: tuple[object, ...] = ()
+
+    def trim(self) -> None:
+        """Drop what is too much."""
+        while len(self) > self.most:
+            self.popitem(last=False)
 
 
 class Pipeline:
@@ -72,18 +97,18 @@ class Pipeline:
         graphs: bool = False,
         quantize: str | None = None,
         quantize_text: str | None = None,
+        backend: str | None = None,
     ) -> None:
         self.sources, self.folder, self.config = sources, sources.path, sources.config
-        self.vram, self.graphs = vram, graphs
+        self.vram, self.graphs, self.backend = vram, graphs, backend
         self.tokenizer = Tokenizer(sources.tokenizer)
         asked = {"transformer": quantize, "text_encoder": quantize_text}
         self.parts = Parts(sources, placement, residency, asked, compiled)
-        self.parts.on_change = self._adapted
-        self.lora = self.parts.lora
-        self._tile: int | None = None
-        self._features: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
-        self._looks: OrderedDict[Any, references.Look] = OrderedDict()
-        self._tokens: dict[tuple[str, int, int], Caption] = {}
+        self.lora = Adapters(self.parts)
+        self._features = Kept(PROMPTS_KEPT, "text_encoder")
+        self._looks = Kept(LOOKS_KEPT, "siglip", "vae")
+        self._tokens: OrderedDict[tuple[str, int, int], Caption] = OrderedDict()
+        self._computing = False
 
     @property
     def placement(self) -> Placement:
@@ -117,7 +142,8 @@ class Pipeline:
         loads the parts in turn, "resident" keeps them all, "streamed" also brings their blocks in one by one · vram: a
         budget such as "4GiB", from which each request's residency follows (see `budget`) · compile: compile the
         transformer's blocks, in the first pass · graphs: record the transformer's passes as CUDA graphs, one a size
-        · quantize, quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
+        · backend: who serves the operations, in this pipeline's calls: auto, reference, torch or triton · quantize,
+        quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
         product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
         quantized model is run in its own format.
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
@@ -135,18 +161,41 @@ class Pipeline:
         if compile:
             check_compiler(placement.device)
         if backend is not None:
-            set_backend(backend)
+            check_backend(backend)
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-        sources = gather(model, given, tokenizer, EMBEDDED)
-        return cls(
-            sources, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
-            quantize=quantize, quantize_text=quantize_text,
-        )  # fmt: skip
+        with own_settings(placement.device):
+            sources = gather(model, given, tokenizer, EMBEDDED)
+            return cls(
+                sources, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
+                quantize=quantize, quantize_text=quantize_text, backend=backend,
+            )  # fmt: skip
 
-    def _adapted(self, part: str) -> None:
-        """Forget what was computed before a part's adapters changed."""
-        if part == "text_encoder":
-            self._features.clear()
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Compute: one thread at a time, with the pipeline's own backend, whatever the caller has set up in torch."""
+        with self.parts.lock:
+            if self._computing:
+                raise RequestError(
+                    "this pipeline was called out of its own computation (by a hook, or a replacement of an "
+                    "operation); needed a call before it, after it or between two steps; use a second pipeline"
+                )
+            self._computing = True
+            try:
+                with own_settings(self.placement.device), use_backend(self.backend):
+                    yield
+            finally:
+                self._computing = False
+
+    def _known(self, kept: Kept) -> Kept:
+        """What is kept of what some parts computed, if they would still compute it; nothing while somebody looks in."""
+        present = [part for part in kept.parts if part in self.parts.checkpoints]
+        if overridden() or self.parts.watched(*present):
+            return Kept(kept.most)
+        state = (backend(), *self.parts.state(*present))
+        if state != kept.state:
+            kept.clear()
+        kept.state = state
+        return kept
 
     def _controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
         if self.graphs:
@@ -155,14 +204,19 @@ class Pipeline:
 
     def plan(self, request: Request | None = None, **fields: Any) -> Plan:
         """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
-        request, canvases, said = conditioning.prepare(Request(**fields) if request is None else request)
+        with self._turn():
+            return self._plan(Request(**fields) if request is None else request)
+
+    def _plan(self, request: Request) -> Plan:
+        request, canvases, said = conditioning.prepare(request)
         request, seen, more = references.prepare(request, self.config, self.folder)
         request, controls, rest = branches.prepare(request.resolve(self.config), self._controlnet)
         if request.seed is None:
             request = replace(request, seed=secrets.randbits(32))
         texts = dict.fromkeys(ids for caption in self._captions(request) for ids in caption)
-        new = [ids for ids in texts if ids not in self._features]
-        strange = {one.key: one for row in seen for one in row if one.key not in self._looks}.values()
+        known, looks = self._known(self._features), self._known(self._looks)
+        new = [ids for ids in texts if ids not in known]
+        strange = {one.key: one for row in seen for one in row if one.key not in looks}.values()
         works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
         read = [f"{len(strange)} references"] if strange else []
         works += [("siglip", read[0])] if strange else []
@@ -225,6 +279,8 @@ class Pipeline:
         """Token ids of one text; kept, so that a cut prompt is warned of once."""
         key = (text, pictures, max_length)
         if key not in self._tokens:
+            while len(self._tokens) >= TOKENS_KEPT:
+                self._tokens.popitem(last=False)
             self._tokens[key] = tuple(map(tuple, self.tokenizer.segments(text, pictures, max_length)))
         return self._tokens[key]
 
@@ -238,12 +294,15 @@ class Pipeline:
         shapes = [[one.shape for one in row] for row in seen] * times
         return edit(grids, lengths, shapes, device, slide=request.reference_positions == "released")
 
-    @torch.no_grad()
     def rehearse(self, request: Request) -> None:
         """Run one model call of a resolved request, text included, on torch's fake tensors: no memory, no arithmetic.
 
         `dispatch.asked` hears what would be computed.
         """
+        with self._turn():
+            self._rehearse(request)
+
+    def _rehearse(self, request: Request) -> None:
         device, compute, config = self.placement.device, self.placement.compute, self.config
         lengths = list(map(len, dict.fromkeys(ids for caption in self._captions(request) for ids in caption)))
         seen = references.prepare(request, config, self.folder)[1]
@@ -257,21 +316,23 @@ class Pipeline:
                 shelf[name] = nn.Parameter(blank, requires_grad=False) if weight else blank
             encoder(torch.empty(sum(lengths), config.text_encoder.hidden_size, dtype=compute), lengths)
             text = torch.empty(len(layout.text.real), config.transformer.cap_feat_dim, dtype=compute)
-            x = torch.empty(len(layout.image.real), config.transformer.patch_dim)
+            x = torch.empty(len(layout.image.real), config.transformer.patch_dim, dtype=torch.float32)
             looks: list[Tensor] = []
             if layout.vision is not None and layout.clean is not None:
                 looks = [x.new_empty(len(layout.clean), x.shape[1])]
                 looks += [text.new_empty(len(layout.vision.real), config.transformer.siglip_feat_dim or 0)]
-            transformer(x, torch.zeros(1), transformer.context(layout, text, *looks))
+            transformer(x, torch.zeros(1, dtype=torch.float32), transformer.context(layout, text, *looks))
 
-    @torch.inference_mode()
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
-        """Features of prompts, (n, cap_feat_dim) each, from the kept ones or the text encoder."""
-        return self._encode([self._caption(text, 0, max_sequence_length)[0] for text in texts])
+        """Features of prompts, (n, cap_feat_dim) each, the caller's own, from the kept ones or the text encoder."""
+        with self._turn():
+            found = self._encode([self._caption(text, 0, max_sequence_length)[0] for text in texts])
+            return [one.clone() for one in found]
 
     def _encode(self, ids: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """`encode` of token ids."""
-        new = [one for one in dict.fromkeys(ids) if one not in self._features]
+        known = self._known(self._features)
+        new = [one for one in dict.fromkeys(ids) if one not in known]
         if new:
             encoder = self.parts["text_encoder"]
             flat = torch.tensor([token for one in new for token in one])
@@ -284,14 +345,17 @@ class Pipeline:
             features = again()
             check_finite(features, "text features", again, (encoder, stored.path))
             for one, feature in zip(new, features.split([len(one) for one in new]), strict=True):
-                self._features[one] = feature
-        found = [self._features[one] for one in ids]
-        while len(self._features) > PROMPTS_KEPT:
-            self._features.popitem(last=False)
+                known[one] = feature
+        found = [known[one] for one in ids]
+        known.trim()
         return found
 
     def stream(self, request: Request | None = None, **fields: Any) -> Iterator[Step]:
-        """Sample a request and yield a Step after every step of the solver."""
+        """Sample a request and yield a Step after every step of the solver.
+
+        Steps may be taken, and the generator closed, from any thread. Between two of them the pipeline may be used for
+        anything else, previews or other pictures, which may cost loading the weights again.
+        """
         for _, step in self._passes(self.plan(request, **fields)):
             yield step
 
@@ -303,32 +367,54 @@ class Pipeline:
         if plan.then is None:
             return
         assert step is not None
-        pictures = self._pictures(plan, step.latents)
+        with self._turn():
+            pictures = self._pictures(plan, step.latents)
         then = replace(plan.then, canvases=conditioning.enlarged(plan.canvases, pictures, plan.then.request))
         for later in self._sample(then):
             yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
-    @torch.inference_mode()
     def _sample(self, plan: Plan) -> Iterator[Step]:
+        """Every step of one plan, each in a turn of its own."""
+        grids, steps = _grids(plan.request), None
+        while True:
+            with self._turn():
+                if plan.fit is not None and (steps is None or (plan.fit.mode, plan.fit.kept) != self.parts.policy):
+                    self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
+                if steps is None:
+                    steps = self._begin(plan)
+                else:
+                    # Somebody else may have had the pipeline since the last step.
+                    self._models(plan)
+                step = next(steps, None)
+            if step is None:
+                return
+            yield replace(step, grids=grids)
+
+    def _models(self, plan: Plan) -> tuple[Transformer, dict[str, nn.Module]]:
+        """What a model call needs, in memory: the transformer, and ControlNets by name."""
+        transformer = self.parts["transformer"]
+        assert isinstance(transformer, Transformer)
+        with self.parts.beside():
+            return transformer, {one.part: self.parts[one.part] for one in plan.controls}
+
+    def _begin(self, plan: Plan) -> Iterator[Step]:
+        """Prepare what no step changes -> the solver's steps, to be taken with the `_models` in memory."""
         request, device = plan.request, self.placement.device
-        if plan.fit is not None:
-            self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
-            self._tile = plan.fit.tile
-        grids = _grids(request)
+        grids, tile = _grids(request), None if plan.fit is None else plan.fit.tile
         captions = self._captions(request)
         positive, negative = (
             self._encode([ids for caption in few for ids in caption])
             for few in (captions[: request.count], captions[request.count :])
         )
-        looks = self.look([one for row in plan.references for one in row])
+        looks = self._look([one for row in plan.references for one in row], tile)
         sources = conditioning.generators(request)
         sampled = sources if request.posterior == "sample" else None
-        start = self.encode_images([canvas.pixels for canvas in plan.canvases], sampled)
-        shown = [branches.patches(one, request, lambda one: self.encode_images([one])[0]) for one in plan.controls]
-        transformer = self.parts["transformer"]
-        assert isinstance(transformer, Transformer)
-        with self.parts.beside():
-            nets = {one.part: self.parts[one.part] for one in plan.controls}
+        start = self._encode_images([canvas.pixels for canvas in plan.canvases], sampled, tile)
+        shown = [
+            branches.patches(one, request, lambda one: self._encode_images([one], None, tile)[0])
+            for one in plan.controls
+        ]
+        transformer, nets = self._models(plan)
 
         @cache
         def context(guided: bool) -> Context:
@@ -336,19 +422,14 @@ class Pipeline:
             text = positive + negative if guided else positive
             return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
 
-        steps = torch.tensor(plan.sigmas)
+        steps = torch.tensor(plan.sigmas, dtype=torch.float32)
         x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
         if start:
             x, keep = conditioning.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
-        run: Callable[..., Tensor] = transformer
-        if self.graphs:
-            # It lives as long as the weights that it has recorded.
-            if "replay" not in vars(transformer):
-                vars(transformer)["replay"] = Replay(transformer)
-            run = vars(transformer)["replay"]
+        run = partial(_replayed, transformer) if self.graphs else transformer
         control = branches.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
         velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
         taking_part = {"transformer": transformer, **nets}
@@ -358,29 +439,32 @@ class Pipeline:
             return conditioning.draw(grids, sources).to(device)
 
         for step in solve(request.solver, velocity, x, steps, fresh, keep):
-            again = partial(velocity, step.start, torch.tensor(step.sigma))
+            again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
-            yield replace(step, grids=grids)
+            yield step
 
-    @torch.inference_mode()
     def look(self, pictures: Sequence[references.Reference]) -> list[references.Look]:
         """What the transformer reads of reference pictures, from what is kept or the tower and the autoencoder."""
-        new = list({one.key: one for one in pictures if one.key not in self._looks}.values())
+        with self._turn():
+            found = self._look(pictures, None)
+            return [references.Look(one.patches.clone(), one.features.clone()) for one in found]
+
+    def _look(self, pictures: Sequence[references.Reference], tile: int | None) -> list[references.Look]:
+        known = self._known(self._looks)
+        new = list({one.key: one for one in pictures if one.key not in known}.values())
         if new:
             tower = self.parts["siglip"]
             patches = torch.cat([one.patches for one in new]).to(self.placement.device, self.placement.compute)
             run = partial(tower, patches, [one.seen for one in new])
             features = run()
             check_finite(features, "vision features", run, (tower, self.parts.checkpoints["siglip"].path))
-            latents = self.encode_images([one.pixels for one in new])
+            latents = self._encode_images([one.pixels for one in new], None, tile)
             parts = features.split([len(one.patches) for one in new])
-            self._looks |= {one.key: references.Look.of(*of) for one, *of in zip(new, latents, parts, strict=True)}
-        found = [self._looks[one.key] for one in pictures]
-        while len(self._looks) > LOOKS_KEPT:
-            self._looks.popitem(last=False)
+            known.update({one.key: references.Look.of(*of) for one, *of in zip(new, latents, parts, strict=True)})
+        found = [known[one.key] for one in pictures]
+        known.trim()
         return found
 
-    @torch.inference_mode()
     def encode_images(
         self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None = None
     ) -> list[Tensor]:
@@ -388,6 +472,12 @@ class Pipeline:
 
         The mode of what the autoencoder answers, or with generators, one a picture, a sample.
         """
+        with self._turn():
+            return self._encode_images(pixels, generators, None)
+
+    def _encode_images(
+        self, pixels: Sequence[Tensor], generators: Sequence[torch.Generator] | None, tile: int | None
+    ) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         latents = []
         for i, one in enumerate(pixels):
@@ -395,25 +485,36 @@ class Pipeline:
             if generators is not None or id(one) not in found:
                 vae = self.parts["vae"]
                 assert isinstance(vae, Autoencoder)
-                tile = self._tile or (TILE if one.shape[-1] * one.shape[-2] > 64 * WHOLE_CELLS else None)
+                side = tile or self._tile_of(one.shape[-2] // 8, one.shape[-1] // 8)
                 generator = None if generators is None else generators[i]
-                run = partial(vae.encode, one[None].to(self.placement.device), generator, tile)
+                run = partial(vae.encode, one[None].to(self.placement.device), generator, side)
                 found[id(one)] = run()[0]
                 check_finite(found[id(one)], "encoded picture", run, (vae, self.parts.checkpoints["vae"].path))
             latents.append(found[id(one)])
         return latents
 
-    @torch.inference_mode()
     def decode(self, latents: list[Tensor], tile: int | None = None) -> list[Tensor]:
         """Pictures (3, H, W) fp32 in about [-1, 1] of latents (16, H/8, W/8); large ones by tiles."""
+        with self._turn():
+            return self._decode(latents, tile)
+
+    def _tile_of(self, rows: int, columns: int) -> int | None:
+        """The side of a tile, in cells, for a picture of so many cells that no plan knows; None where it goes whole."""
+        large = TILE if rows * columns > WHOLE_CELLS else None
+        if self.vram is None:
+            return large
+        compute, device = self.placement.compute, self.placement.device.type
+        room = self.vram - budget.RESERVE[device] - self.parts.sizes("vae")[1]
+        work = partial(budget.decoder_work, self.config.vae, 8 * rows, 8 * columns, dtype=compute, device=device)
+        return next((tile for tile in budget.TILES if work(tile=tile) <= room), budget.TILES[-1]) or large
+
+    def _decode(self, latents: list[Tensor], tile: int | None) -> list[Tensor]:
         vae = self.parts["vae"]
         assert isinstance(vae, Autoencoder)
         pictures = []
         for one in latents:
-            large = one.shape[-1] * one.shape[-2] > WHOLE_CELLS
-            run = partial(
-                vae.decode, one[None].to(self.placement.device), tile or self._tile or (TILE if large else None)
-            )
+            side = tile or self._tile_of(one.shape[-2], one.shape[-1])
+            run = partial(vae.decode, one[None].to(self.placement.device), side)
             picture = run()[0]
             check_finite(picture, "decoded picture", run, (vae, self.parts.checkpoints["vae"].path))
             pictures.append(picture.float().cpu())
@@ -422,18 +523,25 @@ class Pipeline:
     def __call__(
         self, request: Request | None = None, *, on_step: Callable[[Step], None] | None = None, **fields: Any
     ) -> Result:
-        """Draw a request; `on_step` sees every Step (for bars and previews; for anything else use `stream`)."""
-        plan = self.plan(request, **fields)
+        """Draw a request; `on_step` sees every Step (for bars and previews; for anything else use `stream`).
+
+        Other threads wait until the pictures are done: `on_step` may use the pipeline, but not wait for one that does.
+        """
+        with self.parts.lock:
+            return self._draw(self.plan(request, **fields), on_step)
+
+    def _draw(self, plan: Plan, on_step: Callable[[Step], None] | None) -> Result:
         request = plan.request
         try:
             for done in self._passes(plan):
                 if on_step is not None:
                     on_step(done[1])
             last, step = done
-            latents = [one.cpu() for one in step.latents]
             pictures: list[Any] = []
-            if request.output_type != "latent":
-                pictures = self._pictures(last, latents)
+            with self._turn():
+                latents = [one.cpu() for one in step.latents]
+                if request.output_type != "latent":
+                    pictures = self._pictures(last, latents)
         except torch.OutOfMemoryError as error:
             raise BackendError(out_of_memory(plan, str(error))) from None
         except RuntimeError as error:
@@ -450,7 +558,7 @@ class Pipeline:
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""
-        pictures = self.decode(latents)
+        pictures = self._decode(latents, None if plan.fit is None else plan.fit.tile)
         if not plan.canvases or not plan.request.composite:
             return pictures
         differential = plan.request.mask_mode == "differential"
@@ -478,3 +586,11 @@ def _grids(request: Request) -> tuple[tuple[int, int], ...]:
     """Rows and columns of patches of every picture."""
     sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
     return tuple((height // 16, width // 16) for height, width in sides)
+
+
+def _replayed(transformer: Transformer, *args: Any) -> Tensor:
+    """A model call by its recording, which lives as long as the weights that it has recorded."""
+    known: Replay | None = vars(transformer).get("replay")
+    if known is None or known.stale:
+        vars(transformer)["replay"] = known = Replay(transformer)
+    return known(*args)

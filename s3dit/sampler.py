@@ -79,7 +79,11 @@ def sigmas(
     dynamic: the shift follows from the size of the picture, and is applied in the form diffusers then has.
     """
     # parity: float32 from the start, as diffusers' pipelines space them; the last bit of t moves the picture.
-    even = torch.linspace(1.0, 1.0 / n, n).numpy() if explicit is None else [s for s in explicit if s > 0]
+    even = (
+        torch.linspace(1.0, 1.0 / n, n, dtype=torch.float32).numpy()
+        if explicit is None
+        else [s for s in explicit if s > 0]
+    )
     levels = _shift(np.asarray(even, dtype=np.float32), shift, dynamic)
     # parity: the ends of the spacings are Python's floats, of 64 bits.
     high, low = float(levels[0]), float(levels[-1])

@@ -21,6 +21,7 @@ import math
 import os
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from s3dit.hooks import refusal
 from s3dit.kernels.dispatch import BackendError, Op
 from s3dit.request import RequestError
 from s3dit.weights.checkpoint import CheckpointError
@@ -49,9 +51,10 @@ def trace(
 
     patterns: `*` stands for anything inside one part of a name, `**` for anything, "" for the model itself ·
     keep(output) -> what to keep of it, for example a norm or a slice; all of it without.
-    Raises RequestError where a pattern matches no module.
+    Raises RequestError where a pattern matches no module, or none that is ever called; warns where nothing was called.
     """
-    chosen = _matching(model, [patterns] if isinstance(patterns, str) else patterns)
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    chosen = _matching(model, patterns)
     record: Record = {}
     calls = dict.fromkeys(chosen, 0)
 
@@ -66,6 +69,9 @@ def trace(
         for name, module in chosen.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         yield record
+        silent = [one for one in patterns if not any(calls[name] for name in chosen if _regex(one).fullmatch(name))]
+        if silent:
+            warnings.warn(f"trace recorded nothing of {', '.join(silent)}: none of it was called", stacklevel=3)
 
 
 @contextmanager
@@ -109,7 +115,14 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
                 f"pattern {pattern!r} matches none of the {len(modules)} modules of {type(model).__name__}; needed a "
                 f"name with * inside one part or ** over several; the nearest names are {', '.join(near)}"
             )
-        names |= found
+        reasons = {name: refusal(modules[name]) for name in found}
+        if all(reasons.values()):
+            name, why = next(iter(reasons.items()))
+            raise RequestError(
+                f"pattern {pattern!r} matches only modules that are never called ({name or 'the model'}: {why}); "
+                "needed a module that computes; put ** behind it, or trace the module around it"
+            )
+        names |= {name for name, why in reasons.items() if not why}
     return {name: module for name, module in modules.items() if name in names}
 
 
@@ -262,7 +275,8 @@ def first_nonfinite(model: nn.Module) -> Iterator[Nonfinite]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(hook(name)).remove)
+            if not refusal(module):
+                stack.callback(module.register_forward_hook(hook(name)).remove)
         yield found
 
 

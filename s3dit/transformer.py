@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.config import TransformerConfig
+from s3dit.hooks import unhookable
 from s3dit.kernels.attention import Spans, attention, attention8
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import Rows
@@ -33,6 +34,8 @@ from s3dit.linear import Linear
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
 PATCH = "2-1"
 FREQUENCIES = 256
+# Why hooks on some norms are refused.
+FUSED = "it is computed inside of a fused operation ({}, which trace_op can see)"
 # Official `Attention` builds its query and key norms with this, whatever `norm_eps` says.
 QK_EPS = 1e-5
 
@@ -73,8 +76,8 @@ class Attention(nn.Module):
         self.to_k = Linear(dim, dim, bias=False)
         self.to_v = Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([Linear(dim, dim, bias=False)])
-        self.norm_q = RMSNorm(config.head_dim, QK_EPS)
-        self.norm_k = RMSNorm(config.head_dim, QK_EPS)
+        self.norm_q = unhookable(RMSNorm(config.head_dim, QK_EPS), FUSED.format("qk_norm_rope"))
+        self.norm_k = unhookable(RMSNorm(config.head_dim, QK_EPS), FUSED.format("qk_norm_rope"))
 
     @property
     def takes(self) -> torch.dtype | None:
@@ -123,6 +126,10 @@ class Block(nn.Module):
         self.ffn_norm2 = RMSNorm(dim, self.eps)
         if modulated:
             self.adaLN_modulation = nn.Sequential(Linear(config.adaln_dim, 4 * dim))
+            unhookable(self.attention_norm1, FUSED.format("rms_norm_modulate"))
+            unhookable(self.attention_norm2, FUSED.format("gated_residual_norm"))
+            unhookable(self.ffn_norm1, FUSED.format("gated_residual_norm"))
+            unhookable(self.ffn_norm2, FUSED.format("gated_residual"))
 
     def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor) -> Tensor:
         """x (N, dim), time (R, adaln_dim) with one row an item or one for all, row (N,) -> (N, dim)."""
@@ -235,7 +242,7 @@ class Transformer(nn.Module):
         if layout.clean is not None and references is not None:
             embedded = self.all_x_embedder[PATCH](references.to(dtype))
             rest = rest.to(dtype).repeat(len(layout.image.positions), 1).index_copy_(0, layout.clean, embedded)
-            clean = torch.ones(1, device=rest.device)
+            clean = torch.ones(1, dtype=torch.float32, device=rest.device)
         return Context(
             image=layout.image,
             whole=layout.whole,

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.config import VAEConfig
+from s3dit.hooks import watched
 from s3dit.linear import Linear
 
 # The smallest tile, in latent cells: below it a tile is mostly overlap and its statistics say little of the picture.
@@ -41,7 +42,7 @@ def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """
     few = x.shape[2] * x.shape[3] <= FEW
     if torch.is_grad_enabled() or x.is_contiguous() or few or x.device.type != "cpu":
-        return norm(x)
+        return nn.GroupNorm.forward(norm, x)
     wide = torch.promote_types(x.dtype, torch.float32)
     size = norm.num_channels // norm.num_groups
     mean = x.mean((2, 3), dtype=wide).double().unflatten(1, (-1, size)).mean(2)
@@ -54,6 +55,14 @@ def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     return centered.to(x.dtype)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm as `_normalized` computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> same shape and dtype."""
+        return _normalized(x, self)
+
+
 def _silu(x: Tensor) -> Tensor:
     """SiLU, in place where no gradient needs x."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
@@ -64,15 +73,15 @@ class Resnet(nn.Module):
 
     def __init__(self, width: int, out: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm1 = GroupNorm(groups, width, eps=1e-6)
         self.conv1 = nn.Conv2d(width, out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, out, eps=1e-6)
         self.conv2 = nn.Conv2d(out, out, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(_silu(_normalized(x, self.norm1)))
-        h = self.conv2(_silu(_normalized(h, self.norm2)))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -81,14 +90,14 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = GroupNorm(groups, width, eps=1e-6)
         self.to_q = Linear(width, width)
         self.to_k = Linear(width, width)
         self.to_v = Linear(width, width)
         self.to_out = nn.ModuleList([Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        h = _normalized(x, self.group_norm).flatten(2).transpose(1, 2)  # (B, positions, width)
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, positions, width)
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -135,7 +144,9 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         few = 4 * x.shape[2] * x.shape[3] <= FEW
-        if torch.is_grad_enabled() or few or x.device.type != "cpu" or x.dtype.itemsize < 4 or not x.is_contiguous():
+        # Who looks at the convolution sees one, if also the rounding of one.
+        plain = torch.is_grad_enabled() or few or watched((self.conv,)) or not x.is_contiguous()
+        if plain or x.device.type != "cpu" or x.dtype.itemsize < 4:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self._by_phases(x)
 
@@ -197,14 +208,14 @@ class Encoder(nn.Module):
             [DownBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
         )
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(_silu(_normalized(self.mid_block(x), self.conv_norm_out)))
+        return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -219,14 +230,14 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList(
             [UpBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(_silu(_normalized(x, self.conv_norm_out)))
+        return self.conv_out(_silu(self.conv_norm_out(x)))
 
 
 class Autoencoder(nn.Module):
@@ -325,7 +336,7 @@ def _feathers(cells: int, tile: int, out_cell: int) -> list[tuple[int, int, Tens
     zeros instead of the neighbor, and sum to one everywhere.
     """
     if cells <= tile:
-        return [(0, cells, torch.ones(cells * out_cell))]
+        return [(0, cells, torch.ones(cells * out_cell, dtype=torch.float32))]
     overlap = tile // 4
     count = math.ceil((cells - overlap) / (tile - overlap))
     starts = [round(i * (cells - tile) / (count - 1)) for i in range(count)]

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from s3dit.config import VisionConfig, VisionInputConfig
+from s3dit.hooks import unhookable
 from s3dit.kernels.attention import Spans, attention
 from s3dit.linear import Linear
 
@@ -126,6 +127,7 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.num_patches, config.hidden_size), freeze=False
         )
+        unhookable(self.position_embedding, "only its weight is read")
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         """patches (n, patch) -> (n, hidden)."""

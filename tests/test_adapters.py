@@ -96,7 +96,7 @@ def test_a_strength_changes_without_loading(files, drawn, monkeypatch):
         pipe.lora.attach(files / f"{name}.safetensors", 0.0)
     assert torch.equal(latents(pipe), plain)
     held = {name: weakref.ref(pipe.parts[name]) for name in pipe.parts.held}
-    monkeypatch.setattr(pipe.parts, "_makers", None)
+    monkeypatch.setattr(pipe.parts, "load", None)
     monkeypatch.setattr("s3dit.adapters.read_adapter", None)
     for name, scale in SCALES.items():
         pipe.lora.scale(name, scale)

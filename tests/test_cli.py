@@ -415,7 +415,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "decode", stop)
+    monkeypatch.setattr(Pipeline, "_decode", stop)
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path / "a.png") == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -1,5 +1,8 @@
 """Recorded passes, with a recorder that calls the function again where CUDA would replay: buffers, keys, eviction."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -175,3 +178,33 @@ def test_real_graphs_are_the_same_bits(dtype):
         for a, b in zip(recorded(**options, **more).latents, eager(**options, **more).latents, strict=True):
             assert torch.equal(a, b)
     assert len(recorded.parts["transformer"].replay) == 2
+
+
+def test_a_recording_is_of_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
+    changes = {
+        lambda: model[0].weight.mul_(2): False,
+        lambda: setattr(model[0], "weight", nn.Parameter(torch.ones(2, 2), requires_grad=False)): True,
+        lambda: setattr(model[1], "bias", None): True,
+        lambda: setattr(model[1], "forward", lambda x: x): True,
+        lambda: model.append(nn.Identity()): True,
+    }
+    for change, stale in changes.items():
+        replay = Replay(model, Recorder())
+        assert not replay.stale
+        change()
+        assert replay.stale == stale
+
+
+def test_a_model_goes_with_its_recordings():
+    model = nn.Linear(2, 2)
+    vars(model)["replay"] = Replay(model, lambda run: (lambda: None, run()))
+    vars(model)["replay"](torch.ones(2))
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -248,7 +248,8 @@ def fused(deltas: Sequence[Delta | None], rows: int) -> Delta:
     found = [delta for delta in deltas if delta is not None]
     if any(delta.magnitude is not None or delta.replaces for delta in found):
         raise ValueError("norms or new weights, which are of one layer each")
-    biases = [torch.zeros(rows) if delta is None or delta.bias is None else delta.bias.float() for delta in deltas]
+    none = torch.zeros(rows, dtype=torch.float32)
+    biases = [none if delta is None or delta.bias is None else delta.bias.float() for delta in deltas]
     bias = torch.cat(biases) if any(delta.bias is not None for delta in found) else None
     terms = [None if delta is None else delta.term for delta in deltas]
     there = [term for term in terms if term is not None]
@@ -261,7 +262,8 @@ def fused(deltas: Sequence[Delta | None], rows: int) -> Delta:
             factors |= {leaf: torch.cat([getattr(term, leaf) for term in there]) for leaf in stacked}
             return Delta(kind(**factors), bias)
     width = there[0].shape[1]
-    return Delta(Full(torch.cat([torch.zeros(rows, width) if t is None else t.dense() for t in terms])), bias)
+    blank = torch.zeros(rows, width, dtype=torch.float32)
+    return Delta(Full(torch.cat([blank if t is None else t.dense() for t in terms])), bias)
 
 
 def _diagonal(terms: Sequence[Term | None], rows: int, leaf: str) -> Tensor:

@@ -58,7 +58,9 @@ def _layer(layer: Layer) -> Made:
         parts = {"weight": pack(codes(layer("qweight"), out, in_)), "table": table(E2M1 if fp4 else SIGNED)}
         parts["scale"] = micro(layer("wscales"), out) if fp4 else vectors(layer("wscales"), out)
         if fp4:
-            channel = vectors(layer("wcscales")[None], out).float() if columns else torch.ones(out, 1)
+            channel = (
+                vectors(layer("wcscales")[None], out).float() if columns else torch.ones(out, 1, dtype=torch.float32)
+            )
             parts["channel"] = channel * layer("wtscale").float() if whole else channel
         parts["column"] = 1 / vectors(layer("smooth_factor")[None], in_).float().T
         up, down = (fragments(layer(leaf)) for leaf in ("proj_up", "proj_down"))

@@ -78,7 +78,11 @@ def _layer(layer: Layer, config: Mapping[str, Any]) -> Made:
             parts["table"] = table(tuple(range(least, least + 16)))
         parts["scale"] = layer("scale").float().reshape(out, groups)
         if form.offset is not None:
-            offset = layer("zero_point").float().reshape(out, groups) if zero else torch.zeros(out, groups)
+            offset = (
+                layer("zero_point").float().reshape(out, groups)
+                if zero
+                else torch.zeros(out, groups, dtype=torch.float32)
+            )
             # Codes from 0 to 255 were moved to -128 … 127.
             parts["offset"] = offset + 128 * parts["scale"] if shifted else offset
         if turn is not None:
