@@ -16,8 +16,21 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import numpy as np
     import triton
+    from triton import language as tl
     from triton.runtime import interpreter
+
+    _convert = interpreter._convert_float
+
+    def _convert_float(given, source, target, rounding):
+        """To e4m3 as torch rounds, to nearest even: the interpreter cuts the carry off, and knows no NaN."""
+        if target != tl.float8e4nv or source not in (tl.float32, tl.float16):
+            return _convert(given, source, target, rounding)
+        wide = np.ascontiguousarray(given).view({32: np.float32, 16: np.float16}[source.primitive_bitwidth])
+        return torch.from_numpy(wide.copy()).to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(given.shape)
+
+    interpreter._convert_float = _convert_float
 
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
         _patch = interpreter._patch_lang_tensor

@@ -252,7 +252,9 @@ def test_the_encoders_formula(config, dtype):
     model = built(TextEncoder, config, dtype)
     x = torch.randn(300, config.hidden_size, dtype=dtype)
     most = measured(lambda: model(x, [100, 200]))
-    assert most <= encoder_work(config, 300, dtype) < 8 * most
+    # It allows for a part of the MLP's rows that torch frees early, and in bf16 for fp32 copies that a CPU without bf16
+    # arithmetic makes: 3.4 and 6.0 times what this one allocates. Beside the encoder's weights both are little.
+    assert most <= encoder_work(config, 300, dtype) < (3.5 if dtype == torch.float32 else 6.2) * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -274,7 +276,8 @@ def test_the_decoders_formula(config, dtype, tile):
     model = built(Autoencoder, config.vae, dtype)
     z = torch.randn(1, 16, 32, 24)
     most = measured(lambda: model.decode(z, tile))
-    assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < 4 * most
+    # 1.3 to 1.5 were seen; 2.1 by tiles of 16-bit floats, whose norms in fp32 do not all live at once.
+    assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < (1.6 if tile is None else 2.3) * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from s3dit.kernels.dispatch import BackendError
 from s3dit.kernels.linear import SCHEMES
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.layout import text_to_image
-from s3dit.linear import Linear, QuantLinear, swap
+from s3dit.linear import ROWS, Linear, QuantLinear, swap
 
 # Mean relative error against fp32, in bf16 arithmetic; the bounds of 5e-2, 4e-2 and 1e-1 are of more prompts than two.
 BOUNDS = {"fp8": 6e-2, "fp8-weights": 5e-2, "int8": 4e-2, "int8-weights": 4e-2, "int4": 1.1e-1}
@@ -50,10 +50,25 @@ def test_a_layer_multiplies_by_its_parts(name):
     layer = QuantLinear(scheme, 128, 32, bias=True).requires_grad_(False)
     layer.load_state_dict(scheme.encode(weight) | {"bias": bias}, assign=True)
     x = torch.randn(3, 5, 128)
-    expected = x @ weight.T + bias
-    assert ((layer(x) - expected).norm() / expected.norm()) < 0.1
+    met = x if layer.takes is None else quantize_rows(x, layer.takes).dequantize()
+    expected = met.double() @ scheme.decode(scheme.encode(weight)).double().T + bias
+    # fp32 sums over 128 products; what the formats themselves round is on both sides.
+    assert ((layer(x) - expected).norm() / expected.norm()) < 2e-6
     if layer.takes is not None:
         assert torch.equal(layer(quantize_rows(x, layer.takes)), layer(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_a_wide_layer_of_bf16_is_upcast_piece_by_piece(bias, rows):
+    """What bf16 models do on CPUs that are slow in bf16, in layers of more than ROWS outputs; also a last piece cut."""
+    layer = Linear(96, 2 * ROWS + 40, bias=bias).bfloat16().requires_grad_(False)
+    x = torch.randn(2, rows, 96)
+    whole = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    found = layer(x)
+    assert found.dtype == torch.float32 and found.shape == (2, rows, 2 * ROWS + 40)
+    # fp32 sums over 96 products.
+    assert ((found - whole).norm() / whole.norm()) < 1e-6
 
 
 @pytest.fixture(scope="module")

@@ -62,8 +62,9 @@ def test_flash_kernel(q_lengths, k_lengths, dim, dtype, device, kernel_of, poiso
     out, rows = kernel_of(attention_lse)(*args)
     assert torch.equal(out, got) and rows.shape == lse.shape
     # absolute, for it passes through 0: scores of a few units, fp32 sums
-    assert (rows.double() - lse).nan_to_num(0.0).abs().max().item() < 1e-5 if rows.numel() else True
     assert torch.equal(rows.isneginf(), lse.isneginf())
+    finite = ~lse.isneginf()
+    assert ((rows.double() - lse)[finite].abs() < 1e-5).all()
 
 
 @pytest.mark.parametrize("config", [(16, 64), (64, 16), (128, 64)])

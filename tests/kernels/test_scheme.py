@@ -72,9 +72,10 @@ def test_cpu_against_float64(scheme, shape, dtype):
         assert not found.numel() or relative(found, expected) < (2e-6 if dtype == torch.float32 else 2**-8)
 
 
+@pytest.mark.parametrize(
+    "scheme", [one for one in SCHEMES.values() if one.activation is not None], ids=lambda s: s.name
+)
 def test_rows_may_be_handed_over(scheme):
-    if scheme.activation is None:
-        return
     x, parts = torch.randn(33, 192).bfloat16(), scheme.encode(weights(scheme))
     assert torch.equal(linear(quantize_rows(x, scheme.activation), scheme, parts), linear(x, scheme, parts))
 
@@ -85,7 +86,7 @@ def test_rows_that_are_not_finite_stay_so_and_alone(scheme, value):
     clean = linear(x, scheme, parts)
     x[3, 7] = value
     found = linear(x, scheme, parts)
-    assert not found[3].isfinite().any() or not found[3].isfinite().all()
+    assert not found[3].isfinite().any()
     assert torch.equal(found[[0, 1, 2, 4]], clean[[0, 1, 2, 4]])
 
 

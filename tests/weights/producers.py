@@ -1,4 +1,6 @@
-"""Writers of quantized layers, none of which is ours: the libraries themselves, or their documented packing in words.
+"""Writers of quantized layers in the formats of others: the libraries themselves where they can be installed.
+
+Written here by hand, from their documented packing, are nunchaku, awq, block128, by_row and old_scaled.
 
 Each gives the tensors of one layer, by the end of their names, and in float32 or float64 what they stand for.
 """
