@@ -65,6 +65,7 @@ def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Call
 
     def forward(block: nn.Module, *args: Any) -> Any:
         # Else two sizes that are equal by accident (items + 1 and the 2 of a cosine and sine) become one symbol.
+        # What is set here holds for this thread.
         before, symbols.use_duck_shape = symbols.use_duck_shape, False
         try:
             return compiled(block, *args)
