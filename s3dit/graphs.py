@@ -18,11 +18,9 @@ import os
 import shutil
 import sys
 import sysconfig
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +59,20 @@ def compile_blocks(model: nn.Module, compiler: str | Callable[..., Any] = "induc
 
 def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
     """One kind's forward, compiled for every size at once."""
+    from torch.fx.experimental import _config as symbols
+
     compiled = torch.compile(kind.forward, dynamic=True, fullgraph=True, backend=compiler)
 
     def forward(block: nn.Module, *args: Any) -> Any:
-        with _apart():
+        # Else two sizes that are equal by accident (items + 1 and the 2 of a cosine and sine) become one symbol.
+        # What is set here holds for this thread.
+        before, symbols.use_duck_shape = symbols.use_duck_shape, False
+        try:
             return compiled(block, *args)
+        finally:
+            symbols.use_duck_shape = before
 
     return forward
-
-
-_lock = threading.Lock()
-# For each thread inside of `_apart`, what the setting was before the first one came.
-_before: list[bool] = []
-
-
-@contextmanager
-def _apart() -> Iterator[None]:
-    """Let two sizes that are equal by accident (items + 1 and the 2 of a cosine and sine) not become one symbol.
-
-    It is a setting of the process: the last thread that leaves puts it back.
-    """
-    from torch.fx.experimental import _config as symbols
-
-    with _lock:
-        _before.append(_before[0] if _before else symbols.use_duck_shape)
-        symbols.use_duck_shape = False
-    try:
-        yield
-    finally:
-        with _lock:
-            before = _before.pop()
-            symbols.use_duck_shape = before if not _before else False
 
 
 def _bound(compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
