@@ -50,6 +50,7 @@ from s3dit.trace import check_finite
 from s3dit.transformer import Context, Transformer
 from s3dit.vae import Autoencoder
 from s3dit.weights import keymap
+from s3dit.weights.checkpoint import CheckpointError
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -189,6 +190,12 @@ class Pipeline:
     def _known(self, kept: Kept) -> Kept:
         """What is kept of what some parts computed, if they would still compute it; nothing while somebody looks in."""
         present = [part for part in kept.parts if part in self.parts.checkpoints]
+        try:
+            for part in present:
+                self.parts.checkpoints[part].check()
+        except CheckpointError:
+            kept.clear()
+            raise
         if overridden() or self.parts.watched(*present):
             return Kept(kept.most)
         state = (backend(), *self.parts.state(*present))

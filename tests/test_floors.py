@@ -84,7 +84,8 @@ KERNELS = (
 )
 WEIGHTS = (
     {"container", "delta", "dialects"},
-    {"gguf_file", "hub", "keymap", "parts", "safetensors_dir", "stored"},
+    {"hub", "keymap", "mapped_file", "parts", "stored"},
+    {"gguf_file", "safetensors_dir"},
     {"assign", "comfy"},
     {"libraries", "nunchaku", "sdnq"},
     {"formats"},

@@ -58,6 +58,9 @@ class Checkpoint(ABC):
     def load(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
+    def check(self) -> None:  # noqa: B027
+        """Raise CheckpointError where a file is gone, or another one than was opened; its tensors must not be used."""
+
     def release(self) -> None:  # noqa: B027
         """Let go of whatever keeps a file mapped besides the tensors given out; it is mapped anew when one is read."""
 
@@ -138,6 +141,10 @@ class View(Checkpoint):
     """A checkpoint shown in another way: other names, other tensors made of its own."""
 
     _checkpoint: Checkpoint
+
+    def check(self) -> None:
+        """Check the files of the checkpoint below."""
+        self._checkpoint.check()
 
     def release(self) -> None:
         """Let go of what the checkpoint below keeps mapped."""

@@ -15,7 +15,6 @@ Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little en
 import math
 import mmap
 import struct
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry, Stored, sniff
+from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry, Stored
+from s3dit.weights.mapped_file import MappedFile
 
 # Type id -> name, numbers in a block, bytes of a block.
 BLOCKS = {
@@ -69,12 +69,11 @@ class GGUFFile(Stored):
 
     def __init__(self, path: Path) -> None:
         """Read the header; raises CheckpointError for anything that does not hold."""
-        container = sniff(path)
-        if container != "gguf":
-            raise CheckpointError(f"{path}: {REFUSED.get(container, 'is not a GGUF file')}")
+        self._file = MappedFile(path)
+        if self._file.container != "gguf":
+            raise CheckpointError(f"{path}: {REFUSED.get(self._file.container, 'is not a GGUF file')}")
         self.path = path
-        self._map: weakref.ref[mmap.mmap] | None = None
-        reader = _Reader(self._mapped(), path)
+        reader = _Reader(self._file.map(), path)
         tensors = reader.open()
         self.fields = reader.fields()
         self.metadata = {key: str(value) for key, value in self.fields.items() if not isinstance(value, Array)}
@@ -110,15 +109,9 @@ class GGUFFile(Stored):
                 self.ggml_types[name] = block
                 self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
 
-    def _mapped(self) -> mmap.mmap:
-        """The file's map: the one that tensors given out still hold, else a new one."""
-        found = self._map() if self._map is not None else None
-        if found is None:
-            with self.path.open("rb") as file:
-                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            # Private, so that writing into a tensor never reaches the file; weak, so that pages go with their tensors.
-            self._map = weakref.ref(found)
-        return found
+    def check(self) -> None:
+        """Raise CheckpointError where the file is not what it was when it was opened."""
+        self._file.check()
 
     def load(self, name: str) -> Tensor:
         """One tensor as stored (blocks as uint8), on the CPU, a view of the mapped file."""
@@ -127,7 +120,7 @@ class GGUFFile(Stored):
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
         count = entry.nbytes // entry.dtype.itemsize
-        flat = torch.frombuffer(self._mapped(), dtype=entry.dtype, count=count, offset=self._starts[name])
+        flat = torch.frombuffer(self._file.map(), dtype=entry.dtype, count=count, offset=self._starts[name])
         return flat.view(entry.shape)
 
     def format(self, name: str) -> str:
@@ -139,7 +132,7 @@ class GGUFFile(Stored):
         array = self.fields.get(key)
         if not isinstance(array, Array):
             raise CheckpointError(f"{self.path}: its metadata has no list {key!r}; take a complete GGUF file")
-        return list(_Reader(self._mapped(), self.path, array.start).array(array))
+        return list(_Reader(self._file.map(), self.path, array.start).array(array))
 
 
 class _Reader:

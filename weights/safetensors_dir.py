@@ -1,11 +1,10 @@
-"""Safetensors: one file, or the shards that an index names, through the safetensors library.
+"""Safetensors: one file, or the shards that an index names.
 
-The library maps a file and gives views of the map. Such a view holds the map alive by itself, and nothing else does:
-one file is kept open at a time, so a shard that was read through, and whose tensors were cast, leaves memory
-whole before the next is touched. The map is private: writing into a view changes the view, never the file.
-
-The header is read here once more, for what the library of the oldest supported version does not tell: order on disk
-and size in bytes. The library has judged it by then.
+Headers are read and judged here, as strictly as the safetensors library does: its own reading maps a file with memory
+reserved for all of it, which a file larger than memory has no room for, and keeps some bytes of every tensor that was
+ever asked for. Tensors are views of a map (`mapped_file`), which they hold alive by themselves, and nothing else does:
+one file is kept mapped at a time, so a shard that was read through, and whose tensors were cast, leaves memory whole
+before the next is touched.
 
 All headers are read when the files are opened (a few hundred kB), so a folder with a missing, cut or foreign shard is
 refused before the first tensor. An index is data of a stranger: the names in it must stay inside the folder.
@@ -14,14 +13,16 @@ Source: https://github.com/huggingface/safetensors (format), transformers' shard
 """
 
 import json
+import math
+import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, Stored, sniff, unique
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, Stored, unique
+from s3dit.weights.mapped_file import MappedFile
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -42,7 +43,11 @@ DTYPES = {
     "F64": torch.float64,
 }
 
+# Bits of a number in types that torch has not, or not in that form.
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 SUFFIX = ".safetensors"
+# torch takes 64.
+MOST_DIMENSIONS = 32
 # Bytes; the official one has 50 kB.
 LARGEST_INDEX = 1 << 24
 
@@ -54,73 +59,116 @@ class SafetensorsFiles(Stored):
         self.path = path
         self.metadata = {}
         self._entries: dict[str, Entry] = {}
-        self._home: dict[str, Path] = {}
-        self._open: tuple[Path, Any] | None = None
-        for shard in shards:
-            entries, metadata = read_header(shard)
-            for name in entries:
+        self._home: dict[str, tuple[MappedFile, int]] = {}
+        self._open: tuple[MappedFile, mmap.mmap] | None = None
+        self._files = [MappedFile(shard) for shard in shards]
+        for file in self._files:
+            entries, starts, metadata = read_header(file)
+            for name, start in starts.items():
                 if name in self._home:
                     raise CheckpointError(
-                        f"{path}: {name} lies in two shards, {self._home[name].name} and {shard.name}; needed one "
-                        "place for each tensor; download the folder again"
+                        f"{path}: {name} lies in two shards, {self._home[name][0].path.name} and {file.path.name}; "
+                        "needed one place for each tensor; download the folder again"
                     )
-                self._home[name] = shard
+                self._home[name] = file, start
             self._entries |= entries
             self.metadata = metadata | self.metadata
 
+    def shards(self) -> dict[str, str]:
+        """The name of the file that holds each tensor."""
+        return {name: file.path.name for name, (file, _) in self._home.items()}
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file is not what it was when it was opened."""
+        for file in self._files:
+            file.check()
+
     def release(self) -> None:
-        """Close the file that is open; tensors given out keep their map."""
+        """Let go of the map that is held; tensors given out keep theirs."""
         self._open = None
 
     def load(self, name: str) -> Tensor:
         """One tensor in its stored dtype, on the CPU, a view of the mapped file (misaligned: a copy)."""
-        self.entry(name)
-        shard = self._home[name]
-        if self._open is None or self._open[0] != shard:
+        entry = self.entry(name)
+        file, start = self._home[name]
+        if not isinstance(entry.dtype, torch.dtype):
+            raise CheckpointError(
+                f"{file.path}: {name} is of the type {entry.dtype}, which torch has not; take a file in another format"
+            )
+        if not entry.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        if self._open is None or self._open[0] is not file:
             self._open = None
-            self._open = (shard, _open(shard))
-        try:
-            tensor: Tensor = self._open[1].get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"{shard}: {name} is not readable ({error}); download the file again") from None
+            self._open = (file, file.map())
         # Old writers did not pad the header; an address off the dtype's grid is not promised to work everywhere.
-        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+        if start % entry.dtype.itemsize:
+            flat = torch.frombuffer(self._open[1], dtype=torch.uint8, count=entry.nbytes, offset=start).clone()
+            return flat.view(entry.dtype).view(entry.shape)
+        count = entry.nbytes // entry.dtype.itemsize
+        return torch.frombuffer(self._open[1], dtype=entry.dtype, count=count, offset=start).view(entry.shape)
 
 
-def _open(path: Path) -> Any:
-    """Map one file through the library, its complaints turned into a CheckpointError."""
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: {path.stat().st_size:,} bytes, not a whole safetensors file ({error}); the download was cut "
-            "short or damaged, download it again"
-        ) from None
+def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dict[str, str]]:
+    """The tensors of one file in the order of their bytes, where each begins, and the file's own metadata.
 
+    Raises CheckpointError for anything that does not hold: what is listed must fill the file exactly, end to end.
+    """
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """The tensors of one file in the order of their bytes, and the file's own metadata; raises CheckpointError."""
-    container = sniff(path)
-    if container != "safetensors":
-        raise CheckpointError(f"{path}: {REFUSED[container]}")
-    with path.open("rb") as file:
-        # Reading would make room for as much as a header claims to be.
-        text = file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size))
+    def error(found: str) -> CheckpointError:
+        return CheckpointError(
+            f"{file.path}: {file.size:,} bytes, not a whole safetensors file ({found}); the download was cut short or "
+            "damaged, download it again"
+        )
+
+    if file.container != "safetensors":
+        raise CheckpointError(f"{file.path}: {REFUSED[file.container]}")
+    length = int.from_bytes(file.head(8), "little")
+    text = file.head(8 + length)[8:]
+    if len(text) < length:
+        raise error(f"its header is said to have {length:,} bytes")
     if text.count(b'"data_offsets"') > MOST_TENSORS:
         raise CheckpointError(
-            f"{path}: lists more than {MOST_TENSORS} tensors; needed those of one model; do not use it"
+            f"{file.path}: lists more than {MOST_TENSORS} tensors; needed those of one model; do not use it"
         )
-    _open(path)
     try:
-        header = json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: its header is not sound: {error}; download it again") from None
-    metadata = header.pop("__metadata__", None) or {}
-    entries = {}
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as fault:
+        raise error(f"its header is not sound: {fault}") from None
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise error("its metadata is no object of strings")
+    for name, tensor in header.items():
+        if wrong := _fault(tensor):
+            raise error(f"{name[:80]!r}: {wrong}")
+    entries, starts, at = {}, {}, 0
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = tensor["data_offsets"]
+        if begin != at:
+            raise error(f"{name[:80]!r} begins at {begin:,} instead of {at:,}")
         entries[name] = Entry(tuple(tensor["shape"]), DTYPES.get(tensor["dtype"], tensor["dtype"]), end - begin)
-    return entries, metadata
+        starts[name], at = 8 + length + begin, end
+    if 8 + length + at != file.size:
+        raise error(f"its tensors need {8 + length + at:,} bytes")
+    return entries, starts, metadata
+
+
+def _fault(tensor: Any) -> str:
+    """What is wrong with one entry of a header by itself, or nothing."""
+    if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= set(tensor):
+        return "no dtype, shape and data_offsets"
+    dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in BITS):
+        return f"its dtype is {dtype!r:.40}"
+    for found in (shape, offsets):
+        if not isinstance(found, list) or not all(type(one) is int and 0 <= one < 1 << 63 for one in found):
+            return "its shape or data_offsets are no list of counts"
+    if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS:
+        return f"{len(offsets)} data_offsets and {len(shape)} dimensions"
+    bits = math.prod(shape) * (BITS[dtype] if dtype in BITS else 8 * DTYPES[dtype].itemsize)
+    if 8 * (offsets[1] - offsets[0]) != bits:
+        return f"{offsets[1] - offsets[0]} bytes for {shape} of {dtype}"
+    return ""
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -133,7 +181,7 @@ def open_index(index: Path) -> Checkpoint:
     home = read_index(index)
     shards = [inside(index.parent, name) for name in sorted(set(home.values()))]
     checkpoint = SafetensorsFiles(index.parent, shards)
-    found = {name: path.name for name, path in checkpoint._home.items()}
+    found = checkpoint.shards()
     absent = [f"{name} (not in {home[name]})" for name in home if found.get(name) != home[name]]
     extra = [f"{name} (in {found[name]})" for name in found if name not in home]
     if absent or extra:
