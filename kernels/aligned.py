@@ -11,7 +11,7 @@ of a weight whose product with few rows is little but reading, is made only wher
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Rows from which on products are taken as they lie; seen to be enough from 24 on.
 FEW_ROWS = 32
@@ -24,7 +24,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
     Under torch.compile, and for tensors without memory (fake ones, those of torch.func), always the tensor.
     """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or type(tensor) not in (Tensor, nn.Parameter):
         return tensor
     try:
         misplaced = tensor.data_ptr() % ALIGNMENT

@@ -30,7 +30,8 @@ def shown(value: Any) -> str:
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
-        return repr(value[:80]) + "…" * (len(value) > 80)
+        # The end of a path says most.
+        return repr(value if len(value) <= 80 else f"{value[:40]}…{value[-39:]}")
     if value is None or isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple) and len(value) <= 8 and not any(isinstance(one, list | tuple) for one in value):

@@ -579,6 +579,7 @@ class Pipeline:
             "variant": self.config.variant,
             "placement": str(self.placement),
             "threads": torch.get_num_threads(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
             "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
             "quantized": {part: name for part, name in self.parts.formats.items() if name},
         }

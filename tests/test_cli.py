@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from s3dit.cli import main
+from s3dit.control import shown
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import RequestError
 
@@ -97,7 +98,7 @@ def test_start_images_and_their_replay(tmp_path, capsys):
     assert run("generate", "--replay", drawn, "-o", again) == 2
     assert "is not what it was then; needed the same pixels; give the file with --image" in capsys.readouterr().err
     assert run("generate", "--replay", drawn, "--image", star, "--no-composite", "-o", again) == 0
-    said = f"drawn.png was drawn with another image than '{star}': not the same to the bit\n"
+    said = f"drawn.png was drawn with another image than {shown(str(star))}: not the same to the bit\n"
     assert said in capsys.readouterr().err
 
 
@@ -251,8 +252,8 @@ def test_what_nobody_named_is_not_overwritten(tmp_path, monkeypatch, capsys):
 def test_a_name_taken_while_it_was_drawn_is_not_overwritten(tmp_path, monkeypatch, capsys):
     from s3dit.pipeline import Pipeline
 
-    decode = Pipeline.decode
-    monkeypatch.setattr(Pipeline, "decode", lambda *args: (tmp_path / "s3dit.png").write_bytes(b"x") and decode(*args))
+    decode = Pipeline._decode
+    monkeypatch.setattr(Pipeline, "_decode", lambda *args: (tmp_path / "s3dit.png").write_bytes(b"x") and decode(*args))
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path / 's3dit-2.png'}\n" and (tmp_path / "s3dit.png").read_bytes() == b"x"
 

@@ -1,17 +1,15 @@
 """Compiled blocks: one graph a kind of block for every size, and the eager answer."""
 
 import shutil
-import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.fx.experimental import _config as symbols
 
 from s3dit import Pipeline
-from s3dit.graphs import _apart, check_compiler, compile_blocks
+from s3dit.graphs import check_compiler, compile_blocks
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import BackendError
 from s3dit.layout import edit, text_to_image
@@ -182,22 +180,3 @@ def test_what_cannot_be_compiled_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(BackendError, match=r"needs a C\+\+ compiler \(no-such-compiler"):
         Pipeline.load(device="cpu", compile=True)
-
-
-def test_what_belongs_to_the_process_is_put_back_by_the_last_thread():
-    before, entered, left, found = symbols.use_duck_shape, threading.Event(), threading.Event(), []
-
-    def first():
-        with _apart():
-            entered.set()
-            left.wait(10)
-            found.append(symbols.use_duck_shape)
-
-    thread = threading.Thread(target=first)
-    thread.start()
-    assert entered.wait(10)
-    with _apart():
-        assert not symbols.use_duck_shape
-    left.set()
-    thread.join()
-    assert found == [False] and symbols.use_duck_shape == before
