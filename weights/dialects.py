@@ -146,7 +146,8 @@ def place(layer: str) -> Place | None:
         if (found := _lookup(name)) is not None:
             return found
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-        name = name[len(prefix) :]
+        # VideoX-Fun's trainer writes two underscores behind its prefix.
+        name = name[len(prefix) :].removeprefix("_")
     return None
 
 
