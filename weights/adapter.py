@@ -37,6 +37,7 @@ STRONGEST = 1e4
 # the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for ever.
 LONGEST_PATTERN, REPEATS, PATTERN_COST = 200, 3, 1 << 19
 UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}")
+WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
 # Settings of PEFT by which a change of weights becomes another one, and which are not offered here.
 UNSUPPORTED = (
     "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
@@ -81,7 +82,7 @@ def read_adapter(path: str | Path) -> Adapter:
     adapter = Adapter(checkpoint.path)
     stored = _layers(checkpoint, adapter.unmatched)
     places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
-    if not places:
+    if not places or dialects.unread(adapter.unmatched):
         raise CheckpointError(_stranger(checkpoint, bool(stored)))
     adapter.unmatched += [layer for layer in stored if layer not in places]
     settings = _settings(checkpoint)
@@ -131,6 +132,8 @@ def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
     if not names:
         return f"{checkpoint.path}: holds no tensors; needed an adapter (LoRA); download it again"
     shown = f"{len(names)} tensors such as {names[0][:120]}"
+    if (kind := dialects.unread(names)) is not None:
+        return f"{checkpoint.path}: {kind}, which is not supported ({shown}); {WAY_OUT}"
     if not adapter:
         return f"{checkpoint.path}: is no adapter: {shown}; needed keys such as …lora_A.weight; a model goes to --model"
     family = dialects.family(names)

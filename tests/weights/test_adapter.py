@@ -311,3 +311,40 @@ def test_describe(tmp_path):
     info = describe(open_checkpoint(path))
     assert (info.kinds, info.ranks, info.alphas, info.producer, info.layers) == (("lora",), (2,), (8,), "diffusers", 1)
     assert describe(open_checkpoint(write(tmp_path, {"layers.0.attention.to_q.weight": torch.ones(2, 2)}))) is None
+
+
+def peft_file(tmp_path, config):
+    """What PEFT itself saves of an adapter of one layer."""
+    from peft import get_peft_model
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"attention": torch.nn.Module()})])
+            self.layers[0]["attention"].to_q = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layers[0]["attention"].to_q(x)
+
+    get_peft_model(Model(), config).save_pretrained(tmp_path)
+    return tmp_path / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "IA3", "VeRA"])
+def test_peft_kinds_that_are_not_supported_are_named(tmp_path, kind):
+    import peft
+
+    options = {"OFT": {"r": 2, "oft_block_size": 0}, "BOFT": {"boft_block_size": 4}, "VeRA": {"r": 2}}
+    options["IA3"] = {"feedforward_modules": []}
+    config = getattr(peft, f"{kind}Config" if kind != "VeRA" else "VeraConfig")
+    path = peft_file(tmp_path, config(target_modules=["to_q"], **options[kind]))
+    with pytest.raises(CheckpointError, match=f"{kind}, which is not supported") as caught:
+        read_adapter(path)
+    assert "merge it into the model" in str(caught.value) and "--model" not in str(caught.value)
+
+
+def test_glora_is_named(tmp_path):
+    tensors = {f"lycoris_layers_0_attention_to_q.{leaf}.weight": torch.ones(2, 2) for leaf in ("a1", "a2", "b1", "b2")}
+    tensors["lycoris_layers_0_attention_to_q.alpha"] = torch.tensor(1.0)
+    with pytest.raises(CheckpointError, match="GLoRA, which is not supported"):
+        read_adapter(write(tmp_path, tensors))
