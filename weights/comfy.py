@@ -72,8 +72,13 @@ def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             name = key.removesuffix(".comfy_quant")
             if checkpoint.entry(key).nbytes > 1 << 16:
                 raise CheckpointError(f"{checkpoint.path}: {key} is no line of JSON; download the file again")
-            found[name] = _json(checkpoint, key, bytes(checkpoint.load(key).view(torch.uint8).tolist()))
+            found[name] = _json(checkpoint, key, text_of(checkpoint, key))
     return {name: config | _dict(config.get("params")) for name, config in found.items()}
+
+
+def text_of(checkpoint: Checkpoint, key: str) -> bytes:
+    """The bytes of a small tensor, whatever its shape and dtype."""
+    return bytes(checkpoint.load(key).contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
 def _dict(value: Any) -> dict[str, Any]:

@@ -103,6 +103,36 @@ def _unread(checkpoint: Checkpoint, name: str) -> str:
     )
 
 
+# Who writes tensors of these names, by the ends of their keys.
+MARKS = (
+    ("bitsandbytes", r"\.quant_state\.bitsandbytes__\w+$|\.SCB$"),
+    ("torchao", r"\._weight_qdata$"),
+    ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
+    ("ComfyUI (scaled fp8)", r"\.scale_weight$|(?:^|\.)scaled_fp8$"),
+    ("nunchaku", r"\.wscales$"),
+    ("SDNQ", r"\.(?:svd_up|zero_point)$"),
+    ("vLLM or SGLang (fp8 in blocks)", r"\.weight_scale_inv$"),
+    ("a quantizer that keeps a scale a row", r"\.weight_scale$"),
+)
+
+
+def producer(checkpoint: Checkpoint) -> str:
+    """Who quantized a checkpoint, given as stored, as its metadata and keys tell; empty where they do not.
+
+    Formats that are named only to be refused are told too.
+    """
+    if "scheme" in checkpoint.metadata:
+        return "s3dit"
+    if comfy.METADATA in checkpoint.metadata:
+        return "ComfyUI (comfy_quant)"
+    if isinstance(checkpoint, GGUFFile):
+        return checkpoint.metadata.get("general.quantized_by", "") or "GGUF"
+    names = "\n".join(checkpoint)
+    found = (name for name, pattern in (*UNREAD, *MARKS) if re.search(pattern, names, re.MULTILINE))
+    method = _beside(checkpoint).get("quant_method")
+    return "SDNQ" if method in ("sdnq", "sdnq_training") else next(found, "")
+
+
 def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """The layers of a file that `s3dit quantize` wrote: metadata says the format, dtypes which layers are in it."""
     name = checkpoint.metadata["scheme"]
