@@ -345,3 +345,26 @@ def test_who_quantized(tmp_path):
     for leaf, name in (("comfy_quant", "ComfyUI (comfy_quant)"), ("SCB", "bitsandbytes"), ("wscales", "nunchaku")):
         save_file({f"x.{leaf}": torch.zeros(2)}, tmp_path / "model.safetensors")
         assert producer(open_stored(tmp_path / "model.safetensors")) == name
+
+
+@pytest.mark.parametrize("width", [100, 104, 120])
+@pytest.mark.parametrize(("layout", "kind"), [("TensorCoreMXFP8Layout", "mxfp8"), ("TensorCoreNVFP4Layout", "nvfp4")])
+def test_padding_is_cut_off_where_the_true_shape_is_said(tmp_path, layout, kind, width):
+    """Padded rows and columns are zeros that comfy-kitchen added; what is left are its own numbers, exactly."""
+    tensor = pytest.importorskip("comfy_kitchen.tensor")
+    layout = getattr(tensor, layout)
+    weight = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    codes, params = layout.quantize(weight)
+    said = json.dumps({"format": kind, "orig_shape": [50, width]}).encode()
+    tensors = {f"x.weight{end}": value.contiguous() for end, value in layout.state_dict_tensors(codes, params).items()}
+    tensors["x.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    assert checkpoint.entry("x.weight").shape == (50, width)
+    got, wanted = checkpoint.load("x.weight"), layout.dequantize(codes, params)[:50, :width]
+    # The scale of nvfp4 is of three factors, whose order of multiplication rounds differently.
+    assert relative(got, wanted) <= (0 if kind == "mxfp8" else 2**-22)
+    tensors["x.comfy_quant"] = torch.tensor(list(said.replace(b"50,", b"999,")), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="orig_shape is"):
+        open_checkpoint(tmp_path / "model.safetensors")
