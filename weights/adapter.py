@@ -36,7 +36,8 @@ STRONGEST = 1e4
 # Patterns of layer names come from strangers. `re` backtracks, so its time grows with the name's length to the power of
 # the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for ever.
 LONGEST_PATTERN, REPEATS, PATTERN_COST = 200, 3, 1 << 19
-UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}")
+# The last form warns: Python may give nested sets a meaning.
+UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}|\[[^\]]*(?:\[|--|&&|~~|\|\|)")
 WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
 # Settings of PEFT by which a change of weights becomes another one, and which are not offered here.
 UNSUPPORTED = (
@@ -370,8 +371,8 @@ def _patterns(values: Mapping[str, Any], name: str) -> Patterns:
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, needed a number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ValueError(f"{name} is {repr(value)[:40]}, needed a number")
     if value <= 0 and name in ("r", "rank_pattern"):
         raise ValueError(f"{name} is {value!r}, needed one above 0")
     return float(value)
