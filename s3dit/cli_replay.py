@@ -137,8 +137,8 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
     # Sums are taken in another order; versions differ in theirs too.
     if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
         yield f"on {threads} threads, these are {torch.get_num_threads()} (OMP_NUM_THREADS={threads})"
-    if (cpu := engine.get("cpu", now := torch.backends.cpu.get_cpu_capability())) != now:
-        yield f"on a CPU with {shown(cpu)}, this has {now}"
+    if (cpu := engine.get("cpu", kind := torch.backends.cpu.get_cpu_capability())) != kind:
+        yield f"on a CPU with {shown(cpu)}, this has {kind}"
     if (version := engine.get("torch", torch.__version__)) != torch.__version__:
         yield f"with torch {shown(version)}, this is {torch.__version__}"
     now = {part: name for part, name in pipe.parts.formats.items() if name}

@@ -44,7 +44,9 @@ class Branch:
         if delta.magnitude is not None:
             whole = Delta(delta.term, replaces=delta.replaces).changed(weight_of(layer))
             gain = (delta.magnitude.to(whole) / norms(whole, rows=delta.by_rows()) - 1).flatten()
-            self.rows, self.columns = (placed(gain), None) if delta.by_rows() else (None, placed(gain))
+            # In fp32: near -1, where the change is far larger than the weight, a rounded gain leaves mostly its error.
+            gain = gain.to(strength.device).contiguous()
+            self.rows, self.columns = (gain, None) if delta.by_rows() else (None, gain)
 
     def __call__(self, y: Tensor, x: Tensor, plain: Tensor) -> Tensor:
         """y (…, out), and beside it what the adapter makes of x (…, in); plain: the layer's own answer to x."""
@@ -54,18 +56,19 @@ class Branch:
             return y
         if self.rows is None and self.columns is None and not self.replaces:
             return self.term.onto(y, x, self.strength)
-        # Columns of a weight are grown on the side of x.
-        grown = x if self.columns is None else x * (1 + self.columns)
+        # Columns of a weight are grown on the side of x. What cancels is summed in fp32, and rounded once.
+        grown = x if self.columns is None else (x * (1 + self.columns)).to(x.dtype)
         bias: Tensor | None = self.layer.bias  # type: ignore[assignment]
-        product = plain if bias is None else plain - bias.to(plain.dtype)
-        added = self.term.times(grown)
+        wide = plain.float()
+        product = wide if bias is None else wide - bias.float()
+        added = self.term.times(grown).float()
         if self.replaces:
             added = added - product
         elif self.columns is not None:
-            added = added + (self.layer.forward(grown) - plain)
+            added = added + (self.layer.forward(grown).float() - wide)
         if self.rows is not None:
             added = added + self.rows * (product + added)
-        return y + self.strength * added
+        return (y.float() + self.strength * added).to(y.dtype)
 
 
 class Adapted(nn.Module):

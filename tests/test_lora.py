@@ -26,6 +26,7 @@ from s3dit.offload import stream
 from s3dit.transformer import Transformer
 from s3dit.weights.adapter import read_adapter
 from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.delta import Delta, Full
 
 CONFIG = TransformerConfig.from_json(
     {
@@ -588,3 +589,23 @@ def test_what_does_not_fit_is_counted_and_named(model, weights, random, tmp_path
     del tensors[f"transformer.{good}.lora_A.weight"], tensors[f"transformer.{good}.lora_B.weight"]
     with pytest.raises(CheckpointError, match="nothing in it fits this model"):
         attach(model, write(tensors, tmp_path), name="two", allow_partial=True)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_dora_in_bf16_far_larger_than_its_weight(rows):
+    """The norms bring a change of 137 times the weight back to its size: rounding must act once, not on both terms."""
+    random = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 48, generator=random).bfloat16() / 7
+    change = torch.randn(64, 48, generator=random) * 137 / 7
+    magnitude = torch.linalg.vector_norm(weight.float(), dim=1 if rows else 0, keepdim=True)
+    delta = Delta(Full(change.bfloat16()), magnitude=magnitude)
+    layer = Linear(48, 64, bias=False)
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(32, 48, generator=random).bfloat16()
+    plain = layer(x)
+    got = lora.Branch(delta, layer, torch.tensor(1.0), torch.bfloat16)(plain, x, plain)
+    changed = weight.double() + delta.term.weight.double()
+    changed *= magnitude.double() / torch.linalg.vector_norm(changed, dim=1 if rows else 0, keepdim=True)
+    wanted = x.double() @ changed.T
+    # Three roundings to bf16 (2^-9 each, of the large product, x grown, and the sum).
+    assert (got.double() - wanted).norm() / wanted.norm() < 3 * 2**-9

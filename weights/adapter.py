@@ -31,7 +31,24 @@ EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 METADATA = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
 
+# The largest alpha / rank that is no accident.
+STRONGEST = 1e4
+# Patterns of layer names come from strangers. `re` backtracks, so its time grows with the name's length to the power of
+# the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for ever.
+LONGEST_PATTERN, REPEATS, PATTERN_COST = 200, 3, 1 << 19
+# The last form warns: Python may give nested sets a meaning.
+UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}|\[[^\]]*(?:\[|--|&&|~~|\|\|)")
+WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
+# Settings of PEFT by which a change of weights becomes another one, and which are not offered here.
+UNSUPPORTED = (
+    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
+    "velora_config", "monteclora_config", "target_parameters", "trainable_token_indices",
+)  # fmt: skip
+# Ways to start that change the base weights; without those weights the adapter gives another picture.
+OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 Deltas = dict[str, Delta]
+Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(slots=True)
@@ -66,7 +83,7 @@ def read_adapter(path: str | Path) -> Adapter:
     adapter = Adapter(checkpoint.path)
     stored = _layers(checkpoint, adapter.unmatched)
     places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
-    if not places:
+    if not places or dialects.unread(adapter.unmatched):
         raise CheckpointError(_stranger(checkpoint, bool(stored)))
     adapter.unmatched += [layer for layer in stored if layer not in places]
     settings = _settings(checkpoint)
@@ -116,6 +133,8 @@ def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
     if not names:
         return f"{checkpoint.path}: holds no tensors; needed an adapter (LoRA); download it again"
     shown = f"{len(names)} tensors such as {names[0][:120]}"
+    if (kind := dialects.unread(names)) is not None:
+        return f"{checkpoint.path}: {kind}, which is not supported ({shown}); {WAY_OUT}"
     if not adapter:
         return f"{checkpoint.path}: is no adapter: {shown}; needed keys such as …lora_A.weight; a model goes to --model"
     family = dialects.family(names)
@@ -142,12 +161,17 @@ def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[s
             )
         # 8-bit floats have no arithmetic, and are numbers of bf16 all of them.
         tensor = tensor.bfloat16() if tensor.dtype in EIGHT_BIT else tensor
-        if not tensor.isfinite().all():
+        if not tensor.isfinite().all() and not (role == "alpha" and _whole_factors(keys)):
             raise CheckpointError(f"{checkpoint.path}: {key} holds NaN or infinity; needed finite ones; take another")
         # Trainers that know convolutions keep linear layers as such, of size 1 × 1.
         tensors[role] = tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
     _whole(checkpoint, layer, tensors)
     return tensors
+
+
+def _whole_factors(roles: Mapping[str, Any]) -> bool:
+    """Whether a layer has no rank, so that an alpha, which some trainers write as infinity, has no meaning."""
+    return not _kinds(roles) or "diff" in roles or "set" in roles or {"lokr_w1", "lokr_w2"} <= set(roles)
 
 
 # Of each kind: what must be there; "a|b" is either.
@@ -160,7 +184,7 @@ KINDS = {
 }
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> list[str]:
+def _kinds(tensors: Mapping[str, Any]) -> list[str]:
     """The kinds of which something is there."""
     return [kind for kind, roles in KINDS.items() if any(one in tensors for role in roles for one in role.split("|"))]
 
@@ -182,12 +206,18 @@ def _delta(tensors: Mapping[str, Tensor], settings: "Settings | None", layer: st
     """One layer's tensors in the normal form; ValueError where they do not fit together."""
     if "core" in tensors:
         raise ValueError("a core between its factors (of a convolution), needed a linear layer")
-    alpha = float(tensors["alpha"].double().flatten()[0]) if "alpha" in tensors else None
+    alpha = None
+    if "alpha" in tensors and not _whole_factors(tensors):
+        if tensors["alpha"].numel() != 1:
+            raise ValueError(f"an alpha of {list(tensors['alpha'].shape)}, needed one number")
+        alpha = float(tensors["alpha"].double())
     term = _term(tensors, alpha, settings, layer)
     bias, magnitude = tensors.get("diff_b"), tensors.get("magnitude")
     if "up.bias" in tensors:
         # PEFT's bias stands behind the up factor, so it shares its strength.
-        bias = scaled(tensors["up.bias"], _factor(tensors["down"].shape[0], alpha, settings, layer))
+        if "down" not in tensors:
+            raise ValueError("the bias of an up factor without its factors")
+        bias = scaled(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
     if magnitude is not None and magnitude.ndim == 1:
         magnitude = magnitude[:, None]
     delta = Delta(term, bias, magnitude, replaces="set" in tensors)
@@ -204,10 +234,10 @@ def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Setting
     kind = next(iter(_kinds(tensors)), None)
     if kind == "lora":
         term = LowRank(tensors["up"], tensors["down"])
-        return term.scaled(_factor(term.down.shape[0], alpha, settings, layer))
+        return term.scaled(_factor(_rank(term.down), alpha, settings, layer))
     if kind == "loha":
         hada = Hadamard(*(tensors[role] for role in KINDS["loha"]))
-        return hada.scaled(_factor(hada.w1b.shape[0], alpha, settings, layer))
+        return hada.scaled(_factor(_rank(hada.w1b), alpha, settings, layer))
     if kind == "lokr":
         return _lokr(tensors, alpha, settings, layer)
     return None if kind is None else Full(tensors[kind])
@@ -221,13 +251,20 @@ def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Setting
             factors.append(tensors[name])
             continue
         pair = LowRank(tensors[f"{name}_a"], tensors[f"{name}_b"])
-        _, dim = pair.shape, len(pair.down)
+        _, dim = pair.shape, _rank(pair.down)
         factors.append(pair.dense())
     term = Kronecker(*factors)
-    if alpha is None and settings is not None:
+    if "alpha" not in tensors and settings is not None:
         return term.scaled(_factor(None, None, settings, layer))
     # Without a rank the alpha that LyCORIS writes means nothing.
     return term if dim is None else term.scaled(_factor(dim, alpha, settings, layer))
+
+
+def _rank(down: Tensor) -> int:
+    """The rank of a pair, which is the height of its down factor."""
+    if down.ndim < 2:
+        raise ValueError(f"a down factor of {list(down.shape)}, needed [N, r] and [r, K]")
+    return down.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +274,8 @@ class Settings:
     alpha: float
     rank: float | None
     root: bool
-    alphas: Mapping[str, float]
-    ranks: Mapping[str, float]
+    alphas: Patterns
+    ranks: Patterns
 
 
 def _factor(rank: float | None, alpha: float | None, settings: Settings | None, layer: str) -> float:
@@ -253,12 +290,15 @@ def _factor(rank: float | None, alpha: float | None, settings: Settings | None, 
         if declared is None:
             raise ValueError("an alpha without a rank")
         rank = declared
-    return alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
+    factor = alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
+    if abs(factor) > STRONGEST:
+        raise ValueError(f"alpha {alpha:g} at rank {rank:g}, needed a strength alpha / rank of at most {STRONGEST:g}")
+    return factor
 
 
-def _of(exceptions: Mapping[str, float], layer: str, default: Any) -> Any:
-    """A layer's own value, under its name or the end of it."""
-    return next((value for name, value in exceptions.items() if f".{layer}".endswith(f".{name}")), default)
+def _of(exceptions: Patterns, layer: str, default: Any) -> Any:
+    """A layer's own value: of the first pattern that matches the end of its name, as PEFT does."""
+    return next((value for pattern, value in exceptions if pattern.match(layer)), default)
 
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
@@ -274,34 +314,123 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
             raise ValueError("no JSON object")
         parts = ("transformer", "text_encoder")
         said = {
-            part: values
-            if beside
-            else {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
+            part: {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
             for part in parts
         }
-        return {part: _read_settings(one) for part, one in said.items() if "lora_alpha" in one or "alpha" in one}
+        # PEFT's own file, and the header that a model of diffusers writes by itself, have no part in front.
+        bare = {key: value for key, value in values.items() if not key.startswith(tuple(f"{part}." for part in parts))}
+        if bare.keys() & {"r", "lora_alpha", "alpha", "peft_type"}:
+            said = {part: one or bare for part, one in said.items()}
+        return {part: _read_settings(one) for part, one in said.items() if one}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not usable ({error}); needed PEFT's settings; take the file anew") from None
 
 
 def _read_settings(values: Mapping[str, Any]) -> Settings:
     """PEFT's settings of one part; ValueError where one is of another kind."""
-    patterns: list[dict[str, float]] = []
-    for name in ("alpha_pattern", "rank_pattern"):
-        pattern = values.get(name) or {}
-        if not isinstance(pattern, dict):
-            raise ValueError(f"{name} is {pattern!r}")
-        if odd := [key for key in pattern if not re.fullmatch(r"[\w.-]+", key)]:
-            raise ValueError(f"{name} names layers by a regular expression, {odd[0]!r}, needed their names")
-        patterns.append({key: _number(value, name) for key, value in pattern.items()})
-    alpha = _number(values.get("lora_alpha", values.get("alpha")), "alpha")
+    kind = str(values.get("peft_type") or "LORA").rpartition(".")[2].upper()
+    if kind not in ("LORA", "LOHA", "LOKR"):
+        raise ValueError(f"it is PEFT's {kind[:40]}, needed LORA, LOHA or LOKR; merge it into the model with PEFT")
+    if found := [key for key in UNSUPPORTED if values.get(key)]:
+        raise ValueError(f"{found[0]} is set, which is not supported; merge the adapter into the model with PEFT")
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(OTHER_BASE):
+        raise ValueError(
+            f"init_lora_weights is {start[:40]!r}, which changes the model's own weights; save it as plain LoRA with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
+    alphas, ranks = (_patterns(values, name) for name in ("alpha_pattern", "rank_pattern"))
+    # PEFT's own values where a file leaves them out.
+    alpha = _number(values.get("lora_alpha", values.get("alpha", 8)), "alpha")
     rank = None if values.get("r") is None else _number(values["r"], "r")
-    return Settings(alpha, rank, bool(values.get("use_rslora")), *patterns)
+    return Settings(alpha, rank, bool(values.get("use_rslora")), alphas, ranks)
+
+
+def _patterns(values: Mapping[str, Any], name: str) -> Patterns:
+    """One table of exceptions, its keys compiled as PEFT matches them; ValueError for one that could take for ever."""
+    table = values.get(name) or {}
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} is {str(table)[:40]}, needed a table")
+    cost, found = 0.0, []
+    for key, value in table.items():
+        if len(key) > LONGEST_PATTERN or (repeats := len(re.findall(r"[*+{]", key))) > REPEATS or UNSAFE.search(key):
+            raise ValueError(
+                f"{name} has the regular expression {key[:60]!r}; needed at most {LONGEST_PATTERN} characters, "
+                f"{REPEATS} repetitions, no repeated group, look-around or back-reference"
+            )
+        # Ways through: of each repetition as many as a name is long, of `?` two, of groups their alternatives at most.
+        groups, choices = key.count("(") + 1, key.count("|")
+        cost += 64**repeats * 2 ** key.count("?") * (1 + choices / groups) ** groups
+        if cost > PATTERN_COST:
+            raise ValueError(f"{name} has too many patterns with repetitions; name the layers instead")
+        try:
+            found.append((re.compile(rf"(.*\.)?({key})$"), _number(value, name)))
+        except (re.error, OverflowError) as error:
+            raise ValueError(f"{name} has {key[:60]!r}, which is no regular expression ({error})") from None
+    return tuple(found)
 
 
 def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}, needed a number")
-    if value <= 0 and name != "alpha":
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise ValueError(f"{name} is {repr(value)[:40]}, needed a number")
+    if value <= 0 and name in ("r", "rank_pattern"):
         raise ValueError(f"{name} is {value!r}, needed one above 0")
     return float(value)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What a file says an adapter is: kinds such as "lora" or "dora", ranks and alphas found, who made it, layers."""
+
+    kinds: tuple[str, ...]
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    producer: str
+    layers: int
+    parts: tuple[str, ...]
+
+
+# Who writes a key of the header; the first that is there.
+PRODUCERS = (
+    ("s3dit", "s3dit"), (METADATA, "diffusers"), ("training_info", "ai-toolkit"),
+    ("ss_network_module", "kohya, or a trainer in its form"),
+)  # fmt: skip
+
+
+def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
+    """Kind, ranks, alphas, producer and layers of an adapter, None where a file is none; only small tensors are read.
+
+    Raises CheckpointError: settings that are not usable, two tensors for one place.
+    """
+    unmatched: list[str] = []
+    stored = _layers(checkpoint, unmatched)
+    places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
+    if not places:
+        return None
+    kinds, ranks, alphas = set[str](), set[int](), set[float]()
+    settings = _settings(checkpoint)
+    for layer, place in places.items():
+        roles = stored[layer]
+        kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in _kinds(roles))
+        for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+            if role in roles and len(shape := checkpoint.entry(roles[role]).shape) > 1:
+                ranks.add(shape[0])
+        if "alpha" in roles and checkpoint.entry(roles["alpha"]).nbytes <= 8:
+            if not _whole_factors(roles):
+                alphas.update(checkpoint.load(roles["alpha"]).double().flatten().tolist())
+        elif (said := settings.get(place.part)) is not None:
+            alphas.add(_of(said.alphas, place.layers[0], said.alpha))
+    parts = tuple(sorted({place.part for place in places.values()}))
+    return AdapterInfo(
+        tuple(sorted(kinds)), tuple(sorted(ranks)), tuple(sorted(alphas)), _producer(checkpoint), len(places), parts
+    )
+
+
+def _producer(checkpoint: Checkpoint) -> str:
+    """Who wrote an adapter, as its header tells; empty where it does not."""
+    software = checkpoint.metadata.get("software", "")
+    if "ai-toolkit" in software:
+        return "ai-toolkit"
+    return next((name for key, name in PRODUCERS if key in checkpoint.metadata), "") or (
+        "PEFT" if any(key.startswith("base_model.model.") for key in checkpoint) else ""
+    )

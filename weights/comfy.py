@@ -17,7 +17,7 @@ from torch import Tensor
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped, hadamard
 from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
 from s3dit.weights.stored import Layer, Made, row_shapes, rows, swapped
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
@@ -45,7 +45,8 @@ def layers(checkpoint: Checkpoint) -> Iterator[Made]:
         if not isinstance(kind, str) or kind not in FORMATS:
             raise layer.error(f"its format is {kind!r}; needed one of {', '.join(FORMATS)}")
         layer.drop(*ACTIVATIONS)
-        yield FORMATS[kind](layer, config)
+        made = FORMATS[kind](layer, config)
+        yield _cropped(layer, made, config["orig_shape"]) if "orig_shape" in config else made
     for key in checkpoint:
         if key.endswith(".scale_weight"):
             yield scaled(Layer(checkpoint, key.removesuffix(".scale_weight")), "scale_weight", ACTIVATIONS)
@@ -72,8 +73,13 @@ def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             name = key.removesuffix(".comfy_quant")
             if checkpoint.entry(key).nbytes > 1 << 16:
                 raise CheckpointError(f"{checkpoint.path}: {key} is no line of JSON; download the file again")
-            found[name] = _json(checkpoint, key, bytes(checkpoint.load(key).view(torch.uint8).tolist()))
+            found[name] = _json(checkpoint, key, text_of(checkpoint, key))
     return {name: config | _dict(config.get("params")) for name, config in found.items()}
+
+
+def text_of(checkpoint: Checkpoint, key: str) -> bytes:
+    """The bytes of a small tensor, whatever its shape and dtype."""
+    return bytes(checkpoint.load(key).contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -164,6 +170,28 @@ def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) ->
         return (unswizzled(bits, out, groups).contiguous() if shape == tiled else bits).view(dtype)
 
     return make
+
+
+def _cropped(layer: Layer, made: Made, shape: Any) -> Made:
+    """A layer stored with rows or columns of padding, of which `orig_shape` says so: as a float weight without them."""
+    assert made.scheme is not None
+    scheme, key = made.scheme, layer.key("weight")
+    stored = layer.checkpoint.entry(key).shape
+    stored = (stored[0], stored[1] * (1 if scheme.name == "mxfp8" else 2))
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(one) is int for one in shape)
+    if scheme.name not in ("mxfp8", "nvfp4"):
+        return made
+    if not whole or not all(0 <= full - one < 128 and one > 0 for one, full in zip(shape, stored, strict=True)):
+        raise layer.error(f"orig_shape is {str(shape)[:40]} and the weight {list(stored)}; needed one a little smaller")
+    out, in_ = shape
+    if (out, in_) == stored:
+        return made
+
+    def make() -> dict[str, Tensor]:
+        parts = {name.removeprefix(f"{layer.name}."): part for name, part in made.make().items()}
+        return {key: scheme.decode(parts)[:out, :in_].contiguous()}
+
+    return Made({key: Entry((out, in_), torch.float32, 4 * out * in_)}, made.sources, make)
 
 
 def _mxfp8(layer: Layer, config: dict[str, Any]) -> Made:

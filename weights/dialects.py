@@ -103,6 +103,21 @@ FOREIGN = (
     ("Wan", r"(?:^|_)blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
 )
 
+# Adapters that are none of ours, by the ends of their keys.
+UNREAD = (
+    ("GLoRA", r"\.(?:a[12]|b[12])(?:\.weight)?$|[._]glora[._]"),
+    ("BOFT", r"[._]boft_[RsA]|\.oft_blocks_boft$"),
+    ("OFT", r"[._]oft_(?:[RrsQ]|blocks|diag)(?:[._]|$)"),
+    ("IA3", r"\.on_input$|[._]ia3_l(?:[._]|$)"),
+    ("VeRA", r"[._]vera_(?:lambda_[bd]|[AB])(?:[._]|$)"),
+    ("FourierFT", r"[._]fourierft_"),
+    ("HRA", r"[._]hra_u(?:[._]|$)"),
+    ("VB-LoRA", r"[._]vblora_"),
+    ("RandLoRA", r"[._]randlora_"),
+    ("prompt tuning (PEFT)", r"(?:^|\.)prompt_embeddings$"),
+    ("textual inversion", r"^(?:emb_params|string_to_param|<[^>]*>|qwen3_4b)$"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -146,7 +161,8 @@ def place(layer: str) -> Place | None:
         if (found := _lookup(name)) is not None:
             return found
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-        name = name[len(prefix) :]
+        # VideoX-Fun's trainer writes two underscores behind its prefix.
+        name = name[len(prefix) :].removeprefix("_")
     return None
 
 
@@ -168,3 +184,9 @@ def family(keys: Iterable[str]) -> str | None:
     """The model that the keys of a foreign adapter are of, None where they do not say."""
     names = "\n".join(map(flat, keys))
     return next((name for name, pattern in FOREIGN if re.search(pattern, names, re.MULTILINE)), None)
+
+
+def unread(keys: Iterable[str]) -> str | None:
+    """The kind of an adapter that is not supported, as its keys tell, None where they do not."""
+    names = "\n".join(keys)
+    return next((name for name, pattern in UNREAD if re.search(pattern, names, re.MULTILINE)), None)

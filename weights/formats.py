@@ -10,6 +10,7 @@ The names of layers are the file's own here; `keymap` turns them into official o
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ MLX = (
 def recognized(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint with the number formats of its layers; raises CheckpointError for a format that is not known."""
     _refuse_mlx(checkpoint)
+    _refuse_named(checkpoint)
     if "scheme" in checkpoint.metadata:
         checkpoint.schemes = _own(checkpoint)
         return checkpoint
@@ -59,6 +61,76 @@ def _refuse_mlx(checkpoint: Checkpoint) -> None:
     quantized = any(key.endswith(".biases") and f"{key[:-7]}.scales" in checkpoint for key in checkpoint)
     if quantized or "mflux_version" in checkpoint.metadata:
         raise CheckpointError(f"{checkpoint.path}: {MLX}")
+
+
+# Formats that are known and not read, by ends of keys that no other format has.
+UNREAD = (
+    ("GPTQ", r"\.g_idx$"),
+    ("AWQ", r"\.qzeros$"),
+    ("compressed-tensors", r"\.weight_packed$"),
+    ("ModelOpt", r"\._?(?:input|weight)_quantizer\."),
+    ("DFloat11", r"\.encoded_exponent$|\.sign_mantissa$"),
+    ("EntroPack", r"entropack"),
+    ("quanto", r"\.weight\._(?:data|scale)$"),
+    ("HQQ", r"\.W_q$"),
+    ("AQLM", r"\.codebooks$"),
+)
+# What stands beside the halves of bytes of NVFP4, in the forms that are not ComfyUI's.
+NVFP4 = ("weight_scale_2", "weight_global_scale", "input_global_scale")
+
+
+def _refuse_named(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError for a number format that can be told, and that nobody here reads."""
+    names = "\n".join(checkpoint)
+    name = next((name for name, pattern in UNREAD if re.search(pattern, names, re.MULTILINE)), None)
+    if name is None and comfy.METADATA not in checkpoint.metadata:
+        packed = (key[:-7] for key in checkpoint if key.endswith(".weight") and f"{key}_scale" in checkpoint)
+        if any(
+            checkpoint.entry(f"{layer}.weight").dtype == torch.uint8
+            and f"{layer}.comfy_quant" not in checkpoint
+            and any(f"{layer}.{leaf}" in checkpoint for leaf in NVFP4)
+            for layer in packed
+        ):
+            name = "NVFP4 in the form of ModelOpt or LightX2V"
+    if name is not None:
+        raise CheckpointError(_unread(checkpoint, name))
+
+
+def _unread(checkpoint: Checkpoint, name: str) -> str:
+    return (
+        f"{checkpoint.path}: {name} is a number format that this engine does not read; needed bf16, or a format of "
+        "ComfyUI, nunchaku, bitsandbytes, torchao, SDNQ or GGUF; take the bf16 files and --quantize int4 or fp8"
+    )
+
+
+# Who writes tensors of these names, by the ends of their keys.
+MARKS = (
+    ("bitsandbytes", r"\.quant_state\.bitsandbytes__\w+$|\.SCB$"),
+    ("torchao", r"\._weight_qdata$"),
+    ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
+    ("ComfyUI (scaled fp8)", r"\.scale_weight$|(?:^|\.)scaled_fp8$"),
+    ("nunchaku", r"\.wscales$"),
+    ("SDNQ", r"\.(?:svd_up|zero_point)$"),
+    ("vLLM or SGLang (fp8 in blocks)", r"\.weight_scale_inv$"),
+    ("a quantizer that keeps a scale a row", r"\.weight_scale$"),
+)
+
+
+def producer(checkpoint: Checkpoint) -> str:
+    """Who quantized a checkpoint, given as stored, as its metadata and keys tell; empty where they do not.
+
+    Formats that are named only to be refused are told too.
+    """
+    if "scheme" in checkpoint.metadata:
+        return "s3dit"
+    if comfy.METADATA in checkpoint.metadata:
+        return "ComfyUI (comfy_quant)"
+    if isinstance(checkpoint, GGUFFile):
+        return checkpoint.metadata.get("general.quantized_by", "") or "GGUF"
+    names = "\n".join(checkpoint)
+    found = (name for name, pattern in (*UNREAD, *MARKS) if re.search(pattern, names, re.MULTILINE))
+    method = _beside(checkpoint).get("quant_method")
+    return "SDNQ" if method in ("sdnq", "sdnq_training") else next(found, "")
 
 
 def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.comfy import scaled
+from s3dit.weights.comfy import scaled, text_of
 from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
 from s3dit.weights.stored import Layer, Made, rows, swapped
 
@@ -56,7 +56,7 @@ def _four_bits(layer: Layer, state: str) -> Made:
     if checkpoint.entry(state).nbytes > 1 << 16:
         raise layer.error(f"{kind} is no line of JSON")
     try:
-        said = json.loads(bytes(checkpoint.load(state).view(torch.uint8).tolist()))
+        said = json.loads(text_of(checkpoint, state))
         (out, in_), block = said["shape"], said["blocksize"]
         nested = float(said["nested_offset"]) if "nested_offset" in said else None
         inner = int(said.get("nested_blocksize", 256))

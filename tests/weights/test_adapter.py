@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s3dit.weights.adapter import CONFIG, METADATA, read_adapter
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.adapter import CONFIG, METADATA, describe, read_adapter
+from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
 from s3dit.weights.delta import LowRank
 
 LAYER = "transformer.layers.0.attention.to_q"
@@ -227,3 +227,124 @@ def test_shards_are_refused(tmp_path):
 def test_a_weight_reshaped_to_its_own_shape_is_no_change(tmp_path):
     adapter = read_adapter(write(tmp_path, pair() | {f"{LAYER}.reshape_weight": torch.tensor([8, 6])}))
     assert not adapter.misshapen and adapter.deltas["transformer"]
+
+
+def strength_said(tmp_path, metadata=None, tensors=None):
+    path = write(tmp_path, tensors or pair(), metadata and {METADATA: json.dumps(metadata)})
+    return float(read_adapter(path).deltas["transformer"]["layers.0.attention.to_q"].term.dense()[0, 0]) / 2
+
+
+@pytest.mark.parametrize(
+    ("said", "factor"),
+    [
+        ({"r": 2, "lora_alpha": 8}, 4.0),
+        ({"r": 2}, 4.0),  # PEFT's own alpha is 8.
+        ({"transformer.r": 2, "transformer.lora_alpha": 1}, 0.5),
+        ({"r": 2, "lora_alpha": 8, "use_rslora": True}, 8 / 2**0.5),
+        ({"r": 8, "lora_alpha": 8, "rank_pattern": {"^layers.0.attention.to_q": 2}}, 4.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {"^layers.0.attention.to_q": 2}}, 1.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {"^attention.to_q": 2}}, 4.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {"to_q": 2}}, 1.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {"o_q": 2}}, 4.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {r"layers\.\d+\.attention\.to_[qk]": 2}}, 1.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {".*attention.*": 2, "to_q": 4}}, 1.0),
+        ({"r": 2, "lora_alpha": 8, "alpha_pattern": {r"layers.(?:1|2).*": 2, "to_k|to_q": 6}}, 3.0),
+    ],
+)
+def test_the_strength_is_what_peft_makes_of_the_header(tmp_path, said, factor):
+    from peft.utils.other import get_pattern_key
+
+    assert strength_said(tmp_path, said) == pytest.approx(factor, rel=1e-6)
+    if alphas := said.get("alpha_pattern"):
+        key = get_pattern_key(alphas, "layers.0.attention.to_q")
+        assert factor == alphas.get(key, 8) / 2
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+$", "(.*)*x", "(?=a)b", r"(a)\1", ".*.*.*.*x", "a" * 300, "(l|l)(a|a)" * 19, "(", "a{1000}"]
+)
+def test_patterns_that_could_take_for_ever_are_refused_at_once(tmp_path, pattern):
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="alpha_pattern has"):
+        strength_said(tmp_path, {"r": 2, "lora_alpha": 8, "alpha_pattern": {pattern: 2}})
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"peft_type": "OFT"}, "PEFT's OFT"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
+    ],
+)
+def test_settings_that_give_another_picture_are_refused(tmp_path, said, words):
+    with pytest.raises(CheckpointError, match=words):
+        strength_said(tmp_path, {"r": 2, "lora_alpha": 8} | said)
+
+
+def test_alpha_of_whole_factors_has_no_meaning(tmp_path):
+    for alpha in (float("inf"), float("nan"), 1e30):
+        tensors = {f"{LAYER}.lokr_w1": torch.ones(2, 2), f"{LAYER}.lokr_w2": torch.ones(4, 3)}
+        assert strength_said(tmp_path, None, tensors | {f"{LAYER}.alpha": torch.tensor(alpha)}) == 0.5
+
+
+@pytest.mark.parametrize(("alpha", "words"), [(torch.tensor(1e30), "alpha 1e"), (torch.ones(2), r"alpha of \[2\]")])
+def test_alphas_that_are_no_strength_said(tmp_path, alpha, words):
+    adapter = read_adapter(write(tmp_path, pair() | {f"{LAYER}.alpha": alpha}))
+    assert not adapter.deltas and words.replace("\\", "") in adapter.misshapen[0]
+    assert strength_said(tmp_path, None, pair() | {f"{LAYER}.alpha": torch.tensor([1.0])}) == 0.5
+
+
+def test_a_down_factor_without_dimensions(tmp_path):
+    tensors = {f"{LAYER}.lora_A.weight": torch.tensor(1.0), f"{LAYER}.lora_B.weight": torch.ones(8, 2)}
+    assert "down factor of []" in read_adapter(write(tmp_path, tensors)).misshapen[0]
+
+
+def test_two_underscores_behind_a_prefix(tmp_path):
+    assert strength_said(tmp_path, None, pair("lora_unet__layers_0_attention_to_q")) == 1
+
+
+def test_describe(tmp_path):
+    path = write(tmp_path, pair(), {METADATA: '{"r": 2, "lora_alpha": 8}'})
+    info = describe(open_checkpoint(path))
+    assert (info.kinds, info.ranks, info.alphas, info.producer, info.layers) == (("lora",), (2,), (8,), "diffusers", 1)
+    assert describe(open_checkpoint(write(tmp_path, {"layers.0.attention.to_q.weight": torch.ones(2, 2)}))) is None
+
+
+def peft_file(tmp_path, config):
+    """What PEFT itself saves of an adapter of one layer."""
+    from peft import get_peft_model
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"attention": torch.nn.Module()})])
+            self.layers[0]["attention"].to_q = torch.nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layers[0]["attention"].to_q(x)
+
+    get_peft_model(Model(), config).save_pretrained(tmp_path)
+    return tmp_path / "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT", "IA3", "VeRA"])
+def test_peft_kinds_that_are_not_supported_are_named(tmp_path, kind):
+    import peft
+
+    options = {"OFT": {"r": 2, "oft_block_size": 0}, "BOFT": {"boft_block_size": 4}, "VeRA": {"r": 2}}
+    options["IA3"] = {"feedforward_modules": []}
+    config = getattr(peft, f"{kind}Config" if kind != "VeRA" else "VeraConfig")
+    path = peft_file(tmp_path, config(target_modules=["to_q"], **options[kind]))
+    with pytest.raises(CheckpointError, match=f"{kind}, which is not supported") as caught:
+        read_adapter(path)
+    assert "merge it into the model" in str(caught.value) and "--model" not in str(caught.value)
+
+
+def test_glora_is_named(tmp_path):
+    tensors = {f"lycoris_layers_0_attention_to_q.{leaf}.weight": torch.ones(2, 2) for leaf in ("a1", "a2", "b1", "b2")}
+    tensors["lycoris_layers_0_attention_to_q.alpha"] = torch.tensor(1.0)
+    with pytest.raises(CheckpointError, match="GLoRA, which is not supported"):
+        read_adapter(write(tmp_path, tensors))

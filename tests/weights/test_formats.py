@@ -21,7 +21,8 @@ from s3dit.layout import text_to_image
 from s3dit.linear import Linear, swap
 from s3dit.transformer import Transformer
 from s3dit.weights.assign import assign
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import CheckpointError, open_checkpoint, open_stored
+from s3dit.weights.formats import producer
 from s3dit.weights.keymap import official
 
 # SDNQ would compile its few operations, for a minute.
@@ -309,3 +310,61 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
     assert isinstance(scheme, Scheme) and grouped("nvfp4", Form(torch.uint8, 16)) is scheme
     with pytest.raises(CheckpointError, match="a.weight is a plain float; nvfp4 is only read"):
         encoded(scheme, checkpoint.load("a.weight"), "a.weight", checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("AWQ", {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}),
+        ("GPTQ", {"qweight": torch.int32, "qzeros": torch.int32, "g_idx": torch.int32}),
+        ("compressed-tensors", {"weight_packed": torch.int32, "weight_scale": torch.bfloat16}),
+        ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_scale_2": torch.float32}),
+        ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32}),
+        ("DFloat11", {"encoded_exponent": torch.uint8, "sign_mantissa": torch.uint8}),
+        ("quanto", {"weight._data": torch.int8, "weight._scale": torch.bfloat16}),
+    ],
+)
+def test_formats_that_are_not_read_are_named(tmp_path, name, leaves):
+    tensors = {f"layers.0.attention.to_q.{leaf}": torch.zeros(4, 4).to(dtype) for leaf, dtype in leaves.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}.* does not read") as caught:
+        open_checkpoint(tmp_path / "model.safetensors")
+    assert "--quantize int4" in str(caught.value) and "download" not in str(caught.value)
+
+
+def test_json_in_a_tensor_of_two_dimensions(tmp_path):
+    text = b'{"format": "float8_e4m3fn"}'
+    said = torch.tensor(list(text + b" " * (-len(text) % 4)), dtype=torch.uint8)
+    tensors = {"x.weight": torch.ones(16, 16).to(torch.float8_e4m3fn), "x.weight_scale": torch.tensor(1.0)}
+    for shape in ((-1,), (2, -1)):
+        save_file(tensors | {"x.comfy_quant": said.reshape(shape)}, tmp_path / "model.safetensors")
+        assert list(open_checkpoint(tmp_path / "model.safetensors").schemes) == ["x"]
+
+
+def test_who_quantized(tmp_path):
+    for leaf, name in (("comfy_quant", "ComfyUI (comfy_quant)"), ("SCB", "bitsandbytes"), ("wscales", "nunchaku")):
+        save_file({f"x.{leaf}": torch.zeros(2)}, tmp_path / "model.safetensors")
+        assert producer(open_stored(tmp_path / "model.safetensors")) == name
+
+
+@pytest.mark.parametrize("width", [100, 104, 120])
+@pytest.mark.parametrize(("layout", "kind"), [("TensorCoreMXFP8Layout", "mxfp8"), ("TensorCoreNVFP4Layout", "nvfp4")])
+def test_padding_is_cut_off_where_the_true_shape_is_said(tmp_path, layout, kind, width):
+    """Padded rows and columns are zeros that comfy-kitchen added; what is left are its own numbers, exactly."""
+    tensor = pytest.importorskip("comfy_kitchen.tensor")
+    layout = getattr(tensor, layout)
+    weight = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    codes, params = layout.quantize(weight)
+    said = json.dumps({"format": kind, "orig_shape": [50, width]}).encode()
+    tensors = {f"x.weight{end}": value.contiguous() for end, value in layout.state_dict_tensors(codes, params).items()}
+    tensors["x.comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "model.safetensors")
+    assert checkpoint.entry("x.weight").shape == (50, width)
+    got, wanted = checkpoint.load("x.weight"), layout.dequantize(codes, params)[:50, :width]
+    # The scale of nvfp4 is of three factors, whose order of multiplication rounds differently.
+    assert relative(got, wanted) <= (0 if kind == "mxfp8" else 2**-22)
+    tensors["x.comfy_quant"] = torch.tensor(list(said.replace(b"50,", b"999,")), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="orig_shape is"):
+        open_checkpoint(tmp_path / "model.safetensors")
