@@ -24,7 +24,7 @@ from s3dit.config_parts import (
     VisionInputConfig,
     need,
 )
-from s3dit.weights.container import CheckpointError, unique
+from s3dit.weights.container import CheckpointError, read_regular, unique
 
 __all__ = [
     "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
@@ -79,11 +79,9 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse one small JSON object from disk; CheckpointError when it is missing, huge or not an object."""
     try:
-        if path.stat().st_size > 1 << 24:
-            raise CheckpointError(
-                f"{path}: {path.stat().st_size:,} bytes is too large for a config; needed a small file"
-            )
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        data = json.loads(read_regular(path, 1 << 24).decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -31,6 +31,7 @@ from s3dit.sources import SHIFT, Found, look_into
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError
 from s3dit.weights.container import FLOATS
 from s3dit.weights.keymap import detect, official
+from s3dit.weights.model_folder import copy_file, left_out, put
 from s3dit.weights.parts import PARTS
 from s3dit.weights.quantize import SPARE, STEM, UNKNOWN, Shards, check_room, check_target
 
@@ -93,9 +94,7 @@ def convert(
             raise CheckpointError(
                 f"{target}: could not be written ({error}); nothing was left there; make room and try again"
             ) from None
-        if target.exists():
-            target.rename(Path(folder) / "replaced")
-        built.rename(target)
+        put(built, target)
     return notes
 
 
@@ -204,16 +203,16 @@ def _write_rest(found: Found, built: Path) -> Iterator[str]:
     """What a whole model has besides its parts: schedule, tokenizer, index; gives notes on what is not the source's."""
     own = found.path / OWN
     if own.is_file() and found.own:
-        shutil.copyfile(own, built / own.name)
+        copy_file(own, built / own.name, found.path)
     if isinstance(found.tokenizer, Path):
-        shutil.copytree(found.tokenizer, built / "tokenizer")
+        shutil.copytree(found.tokenizer, built / "tokenizer", ignore=left_out(found.tokenizer))
     if set(found.parts) != set(PARTS):
         return
     scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | asdict(found.scheduler)
     (built / "scheduler").mkdir()
     _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
     for folder in _eyes(found):
-        shutil.copytree(folder, built / folder.name)
+        shutil.copytree(folder, built / folder.name, ignore=left_out(folder))
     _write_json(built / "model_index.json", INDEX | (OMNI if _eyes(found) else {}))
     if found.scheduler is None:
         yield f"the source does not say the shift of its schedule: {SHIFT:g}, Turbo's, was written"

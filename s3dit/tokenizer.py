@@ -25,7 +25,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from s3dit.tokenizer_config import FILE, check_added
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.container import CheckpointError, read_regular
 from s3dit.weights.gguf_file import GGUFFile
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -62,6 +62,8 @@ ADDED = (
     "</think>",
 )
 FIRST_ADDED, SPECIAL = 151643, 14
+# Bytes of a tokenizer's file; the official tokenizer.json has 11 MB.
+LARGEST = 1 << 27
 # Kinds of tokens in GGUF; a fifth fills the vocabulary up and never occurs in text.
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
@@ -201,7 +203,9 @@ def _added(path: Path) -> dict[int, AddedToken]:
     listed: Any = None
     if path.is_file():
         try:
-            config: Any = json.loads(path.read_text(encoding="utf-8"))
+            config: Any = json.loads(read_regular(path, LARGEST).decode("utf-8"))
+        except CheckpointError:
+            raise
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
         listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
@@ -251,8 +255,13 @@ def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], lis
 
 def _sound(path: Path, read: Callable[[], Any]) -> Any:
     """What a library reads from a file, its complaint turned into a CheckpointError."""
+    if path.stat().st_size > LARGEST and path.suffix != ".gguf":
+        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; needed at most {LARGEST:,}; download it again")
     try:
         return read()
-    # The tokenizers library raises the bare class, there is nothing narrower to name.
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a readable tokenizer file ({error}); download it again") from None
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    # The tokenizers library raises the bare class, and where it panics a PanicException, which is no Exception.
+    except BaseException as error:
+        said = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: not a readable tokenizer file ({said}); download it again") from None

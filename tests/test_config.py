@@ -1,6 +1,7 @@
 """What the JSON files of a model say is read, refused by name, noted, or known to be without effect."""
 
 import json
+import os
 import shutil
 from dataclasses import fields, replace
 
@@ -517,3 +518,12 @@ def test_another_chat_template_is_noted(copy):
     (copy / "tokenizer" / "chat_template.jinja").write_text("{{ system }}")
     assert "chat_template.jinja" in tokenizer_config.check(copy / "tokenizer")[0]
     assert any("not executed" in note for note in Pipeline.load(copy, device="cpu").plan(prompt="a star").notes)
+
+
+def test_a_pipe_or_a_device_is_not_read(tmp_path):
+    """Else a reader would wait for a writer that never comes, or read without an end."""
+    os.mkfifo(tmp_path / "config.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("config.json", "zero.json"):
+        with pytest.raises(CheckpointError, match="not a plain file"):
+            read_json(tmp_path / name)

@@ -84,7 +84,7 @@ KERNELS = (
 )
 WEIGHTS = (
     {"container", "delta", "dialects"},
-    {"hub", "keymap", "mapped_file", "parts", "stored"},
+    {"hub", "keymap", "mapped_file", "model_folder", "parts", "stored"},
     {"gguf_file", "safetensors_dir"},
     {"assign", "comfy"},
     {"libraries", "nunchaku", "sdnq"},

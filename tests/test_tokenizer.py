@@ -295,3 +295,12 @@ def test_official_files_of_two_generations_agree(qwen, tmp_path):
         for text in [*TEXTS, every]:
             assert other.encode(text, 9999) == qwen.encode(text, 9999), text
         assert other.encode(every, 9999)[3:29] == list(range(151643, 151669))
+        assert other.encode(every, 9999)[3:29] == list(range(151643, 151669))
+
+
+def test_a_panic_of_the_library_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(
+        '{"model":{"type":"BPE","vocab":{"a":0,"b":1},"merges":["a b"]},"version":"1.0","added_tokens":[]}'
+    )
+    with pytest.raises(CheckpointError, match="not a readable tokenizer file"):
+        Tokenizer(tmp_path)

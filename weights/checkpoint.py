@@ -28,9 +28,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def open_stored(path: str | Path) -> Checkpoint:
     """The same with every tensor as it is stored, whatever number format it belongs to (adapters have none)."""
     path = Path(path)
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
+    try:
+        if path.is_dir():
+            return _open_folder(path)
+        found = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable ({error.strerror}); needed a path that can be read") from None
+    if not found:
         raise CheckpointError(f"{path}: not found; needed a .safetensors or .gguf file, or a folder with one")
     container = sniff(path)
     if container not in READERS:

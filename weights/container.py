@@ -7,6 +7,8 @@ tells containers apart by their first bytes, never by the file's name, so a rena
 This room knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
 """
 
+import os
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -177,6 +179,27 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
     return found
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """A small plain file, whole; raises CheckpointError for anything else at that path, OSError where nothing is.
+
+    Not a pipe, whose writer may never come, nor a device without an end; the opened file itself is looked at.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise CheckpointError(f"{path}: not a plain file; needed one; download it again")
+            if found.st_size > most:
+                raise CheckpointError(
+                    f"{path}: {found.st_size:,} bytes is too large; needed at most {most:,}; download it again"
+                )
+            return file.read(most + 1)
+    except ValueError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: no path ({error}); needed the path of a file") from None
 
 
 def sniff(path: Path) -> Container:

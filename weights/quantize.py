@@ -31,6 +31,7 @@ from s3dit.weights.assign import encoded
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.formats import FINER
+from s3dit.weights.model_folder import left_out, put
 from s3dit.weights.safetensors_dir import SUFFIX
 
 # Layers that may be of a number format, by part, under official names.
@@ -125,9 +126,7 @@ def quantize(
                 raise CheckpointError(
                     f"{target}: {part} could not be written ({error}); nothing was left there; make room and try again"
                 ) from None
-        if target.exists():
-            target.rename(Path(folder) / "replaced")
-        built.rename(target)
+        put(built, target)
 
 
 def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: bool = False) -> dict[str, Checkpoint]:
@@ -195,12 +194,13 @@ def _size(checkpoint: Checkpoint, inside: Mapping[str, Scheme]) -> int:
 
 
 def _left_out(source: Path, schemes: Collection[str]) -> Callable[[str, list[str]], list[str]]:
-    """What copytree skips: the weights of parts that are written anew, and what hides behind a dot."""
+    """What copytree skips: the weights of parts that are written anew, and what `left_out` does not let out."""
+    strangers = left_out(source)
 
     def ignore(folder: str, names: list[str]) -> list[str]:
         anew = Path(folder).name in schemes and Path(folder).parent == source
         weights = (SUFFIX, f"{SUFFIX}.index.json")
-        return [name for name in names if name.startswith(".") or (anew and name.endswith(weights))]
+        return [*strangers(folder, names), *(name for name in names if anew and name.endswith(weights))]
 
     return ignore
 

@@ -21,8 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, CheckpointError, Entry, Stored, unique
+from s3dit.weights.container import (
+    MOST_TENSORS,
+    REFUSED,
+    Checkpoint,
+    CheckpointError,
+    Entry,
+    Stored,
+    read_regular,
+    unique,
+)
 from s3dit.weights.mapped_file import MappedFile
+from s3dit.weights.model_folder import contained, homes
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -48,6 +58,8 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 SUFFIX = ".safetensors"
 # torch takes 64.
 MOST_DIMENSIONS = 32
+# Of a file, on every file system in use.
+LONGEST_NAME = 255
 # Bytes; the official one has 50 kB.
 LARGEST_INDEX = 1 << 24
 
@@ -201,9 +213,9 @@ def _listed(items: list[str]) -> str:
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name -> file name; raises CheckpointError."""
     try:
-        if path.stat().st_size > LARGEST_INDEX:
-            raise ValueError(f"{path.stat().st_size:,} bytes are too many for an index")
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        data = json.loads(read_regular(path, LARGEST_INDEX).decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
     home = data.get("weight_map") if isinstance(data, dict) else None
@@ -223,19 +235,11 @@ def inside(folder: Path, name: str) -> Path:
             "do not use this folder, fetch the model from its official place"
         )
     path = folder / name
-    if not path.exists():
+    if len(name) > LONGEST_NAME or not path.exists():
         raise CheckpointError(f"{path}: missing, the index names it; download this shard")
-    target = path.resolve()
-    if not any(target.is_relative_to(home) for home in _homes(folder)):
+    if not contained(path, homes(folder)):
         raise CheckpointError(
-            f"{path}: a link that leaves the folder ({target}); needed a file inside; move the file here, or link the "
-            "folder as a whole"
+            f"{path}: a link that leaves the folder ({path.resolve()}), or no plain file; needed a file inside; move "
+            "the file here, or link the folder as a whole"
         )
     return path
-
-
-def _homes(folder: Path) -> list[Path]:
-    """Where a shard of this folder may really lie."""
-    real = folder.resolve()
-    caches = [parent.parent for parent in real.parents if parent.name == "snapshots"]
-    return [real, *(cache / "blobs" for cache in caches)]

@@ -239,7 +239,7 @@ def test_a_header_longer_than_sense(tmp_path):
         (b'{"weight_map":{"a":"../x.safetensors"}}', "plain name"),
         (b'{"weight_map":{"a":"/etc/x.safetensors"}}', "plain name"),
         (b'{"weight_map":' + b"[" * 100_000 + b"}", "not readable as JSON"),
-        (b" " * (1 << 24) + b'{"weight_map":{}}', "too many for an index"),
+        (b" " * (1 << 24) + b'{"weight_map":{}}', "is too large"),
     ],
 )
 def test_indices(index, words, tmp_path):
