@@ -14,7 +14,9 @@ def add(commands: Any) -> None:
     """Give a parser's commands those of this room."""
     text = "say what is in a file or folder, what is missing to draw with it, and the command that does"
     command = commands.add_parser("look", help=text, description=text)
-    command.add_argument("path", type=Path, metavar="FILE", help="a file or folder of weights, on this machine")
+    command.add_argument(
+        "path", metavar="FILE", help='a file or folder of weights, an adapter, a picture, "embedded", or a hub name'
+    )
     command.add_argument("--json", action="store_true", help="the same as one JSON object")
     text = "write any checkpoint or adapter that can be read under official names, for any other tool"
     _add_convert(commands.add_parser("convert", help=text, description=text))
@@ -46,7 +48,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _look(args: argparse.Namespace) -> int:
     from s3dit.look import look
 
-    report = look(args.path)
+    report = look(_source(args.path))
     if args.json:
         event(**report.to_json())
     else:
@@ -54,12 +56,19 @@ def _look(args: argparse.Namespace) -> int:
     return 0
 
 
+def _source(name: str) -> Path:
+    """Where a model that a user names lies: "embedded", a path, or a Hub name."""
+    from s3dit.pipeline import EMBEDDED
+    from s3dit.weights.hub import resolve
+
+    return EMBEDDED if name == "embedded" else resolve(name)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from s3dit.convert import check, convert
     from s3dit.weights.convert_adapter import convert_adapter
-    from s3dit.weights.hub import resolve
 
-    source = resolve(args.source)
+    source = _source(args.source)
     if args.target.suffix == ".safetensors":
         if args.dtype is not None:
             raise RequestError(f"dtype is {args.dtype!r}; an adapter keeps its numbers as stored; leave --dtype out")
@@ -78,13 +87,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from s3dit.pipeline import EMBEDDED
-    from s3dit.weights.hub import resolve
     from s3dit.weights.quantize import check, quantize, scheme_named
 
     named = {"transformer": args.to, "text_encoder": args.text}
     schemes = {part: scheme_named(name) for part, name in named.items() if name is not None}
-    source = EMBEDDED if args.source == "embedded" else resolve(args.source)
+    source = _source(args.source)
     total = sum(checkpoint.nbytes for checkpoint in check(source, args.target, schemes, force=args.force).values())
     with bar("quantizing", total=total, unit="B", unit_scale=True) as done:
         quantize(source, args.target, schemes, version=__version__, force=args.force, progress=done.update)

@@ -17,13 +17,16 @@ from torch import nn
 
 from s3dit import shapes
 from s3dit.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
+from s3dit.images import read_metadata
 from s3dit.sources import Found, look_into, missing
 from s3dit.terminal import line
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
 from s3dit.vae import Autoencoder
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError
+from s3dit.weights.adapter import describe
+from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint, open_stored
 from s3dit.weights.container import sniff
+from s3dit.weights.formats import producer
 from s3dit.weights.keymap import detect, official
 
 # What the rest of a model is taken from in the command that is proposed.
@@ -77,22 +80,74 @@ class Report:
             few = ", ".join(self.rest[:3])
             lines.append(f"not used: {len(self.rest)} tensors of no part ({few}{', …' if len(self.rest) > 3 else ''})")
         lines.append(f"missing: {', '.join(self.missing) or 'nothing, it is a whole model'}")
+        lines += [f"use it: {self.command}"] if self.command else ["not usable as it is, for the faults above"]
+        return "\n".join(map(line, lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `look` found in a file that is no part of a model: an adapter, or a picture with what made it."""
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+    command: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.kind}"]
+        lines += [f"  {name:<20} {value}" for name, value in self.facts.items() if value not in ("", None, [])]
         return "\n".join(map(line, [*lines, f"use it: {self.command}"]))
 
 
-def look(path: Path) -> Report:
-    """Look at a file or a folder; raises CheckpointError, which says what it is, for anything but parts of a model."""
+# How pictures that carry what made them begin.
+PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
+
+
+def look(path: Path) -> Report | Facts:
+    """Look at a file or a folder; raises CheckpointError for what is no part of a model, no adapter and no picture.
+
+    A picture without metadata of its own raises RequestError, which says so.
+    """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_file():
+        with path.open("rb") as file:
+            head = file.read(4)
+        if head.startswith(PICTURES):
+            made = read_metadata(path)
+            command = f"s3dit generate --replay {shlex.quote(str(path))} -o again.png"
+            return Facts(str(path), "a picture drawn by s3dit", made, command)
+        if sniff(path) == "safetensors" and (facts := _adapter(path)) is not None:
+            return facts
     found = look_into(path)
     lacking = missing(found.parts, found.tokenizer is not None)
+    parts = tuple(_part(part, checkpoint, found) for part, checkpoint in found.parts.items())
     return Report(
         path=str(path),
-        parts=tuple(_part(part, checkpoint, found) for part, checkpoint in found.parts.items()),
+        parts=parts,
         rest=tuple(found.rest),
         missing=tuple(lacking),
-        command=_command(path, found.parts, lacking),
+        command="" if any(one.faults for one in parts) else _command(path, found.parts, lacking),
     )
+
+
+def _adapter(path: Path) -> Facts | None:
+    """An adapter in a few words, None where the file is none."""
+    info = describe(open_checkpoint(path))
+    if info is None:
+        return None
+    facts = {
+        "kind": ", ".join(info.kinds), "rank": ", ".join(map(str, info.ranks)),
+        "alpha": ", ".join(f"{alpha:g}" for alpha in info.alphas) or "as large as the rank",
+        "producer": info.producer or "a program that does not say so", "layers": info.layers,
+        "parts": ", ".join(info.parts),
+    }  # fmt: skip
+    command = f's3dit generate "a red fox in the snow" --model {HOME} --lora {shlex.quote(str(path))}'
+    return Facts(str(path), "an adapter", facts, command)
 
 
 def _part(part: str, checkpoint: Checkpoint, found: Found) -> Part:
@@ -140,7 +195,8 @@ def _producer(checkpoint: Checkpoint) -> str:
         }.get(architecture, f"architecture {architecture[:40]}")  # fmt: skip
     if not checkpoint.path.is_dir() and sniff(checkpoint.path) == "gguf":
         return "stable-diffusion.cpp, as far as one can tell (no architecture)"
-    return ""
+    # The keys of a quantized format tell who writes it.
+    return producer(open_stored(checkpoint.path))
 
 
 def _kind(config: Any, found: Found) -> str:
@@ -188,8 +244,6 @@ def _command(path: Path, parts: Iterable[str], lacking: list[str]) -> str:
     file = shlex.quote(str(path))
     if not lacking:
         options = f"--model {file}"
-    elif lacking == ["tokenizer"]:
-        options = f"--model {file} --tokenizer {HOME.rpartition('/')[2]}/tokenizer"
     else:
         options = f"--model {HOME} " + " ".join(f"--{part.replace('_', '-')} {file}" for part in parts)
     return f's3dit generate "a red fox in the snow" {options}'

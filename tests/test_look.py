@@ -6,14 +6,16 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import shapes
 from s3dit.cli import main
-from s3dit.look import look
+from s3dit.look import _command, look
 from s3dit.pipeline import EMBEDDED
 from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
@@ -98,7 +100,7 @@ def test_a_gguf_with_a_whole_vocabulary(tmp_path):
     assert "rotation base 5,000,000" in part.kind and "tokenizer" not in report.missing
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
 def test_the_command_takes_the_file(part, tmp_path):
     """A path with blanks is quoted; the option is the one of the part."""
     path = tmp_path / "my file.safetensors"
@@ -142,3 +144,56 @@ def test_looking_does_not_import_the_compiler():
 def test_a_path_that_is_not_there_is_not_looked_for_elsewhere():
     with pytest.raises(CheckpointError, match="no such file or folder"):
         look(EMBEDDED / "no" / "where")
+
+
+def test_an_adapter_is_named_and_its_command_parses(tmp_path, capsys):
+    path = tmp_path / "my style.safetensors"
+    tensors = {"lora_A.weight": torch.zeros(4, 96), "lora_B.weight": torch.zeros(96, 4), "alpha": torch.tensor(2.0)}
+    save_file({f"diffusion_model.layers.0.attention.to_q.{leaf}": tensor for leaf, tensor in tensors.items()}, path)
+    assert main(["look", str(path)]) == 0
+    said = capsys.readouterr().out
+    for words in ("an adapter", "lora", "rank                 4", "alpha                2"):
+        assert words in said
+    assert shlex.split(said.splitlines()[-1])[-2:] == ["--lora", str(path)]
+
+
+def test_a_picture_says_what_made_it_and_draws_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--steps", "1", "--seed", "3", "--dtype", "fp32", "--device", "cpu"]
+    assert main(["generate", "a red star", *options, "-o", "a b.png"]) == 0
+    capsys.readouterr()
+    assert main(["look", "a b.png"]) == 0
+    said = capsys.readouterr().out
+    assert "a red star" in said and "seed                 3" in said
+    command = shlex.split(said.splitlines()[-1].removeprefix("use it: "))
+    assert main([*command[1:], "--dtype", "fp32", "--device", "cpu"]) == 0
+    assert Image.open("again.png").tobytes() == Image.open("a b.png").tobytes()
+
+
+def test_the_embedded_model_has_a_name(tmp_path, capsys):
+    assert main(["look", "embedded"]) == 0
+    assert "nothing, it is a whole model" in capsys.readouterr().out
+    assert main(["convert", "embedded", str(tmp_path / "out")]) == 0
+
+
+def test_a_file_of_all_parts_takes_only_the_tokenizer_from_elsewhere():
+    command = shlex.split(_command(Path("all in one.safetensors"), WEIGHTS, ["tokenizer"]))
+    assert "--tokenizer" not in command and command[command.index("--model") + 1] == "Tongyi-MAI/Z-Image-Turbo"
+    for part in ("transformer", "text-encoder", "vae"):
+        assert command[command.index(f"--{part}") + 1] == "all in one.safetensors"
+
+
+def test_a_vae_that_the_official_configuration_does_not_fit_gets_no_command(tmp_path):
+    save_file(load_file(WEIGHTS["vae"]), tmp_path / "vae.safetensors")
+    report = look(tmp_path / "vae.safetensors")
+    assert "do not divide into 32 groups" in report.parts[0].faults[0] and not report.command
+
+
+def test_no_command_is_given_for_what_cannot_be_used(tmp_path):
+    (path,) = (EMBEDDED / "transformer").glob("*.safetensors")
+    tensors = {
+        name: tensor for name, tensor in load_file(path).items() if not name.startswith("layers.1.attention.to_k")
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    report = look(tmp_path / "x.safetensors")
+    assert report.parts[0].faults and not report.command and "use it" not in str(report)
