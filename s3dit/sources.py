@@ -27,6 +27,7 @@ from s3dit.config import (
 )
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.hub import PARTS as REPOSITORY_PARTS
 from s3dit.weights.hub import resolve
 from s3dit.weights.parts import PARTS, split
 
@@ -99,12 +100,15 @@ def gather(
     base = None
     if model is not None:
         skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
-        base = look_into(embedded if str(model) == "embedded" else resolve(str(model)), skip)
-    homes = {part: _one(part, resolve(path)) for part, path in wanted.items()}
+        read = [part for part in REPOSITORY_PARTS if part not in skip]
+        base = look_into(embedded if str(model) == "embedded" else resolve(str(model), read), skip)
+    more = ["tokenizer"] if base is None and tokenizer is None else []
+    homes = {part: _one(part, resolve(path, [part, *more])) for part, path in wanted.items()}
     places = [found for found in (base, *homes.values()) if found is not None]
     if base is not None:
         homes = dict.fromkeys(base.parts, base) | homes
-    words = [resolve(str(tokenizer))] if tokenizer is not None else [f.tokenizer for f in places if f.tokenizer]
+    given_words: list[Path | GGUFFile] = [] if tokenizer is None else [_words(resolve(str(tokenizer), ["tokenizer"]))]
+    words = given_words or [found.tokenizer for found in places if found.tokenizer]
     _check_complete(places[0].path, homes, bool(words))
     known = base.configs if base is not None else {}
     said_of_words = tokenizer_config.check(words[0]) if isinstance(words[0], Path) else []
@@ -215,6 +219,11 @@ def _one(part: str, path: Path) -> Found:
     if found.tokenizer is None and (path / "tokenizer").is_dir():
         found.tokenizer = path / "tokenizer"
     return found
+
+
+def _words(path: Path) -> Path:
+    """The folder of a tokenizer, which may be given by the model it belongs to."""
+    return path / "tokenizer" if (path / "tokenizer").is_dir() else path
 
 
 def missing(parts: Iterable[str], tokenizer: bool) -> list[str]:

@@ -84,13 +84,13 @@ KERNELS = (
 )
 WEIGHTS = (
     {"container", "delta", "dialects"},
-    {"hub", "keymap", "mapped_file", "model_folder", "parts", "stored"},
+    {"keymap", "mapped_file", "model_folder", "parts", "stored"},
     {"gguf_file", "safetensors_dir"},
     {"assign", "comfy"},
     {"libraries", "nunchaku", "sdnq"},
     {"formats"},
     {"checkpoint"},
-    {"adapter", "quantize"},
+    {"adapter", "hub", "quantize"},
     {"convert_adapter"},
 )
 RANKS = {"kernels": KERNELS, "weights": WEIGHTS}
@@ -210,7 +210,7 @@ def test_every_arrow_goes_down():
         ("kernels.norm", "import numpy", "not among what is installed"),
         ("kernels.norm", "from s3dit.kernels.attention import attention", "not a lower room of kernels"),
         ("kernels.dispatch", "from s3dit.kernels import norm", "not a lower room of kernels"),
-        ("weights.hub", "from s3dit.weights.assign import assign", "not a lower room of weights"),
+        ("weights.hub", "from s3dit.weights.adapter import Adapter", "not a lower room of weights"),
         ("weights.hub", "from s3dit.config import read_json", "floor 1 imports floor 1"),
         ("weights.hub", "def f():\n    import s3dit.layers", "hub:2 -> s3dit.layers: floor 1 imports floor 2"),
         ("config", "from s3dit.weights.hub import resolve", "floor 1 imports floor 1"),

@@ -1,67 +1,182 @@
-"""From what a user calls a model to a folder on this machine: a path, or "org/name" through the Hugging Face cache.
+"""From what a user calls a model to files on this machine: a path, or "org/name" through the Hugging Face cache.
 
 The cache is the one that every tool of the family shares, so a model that diffusers has fetched is not fetched again.
-Only what an engine reads is asked for. `HF_HUB_OFFLINE`, `HF_HOME` and tokens work as they do everywhere.
+One request asks for the list of a repository's files; `wanted` and `adapter_files` decide from it which of them an
+engine reads, and exactly these are downloaded. Where the Hub is not reached, the same choice is made from the cache.
+`HF_HUB_OFFLINE`, `HF_HOME` and tokens work as they do everywhere.
 
-The embedded model is not a name for this room; the pipeline knows it.
+Names come from users only, never from a file. The embedded model is not a name for this room; the pipeline knows it.
 """
 
+import errno
+import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
+from s3dit.weights.checkpoint import INDEX, STEMS
 from s3dit.weights.container import CheckpointError
+from s3dit.weights.safetensors_dir import SUFFIX, read_index
 
-FILES = (
-    "model_index.json",
-    "s3dit.json",
-    "*/*.json",
-    "*/*.safetensors",
-    "*/merges.txt",
-    "*/tokenizer.model",
-)
-NOT_READ = ("assets/*", "*/assets/*")
-SUFFIX = ".safetensors"
-# What a repository of one adapter calls it.
-ADAPTERS = ("adapter_model.safetensors", "adapter_config.json", "pytorch_lora_weights.safetensors")
+HOME = "Tongyi-MAI/Z-Image-Turbo"
+# Folders of the official layout that hold weights; siglip is an Omni model's.
+WEIGHTS = ("transformer", "text_encoder", "vae", "siglip")
+PARTS = (*WEIGHTS, "tokenizer")
+ENDINGS = (SUFFIX, ".gguf")
+# What is read of a folder besides its weights, and of the whole.
+CONFIGS = ("config.json", "quantization_config.json")
+WHOLE = (
+    "model_index.json", "s3dit.json", "scheduler/scheduler_config.json", "siglip_processor/preprocessor_config.json",
+)  # fmt: skip
+# Generations of a tokenizer, of which the first is read, and what is read with any.
+TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+BESIDE = ("tokenizer_config.json", "chat_template.jinja")
+# What a repository of one adapter calls it, and what is read beside a file that is named.
+ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", *(f"{stem}{SUFFIX}" for stem in STEMS))
+SIDES = (*CONFIGS, "adapter_config.json")
 
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# Characters of a name at most; the Hub's own bound for a repository is 96.
+LONGEST = 400
+
+Files = Collection[str]
 
 
-def resolve(name: str) -> Path:
-    """The local path of a model: an existing file or folder as it is, a Hub repository from the cache or the Hub.
+def resolve(name: str, parts: Collection[str] = PARTS) -> Path:
+    """The local path of a model: an existing file or folder as it is, a Hub repository, or one file of it.
 
-    Raises CheckpointError when it is neither, or when the Hub does not give it; the message is one line.
+    parts: folders of the official layout that will be read; of others only the configuration is fetched. Raises
+    CheckpointError when it is none of these, or when the Hub does not give it; the message is one line.
     """
     if (path := _local(name)) is not None:
         return path
-    if not REPOSITORY.fullmatch(name):
-        raise CheckpointError(
-            f"{name!r}: no such file or folder; needed a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo"
-        )
-    return _snapshot(name)
+    repository, inner = _names(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    if inner:
+        return _file(repository, inner)
+    return _fetch(repository, lambda files: wanted(files, parts, repository))[0]
 
 
 def resolve_file(name: str) -> Path:
     """The local path of one file of weights: as it is, or "org/name/file.safetensors" or "org/name" of the Hub.
 
-    Of a bare repository only the names that PEFT and diffusers give an adapter are asked for. Raises CheckpointError.
+    A bare repository gives the file that PEFT or diffusers would have written, or the only one. Raises CheckpointError.
     """
     if (path := _local(name)) is not None:
         return path
-    repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-    named = inner.endswith(SUFFIX) or (not inner and not repository.endswith(SUFFIX))
-    if not REPOSITORY.fullmatch(repository) or ".." in inner.split("/") or not named:
+    needed = f"the path of a file of weights ({SUFFIX}), or one of the Hub as in org/name/file{SUFFIX}"
+    repository, inner = _names(name, needed)
+    # A file that is not here is far likelier than a repository of such a name.
+    if not inner and repository.endswith(ENDINGS):
+        raise _neither(name, needed)
+    if inner:
+        return _file(repository, inner)
+    folder, files = _fetch(repository, lambda files: adapter_files(files, repository))
+    file = folder / files[0]
+    # A folder's config.json says more than the file; the folder is opened by the same rule that chose the file.
+    return file.parent if file.stem in STEMS and (file.parent / "config.json").is_file() else file
+
+
+def wanted(files: Files, parts: Collection[str], repository: str) -> list[str]:
+    """The files of a repository that will be read for these parts; raises CheckpointError for another layout."""
+    homes = [part for part in WEIGHTS if any(file.startswith(f"{part}/") for file in files)]
+    if set(parts) == {"tokenizer"}:
+        if not (words := _tokenizer(files, "tokenizer/") or _tokenizer(files, "")):
+            raise CheckpointError(f"{repository}: holds no tokenizer; needed tokenizer.json in it or in tokenizer/")
+        return words
+    if not homes and not any(_prefer(_of(files, ""), ending) for ending in ENDINGS):
+        raise _layout(repository, files)
+    asked = {part for part in parts if part in WEIGHTS[:3]}
+    if homes and asked and not asked & set(homes):
+        raise _layout(repository, files, sorted(asked)[0])
+    found = [file for file in WHOLE if file in files]
+    for part in homes or [""]:
+        prefix = f"{part}/" if part else ""
+        found += [prefix + name for name in CONFIGS if prefix + name in files]
+        if part not in parts and part:
+            continue
+        weights = _weights(files, prefix)
+        if not weights:
+            raise _layout(repository, files, part)
+        found += weights
+    return found + (_tokenizer(files, "tokenizer/") if "tokenizer" in parts else [])
+
+
+def adapter_files(files: Files, repository: str) -> list[str]:
+    """The one file of weights of a repository, and what is read beside it; CheckpointError where it is a choice."""
+    usual = [name for name in ADAPTERS if name in files]
+    every = sorted(file for file in files if file.endswith(SUFFIX))
+    if not usual and len(every) != 1:
+        few = ", ".join(every[:6]) + (", …" if len(every) > 6 else "")
         raise CheckpointError(
-            f"{name!r}: no such file or folder; needed the path of a file of weights ({SUFFIX}), or one of the "
-            f"Hub as in org/name/file{SUFFIX}"
+            f"{repository}: holds {len(every)} files *{SUFFIX}{f' ({few})' if every else ''} and none under the usual "
+            f"names; needed one; name it, as in {repository}/{every[0] if every else f'file{SUFFIX}'}"
         )
-    folder = _snapshot(repository, (inner,) if inner else ADAPTERS)
-    if not (folder / inner).exists() or not (inner or any(folder.glob(f"*{SUFFIX}"))):
+    return _with_sides(usual[0] if usual else every[0], files)
+
+
+def _with_sides(file: str, files: Files) -> list[str]:
+    folder = file[: file.rfind("/") + 1]
+    return [file, *(folder + name for name in SIDES if folder + name in files)]
+
+
+def _of(files: Files, prefix: str) -> list[str]:
+    """Names in one folder of a repository, without those that are hidden."""
+    names = (file.removeprefix(prefix) for file in files if file.startswith(prefix))
+    return sorted(name for name in names if "/" not in name and not name.startswith("."))
+
+
+def _prefer(names: Iterable[str], ending: str) -> list[str]:
+    """Names with that ending: the official one alone where there is one (as `checkpoint` opens a folder)."""
+    found = [name for name in names if name.endswith(ending)]
+    official = [name for name in found if name.removesuffix(ending) in STEMS]
+    return official if len(official) == 1 else found
+
+
+def _weights(files: Files, prefix: str) -> list[str]:
+    """The weights of one folder: an index and its shards, or one file; none where it is a choice, or not there."""
+    names = _of(files, prefix)
+    if len(index := _prefer(names, INDEX)) == 1:
+        shard = re.compile(re.escape(index[0].removesuffix(INDEX)) + r"-\d+-of-\d+\.safetensors")
+        every = [name for name in names if name.endswith(SUFFIX)]
+        return [prefix + name for name in index + ([name for name in every if shard.fullmatch(name)] or every)]
+    for ending in ENDINGS:
+        if found := _prefer(names, ending):
+            return [prefix + found[0]] if len(found) == 1 else []
+    return []
+
+
+def _tokenizer(files: Files, prefix: str) -> list[str]:
+    there = next((names for names in TOKENIZERS if prefix + names[0] in files), ())
+    return [prefix + name for name in (*there, *(BESIDE if there else ())) if prefix + name in files]
+
+
+def _layout(repository: str, files: Files, part: str = "") -> CheckpointError:
+    """The error of a repository, or of a part's folder, that does not hold one checkpoint."""
+    weights = sorted(file for file in files if file.endswith(ENDINGS) and file.startswith(f"{part}/" if part else ""))
+    few = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
+    where = f"{part}/ holds" if part else f"is not in the layout of {HOME}, with a folder for each part; it holds"
+    way = f"name one file for its part, as in --transformer {repository}/{weights[0]}" if weights else "take another"
+    return CheckpointError(
+        f"{repository}: {where} {len(weights)} files *{SUFFIX} or *.gguf{f' ({few})' if weights else ''}; needed one "
+        f"checkpoint; {way}"
+    )
+
+
+def _file(repository: str, inner: str) -> Path:
+    """One file of a repository, with the small ones that are read beside it."""
+
+    def choose(files: Files) -> list[str]:
+        if inner in files:
+            return _with_sides(inner, files)
+        others = sorted(file for file in files if file.endswith(ENDINGS))
+        few = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
         raise CheckpointError(
-            f"{name}: the repository holds no {inner or 'file of weights under the usual names'}; needed its file, "
-            f"as in {repository}/file{SUFFIX}; look them up on huggingface.co"
+            f"{repository}: the repository holds no {inner}; needed one of its files: {few or 'none'}"
         )
+
+    folder, _ = _fetch(repository, choose)
     return folder / inner
 
 
@@ -70,37 +185,149 @@ def _local(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
         return path if name and path.exists() else None
-    # A home that is not there; a name too long for the file system, or below a folder that may not be read.
-    except (RuntimeError, OSError) as error:
+    # A home that is not there; a name too long for the file system, or below a folder that may not be read; NUL.
+    except (RuntimeError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
+            f"{name[:80]!r}: not usable as a path ({_first_line(error)}); needed a path or a Hub name"
         ) from None
 
 
-def _snapshot(name: str, files: Sequence[str] = FILES) -> Path:
-    """Let huggingface_hub bring a repository into its cache; its errors become one line each."""
+def _names(name: str, needed: str) -> tuple[str, str]:
+    """Repository and file of a Hub name, which is never a path out of it; raises CheckpointError."""
+    repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    steps = inner.split("/") if inner else []
+    plain = all(step not in ("", ".", "..") and step.isprintable() and "\\" not in step for step in steps)
+    bare = name.count("/") == 1 or inner.endswith(ENDINGS)
+    # The Hub's own rules for a repository, so that nobody is asked for what cannot be.
+    if len(name) > LONGEST or not REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise _neither(name, needed)
+    if not plain or not bare or len(repository) > 96 or repository.endswith((".git", "-", ".")):
+        raise _neither(name, needed)
+    return repository, inner
+
+
+def _neither(name: str, needed: str) -> CheckpointError:
+    return CheckpointError(f"{name[:80]!r}: no such file or folder; needed {needed}")
+
+
+def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path, list[str]]:
+    """The folder of a repository in the cache, with the files that `choose` takes from its list; CheckpointError."""
     # Slow to import, and needed by few runs.
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    snapshot, errors = None, _errors()
+    try:
+        siblings = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or ()
+        files = {one.rfilename for one in siblings}
+    except errors as error:
+        fault, snapshot = _fault(error), _cached(repository)
+        if snapshot is None:
+            raise CheckpointError(f"{repository}: {fault}") from None
+        files = _known(repository, snapshot)
+    chosen = choose(files)
+    if snapshot is None:
+        try:
+            return Path(snapshot_download(repository, allow_patterns=[glob.escape(name) for name in chosen])), chosen
+        except errors as error:
+            fault, snapshot = _fault(error), _cached(repository)
+        if snapshot is None:
+            raise CheckpointError(f"{repository}: {fault}")
+    if lacking := [name for name in chosen if not (snapshot / name).is_file()]:
+        few = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
+        raise CheckpointError(
+            f"{repository}: download incomplete: missing {few} ({len(lacking)} of {len(chosen)} files); {fault}"
+        )
+    return snapshot, chosen
+
+
+def _cached(repository: str) -> Path | None:
+    """The newest snapshot in the cache, complete or not."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=list(NOT_READ)))
-    except errors.GatedRepoError:
-        fault = "the repository is gated; accept its terms on huggingface.co and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        fault = (
-            "no such folder here, and no such repository on the Hub (or it is private); check the spelling, "
-            "or log in with `hf auth login`"
-        )
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        fault = (
-            "no such folder here, not in the Hugging Face cache, and the Hub was not reached (offline, or "
-            "HF_HUB_OFFLINE is set); go online once, or give the path of a folder"
-        )
-    # HTTPError is the root of the HTTP client in use, which is another one in each major version of the library.
-    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
-        fault = f"the Hub did not give it ({_first_line(error)}); try again, or give the path of a folder"
-    raise CheckpointError(f"{name}: {fault}") from None
+        return Path(snapshot_download(repository, allow_patterns=["model_index.json"], local_files_only=True))
+    except errors.LocalEntryNotFoundError as error:
+        path = getattr(error, "snapshot_path", None)
+        return None if path is None else Path(path)
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _known(repository: str, snapshot: Path) -> set[str]:
+    """Files that a repository is known to have: by the list that was kept of it, by what is there, and what that says.
+
+    Links whose file is gone count as known. The shards of an index that is there, too; and where no list was kept, the
+    folders that model_index.json names.
+    """
+    found = {
+        (Path(folder) / name).relative_to(snapshot).as_posix()
+        for folder, _, names in os.walk(snapshot)
+        for name in names
+    }
+    listed = _listed(repository)
+    for index in [name for name in found if name.endswith(INDEX) and (snapshot / name).is_file()]:
+        shards = set(read_index(snapshot / index).values())
+        found |= {f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards if Path(name).name == name}
+    if not listed and (snapshot / "model_index.json").exists():
+        for part in WEIGHTS[:3]:
+            if not any(name.startswith(f"{part}/") and name.endswith(ENDINGS) for name in found):
+                found.add(f"{part}/{STEMS[part == 'text_encoder']}{SUFFIX}")
+    return found | listed
+
+
+def _listed(repository: str) -> set[str]:
+    """The list of files that huggingface_hub keeps beside a snapshot since 1.22; empty where there is none."""
+    try:
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+    except ImportError:
+        return set()
+    try:
+        return {file.path for file in get_cached_repo_tree(repository)}
+    except CachedRepoTreeNotFoundError:
+        return set()
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What the client of the Hub raises when it does not give something."""
+    from huggingface_hub import errors
+
+    # HTTPError is the root of the HTTP client in use, which is another one in each major version of the library;
+    # ValueError is a name or an answer that is none of the Hub's, and so are KeyError and TypeError; RuntimeError is
+    # the transfer's.
+    more = (getattr(errors, name, OSError) for name in ("EntryNotFoundError", "XetDownloadError"))
+    return (errors.HTTPError, OSError, ValueError, KeyError, TypeError, RuntimeError, *more)
+
+
+def _fault(error: Exception) -> str:
+    """What happened, and what to do, in one line."""
+    from huggingface_hub import errors
+
+    # A file that is not in the cache, because it was not given.
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, _errors()):
+        return _fault(error.__cause__)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    again = "try again, or give the path of a folder"
+    if isinstance(error, errors.GatedRepoError):
+        return "the repository is gated; accept its terms on huggingface.co and log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "no such folder here, and no such repository of a model on the Hub (or it is private); check the "
+            "spelling, or log in with `hf auth login`"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            "not whole in the Hugging Face cache, no such folder here, and the Hub was not reached (offline, or "
+            "HF_HUB_OFFLINE is set); run again online, or give the path of a folder"
+        )
+    if status in (401, 403):
+        return f"the Hub refuses access ({status}); log in with `hf auth login`, or give the path of a folder"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no room is left on the disk of the Hugging Face cache; free some, or set HF_HOME to another place"
+    if isinstance(error, errors.HfHubHTTPError) or status is not None:
+        return f"the Hub did not give it ({_first_line(error)}); {again}"
+    kinds = (errors.HTTPError, ConnectionError, TimeoutError)
+    verb = "was not reached" if isinstance(error, kinds) else "did not give it"
+    return f"the Hub {verb} ({_first_line(error)}); run again online, or give the path of a folder"
+
+
+def _first_line(error: Any) -> str:
+    return next((line.strip()[:200] for line in str(error).splitlines() if line.strip()), type(error).__name__)
