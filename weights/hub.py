@@ -93,7 +93,8 @@ def wanted(files: Files, parts: Collection[str], repository: str) -> list[str]:
     found = [file for file in WHOLE if file in files]
     for part in homes or [""]:
         prefix = f"{part}/" if part else ""
-        found += [prefix + name for name in CONFIGS if prefix + name in files]
+        # At the root may lie an adapter as well, whose settings say its strength.
+        found += [prefix + name for name in (CONFIGS if part else SIDES) if prefix + name in files]
         if part not in parts and part:
             continue
         weights = _weights(files, prefix)

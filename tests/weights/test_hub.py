@@ -447,3 +447,10 @@ def test_a_pointer_in_the_place_of_weights(hub):
     hub.repositories["org/lora"] = {"x.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"}
     with pytest.raises(CheckpointError, match="Git LFS pointer"):
         read_adapter(resolve_file("org/lora"))
+
+
+def test_an_adapter_given_where_a_model_may_be(hub):
+    """`convert` and `look` take both: without its settings it would have another strength."""
+    hub.repositories["org/lora"] = {"adapter_model.safetensors": LORA, "adapter_config.json": b"{}", "README.md": b"x"}
+    resolve("org/lora")
+    assert sorted(hub.files()) == ["adapter_config.json", "adapter_model.safetensors"]
