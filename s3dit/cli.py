@@ -111,6 +111,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="stay within 4GiB, 4GB, 4096MiB, …: chooses residency and tiles (on a CPU: of RAM)",
     )
+    group.add_argument(
+        "--disable-mmap", action="store_true",
+        help="read weights into memory instead of mapping their files (for files that may be cut while in use)",
+    )  # fmt: skip
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks, in the first pass")
     group.add_argument("--graphs", action="store_true", help="record the transformer's passes as CUDA graphs")
     group.add_argument(
@@ -277,7 +281,7 @@ def _run(args: argparse.Namespace) -> int:
         args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
         tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
         device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
-        vram=args.vram, compile=args.compile, graphs=args.graphs,
+        vram=args.vram, compile=args.compile, graphs=args.graphs, disable_mmap=args.disable_mmap,
     )  # fmt: skip
     for change in changes(pipe, engine):
         say(f"{args.replay} was drawn {change}: not the same to the bit")

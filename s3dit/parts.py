@@ -32,6 +32,7 @@ from s3dit.vae import Autoencoder
 from s3dit.vision_encoder import VisionEncoder
 from s3dit.weights import keymap
 from s3dit.weights.assign import assign, pending, schemes
+from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
 
@@ -40,11 +41,20 @@ class Parts(Residency):
     """The parts of one model, by name: text_encoder, transformer, vae, siglip, and ControlNets."""
 
     def __init__(
-        self, sources: Sources, placement: Placement, mode: Mode, quantize: Mapping[str, str | None], compiled: bool
+        self,
+        sources: Sources,
+        placement: Placement,
+        mode: Mode,
+        quantize: Mapping[str, str | None],
+        compiled: bool,
+        disable_mmap: bool = False,
     ) -> None:
         """quantize: the number format asked for, by part · compiled: compile the blocks of what draws."""
+        self._disable_mmap = disable_mmap
         self.config, self.placement, self.compiled = sources.config, placement, compiled
-        self.checkpoints = dict(sources.checkpoints)
+        self.checkpoints: dict[str, Checkpoint] = {}
+        for part, checkpoint in sources.checkpoints.items():
+            self._open(part, checkpoint)
         self.controlnets: dict[str, ControlNetConfig] = {}
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
@@ -59,6 +69,11 @@ class Parts(Residency):
         self.formats = {part: named(schemes(self.blank(part)[0])) for part in self.checkpoints}
         for part in self.checkpoints:
             self.sizes(part)
+
+    def _open(self, part: str, checkpoint: Checkpoint) -> None:
+        if self._disable_mmap:
+            checkpoint.disable_mmap()
+        self.checkpoints[part] = checkpoint
 
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
@@ -161,7 +176,8 @@ class Parts(Residency):
         part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
         if part not in self.controlnets:
             checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
-            self.checkpoints[part], self.controlnets[part] = checkpoint, config
+            self._open(part, checkpoint)
+            self.controlnets[part] = config
             if self.mode == "streamed":
                 self.kept = {**self.kept, part: 0}
         return part, self.controlnets[part]

@@ -99,12 +99,13 @@ class Pipeline:
         quantize: str | None = None,
         quantize_text: str | None = None,
         backend: str | None = None,
+        disable_mmap: bool = False,
     ) -> None:
         self.sources, self.folder, self.config = sources, sources.path, sources.config
         self.vram, self.graphs, self.backend = vram, graphs, backend
         self.tokenizer = Tokenizer(sources.tokenizer)
         asked = {"transformer": quantize, "text_encoder": quantize_text}
-        self.parts = Parts(sources, placement, residency, asked, compiled)
+        self.parts = Parts(sources, placement, residency, asked, compiled, disable_mmap)
         self.lora = Adapters(self.parts)
         self._features = Kept(PROMPTS_KEPT, "text_encoder")
         self._looks = Kept(LOOKS_KEPT, "siglip", "vae")
@@ -134,6 +135,7 @@ class Pipeline:
         graphs: bool = False,
         quantize: str | None = None,
         quantize_text: str | None = None,
+        disable_mmap: bool = False,
     ) -> Self:
         """Open a model: "embedded", a folder in the official layout, a file, or a hub name (Tongyi-MAI/Z-Image-Turbo).
 
@@ -146,7 +148,8 @@ class Pipeline:
         · backend: who serves the operations, in this pipeline's calls: auto, reference, torch or triton · quantize,
         quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
         product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
-        quantized model is run in its own format.
+        quantized model is run in its own format · disable_mmap: read weights into memory instead of mapping their
+        files, which may then be cut short while they are in use (see `weights.mapped_file`).
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):
@@ -168,7 +171,7 @@ class Pipeline:
             sources = gather(model, given, tokenizer, EMBEDDED)
             return cls(
                 sources, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
-                quantize=quantize, quantize_text=quantize_text, backend=backend,
+                quantize=quantize, quantize_text=quantize_text, backend=backend, disable_mmap=disable_mmap,
             )  # fmt: skip
 
     @contextmanager

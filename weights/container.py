@@ -66,6 +66,9 @@ class Checkpoint(ABC):
     def release(self) -> None:  # noqa: B027
         """Let go of whatever keeps a file mapped besides the tensors given out; it is mapped anew when one is read."""
 
+    def disable_mmap(self) -> None:  # noqa: B027
+        """From now on read each tensor into memory of its own, instead of giving views of a mapped file."""
+
     def __contains__(self, name: object) -> bool:
         return name in self.keys()  # noqa: SIM118
 
@@ -117,28 +120,6 @@ class Checkpoint(ABC):
         return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
 
 
-class Stored(Checkpoint):
-    """The tensors of files whose headers were read: `_entries`, in the order in which the tensors lie on disk."""
-
-    _entries: dict[str, Entry]
-
-    def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk, file by file."""
-        return list(self._entries)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
-
-    def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor as stored; CheckpointError for an unknown name."""
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.path}: no tensor {name!r} among {len(self._entries)}; the files are of another model"
-            ) from None
-
-
 class View(Checkpoint):
     """A checkpoint shown in another way: other names, other tensors made of its own."""
 
@@ -151,6 +132,10 @@ class View(Checkpoint):
     def release(self) -> None:
         """Let go of what the checkpoint below keeps mapped."""
         self._checkpoint.release()
+
+    def disable_mmap(self) -> None:
+        """Read the files of the checkpoint below instead of mapping them."""
+        self._checkpoint.disable_mmap()
 
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]

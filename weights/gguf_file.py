@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry, Stored
-from s3dit.weights.mapped_file import MappedFile
+from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry
+from s3dit.weights.mapped_file import MappedFile, Stored
 
 # Type id -> name, numbers in a block, bytes of a block.
 BLOCKS = {
@@ -70,6 +70,7 @@ class GGUFFile(Stored):
     def __init__(self, path: Path) -> None:
         """Read the header; raises CheckpointError for anything that does not hold."""
         self._file = MappedFile(path)
+        self._files = [self._file]
         if self._file.container != "gguf":
             raise CheckpointError(f"{path}: {REFUSED.get(self._file.container, 'is not a GGUF file')}")
         self.path = path
@@ -109,19 +110,13 @@ class GGUFFile(Stored):
                 self.ggml_types[name] = block
                 self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
 
-    def check(self) -> None:
-        """Raise CheckpointError where the file is not what it was when it was opened."""
-        self._file.check()
-
     def load(self, name: str) -> Tensor:
         """One tensor as stored (blocks as uint8), on the CPU, a view of the mapped file."""
         entry = self.entry(name)
         assert isinstance(entry.dtype, torch.dtype)
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        count = entry.nbytes // entry.dtype.itemsize
-        flat = torch.frombuffer(self._file.map(), dtype=entry.dtype, count=count, offset=self._starts[name])
-        return flat.view(entry.shape)
+        return self._file.read(self._starts[name], entry.nbytes).view(entry.dtype).view(entry.shape)
 
     def format(self, name: str) -> str:
         """What numbers a tensor is stored in, as ggml calls it."""

@@ -10,6 +10,7 @@ that a file may be larger than memory and swap. It goes with the last tensor tha
 What a map cannot do: a file that is cut short in place while tensors look at it ends the process (SIGBUS) at the first
 missing page, since the system has nothing to give. Replace model files by renaming a new one over them, as downloaders
 do, and never write into one that is in use; weights that are cast on their way in (bf16 to fp32) or on a GPU are safe.
+Where files cannot be trusted to stay (a network share), `mapped = False` reads each tensor into memory of its own.
 """
 
 import mmap
@@ -20,14 +21,17 @@ import weakref
 from pathlib import Path
 from typing import BinaryIO
 
-from s3dit.weights.container import CheckpointError, sniff
+import torch
+from torch import Tensor
+
+from s3dit.weights.container import Checkpoint, CheckpointError, Entry, sniff
 
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class MappedFile:
-    """A file as it was when it was first opened."""
+    """A file as it was when it was first opened. mapped: whether `read` gives views of a map, or copies."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError where there is no plain file that may be read."""
@@ -36,7 +40,9 @@ class MappedFile:
         with self._open() as file:
             self._identity = _identity(file)
         self.size = self._identity[0]
+        self.mapped = True
         self._map: weakref.ref[mmap.mmap] | None = None
+        self._held: mmap.mmap | None = None
 
     def head(self, count: int) -> bytes:
         """The first bytes, at most `count`."""
@@ -56,6 +62,25 @@ class MappedFile:
                 found = _mapped(file, self.path)
             self._map = weakref.ref(found)
         return found
+
+    def read(self, start: int, count: int) -> Tensor:
+        """Bytes of the file, (count,) uint8: a view of the map, which is held until `release`, or a copy.
+
+        Raises CheckpointError as `check` does, and where the file ends before.
+        """
+        if self.mapped:
+            self._held = self._held or self.map()
+            return torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
+        found = torch.empty(count, dtype=torch.uint8)
+        with self._open() as file:
+            file.seek(start)
+            if file.readinto(found.numpy()) < count:  # type: ignore[attr-defined]
+                raise CheckpointError(f"{self.path}: cut short while it was read; needed {start + count:,} bytes")
+        return found
+
+    def release(self) -> None:
+        """Let go of the map that is held; tensors given out keep theirs."""
+        self._held = None
 
     def _open(self) -> BinaryIO:
         """The file, opened for reading, the one that it was."""
@@ -77,6 +102,45 @@ class MappedFile:
                 "same file; load the model again"
             )
         return file
+
+
+class Stored(Checkpoint):
+    """The tensors of files whose headers were read: `_entries`, in the order in which the tensors lie on disk."""
+
+    _entries: dict[str, Entry]
+    _files: list[MappedFile]
+
+    def check(self) -> None:
+        """Raise CheckpointError where a file is not what it was when it was opened."""
+        for file in self._files:
+            file.check()
+
+    def release(self) -> None:
+        """Let go of the maps that are held; tensors given out keep theirs."""
+        for file in self._files:
+            file.release()
+
+    def disable_mmap(self) -> None:
+        """From now on read each tensor into memory of its own."""
+        self.release()
+        for file in self._files:
+            file.mapped = False
+
+    def keys(self) -> list[str]:
+        """All names, in the order in which the tensors lie on disk, file by file."""
+        return list(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def entry(self, name: str) -> Entry:
+        """Shape, dtype and bytes of one tensor as stored; CheckpointError for an unknown name."""
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.path}: no tensor {name!r} among {len(self._entries)}; the files are of another model"
+            ) from None
 
 
 def _identity(file: BinaryIO) -> tuple[int, int, int, int]:

@@ -14,7 +14,6 @@ Source: https://github.com/huggingface/safetensors (format), transformers' shard
 
 import json
 import math
-import mmap
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,10 @@ from s3dit.weights.container import (
     Checkpoint,
     CheckpointError,
     Entry,
-    Stored,
     read_regular,
     unique,
 )
-from s3dit.weights.mapped_file import MappedFile
+from s3dit.weights.mapped_file import MappedFile, Stored
 from s3dit.weights.model_folder import contained, homes
 
 DTYPES = {
@@ -72,7 +70,6 @@ class SafetensorsFiles(Stored):
         self.metadata = {}
         self._entries: dict[str, Entry] = {}
         self._home: dict[str, tuple[MappedFile, int]] = {}
-        self._open: tuple[MappedFile, mmap.mmap] | None = None
         self._files = [MappedFile(shard) for shard in shards]
         for file in self._files:
             entries, starts, metadata = read_header(file)
@@ -90,17 +87,8 @@ class SafetensorsFiles(Stored):
         """The name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
-    def check(self) -> None:
-        """Raise CheckpointError where a file is not what it was when it was opened."""
-        for file in self._files:
-            file.check()
-
-    def release(self) -> None:
-        """Let go of the map that is held; tensors given out keep theirs."""
-        self._open = None
-
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU, a view of the mapped file (misaligned: a copy)."""
+        """One tensor in its stored dtype, on the CPU: a view of the mapped file (misaligned, or not mapped: a copy)."""
         entry = self.entry(name)
         file, start = self._home[name]
         if not isinstance(entry.dtype, torch.dtype):
@@ -109,15 +97,13 @@ class SafetensorsFiles(Stored):
             )
         if not entry.nbytes:
             return torch.empty(entry.shape, dtype=entry.dtype)
-        if self._open is None or self._open[0] is not file:
-            self._open = None
-            self._open = (file, file.map())
+        # As many maps are held as are read from: one.
+        for other in self._files:
+            if other is not file:
+                other.release()
+        flat = file.read(start, entry.nbytes)
         # Old writers did not pad the header; an address off the dtype's grid is not promised to work everywhere.
-        if start % entry.dtype.itemsize:
-            flat = torch.frombuffer(self._open[1], dtype=torch.uint8, count=entry.nbytes, offset=start).clone()
-            return flat.view(entry.dtype).view(entry.shape)
-        count = entry.nbytes // entry.dtype.itemsize
-        return torch.frombuffer(self._open[1], dtype=entry.dtype, count=count, offset=start).view(entry.shape)
+        return (flat.clone() if start % entry.dtype.itemsize else flat).view(entry.dtype).view(entry.shape)
 
 
 def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dict[str, str]]:

@@ -136,3 +136,35 @@ def test_a_file_larger_than_memory_is_opened_and_read(tmp_path):
         "assert c.load('last').tolist() == [1, 2] and c.load('big')[-1].sum() == 0"
     )
     subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT, timeout=60)
+
+
+def test_a_file_is_read_instead_of_mapped(file, tmp_path):
+    """Then it may be cut under tensors that were read (under a map that ends the process), and is noticed later."""
+    mapped, copied = open_checkpoint(file), open_checkpoint(file)
+    copied.disable_mmap()
+    for name in ("a", "b"):
+        assert torch.equal(mapped.load(name), copied.load(name))
+        assert mapped.load(name).data_ptr() != copied.load(name).data_ptr()
+    tensors = {name: copied.load(name) for name in copied}
+    del mapped
+    os.truncate(file, 100)
+    assert torch.equal(tensors["a"], torch.arange(64.0)) and torch.equal(tensors["b"], torch.ones(3, 5))
+    with pytest.raises(CheckpointError, match="load the model again"):
+        copied.load("a")
+
+
+def test_no_part_of_a_model_is_mapped_where_that_is_disabled():
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux lists a process's maps")
+
+    def mapped(pipe):
+        pictures.append(pipe(prompt="", **SHORT).latents)
+        return any("weights/tiny" in line and ".safetensors" in line for line in maps.read_text().splitlines())
+
+    pictures = []
+    kept = Pipeline.load(residency="resident", dtype="bf16")
+    assert mapped(kept)
+    del kept
+    assert not mapped(Pipeline.load(residency="resident", dtype="bf16", disable_mmap=True))
+    assert torch.equal(pictures[0][0], pictures[1][0])
