@@ -351,11 +351,11 @@ class Pipeline:
             stored.release()
             # parity: the embedding is rounded to the dtype that the weights are kept in.
             x = rows.to(self.placement.dtype).to(self.placement.device, self.placement.compute)
-            again = partial(encoder, x, [len(one) for one in new])
-            features = again()
-            check_finite(features, "text features", again, (encoder, stored.path))
-            for one, feature in zip(new, features.split([len(one) for one in new]), strict=True):
-                known[one] = feature
+            # Each by itself: what is kept must not depend on what else was asked for when it was computed.
+            for one, embedded in zip(new, x.split([len(one) for one in new]), strict=True):
+                run = partial(encoder, embedded, [len(one)])
+                known[one] = run()
+                check_finite(known[one], "text features", run, (encoder, stored.path))
         found = [known[one] for one in ids]
         known.trim()
         return found
@@ -464,13 +464,14 @@ class Pipeline:
         new = list({one.key: one for one in pictures if one.key not in known}.values())
         if new:
             tower = self.parts["siglip"]
-            patches = torch.cat([one.patches for one in new]).to(self.placement.device, self.placement.compute)
-            run = partial(tower, patches, [one.seen for one in new])
-            features = run()
-            check_finite(features, "vision features", run, (tower, self.parts.checkpoints["siglip"].path))
+            features = []
+            for one in new:
+                patches = one.patches.to(self.placement.device, self.placement.compute)
+                run = partial(tower, patches, [one.seen])
+                features.append(run())
+                check_finite(features[-1], "vision features", run, (tower, self.parts.checkpoints["siglip"].path))
             latents = self._encode_images([one.pixels for one in new], None, tile)
-            parts = features.split([len(one.patches) for one in new])
-            known.update({one.key: references.Look.of(*of) for one, *of in zip(new, latents, parts, strict=True)})
+            known.update({one.key: references.Look.of(*of) for one, *of in zip(new, latents, features, strict=True)})
         found = [known[one.key] for one in pictures]
         known.trim()
         return found

@@ -183,3 +183,20 @@ def test_not_a_model(tmp_path):
 def test_wrong_placement(options, message):
     with pytest.raises(BackendError, match=message):
         Pipeline.load(**options)
+
+
+def test_what_is_kept_does_not_depend_on_what_was_drawn_before():
+    """Prompts are encoded each by itself: a batch, then one of its prompts, against that prompt in a new pipeline."""
+    prompts = ["a red star", "two blue circles on a yellow ground, one above the other, to the left", "a pink square"]
+    options = {"seed": 3, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
+    seen = []
+    hook = pipe.parts["text_encoder"].register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    together = pipe.encode(prompts)
+    hook.remove()
+    assert [len(lengths) for lengths in seen] == [1, 1, 1]
+    pipe(prompt=prompts, **options)
+    for prompt, features in zip(prompts, together, strict=True):
+        fresh = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
+        assert torch.equal(features, fresh.encode([prompt])[0])
+        assert torch.equal(pipe(prompt=prompt, **options).latents[0], fresh(prompt=prompt, **options).latents[0])
