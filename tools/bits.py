@@ -84,7 +84,8 @@ def cases(folder: Path) -> Iterator[tuple[str, dict[str, Any], list[tuple[str, f
 
     start, mask, hint, other = (str(folder / f"{name}.png") for name in ("start", "mask", "hint", "other"))
     net1, net2 = (folder / f"net-{version}.safetensors" for version in ("1.0", "2.1"))
-    omni, official, plain = {"model": folder / "omni" / "model"}, {"model": folder / "official" / "model"}, {}
+    plain: dict[str, Any] = {}
+    omni, official = {"model": folder / "omni" / "model"}, {"model": folder / "official" / "model"}
     for solver in ("euler", "heun", "dpmpp_2m", "euler_ancestral"):
         yield f"solver {solver}", plain, [], STAR | {"solver": solver}
         yield f"solver {solver}, batch", plain, [], SIZE | {"prompt": PROMPTS, "solver": solver, "width": [64, 96, 48]}
