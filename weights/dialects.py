@@ -103,6 +103,12 @@ FOREIGN = (
     ("Wan", r"(?:^|_)blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
 )
 
+# Methods of PEFT whose tensors are called by the method's own name.
+METHODS = (
+    "FourierFT", "HRA", "VB-LoRA", "RandLoRA", "BEFT", "C3A", "DEFT", "DeLoRA", "FRoD", "GraLoRA", "HiRA", "Lily",
+    "LN_tuning", "MiSS", "OSF", "PEANuT", "Poly", "PSOFT", "PVeRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA",
+    "trainable_tokens", "Uni-LoRA", "WaveFT",
+)  # fmt: skip
 # Adapters that are none of ours, by the ends of their keys.
 UNREAD = (
     ("GLoRA", r"\.(?:a[12]|b[12])(?:\.weight)?$|[._]glora[._]"),
@@ -110,10 +116,8 @@ UNREAD = (
     ("OFT", r"[._]oft_(?:[RrsQ]|blocks|diag)(?:[._]|$)"),
     ("IA3", r"\.on_input$|[._]ia3_l(?:[._]|$)"),
     ("VeRA", r"[._]vera_(?:lambda_[bd]|[AB])(?:[._]|$)"),
-    ("FourierFT", r"[._]fourierft_"),
-    ("HRA", r"[._]hra_u(?:[._]|$)"),
-    ("VB-LoRA", r"[._]vblora_"),
-    ("RandLoRA", r"[._]randlora_"),
+    ("AdaLoRA", r"\.lora_E(?:\.[^.]+)?$"),
+    *((name, rf"\.{name.replace('-', '').lower()}_") for name in METHODS),
     ("prompt tuning (PEFT)", r"(?:^|\.)prompt_embeddings$"),
     ("textual inversion", r"^(?:emb_params|string_to_param|<[^>]*>|qwen3_4b)$"),
 )
