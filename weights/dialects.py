@@ -18,11 +18,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Stripped one after another, flat, until what is left is a layer.
-PREFIXES = (
-    "base_model_model_", "model_diffusion_model_", "diffusion_model_", "transformer_", "unet_", "lora_unet_",
-    "lora_transformer_", "lycoris_", "text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_",
-)  # fmt: skip
+# Stripped one after another, flat, until what is left is a layer; with the part that the first of them means, if any.
+PREFIXES: dict[str, str | None] = {
+    **dict.fromkeys(("base_model_model_", "transformer_", "lycoris_"), None),
+    **dict.fromkeys(
+        ("model_diffusion_model_", "diffusion_model_", "unet_", "lora_unet_", "lora_transformer_"), "transformer"
+    ),
+    **dict.fromkeys(("text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_"), "text_encoder"),
+}
 
 # As many stand before each other at most.
 DEEPEST = 4
@@ -160,11 +163,12 @@ def split(key: str) -> tuple[str, str] | None:
 
 def place(layer: str) -> Place | None:
     """Where a stored layer belongs, None where no part has such a one."""
-    name = flat(layer)
+    name, part = flat(layer), None
     for _ in range(DEEPEST + 1):
         if (found := _lookup(name)) is not None:
-            return found
+            return found if part in (None, found.part) else None
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        part = part or PREFIXES.get(prefix)
         # VideoX-Fun's trainer writes two underscores behind its prefix.
         name = name[len(prefix) :].removeprefix("_")
     return None
