@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from s3dit.weights import dialects
-from s3dit.weights.adapter_settings import Settings, read_settings
+from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_stored
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
 
@@ -32,8 +32,6 @@ METADATA = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
 # An alpha that kohya's trainers write into the header for people; it is the tensor `.alpha` that acts.
 KOHYA = "ss_network_alpha"
-# How much of a stranger's word a note says.
-LONGEST = 60
 
 # The largest alpha / rank that is no accident.
 STRONGEST = 1e4
@@ -286,9 +284,10 @@ def _notes(
 ) -> list[str]:
     """What the header, or PEFT's file beside, says without effect."""
     notes = [note for said in settings.values() for note in said.notes]
-    for module in (module for said in settings.values() for module in said.whole):
-        if not any(f".{module}." in f".{key}" for key in unmatched):
-            notes.append(f"modules_to_save is {module[:LONGEST]}, of which the file holds nothing")
+    whole = {module: None for said in settings.values() for module in said.whole}
+    if absent := [module for module in whole if not any(f".{module}." in f".{key}" for key in unmatched)]:
+        few = ", ".join(module[:LONGEST] for module in absent[:SHOWN])
+        notes.append(f"modules_to_save names {few}, of which the file holds nothing")
     ranks = {
         checkpoint.entry(roles["down"]).shape[:1]
         for roles in stored.values()

@@ -49,8 +49,8 @@ INERT = {
     "acts on embeddings of text, which no layer here is": ("ensure_weight_tying",),
     "the shapes of the factors say it": ("decompose_both", "decompose_factor", "use_effective_conv2d"),
 }  # fmt: skip
-# Keys that a note names, and how much of each.
-SHOWN, LONGEST = 10, 60
+# Keys that a note names, how much of each; and names that are looked for among a file's keys.
+SHOWN, LONGEST, MODULES = 10, 60, 100
 
 Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
@@ -107,8 +107,10 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     alpha = _number(values.get("lora_alpha", values.get("alpha", 8)), "alpha")
     rank = None if values.get("r") is None else _number(values["r"], "r")
     norms = None if values.get("use_dora") is None else bool(values["use_dora"])
-    whole = values.get("modules_to_save") or ()
-    whole = tuple(map(str, whole)) if isinstance(whole, list | tuple) else (str(whole),)
+    whole = values.get("modules_to_save") or []
+    whole = tuple(map(str, whole)) if isinstance(whole, list) else (str(whole),)
+    if len(whole) > MODULES:
+        raise ValueError(f"modules_to_save has {len(whole)} names, needed at most {MODULES}")
     return Settings(alpha, rank, bool(values.get("use_rslora")), alphas, ranks, norms, whole, tuple(_notes(values)))
 
 

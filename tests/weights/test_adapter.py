@@ -279,6 +279,7 @@ def test_patterns_that_could_take_for_ever_are_refused_at_once(tmp_path, pattern
             for start in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "of tomorrow")
         ),
         ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"modules_to_save": ["x"] * 1000}, "modules_to_save has 1000 names"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
     ],
 )
@@ -293,7 +294,7 @@ def test_settings_that_give_another_picture_are_refused(tmp_path, said, words):
         ({"layers_to_transform": [1, 2]}, "layers_to_transform is [1, 2], but every layer in the file is used"),
         ({"layers_to_transform": 0}, "layers_to_transform is 0, but"),
         ({"exclude_modules": ["to_q"]}, "exclude_modules is ['to_q'], but every layer in the file is used"),
-        ({"modules_to_save": ["cap_embedder"]}, "modules_to_save is cap_embedder, of which the file holds nothing"),
+        ({"modules_to_save": ["cap_embedder"]}, "modules_to_save names cap_embedder, of which the file holds nothing"),
         ({"invented": 1, "strength": 2}, "settings that PEFT does not know, without effect: invented, strength"),
         ({"lora_alpha": 0}, "1 of 1 layers change nothing (an alpha of 0"),
     ],
