@@ -92,7 +92,7 @@ ROLES = tuple(
         ("diff_b", r"\.(?:diff_b|b_norm)"),
         ("set", r"\.set_weight"),
         ("shape", r"\.reshape_weight"),
-        ("core", r"\.(?:lora_mid\.weight|hada_t[12]|lokr_t2)"),
+        ("core", r"\.(?:lora_mid\.weight|hada_t[12]|lokr_t[12])"),
     )
 )
 
@@ -119,6 +119,7 @@ UNREAD = (
     ("OFT", r"[._]oft_(?:[RrsQ]|blocks|diag)(?:[._]|$)"),
     ("IA3", r"\.on_input$|[._]ia3_l(?:[._]|$)"),
     ("VeRA", r"[._]vera_(?:lambda_[bd]|[AB])(?:[._]|$)"),
+    ("T-LoRA", r"\.(?:lambda_layer|[pq]_layer\.weight)$"),
     ("AdaLoRA", r"\.lora_E(?:\.[^.]+)?$"),
     *((name, rf"\.{name.replace('-', '').lower()}_") for name in METHODS),
     ("prompt tuning (PEFT)", r"(?:^|\.)prompt_embeddings$"),

@@ -457,8 +457,17 @@ def test_peft_kinds_that_are_not_supported_are_named(tmp_path, kind):
     assert "merge it into the model" in str(caught.value) and "--model" not in str(caught.value)
 
 
-def test_glora_is_named(tmp_path):
-    tensors = {f"lycoris_layers_0_attention_to_q.{leaf}.weight": torch.ones(2, 2) for leaf in ("a1", "a2", "b1", "b2")}
-    tensors["lycoris_layers_0_attention_to_q.alpha"] = torch.tensor(1.0)
-    with pytest.raises(CheckpointError, match="GLoRA, which is not supported"):
-        read_adapter(write(tmp_path, tensors))
+LYCORIS_KINDS = {
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    "OFT": ("oft_blocks", "rescale", "alpha"),
+    "IA3": ("weight", "on_input"),
+    "T-LoRA": ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"),
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS_KINDS)
+def test_lycoris_kinds_that_are_not_supported_are_named(tmp_path, kind):
+    layer = "lycoris_layers_0_attention_to_q"
+    path = write(tmp_path, {f"{layer}.{leaf}": torch.ones(2, 2) for leaf in LYCORIS_KINDS[kind]})
+    with pytest.raises(CheckpointError, match=f": {kind}, which is not supported"):
+        read_adapter(path)

@@ -322,6 +322,15 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
         ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32}),
         ("DFloat11", {"encoded_exponent": torch.uint8, "sign_mantissa": torch.uint8}),
         ("quanto", {"weight._data": torch.int8, "weight._scale": torch.bfloat16}),
+        ("quanto", {"weight._data._data": torch.uint8, "weight._scale": torch.bfloat16, "input_scale": torch.bfloat16}),
+        ("EntroPack", {"weight._entropack.header": torch.uint8, "weight._entropack.buffers.gaps": torch.uint8}),
+        (
+            "EntroPack",
+            {"weight._entropack.buffers.sign_mantissa": torch.uint8, "weight._entropack.weight_scale": torch.float32},
+        ),
+        ("HQQ", {"W_q": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16, "nbits": torch.int32}),
+        ("AQLM", {"codes": torch.int8, "codebooks": torch.bfloat16, "scales": torch.bfloat16}),
+        ("ModelOpt", {"weight": torch.int8, "weight_quantizer._scale": torch.float32}),
     ],
 )
 def test_formats_that_are_not_read_are_named(tmp_path, name, leaves):
