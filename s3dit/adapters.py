@@ -38,18 +38,22 @@ STRONGEST = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of an adapter's layers: matched by the model, unmatched, of a wrong shape, said twice in the file."""
+    """What became of an adapter's layers: matched by the model, unmatched, of a wrong shape, said twice in the file.
+
+    notes: what the file says without effect.
+    """
 
     name: str
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
     misshapen: tuple[str, ...]
     redundant: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = f"{len(self.matched)} matched, {len(self.unmatched)} unmatched, {len(self.misshapen)} of a wrong shape"
         lost = [*self.unmatched, *self.misshapen]
-        return f"{self.name}: {counts}{f' ({_listed(lost)})' if lost else ''}"
+        return "; ".join([f"{self.name}: {counts}{f' ({_listed(lost)})' if lost else ''}", *self.notes])
 
 
 def _listed(names: list[str]) -> str:
@@ -75,7 +79,7 @@ def fit(
             else:
                 fitting.setdefault(part, {})[layer] = delta
     matched = tuple(layer for deltas in fitting.values() for layer in deltas)
-    report = Report(name, matched, tuple(unmatched), tuple(misshapen), tuple(adapter.redundant))
+    report = Report(name, matched, tuple(unmatched), tuple(misshapen), tuple(adapter.redundant), tuple(adapter.notes))
     if not matched:
         raise CheckpointError(f"{adapter.path}: nothing in it fits this model: {report}; take one made for this model")
     if (unmatched or misshapen) and not allow_partial:

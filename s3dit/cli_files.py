@@ -72,7 +72,8 @@ def _convert(args: argparse.Namespace) -> int:
     if args.target.suffix == ".safetensors":
         if args.dtype is not None:
             raise RequestError(f"dtype is {args.dtype!r}; an adapter keeps its numbers as stored; leave --dtype out")
-        convert_adapter(source, args.target, version=__version__, force=args.force)
+        for note in convert_adapter(source, args.target, version=__version__, force=args.force).notes:
+            say(note)
         tell(args.target)
         return 0
     total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())

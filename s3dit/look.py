@@ -144,7 +144,7 @@ def _adapter(path: Path) -> Facts | None:
         "kind": ", ".join(info.kinds), "rank": ", ".join(map(str, info.ranks)),
         "alpha": ", ".join(f"{alpha:g}" for alpha in info.alphas) or "as large as the rank",
         "producer": info.producer or "a program that does not say so", "layers": info.layers,
-        "parts": ", ".join(info.parts),
+        "parts": ", ".join(info.parts), "notes": "; ".join(info.notes),
     }  # fmt: skip
     command = f's3dit generate "a red fox in the snow" --model {HOME} --lora {shlex.quote(str(path))}'
     return Facts(str(path), "an adapter", facts, command)

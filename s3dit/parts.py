@@ -30,8 +30,7 @@ from s3dit.text_encoder import TextEncoder
 from s3dit.transformer import Transformer
 from s3dit.vae import Autoencoder
 from s3dit.vision_encoder import VisionEncoder
-from s3dit.weights import keymap
-from s3dit.weights.assign import assign, pending, schemes
+from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
@@ -93,7 +92,7 @@ class Parts(Residency):
             else:
                 module = encoder = TextEncoder(self.config.text_encoder)
                 unused = encoder.unused
-            stored = keymap.official(self.checkpoints[part], module.state_dict())
+            stored = fitted(self.checkpoints[part], module.state_dict())
             for name, kind in schemes_for(part, stored, self._quantize.get(part)).items():
                 if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
                     swap(module, kind, name.__eq__)

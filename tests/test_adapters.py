@@ -305,6 +305,51 @@ def test_command_line_mistakes_are_one_line(local, capsys, flag, words):
     assert words in said and said.count("\n") == 1 and not Path("a.png").exists()
 
 
+def test_what_a_file_says_without_effect_is_said(local, capsys):
+    save_file(low_rank(SHAPES, "transformer.", 1), "style.safetensors", {"ss_network_alpha": "2"})
+    note = "ss_network_alpha is 2 in the header, but layers without an alpha of their own have strength 1"
+    assert run(*SMALL, "--lora", "style.safetensors", "-o", "a.png") == 0 and note in capsys.readouterr().err
+    assert run("convert", "style.safetensors", "b.safetensors") == 0 and note in capsys.readouterr().err
+    assert run("look", "style.safetensors") == 0 and note in capsys.readouterr().out
+
+
+RENAMES = {
+    "no layer of the name": ("layers.0.attention.to_q", "layers.0.attention.to_z"),
+    "no block of the number": ("layers.0.", "layers.99."),
+    "no stack of the name": ("layers.", "blocks."),
+    "a part without adapters": ("transformer.", "vae."),
+    "the other part": ("transformer.layers.0.attention", "text_encoder.layers.0.attention"),
+    "a layer of the other part": ("layers.0.attention.to_q", "layers.0.self_attn.q_proj"),
+    "a layer that this model lacks": ("all_x_embedder.2-1", "siglip_embedder.1"),
+    "a layer of another shape": ("layers.0.attention.to_q", "layers.0.feed_forward.w1"),
+    "q, k and v as one": ("layers.0.attention.to_q", "layers.0.attention.qkv"),
+    "a norm": ("layers.0.attention.to_q", "layers.0.attention.norm_q"),
+    "a token": ("all_x_embedder.2-1", "x_pad_token"),
+    "a tensor instead of a layer": ("layers.0.attention.to_q.", "layers.0.attention.to_q.weight."),
+    "half a pair": ("layers.0.attention.to_q.lora_A", "layers.0.attention.to_q.lora_C"),
+    "no word for the factor": (".lora_A.weight", ".A"),
+    "nothing": ("transformer.layers.0.attention.to_q", ""),
+}
+
+
+@pytest.mark.parametrize("residency", ["staged", "resident"])
+@pytest.mark.parametrize("case", RENAMES)
+def test_renamed_layers_are_an_error_that_says_so(files, tmp_path, case, residency):
+    """Whatever the name has become, the answer is ours: what of the file fits nothing, or what is wrong with it."""
+    old, new = RENAMES[case]
+    style = low_rank(SHAPES, "transformer.", 1)
+    renamed = {key.replace(old, new, 1): tensor for key, tensor in style.items()}
+    assert renamed.keys() != style.keys()
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency=residency)
+    with pytest.raises(CheckpointError) as caught:
+        pipe.lora.attach(tmp_path / "renamed.safetensors")
+    assert not pipe.lora.names and "\n" not in str(caught.value)
+    if "matched" in str(caught.value):
+        pipe.lora.attach(tmp_path / "renamed.safetensors", allow_partial=True)
+        assert latents(pipe).isfinite().all()
+
+
 def test_a_colon_in_the_name_of_a_file_that_exists(local):
     Path("style.safetensors").rename("a:1")
     assert run(*SMALL, "--lora", "a:1", "-o", "a.png") == 0

@@ -83,7 +83,7 @@ KERNELS = (
     {"linear"},
 )
 WEIGHTS = (
-    {"container", "delta", "dialects"},
+    {"container", "delta", "dialects", "adapter_settings"},
     {"keymap", "mapped_file", "model_folder", "parts", "stored"},
     {"gguf_file", "safetensors_dir"},
     {"assign", "comfy"},

@@ -13,8 +13,7 @@ Values are looked at: a NaN is found here, and not in a black picture.
 import hashlib
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from s3dit.weights import dialects
+from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_stored
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
 
@@ -30,25 +30,13 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
 METADATA = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
+# An alpha that kohya's trainers write into the header for people; it is the tensor `.alpha` that acts.
+KOHYA = "ss_network_alpha"
 
 # The largest alpha / rank that is no accident.
 STRONGEST = 1e4
-# Patterns of layer names come from strangers. `re` backtracks, so its time grows with the name's length to the power of
-# the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for ever.
-LONGEST_PATTERN, REPEATS, PATTERN_COST = 200, 3, 1 << 19
-# The last form warns: Python may give nested sets a meaning.
-UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}|\[[^\]]*(?:\[|--|&&|~~|\|\|)")
 WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
-# Settings of PEFT by which a change of weights becomes another one, and which are not offered here.
-UNSUPPORTED = (
-    "alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config",
-    "velora_config", "monteclora_config", "target_parameters", "trainable_token_indices",
-)  # fmt: skip
-# Ways to start that change the base weights; without those weights the adapter gives another picture.
-OTHER_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 Deltas = dict[str, Delta]
-Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(slots=True)
@@ -56,7 +44,7 @@ class Adapter:
     """What a file holds: deltas by part and official layer, and what of it is of no use.
 
     unmatched: stored layers (and keys) of no part · misshapen: layers whose tensors disagree, and how · redundant:
-    stored layers that say again, under another name, what official ones say.
+    stored layers that say again, under another name, what official ones say · notes: what the file says without effect.
     """
 
     path: Path
@@ -64,6 +52,7 @@ class Adapter:
     unmatched: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     redundant: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
         """The sha256 of the file, in hex."""
@@ -106,6 +95,10 @@ def read_adapter(path: str | Path) -> Adapter:
                 "change a layer; train or convert it again"
             )
         there |= dict(zip(place.layers, pieces, strict=True))
+    adapter.notes = _notes(checkpoint, stored, settings, adapter.unmatched)
+    found = [delta for deltas in adapter.deltas.values() for delta in deltas.values()]
+    if idle := sum(delta.idle for delta in found):
+        adapter.notes.append(f"{idle} of {len(found)} layers change nothing (an alpha of 0, or factors of zeros)")
     return adapter
 
 
@@ -202,7 +195,7 @@ def _whole(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, Tensor]) ->
         )
 
 
-def _delta(tensors: Mapping[str, Tensor], settings: "Settings | None", layer: str) -> Delta:
+def _delta(tensors: Mapping[str, Tensor], settings: Settings | None, layer: str) -> Delta:
     """One layer's tensors in the normal form; ValueError where they do not fit together."""
     if "core" in tensors:
         raise ValueError("a core between its factors (of a convolution), needed a linear layer")
@@ -218,6 +211,9 @@ def _delta(tensors: Mapping[str, Tensor], settings: "Settings | None", layer: st
         if "down" not in tensors:
             raise ValueError("the bias of an up factor without its factors")
         bias = scaled(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
+    if settings is not None and "down" in tensors and settings.norms not in (None, magnitude is not None):
+        # In the place of norms that are not there PEFT puts those of the model, which is another adapter.
+        raise ValueError(f"{'norms' if magnitude is not None else 'no norms'} where use_dora is {settings.norms}")
     if magnitude is not None and magnitude.ndim == 1:
         magnitude = magnitude[:, None]
     delta = Delta(term, bias, magnitude, replaces="set" in tensors)
@@ -229,7 +225,7 @@ def _delta(tensors: Mapping[str, Tensor], settings: "Settings | None", layer: st
     return delta
 
 
-def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Settings | None", layer: str) -> Term | None:
+def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term | None:
     """The matrix of a layer, its strength folded in."""
     kind = next(iter(_kinds(tensors)), None)
     if kind == "lora":
@@ -243,7 +239,7 @@ def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Setting
     return None if kind is None else Full(tensors[kind])
 
 
-def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: "Settings | None", layer: str) -> Term:
+def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term:
     """A Kronecker product; factors that are products themselves are multiplied out, they are small."""
     factors, dim = [], None
     for name in ("lokr_w1", "lokr_w2"):
@@ -267,38 +263,51 @@ def _rank(down: Tensor) -> int:
     return down.shape[0]
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a trainer wrote down of a part: alpha, the rank where tensors do not tell it, and exceptions by layer."""
-
-    alpha: float
-    rank: float | None
-    root: bool
-    alphas: Patterns
-    ranks: Patterns
-
-
 def _factor(rank: float | None, alpha: float | None, settings: Settings | None, layer: str) -> float:
     """alpha / rank of one layer; 1 where nobody says alpha. rank None: what the trainer wrote down."""
-    if alpha is None and settings is None:
+    if settings is not None:
+        alpha = settings.alpha_of(layer) if alpha is None else alpha
+        rank = settings.rank_of(layer) if rank is None else rank
+    if alpha is None or rank is None:
         return 1.0
-    if alpha is None:
-        assert settings is not None
-        alpha = _of(settings.alphas, layer, settings.alpha)
-    if rank is None:
-        declared = None if settings is None else _of(settings.ranks, layer, settings.rank)
-        if declared is None:
-            raise ValueError("an alpha without a rank")
-        rank = declared
     factor = alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
     if abs(factor) > STRONGEST:
         raise ValueError(f"alpha {alpha:g} at rank {rank:g}, needed a strength alpha / rank of at most {STRONGEST:g}")
     return factor
 
 
-def _of(exceptions: Patterns, layer: str, default: Any) -> Any:
-    """A layer's own value: of the first pattern that matches the end of its name, as PEFT does."""
-    return next((value for pattern, value in exceptions if pattern.match(layer)), default)
+def _notes(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Mapping[str, str]],
+    settings: Mapping[str, Settings],
+    unmatched: Sequence[str],
+) -> list[str]:
+    """What the header, or PEFT's file beside, says without effect."""
+    notes = [note for said in settings.values() for note in said.notes]
+    whole = {module: None for said in settings.values() for module in said.whole}
+    if absent := [module for module in whole if not any(f".{module}." in f".{key}" for key in unmatched)]:
+        few = ", ".join(module[:LONGEST] for module in absent[:SHOWN])
+        notes.append(f"modules_to_save names {few}, of which the file holds nothing")
+    ranks = {
+        checkpoint.entry(roles["down"]).shape[:1]
+        for roles in stored.values()
+        if "down" in roles and "alpha" not in roles
+    }
+    said = checkpoint.metadata.get(KOHYA)
+    if said is not None and not settings and not {(_finite(said),)} >= ranks:
+        notes.append(
+            f"{KOHYA} is {said[:LONGEST]} in the header, but layers without an alpha of their own have strength 1, as "
+            "in ComfyUI and diffusers"
+        )
+    return list(dict.fromkeys(notes))
+
+
+def _finite(text: str) -> float | None:
+    """The number that a text says, None where it says none."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
@@ -321,66 +330,17 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
         bare = {key: value for key, value in values.items() if not key.startswith(tuple(f"{part}." for part in parts))}
         if bare.keys() & {"r", "lora_alpha", "alpha", "peft_type"}:
             said = {part: one or bare for part, one in said.items()}
-        return {part: _read_settings(one) for part, one in said.items() if one}
+        return {part: read_settings(one) for part, one in said.items() if one}
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not usable ({error}); needed PEFT's settings; take the file anew") from None
 
 
-def _read_settings(values: Mapping[str, Any]) -> Settings:
-    """PEFT's settings of one part; ValueError where one is of another kind."""
-    kind = str(values.get("peft_type") or "LORA").rpartition(".")[2].upper()
-    if kind not in ("LORA", "LOHA", "LOKR"):
-        raise ValueError(f"it is PEFT's {kind[:40]}, needed LORA, LOHA or LOKR; merge it into the model with PEFT")
-    if found := [key for key in UNSUPPORTED if values.get(key)]:
-        raise ValueError(f"{found[0]} is set, which is not supported; merge the adapter into the model with PEFT")
-    start = values.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(OTHER_BASE):
-        raise ValueError(
-            f"init_lora_weights is {start[:40]!r}, which changes the model's own weights; save it as plain LoRA with "
-            "PEFT's path_initial_model_for_weight_conversion"
-        )
-    alphas, ranks = (_patterns(values, name) for name in ("alpha_pattern", "rank_pattern"))
-    # PEFT's own values where a file leaves them out.
-    alpha = _number(values.get("lora_alpha", values.get("alpha", 8)), "alpha")
-    rank = None if values.get("r") is None else _number(values["r"], "r")
-    return Settings(alpha, rank, bool(values.get("use_rslora")), alphas, ranks)
-
-
-def _patterns(values: Mapping[str, Any], name: str) -> Patterns:
-    """One table of exceptions, its keys compiled as PEFT matches them; ValueError for one that could take for ever."""
-    table = values.get(name) or {}
-    if not isinstance(table, dict):
-        raise ValueError(f"{name} is {str(table)[:40]}, needed a table")
-    cost, found = 0.0, []
-    for key, value in table.items():
-        if len(key) > LONGEST_PATTERN or (repeats := len(re.findall(r"[*+{]", key))) > REPEATS or UNSAFE.search(key):
-            raise ValueError(
-                f"{name} has the regular expression {key[:60]!r}; needed at most {LONGEST_PATTERN} characters, "
-                f"{REPEATS} repetitions, no repeated group, look-around or back-reference"
-            )
-        # Ways through: of each repetition as many as a name is long, of `?` two, of groups their alternatives at most.
-        groups, choices = key.count("(") + 1, key.count("|")
-        cost += 64**repeats * 2 ** key.count("?") * (1 + choices / groups) ** groups
-        if cost > PATTERN_COST:
-            raise ValueError(f"{name} has too many patterns with repetitions; name the layers instead")
-        try:
-            found.append((re.compile(rf"(.*\.)?({key})$"), _number(value, name)))
-        except (re.error, OverflowError) as error:
-            raise ValueError(f"{name} has {key[:60]!r}, which is no regular expression ({error})") from None
-    return tuple(found)
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-        raise ValueError(f"{name} is {repr(value)[:40]}, needed a number")
-    if value <= 0 and name in ("r", "rank_pattern"):
-        raise ValueError(f"{name} is {value!r}, needed one above 0")
-    return float(value)
-
-
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a file says an adapter is: kinds such as "lora" or "dora", ranks and alphas found, who made it, layers."""
+    """What a file says an adapter is: kinds such as "lora" or "dora", ranks and alphas found, who made it, layers.
+
+    notes: what it says without effect.
+    """
 
     kinds: tuple[str, ...]
     ranks: tuple[int, ...]
@@ -388,6 +348,7 @@ class AdapterInfo:
     producer: str
     layers: int
     parts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 # Who writes a key of the header; the first that is there.
@@ -419,10 +380,16 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
             if not _whole_factors(roles):
                 alphas.update(checkpoint.load(roles["alpha"]).double().flatten().tolist())
         elif (said := settings.get(place.part)) is not None:
-            alphas.add(_of(said.alphas, place.layers[0], said.alpha))
+            alphas.add(said.alpha_of(place.layers[0]))
     parts = tuple(sorted({place.part for place in places.values()}))
     return AdapterInfo(
-        tuple(sorted(kinds)), tuple(sorted(ranks)), tuple(sorted(alphas)), _producer(checkpoint), len(places), parts
+        kinds=tuple(sorted(kinds)),
+        ranks=tuple(sorted(ranks)),
+        alphas=tuple(sorted(alphas)),
+        producer=_producer(checkpoint),
+        layers=len(places),
+        parts=parts,
+        notes=tuple(_notes(checkpoint, stored, settings, unmatched)),
     )
 
 

@@ -14,7 +14,7 @@ float weight instead, that is encoded on the way in, in its stored dtype and on 
 Values are not looked at, except by an encoder: a scan for NaN would read the whole file once more.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from s3dit.kernels.scheme import Scheme
 from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
 from s3dit.weights.keymap import official
+from s3dit.weights.stored import unpadded
 
 
 def assign(
@@ -58,6 +59,11 @@ def assign(
     checkpoint.release()
 
 
+def fitted(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
+    """The checkpoint under official names and without padding, for a model whose state dict is `homes`."""
+    return unpadded(official(checkpoint, homes), homes)
+
+
 def verify(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> None:
     """Raise the CheckpointError that `assign` would raise, from headers alone: no tensor is read."""
     _verified(model, checkpoint, unused)
@@ -72,7 +78,7 @@ def pending(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()
 def _verified(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str]) -> tuple[Checkpoint, list[str]]:
     """The checkpoint under official names, and the names to read in their order on disk; CheckpointError if unfit."""
     homes = model.state_dict(keep_vars=True)
-    checkpoint = official(checkpoint, homes)
+    checkpoint = fitted(checkpoint, homes)
     needs = _check(model, checkpoint, homes, unused)
     return checkpoint, [name for name in checkpoint if name in needs and not _matches(name, unused)]
 

@@ -196,6 +196,13 @@ class Delta:
         """Whether it can change a weight of this shape."""
         return self.shape == (shape if self.term is not None else shape[:1])
 
+    @property
+    def idle(self) -> bool:
+        """Whether it changes nothing, whatever the weight."""
+        if self.replaces or self.magnitude is not None or (self.bias is not None and bool(self.bias.any())):
+            return False
+        return self.term is None or not all(getattr(self.term, one.name).any() for one in fields(self.term))
+
     def by_rows(self) -> bool:
         """Whether the norms, if it has any, are those of rows."""
         return self.magnitude is not None and self.magnitude.shape[-1] == 1

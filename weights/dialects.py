@@ -18,11 +18,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-# Stripped one after another, flat, until what is left is a layer.
-PREFIXES = (
-    "base_model_model_", "model_diffusion_model_", "diffusion_model_", "transformer_", "unet_", "lora_unet_",
-    "lora_transformer_", "lycoris_", "text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_",
-)  # fmt: skip
+# Stripped one after another, flat, until what is left is a layer; with the part that the first of them means, if any.
+PREFIXES: dict[str, str | None] = {
+    **dict.fromkeys(("base_model_model_", "transformer_", "lycoris_"), None),
+    **dict.fromkeys(
+        ("model_diffusion_model_", "diffusion_model_", "unet_", "lora_unet_", "lora_transformer_"), "transformer"
+    ),
+    **dict.fromkeys(("text_encoders_", "text_encoder_", "qwen3_4b_", "lora_te1_", "lora_te_"), "text_encoder"),
+}
 
 # As many stand before each other at most.
 DEEPEST = 4
@@ -89,7 +92,7 @@ ROLES = tuple(
         ("diff_b", r"\.(?:diff_b|b_norm)"),
         ("set", r"\.set_weight"),
         ("shape", r"\.reshape_weight"),
-        ("core", r"\.(?:lora_mid\.weight|hada_t[12]|lokr_t2)"),
+        ("core", r"\.(?:lora_mid\.weight|hada_t[12]|lokr_t[12])"),
     )
 )
 
@@ -103,6 +106,12 @@ FOREIGN = (
     ("Wan", r"(?:^|_)blocks_\d+_(?:self_attn|cross_attn|ffn)_"),
 )
 
+# Methods of PEFT whose tensors are called by the method's own name.
+METHODS = (
+    "FourierFT", "HRA", "VB-LoRA", "RandLoRA", "BEFT", "C3A", "DEFT", "DeLoRA", "FRoD", "GraLoRA", "HiRA", "Lily",
+    "LN_tuning", "MiSS", "OSF", "PEANuT", "Poly", "PSOFT", "PVeRA", "RoAd", "SHiRA", "SuperTuning", "TinyLoRA",
+    "trainable_tokens", "Uni-LoRA", "WaveFT",
+)  # fmt: skip
 # Adapters that are none of ours, by the ends of their keys.
 UNREAD = (
     ("GLoRA", r"\.(?:a[12]|b[12])(?:\.weight)?$|[._]glora[._]"),
@@ -110,10 +119,9 @@ UNREAD = (
     ("OFT", r"[._]oft_(?:[RrsQ]|blocks|diag)(?:[._]|$)"),
     ("IA3", r"\.on_input$|[._]ia3_l(?:[._]|$)"),
     ("VeRA", r"[._]vera_(?:lambda_[bd]|[AB])(?:[._]|$)"),
-    ("FourierFT", r"[._]fourierft_"),
-    ("HRA", r"[._]hra_u(?:[._]|$)"),
-    ("VB-LoRA", r"[._]vblora_"),
-    ("RandLoRA", r"[._]randlora_"),
+    ("T-LoRA", r"\.(?:lambda_layer|[pq]_layer\.weight)$"),
+    ("AdaLoRA", r"\.lora_E(?:\.[^.]+)?$"),
+    *((name, rf"\.{name.replace('-', '').lower()}_") for name in METHODS),
     ("prompt tuning (PEFT)", r"(?:^|\.)prompt_embeddings$"),
     ("textual inversion", r"^(?:emb_params|string_to_param|<[^>]*>|qwen3_4b)$"),
 )
@@ -156,11 +164,12 @@ def split(key: str) -> tuple[str, str] | None:
 
 def place(layer: str) -> Place | None:
     """Where a stored layer belongs, None where no part has such a one."""
-    name = flat(layer)
+    name, part = flat(layer), None
     for _ in range(DEEPEST + 1):
         if (found := _lookup(name)) is not None:
-            return found
+            return found if part in (None, found.part) else None
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        part = part or PREFIXES.get(prefix)
         # VideoX-Fun's trainer writes two underscores behind its prefix.
         name = name[len(prefix) :].removeprefix("_")
     return None

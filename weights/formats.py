@@ -69,8 +69,9 @@ UNREAD = (
     ("AWQ", r"\.qzeros$"),
     ("compressed-tensors", r"\.weight_packed$"),
     ("ModelOpt", r"\._?(?:input|weight)_quantizer\."),
+    # Before DFloat11, which is one of its methods.
+    ("EntroPack", r"\.weight\._entropack\."),
     ("DFloat11", r"\.encoded_exponent$|\.sign_mantissa$"),
-    ("EntroPack", r"entropack"),
     ("quanto", r"\.weight\._(?:data|scale)$"),
     ("HQQ", r"\.W_q$"),
     ("AQLM", r"\.codebooks$"),

@@ -9,7 +9,7 @@ What a tensor holds is looked at when it is made: a scale that is NaN or infinit
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor
 from s3dit.kernels.scheme import Scheme
 from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
 
+# Of formats that ComfyUI pads with zeros: to which multiple rows and columns are, and how many columns a number holds.
+PADDED = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
 # Bits from which on an 8-bit float is no number, its sign apart: e4m3 has one NaN, e5m2 infinity and NaN.
 NO_NUMBER = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
@@ -215,3 +217,46 @@ class Parted(View):
             self._held = None
             self._held = made, made.make()
         return self._held[1][name]
+
+
+def unpadded(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
+    """A checkpoint whose padded layers are float weights of the shape that a model has for them.
+
+    homes: what the model has, by the names of the checkpoint. Only ComfyUI's newest files say the shape themselves.
+    """
+    parts: dict[str, list[str]] = {}
+    for name in checkpoint:
+        layer, _, leaf = name.rpartition(".")
+        if leaf != "bias" and layer in checkpoint.schemes and checkpoint.schemes[layer].name in PADDED:
+            parts.setdefault(layer, []).append(name)
+    made = [
+        _cut(checkpoint, layer, names, tuple(homes[key].shape))
+        for layer, names in parts.items()
+        if (key := f"{layer}.weight") in homes and _is_padded(checkpoint, layer, tuple(homes[key].shape))
+    ]
+    if not made:
+        return checkpoint
+    view = Parted(checkpoint, made)
+    cut = {name for one in made for name in one.entries}
+    view.schemes = {layer: kind for layer, kind in checkpoint.schemes.items() if f"{layer}.weight" not in cut}
+    return view
+
+
+def _is_padded(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:
+    """Whether a stored layer is one of this shape and padding."""
+    multiple, packed = PADDED[checkpoint.schemes[layer].name]
+    rows, columns = checkpoint.entry(f"{layer}.weight").shape
+    full = tuple(-(-one // multiple) * multiple for one in shape)
+    # A layer that is swapped already has its home in the form that is stored.
+    return shape != full == (rows, columns * packed) and shape != (rows, columns)
+
+
+def _cut(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> Made:
+    """The rows and columns of a layer that are no padding, as a float weight."""
+    scheme, (out, in_) = checkpoint.schemes[layer], shape
+
+    def make() -> dict[str, Tensor]:
+        parts = {name.rpartition(".")[2]: checkpoint.load(name) for name in names}
+        return {f"{layer}.weight": scheme.decode(parts)[:out, :in_].contiguous()}
+
+    return Made({f"{layer}.weight": Entry(shape, torch.float32, 4 * out * in_)}, tuple(names), make)

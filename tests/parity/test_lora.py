@@ -78,7 +78,14 @@ LORAS = {
         "rank_pattern": {"layers.0.attention.to_q": 2, "w3": 5},
         "alpha_pattern": {"layers.1.attention.to_out.0": 9, "w1": 2},
     },
+    "regular expressions": {
+        "lora_alpha": 5,
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.[01]\.attention\.to_[qk]": 2, "^noise_refiner.1.feed_forward.w2": 7, ".*w3": 6},
+        "alpha_pattern": {r"(layers|noise_refiner)\.\d\.adaLN_modulation\.0": 9, "to_v|w1": -2},
+    },
     "DoRA": {"lora_alpha": 6, "use_dora": True},
+    "DoRA by patterns": {"lora_alpha": 6, "use_dora": True, "rank_pattern": {"w2": 2}, "alpha_pattern": {"to_q": 3}},
     "bias": {"lora_alpha": 6, "lora_bias": True},
 }
 
@@ -99,6 +106,25 @@ def test_what_diffusers_saves_and_loads(ours, theirs, tmp_path, kind):
     # 3 main blocks and 2 noise refiners of 8 layers, 2 context refiners of 7 without modulation.
     assert len(report.matched) == 54 and relative(wanted, plain) > 1e-2
     assert relative(found, wanted) < CLOSE
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_what_a_model_saves_by_itself_and_saves_again(ours, theirs, tmp_path, kind):
+    """save_lora_adapter, whose header has no part in front; once trained, once loaded, which names the ranks anew."""
+    trained = theirs.transformer
+    trained.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, **LORAS[kind]))
+    shaken(trained)
+    trained.save_lora_adapter(tmp_path / "first")
+    trained.delete_adapters("default")
+    trained.load_lora_adapter(tmp_path / "first", prefix=None, adapter_name="default", use_safetensors=True)
+    trained.save_lora_adapter(tmp_path / "second")
+    for folder in ("first", "second"):
+        ours.lora.attach(tmp_path / folder)
+        found, wanted = velocities(ours, trained)
+        ours.lora.detach()
+        assert relative(found, wanted) < CLOSE
+    plain, _ = velocities(ours, trained)
+    assert relative(wanted, plain) > 1e-2
 
 
 @pytest.mark.parametrize("scale", [0.5, -1.5])

@@ -274,14 +274,98 @@ def test_patterns_that_could_take_for_ever_are_refused_at_once(tmp_path, pattern
     ("said", "words"),
     [
         ({"peft_type": "OFT"}, "PEFT's OFT"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the model's own weights"),
+        *(
+            ({"init_lora_weights": start}, f"init_lora_weights is '{start}', which changes the model's own weights")
+            for start in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "lora_ga", "of tomorrow")
+        ),
         ({"layer_replication": [[0, 1]]}, "layer_replication is set"),
+        ({"modules_to_save": ["x"] * 1000}, "modules_to_save has 1000 names"),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
     ],
 )
 def test_settings_that_give_another_picture_are_refused(tmp_path, said, words):
     with pytest.raises(CheckpointError, match=words):
         strength_said(tmp_path, {"r": 2, "lora_alpha": 8} | said)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"layers_to_transform": [1, 2]}, "layers_to_transform is [1, 2], but every layer in the file is used"),
+        ({"layers_to_transform": 0}, "layers_to_transform is 0, but"),
+        ({"exclude_modules": ["to_q"]}, "exclude_modules is ['to_q'], but every layer in the file is used"),
+        ({"modules_to_save": ["cap_embedder"]}, "modules_to_save names cap_embedder, of which the file holds nothing"),
+        ({"invented": 1, "strength": 2}, "settings that PEFT does not know, without effect: invented, strength"),
+        ({"lora_alpha": 0}, "1 of 1 layers change nothing (an alpha of 0"),
+    ],
+)
+def test_settings_without_effect_are_noted(tmp_path, said, words):
+    path = write(tmp_path, pair(), {METADATA: json.dumps({"r": 2, "lora_alpha": 8} | said)})
+    (note,) = read_adapter(path).notes
+    assert words in note
+    if "lora_alpha" not in said:
+        assert describe(open_checkpoint(path)).notes == (note,)
+
+
+def test_every_setting_of_peft_is_read_inert_or_refused(tmp_path):
+    """What PEFT writes by itself is nothing to speak of; a key that a newer PEFT has is met here first."""
+    import peft
+
+    for config in (peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig):
+        said = {name: value for name, value in config(target_modules=["to_q"]).to_dict().items() if value != set()}
+        said["target_modules"] = ["to_q"]
+        for start in (True, False, "gaussian", "eva", "orthogonal", "mica"):
+            said |= {"init_lora_weights": start, "fan_in_fan_out": True, "bias": "all"}
+            path = write(tmp_path, pair(), {METADATA: json.dumps(said | {"peft_type": said["peft_type"].value})})
+            assert read_adapter(path).notes == []
+
+
+def test_modules_that_are_stored_whole_are_counted(tmp_path):
+    from peft import LoraConfig
+
+    adapter = read_adapter(peft_file(tmp_path, LoraConfig(target_modules=["to_q"], modules_to_save=["to_k"])))
+    assert any("to_k.weight" in key for key in adapter.unmatched) and adapter.deltas
+    assert not any("modules_to_save" in note for note in adapter.notes)
+    adapter = read_adapter(peft_file(tmp_path, LoraConfig(target_modules=["to_q"], bias="all")))
+    assert any("to_k.bias" in key for key in adapter.unmatched) and adapter.deltas
+
+
+def test_norms_are_there_where_and_only_where_the_settings_say_so(tmp_path):
+    norms = {f"{LAYER}.lora_magnitude_vector": torch.ones(8)}
+    for there, said, words in (
+        ({}, True, "no norms where use_dora is True"),
+        (norms, False, "norms where use_dora is"),
+    ):
+        path = write(tmp_path, pair() | there, {METADATA: json.dumps({"r": 2, "lora_alpha": 2, "use_dora": said})})
+        adapter = read_adapter(path)
+        assert not adapter.deltas and words in adapter.misshapen[0]
+    assert read_adapter(write(tmp_path, pair() | norms, {METADATA: '{"r": 2}'})).deltas
+
+
+def test_an_alpha_in_the_header_of_kohya_is_for_people(tmp_path):
+    def notes(tensors, **header):
+        return read_adapter(write(tmp_path, tensors, header)).notes
+
+    alpha = {f"{LAYER}.alpha": torch.tensor(1.0)}
+    assert "ss_network_alpha is 1.0 in the header" in notes(pair(), ss_network_alpha="1.0", ss_network_dim="2")[0]
+    assert strength(tmp_path, pair(), {"ss_network_alpha": "1.0", "ss_network_dim": "2"}) == 1
+    assert notes(pair(), ss_network_alpha="Dynamic")
+    assert not notes(pair(), ss_network_alpha="2.0") and not notes(pair() | alpha, ss_network_alpha="1.0")
+
+
+def test_alphas_of_0_and_below(tmp_path):
+    for value in (-4.0, -1.0):
+        assert strength_said(tmp_path, None, pair() | {f"{LAYER}.alpha": torch.tensor(value)}) == value / 2
+        assert strength_said(tmp_path, {"r": 2, "lora_alpha": value}) == value / 2
+    zero = pair() | {f"{LAYER}.alpha": torch.tensor(0.0)}
+    other = pair("layers.5.attention.to_v")
+    assert strength_said(tmp_path, None, zero) == 0
+    assert read_adapter(write(tmp_path, zero | other)).notes == [
+        "1 of 2 layers change nothing (an alpha of 0, or factors of zeros)"
+    ]
+    for value in (float("inf"), -float("inf"), float("nan")):
+        with pytest.raises(CheckpointError, match="alpha holds NaN or infinity"):
+            read_adapter(write(tmp_path, pair() | {f"{LAYER}.alpha": torch.tensor(value)}))
 
 
 def test_alpha_of_whole_factors_has_no_meaning(tmp_path):
@@ -322,6 +406,7 @@ def peft_file(tmp_path, config):
             super().__init__()
             self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"attention": torch.nn.Module()})])
             self.layers[0]["attention"].to_q = torch.nn.Linear(8, 8)
+            self.layers[0]["attention"].to_k = torch.nn.Linear(8, 8)
 
         def forward(self, x):
             return self.layers[0]["attention"].to_q(x)
@@ -330,21 +415,59 @@ def peft_file(tmp_path, config):
     return tmp_path / "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("kind", ["OFT", "BOFT", "IA3", "VeRA"])
+# Kind, PEFT's word for it, and what it must be told.
+PEFT_KINDS = {
+    "OFT": ("OFT", {"r": 2, "oft_block_size": 0}),
+    "BOFT": ("BOFT", {"boft_block_size": 4}),
+    "IA3": ("IA3", {"feedforward_modules": []}),
+    "VeRA": ("Vera", {"r": 2}),
+    "FourierFT": ("FourierFT", {"n_frequency": 4}),
+    "HRA": ("HRA", {"r": 2}),
+    "VB-LoRA": ("VBLoRA", {"num_vectors": 4, "vector_length": 4, "r": 1, "topk": 2}),
+    "RandLoRA": ("RandLora", {"r": 2}),
+    "AdaLoRA": ("AdaLora", {"total_step": 9}),
+    "C3A": ("C3A", {"block_size": 4}),
+    "DeLoRA": ("Delora", {"r": 2}),
+    "GraLoRA": ("Gralora", {"r": 4}),
+    "HiRA": ("Hira", {"r": 2}),
+    "LN_tuning": ("LNTuning", {}),
+    "MiSS": ("Miss", {"r": 4}),
+    "PSOFT": ("Psoft", {"r": 4}),
+    "PVeRA": ("Pvera", {"r": 2}),
+    "RoAd": ("Road", {"group_size": 4}),
+    "SHiRA": ("Shira", {"r": 2}),
+    "TinyLoRA": ("TinyLora", {"r": 2}),
+    "Uni-LoRA": ("UniLora", {"r": 2}),
+    "WaveFT": ("WaveFT", {"n_frequency": 4}),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
 def test_peft_kinds_that_are_not_supported_are_named(tmp_path, kind):
     import peft
 
-    options = {"OFT": {"r": 2, "oft_block_size": 0}, "BOFT": {"boft_block_size": 4}, "VeRA": {"r": 2}}
-    options["IA3"] = {"feedforward_modules": []}
-    config = getattr(peft, f"{kind}Config" if kind != "VeRA" else "VeraConfig")
-    path = peft_file(tmp_path, config(target_modules=["to_q"], **options[kind]))
-    with pytest.raises(CheckpointError, match=f"{kind}, which is not supported") as caught:
+    word, options = PEFT_KINDS[kind]
+    if not hasattr(peft, f"{word}Config"):
+        pytest.skip(f"this PEFT has no {kind}")
+    path = peft_file(tmp_path, getattr(peft, f"{word}Config")(target_modules=["to_q"], **options))
+    # By its keys; the file is often moved away from PEFT's settings.
+    path = path.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(CheckpointError, match=f": {kind}, which is not supported") as caught:
         read_adapter(path)
     assert "merge it into the model" in str(caught.value) and "--model" not in str(caught.value)
 
 
-def test_glora_is_named(tmp_path):
-    tensors = {f"lycoris_layers_0_attention_to_q.{leaf}.weight": torch.ones(2, 2) for leaf in ("a1", "a2", "b1", "b2")}
-    tensors["lycoris_layers_0_attention_to_q.alpha"] = torch.tensor(1.0)
-    with pytest.raises(CheckpointError, match="GLoRA, which is not supported"):
-        read_adapter(write(tmp_path, tensors))
+LYCORIS_KINDS = {
+    "GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    "OFT": ("oft_blocks", "rescale", "alpha"),
+    "IA3": ("weight", "on_input"),
+    "T-LoRA": ("q_layer.weight", "p_layer.weight", "lambda_layer", "alpha"),
+}
+
+
+@pytest.mark.parametrize("kind", LYCORIS_KINDS)
+def test_lycoris_kinds_that_are_not_supported_are_named(tmp_path, kind):
+    layer = "lycoris_layers_0_attention_to_q"
+    path = write(tmp_path, {f"{layer}.{leaf}": torch.ones(2, 2) for leaf in LYCORIS_KINDS[kind]})
+    with pytest.raises(CheckpointError, match=f": {kind}, which is not supported"):
+        read_adapter(path)

@@ -88,7 +88,19 @@ def test_what_is_no_adapters_key(key):
 
 @pytest.mark.parametrize(
     "layer",
-    ["layers.x.attention.to_q", "layers.0.attention.to_z", "decoder.conv_in", "", "transformer.", "layers.0.to_q"],
+    [
+        "layers.x.attention.to_q",
+        "layers.0.attention.to_z",
+        "decoder.conv_in",
+        "",
+        "transformer.",
+        "layers.0.to_q",
+        # What the prefix says is not the part that has such a layer.
+        "text_encoder.layers.0.attention.to_q",
+        "lora_te1_layers_0_attention_to_q",
+        "diffusion_model.model.layers.0.self_attn.q_proj",
+        "base_model.model.lora_unet_layers_0_mlp_up_proj",
+    ],
 )
 def test_what_no_part_has(layer):
     assert dialects.place(layer) is None

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,9 @@ from s3dit.kernels.scheme import Scheme
 from s3dit.layout import text_to_image
 from s3dit.linear import Linear, swap
 from s3dit.transformer import Transformer
-from s3dit.weights.assign import assign
+from s3dit.weights.assign import assign, fitted
 from s3dit.weights.checkpoint import CheckpointError, open_checkpoint, open_stored
 from s3dit.weights.formats import producer
-from s3dit.weights.keymap import official
 
 # SDNQ would compile its few operations, for a minute.
 os.environ.setdefault("SDNQ_USE_TORCH_COMPILE", "0")
@@ -121,19 +121,19 @@ def plain():
     return tensors, [name for name in linears if name.startswith("layers.") and "adaLN" not in name]
 
 
-def velocity(path, schemes=True):
+def velocity(path, schemes=True, config=CONFIG):
     """What the transformer in a folder gives, in fp32, for one small picture."""
     torch.manual_seed(2)
     stored = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(CONFIG)
-        checkpoint = official(stored, model.state_dict())
+        model = Transformer(config)
+        checkpoint = fitted(stored, model.state_dict())
         for name, scheme in checkpoint.schemes.items():
             swap(model, scheme, name.__eq__)
     assert bool(checkpoint.schemes) == schemes
     assign(model, checkpoint, dtype=torch.float32)
     layout = text_to_image([(5, 7)], [9])
-    context = model.context(layout, torch.randn(9, 32))
+    context = model.context(layout, torch.randn(9, config.cap_feat_dim))
     with torch.no_grad():
         return model(torch.randn(35, 64), torch.tensor([0.3]), context)
 
@@ -322,6 +322,15 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
         ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32}),
         ("DFloat11", {"encoded_exponent": torch.uint8, "sign_mantissa": torch.uint8}),
         ("quanto", {"weight._data": torch.int8, "weight._scale": torch.bfloat16}),
+        ("quanto", {"weight._data._data": torch.uint8, "weight._scale": torch.bfloat16, "input_scale": torch.bfloat16}),
+        ("EntroPack", {"weight._entropack.header": torch.uint8, "weight._entropack.buffers.gaps": torch.uint8}),
+        (
+            "EntroPack",
+            {"weight._entropack.buffers.sign_mantissa": torch.uint8, "weight._entropack.weight_scale": torch.float32},
+        ),
+        ("HQQ", {"W_q": torch.uint8, "scale": torch.bfloat16, "zero": torch.bfloat16, "nbits": torch.int32}),
+        ("AQLM", {"codes": torch.int8, "codebooks": torch.bfloat16, "scales": torch.bfloat16}),
+        ("ModelOpt", {"weight": torch.int8, "weight_quantizer._scale": torch.float32}),
     ],
 )
 def test_formats_that_are_not_read_are_named(tmp_path, name, leaves):
@@ -368,3 +377,30 @@ def test_padding_is_cut_off_where_the_true_shape_is_said(tmp_path, layout, kind,
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match="orig_shape is"):
         open_checkpoint(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(("layout", "kind"), [("TensorCoreMXFP8Layout", "mxfp8"), ("TensorCoreNVFP4Layout", "nvfp4")])
+def test_padding_is_cut_off_where_only_the_model_knows_the_shape(plain, tmp_path, layout, kind):
+    """Beside a layer of the same format without padding, which stays compressed."""
+    layout = getattr(pytest.importorskip("comfy_kitchen.tensor"), layout)
+    config = replace(CONFIG, cap_feat_dim=100)
+    tensors = dict(plain[0]) | {"cap_embedder.0.weight": torch.ones(100)}
+    tensors["cap_embedder.1.weight"] = torch.randn(384, 100) / 10
+    wide = dict(tensors)
+    for layer in ("cap_embedder.1", LAYER):
+        weight = tensors.pop(f"{layer}.weight")
+        codes, params = layout.quantize(weight)
+        rows, columns = weight.shape
+        wide[f"{layer}.weight"] = layout.dequantize(codes, params)[:rows, :columns].float()
+        for end, value in layout.state_dict_tensors(codes, params).items():
+            tensors[f"{layer}.weight{end}"] = value
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(f'{{"format": "{kind}"}}'.encode()), dtype=torch.uint8)
+    for name, values in (("packed", tensors), ("wide", wide)):
+        (tmp_path / name).mkdir()
+        save_file({key: value.contiguous() for key, value in values.items()}, tmp_path / name / "model.safetensors")
+    found = velocity(tmp_path / "packed", config=config)
+    assert relative(found, velocity(tmp_path / "wide", schemes=False, config=config)) < 1e-5
+    # Too much for padding is another model.
+    for width in (64, 128 - 32):
+        with pytest.raises(CheckpointError, match="not the weights of this model"):
+            velocity(tmp_path / "packed", config=replace(config, cap_feat_dim=width))
