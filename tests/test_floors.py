@@ -31,7 +31,7 @@ FLOORS = {
         "hooks",
         "tokenizer_config",
     ),
-    3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
+    3: ("record", "sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
     4: ("lora", "adapters", "offload", "residency", "graphs", "budget", "trace"),
     5: ("sampler", "guidance", "conditioning", "branches", "references", "look", "convert"),
