@@ -155,10 +155,9 @@ def _controlnet(path: Path, checkpoint: Checkpoint, name: str) -> Facts:
     """A ControlNet, held to a model of its own sizes."""
     folder = settings_of(path)
     said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    rows = checkpoint.entry(EMBEDDER).shape[0]
-    base = replace(
-        shapes.TRANSFORMER, dim=rows, **{key: said[key] for key in BASE if type(said.get(key)) in (int, float)}
-    )
+    rows = (checkpoint.entry(EMBEDDER).shape or (0,))[0]
+    sizes = {"dim": rows} | {key: said[key] for key in BASE[1:] if type(said.get(key)) in (int, float)}
+    base = replace(shapes.TRANSFORMER, **sizes)
     facts: dict[str, Any] = {"producer": maker(said) or _producer(checkpoint) or NO_PRODUCER, "width": rows}
     try:
         config = ControlNetConfig.of(checkpoint, base, None, folder)
