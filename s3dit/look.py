@@ -6,6 +6,7 @@ adapters and ControlNets here, pictures in `look_pictures`, settings and tokeniz
 """
 
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
@@ -87,7 +88,8 @@ def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
         kind, options = "a file of weights", []
     note = "looked at without downloading it; drawing with it does"
     if not options:
-        note = f"only its weights say what it is; get them with `hf download {name}`, then look again"
+        words = shlex.join(["/".join(name.split("/")[:2]), *sorted(lacking)])
+        note = f"only its weights say what it is; get them with `hf download {words}`, then look again"
     return Facts(name, f"{kind} on the Hub", facts, draw(options) if options else "", (note,))
 
 
