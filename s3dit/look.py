@@ -9,6 +9,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -41,6 +42,8 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3f
 MODULES: Mapping[str, type[nn.Module]] = {"transformer": Transformer, "text_encoder": TextEncoder, "vae": Autoencoder}
 # Layers that a file may lack, because nothing reads them.
 NOT_READ = re.compile(r"norm_final|model\.norm|lm_head")
+# What says the width of text features, of which all parts of a model have one.
+WIDTHS = {"transformer": "cap_feat_dim", "text_encoder": "hidden_size", "vae": ""}
 NO_PRODUCER = "a program that does not say so"
 
 
@@ -70,7 +73,10 @@ def look(path: Path, name: str | None = None) -> Report | Facts:
 
 def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
     """A repository of the Hub whose weights are not in the cache: what its settings say; nothing is downloaded."""
+    folder = folder if folder.is_dir() else folder.parent
     parts = [part for part in PARTS if any(file.startswith(f"{part}/") for file in lacking) or (folder / part).is_dir()]
+    # One file says less by its name than its weights would.
+    parts = [] if name.count("/") > 1 else parts
     facts: dict[str, Any] = {}
     for place in (*parts, "scheduler", "."):
         if (folder / place).is_dir() and (told := described(folder / place)) is not None:
@@ -111,8 +117,18 @@ def _weights(path: Path, name: str) -> Report | Facts:
         parts=parts,
         rest=tuple(found.rest),
         missing=tuple(lacking),
-        command="" if any(one.faults for one in parts) else _command(name, found.parts, lacking),
+        command="" if any(one.faults for one in parts) else _command(name, found.parts, lacking, _base(found)),
     )
+
+
+def _base(found: Found) -> str:
+    """The model that parts go with: the published one, or one of their own width of text features."""
+    widths = set()
+    for part, checkpoint in found.parts.items():
+        with suppress(CheckpointError):
+            config = found.configs.get(part) or shapes.READERS[part](checkpoint)
+            widths.add(getattr(config, WIDTHS[part], shapes.TEXT_ENCODER.hidden_size))
+    return HOME if widths == {shapes.TEXT_ENCODER.hidden_size} else f"{PLACE}MODEL"
 
 
 def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
@@ -280,8 +296,8 @@ def _formats(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     return {group: dict(sorted(counts[group].items(), key=lambda item: -item[1])) for group in order}
 
 
-def _command(name: str | Path, parts: Iterable[str], lacking: list[str]) -> str:
+def _command(name: str | Path, parts: Iterable[str], lacking: list[str], base: str = HOME) -> str:
     """The command that draws with it."""
     if not lacking:
         return draw(["--model", str(name)])
-    return draw(["--model", HOME, *(word for part in parts for word in (_option(part), str(name)))])
+    return draw(["--model", base, *(word for part in parts for word in (_option(part), str(name)))])

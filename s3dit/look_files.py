@@ -10,6 +10,7 @@ from typing import Any
 
 from s3dit import tokenizer_config
 from s3dit.config import KINDS, OWN, SchedulerConfig, read_json, read_own
+from s3dit.record import PLACE
 from s3dit.report import HOME, PROMPT, Facts, draw, size
 from s3dit.sources import WEIGHTS
 from s3dit.weights.checkpoint import INDEX, CheckpointError
@@ -19,6 +20,8 @@ from s3dit.weights.parts import PARTS, part_of
 MODEL_INDEX, ADAPTER = "model_index.json", "adapter_config.json"
 # Of a folder without weights, the first file that says what it is.
 TELLING = (MODEL_INDEX, ADAPTER, "config.json", "scheduler_config.json", "preprocessor_config.json", OWN)
+# The number with which Qwen3's tokenizer begins a turn, <|im_start|>.
+TURN = 151644
 CLASSES = {
     "ZImageTransformer2DModel": "transformer", "AutoencoderKL": "vae", "qwen3": "text_encoder",
 }  # fmt: skip
@@ -137,11 +140,16 @@ def _tokenizer(path: Path, folder: Path) -> Facts:
     settings = folder / tokenizer_config.FILE
     said = read_json(settings) if settings.is_file() else {}
     facts = {"read from": " and ".join(form), "class": said.get("tokenizer_class"), "producer": maker(said)}
+    model = HOME
     try:
-        facts[f'tokens of "{PROMPT}"'] = len(Tokenizer(folder).encode(PROMPT))
+        ids = Tokenizer(folder).encode(PROMPT)
+        facts[f'tokens of "{PROMPT}"'] = len(ids)
         notes = tuple(tokenizer_config.check(folder))
     except CheckpointError as error:
         return Facts(str(path), "a tokenizer", facts, "", (f"not usable: {error}",))
+    if ids[0] != TURN:
+        model = f"{PLACE}MODEL"
+        notes += ("its numbers are not those of Qwen3's tokenizer: it goes with the model that it came with",)
     if path.is_file() and path.name not in (*form, *BESIDE):
         notes += (f"{path.name} is not read: {' and '.join(form)} beside it goes first",)
-    return Facts(str(path), "a tokenizer", facts, draw(["--model", HOME, "--tokenizer", str(folder)]), notes)
+    return Facts(str(path), "a tokenizer", facts, draw(["--model", model, "--tokenizer", str(folder)]), notes)

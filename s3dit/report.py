@@ -101,13 +101,15 @@ def _use(command: str) -> Iterator[str]:
 def _rows(facts: dict[str, Any], depth: int = 1) -> Iterator[str]:
     """A line a fact; what has facts of its own, on lines of their own, further in."""
     for name, value in facts.items():
+        if value in ("", None, [], (), {}):
+            continue
         several = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             yield f"{'  ' * depth}{name}"
             yield from _rows(value, depth + 1)
         elif any(isinstance(one, dict) for one in several):
             yield from (f"{'  ' * depth}{name:<20} {_plain(one)}" for one in several)
-        elif value not in ("", None, [], ()):
+        else:
             yield f"{'  ' * depth}{name:<20} {_plain(value)}"
 
 

@@ -308,3 +308,12 @@ def test_settings_that_would_be_refused_say_so(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(said | {"invert_sigmas": True}))
     facts = look(tmp_path / "x.json")
     assert facts.notes[0].startswith("not usable: ") and "invert_sigmas" in facts.notes[0] and not facts.command
+
+
+def test_the_model_in_a_command_is_one_that_fits(tmp_path):
+    """The published model where widths and numbers are its own, else one that only the user knows."""
+    report = look(hollow(tmp_path / "x.safetensors", text_encoder(36)))
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in report.command
+    for path in (EMBEDDED / "transformer", EMBEDDED / "text_encoder", EMBEDDED / "tokenizer"):
+        assert "--model path/to/MODEL" in look(path).command
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in look(EMBEDDED / "vae").command
