@@ -97,9 +97,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     for part in ("transformer", "text encoder", "vae"):
         group.add_argument(
-            f"--{part.replace(' ', '-')}", metavar="FILE", help=f"take the {part} from this file or folder instead"
+            f"--{part.replace(' ', '-')}",
+            metavar="FILE",
+            help=f"take the {part} from this file, folder or hub name instead, or embedded",
         )
-    group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder")
+    group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder, or embedded")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", help="bf16 or fp32 (default: bf16 where the device computes it natively)")
     group.add_argument(

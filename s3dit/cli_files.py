@@ -15,8 +15,10 @@ def add(commands: Any) -> None:
     text = "say what is in a file or folder, what is missing to draw with it, and the command that does"
     command = commands.add_parser("look", help=text, description=text)
     command.add_argument(
-        "path", metavar="FILE", help='a file or folder of weights, an adapter, a picture, "embedded", or a hub name'
-    )
+        "path", metavar="FILE",
+        help="a file or folder of weights or settings, a tokenizer, an adapter, a picture, embedded, or a hub name, of "
+        "which no weights are downloaded",
+    )  # fmt: skip
     command.add_argument("--json", action="store_true", help="the same as one JSON object")
     text = "write any checkpoint or adapter that can be read under official names, for any other tool"
     _add_convert(commands.add_parser("convert", help=text, description=text))
@@ -36,7 +38,7 @@ def _add_quantize(parser: argparse.ArgumentParser) -> None:
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "source", metavar="SRC", help="a file or folder of one part or of all, a hub name, or an adapter"
+        "source", metavar="SRC", help="a file or folder of one part or of all, a hub name, org/name/file, or an adapter"
     )
     parser.add_argument(
         "target", type=Path, metavar="DST", help="the new directory, or the new *.safetensors of an adapter"
@@ -46,9 +48,15 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 
 
 def _look(args: argparse.Namespace) -> int:
-    from s3dit.look import look
+    from s3dit.look import absent, look
+    from s3dit.pipeline import EMBEDDED
+    from s3dit.weights.hub import peek
 
-    report = look(_source(args.path))
+    path, lacking = (EMBEDDED, []) if args.path == "embedded" else peek(args.path)
+    if lacking:
+        report: Any = absent(args.path, path, lacking)
+    else:
+        report = look(path, str(path) if lacking is None else args.path)
     if args.json:
         event(**report.to_json())
     else:

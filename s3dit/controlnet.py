@@ -303,14 +303,18 @@ def _sum(hints: Sequence[Tensor]) -> Any:
     return reduce(torch.add, hints) if hints else None
 
 
+def settings_of(path: Path) -> Path | None:
+    """The folder whose config.json, if it has one, speaks of the ControlNet at a path; None where it cannot."""
+    # Official files of several versions lie side by side; a config.json there speaks of none of them.
+    return path if path.is_dir() else path.parent if path.stem == "diffusion_pytorch_model" else None
+
+
 def open_controlnet(
     path: Path, base: TransformerConfig, version: Version | None = None
 ) -> tuple[Checkpoint, ControlNetConfig]:
     """Open an official file, or a folder as diffusers writes it, and hold it to its base; raises CheckpointError."""
     checkpoint = open_checkpoint(path)
-    # Official files of several versions lie side by side; a config.json there speaks of none of them.
-    own = path if path.is_dir() else path.parent if path.stem == "diffusion_pytorch_model" else None
-    config = ControlNetConfig.of(checkpoint, base, version, own)
+    config = ControlNetConfig.of(checkpoint, base, version, settings_of(path))
     with torch.device("meta"):
         verify(ControlNet(config, base), checkpoint, config.unused(checkpoint))
     return checkpoint, config

@@ -55,8 +55,10 @@ LARGEST_TEXT = 1 << 20
 MOST_TEXTS = 15
 
 # Where Exif has them: tags of TIFF and Exif, and what tells our description from another's.
-DESCRIPTION, ORIENTATION, EXIF, COMMENT = 0x010E, 0x0112, 0x8769, 0x9286
+DESCRIPTION, MAKE, MODEL, ORIENTATION, EXIF, COMMENT = 0x010E, 0x010F, 0x0110, 0x0112, 0x8769, 0x9286
 MARK = "s3dit:"
+# Texts that say what made a picture: ours, AUTOMATIC1111's, ComfyUI's two.
+TEXTS = ("s3dit", "parameters", "prompt", "workflow")
 # What the headers of a form can say: pixels a side, and bytes of Exif in the one segment of a JPEG.
 LARGEST_SIDES = {"PNG": (1 << 31) - 1, "JPEG": 65535, "WEBP": 16383}
 LARGEST_EXIF = 65533
@@ -408,18 +410,42 @@ def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     return {"parameters": shown, "s3dit": replay}
 
 
+def read_texts(
+    path: str | Path, names: Sequence[str] = TEXTS, needed: str = "a PNG, JPEG or WebP file"
+) -> dict[str, str]:
+    """Texts of a picture that say what made it, by name, without unpacking the pixels; RequestError if it is broken."""
+    with _image(path, needed, ("PNG", "JPEG", "WEBP")) as image:
+        found = image.info if image.format == "PNG" else _exif_texts(image.getexif(), "parameters" in names)
+        texts = {name: found[name] for name in names if isinstance(found.get(name), str)}
+        for text in texts.values():
+            if len(text) > LARGEST_TEXT:
+                raise RequestError(f"{path}: {len(text):,} characters of metadata; needed at most {LARGEST_TEXT:,}")
+    return texts
+
+
+def _exif_texts(exif: Image.Exif, comments: bool) -> dict[str, Any]:
+    """The same out of Exif: our description, ComfyUI's graphs, and the comment of AUTOMATIC1111's kin if asked for."""
+    found: dict[str, Any] = {}
+    for tag in (DESCRIPTION, MAKE, MODEL):
+        name, _, text = str(exif.get(tag, "")).partition(":")
+        if name in ("s3dit", "prompt", "workflow"):
+            found[name] = text
+    comment = exif.get_ifd(EXIF).get(COMMENT) if comments else None
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        found["parameters"] = comment[8:].decode("utf-16-le" if comment[9:10] == b"\0" else "utf-16-be", "replace")
+    elif isinstance(comment, bytes | str):
+        text = comment.decode("utf-8", "replace") if isinstance(comment, bytes) else comment
+        found["parameters"] = text.removeprefix("ASCII\0\0\0")
+    return found
+
+
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """Read what made a picture out of what `save_picture` wrote, without unpacking the pixels.
 
     -> the mapping given to `save_picture`. Raises RequestError if the file is no picture of s3dit, or broken.
     """
     needed = "a PNG, JPEG or WebP file written by s3dit"
-    with _image(path, needed, ("PNG", "JPEG", "WEBP")) as image:
-        text = image.info.get("s3dit") if image.format == "PNG" else image.getexif().get(DESCRIPTION)
-        if image.format != "PNG":
-            text = text.removeprefix(MARK) if isinstance(text, str) and text.startswith(MARK) else None
-        if text is not None and len(text) > LARGEST_TEXT:
-            raise RequestError(f"{path}: {len(text):,} characters of metadata; needed at most {LARGEST_TEXT:,}")
+    text = read_texts(path, ("s3dit",), needed).get("s3dit")
     if text is None:
         raise RequestError(
             f"{path}: carries no s3dit metadata; needed {needed} with it; other programs drop it when they save, so "

@@ -92,8 +92,12 @@ def gather(
     """Open a model, or the parts that take the place of its own; raises CheckpointError.
 
     model: "embedded" (the folder `embedded`), a path or a Hub name; None is the embedded model where no part is given,
-    else no model. given: a path or a Hub name by part, or None.
+    else no model. given: the same by part, or None.
     """
+
+    def place(name: str, parts: Collection[str]) -> Path:
+        return embedded if name == "embedded" else resolve(name, parts)
+
     wanted = {part: str(path) for part, path in given.items() if path is not None}
     if model is None and not wanted:
         model = "embedded"
@@ -101,13 +105,13 @@ def gather(
     if model is not None:
         skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
         read = [part for part in REPOSITORY_PARTS if part not in skip]
-        base = look_into(embedded if str(model) == "embedded" else resolve(str(model), read), skip)
+        base = look_into(place(str(model), read), skip)
     more = ["tokenizer"] if base is None and tokenizer is None else []
-    homes = {part: _one(part, resolve(path, [part, *more])) for part, path in wanted.items()}
+    homes = {part: _one(part, place(path, [part, *more])) for part, path in wanted.items()}
     places = [found for found in (base, *homes.values()) if found is not None]
     if base is not None:
         homes = dict.fromkeys(base.parts, base) | homes
-    given_words: list[Path | GGUFFile] = [] if tokenizer is None else [_words(resolve(str(tokenizer), ["tokenizer"]))]
+    given_words: list[Path | GGUFFile] = [] if tokenizer is None else [_words(place(str(tokenizer), ["tokenizer"]))]
     words = given_words or [found.tokenizer for found in places if found.tokenizer]
     _check_complete(places[0].path, homes, bool(words))
     known = base.configs if base is not None else {}

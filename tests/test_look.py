@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from s3dit import shapes
@@ -197,3 +198,122 @@ def test_no_command_is_given_for_what_cannot_be_used(tmp_path):
     save_file(tensors, tmp_path / "x.safetensors")
     report = look(tmp_path / "x.safetensors")
     assert report.parts[0].faults and not report.command and "use it" not in str(report)
+
+
+def text_encoder(layers):
+    """Names and shapes of the published text encoder, of so many of its layers."""
+    with torch.device("meta"):
+        state = TextEncoder(shapes.TEXT_ENCODER).state_dict()
+    gone = tuple(f"model.layers.{i}." for i in range(layers, 36))
+    return {name: tuple(t.shape) for name, t in state.items() if not name.startswith(gone)}
+
+
+def test_a_text_encoder_without_the_layer_that_is_never_read_is_usable(tmp_path):
+    """The features are the output of the last layer but one: without the last it draws, without two it does not."""
+    report = look(hollow(tmp_path / "x.safetensors", text_encoder(35)))
+    (part,) = report.parts
+    assert not part.faults and "--text-encoder" in report.command
+    assert "read as the first of 36; the last is not needed" in str(report)
+    report = look(hollow(tmp_path / "y.safetensors", text_encoder(34)))
+    assert "it has 34 layers" in report.parts[0].faults[0] and not report.command
+
+
+def test_an_adapter_of_which_some_is_of_another_shape_needs_partial_use(tmp_path):
+    def pair(layer, width):
+        return {f"{layer}.lora_A.weight": torch.zeros(4, width), f"{layer}.lora_B.weight": torch.zeros(width, 4)}
+
+    tensors = pair("transformer.layers.0.attention.to_q", 3840)
+    save_file(tensors, tmp_path / "a.safetensors")
+    facts = look(tmp_path / "a.safetensors")
+    assert "--lora-allow-partial" not in facts.command and not facts.notes and "Tongyi-MAI" in facts.command
+    save_file(tensors | pair("transformer.layers.1.attention.to_q", 96), tmp_path / "b.safetensors")
+    facts = look(tmp_path / "b.safetensors")
+    assert "--lora-allow-partial" in facts.command and "layers.1.attention.to_q [96, 96]" in facts.notes[0]
+
+
+def carrying(path, **texts):
+    chunks = PngInfo()
+    for name, text in texts.items():
+        chunks.add_text(name, text if isinstance(text, str) else json.dumps(text))
+    Image.new("RGB", (16, 16)).save(path, pnginfo=chunks)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"prompt": "x", "engine": {"replayable": False}}, "given from Python"),
+        ({"prompt": "x", "engine": 5}, "its engine is 5"),
+        ({"prompt": "x", "adapters": [{"file": "a"}]}, "its adapter has no scale, sha256"),
+        ({"prompt": "x", "height": "1; rm -rf ."}, "cannot be replayed"),
+    ],
+)
+def test_a_record_that_cannot_be_replayed_gets_no_command(metadata, words, tmp_path):
+    facts = look(carrying(tmp_path / "x.png", s3dit=metadata))
+    assert not facts.command and words in str(facts) and "use it" not in str(facts)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        {"prompt": "{"},
+        {"prompt": "[" * 100000},
+        {"prompt": {"1": {"inputs": []}, "2": 5}},
+        {"prompt": {"1": {"class_type": "K", "inputs": {"latent_image": 1, "positive": ["1", 0], "seed": 1e999}}}},
+        {"prompt": {str(i): {"inputs": {"latent_image": 0, "guider": [str(i + 1), 0]}} for i in range(5000)}},
+        {"workflow": {"nodes": []}},
+        {"parameters": "Steps: 99999999999999999999, Seed: -1e9, Size: 9x, CFG scale: nan, Sampler: \x1b[31m"},
+        {"parameters": "a\nSteps: 1, " + "a b-/" * 100000},
+        {"parameters": "<lora:" * 50000 + "\nSteps: 1"},
+    ],
+    ids=range(9),
+)
+def test_metadata_of_others_are_data_of_strangers(texts, tmp_path):
+    """Whatever they say, it ends in facts, soon; what is printed is printable, and what is out of bounds left out."""
+    start = time.process_time()
+    facts = look(carrying(tmp_path / "x.png", **texts))
+    assert time.process_time() - start < 2
+    json.dumps(facts.to_json())
+    assert all(row.isprintable() for row in str(facts).splitlines())
+    if facts.command:
+        words = shlex.split(facts.command)
+        assert words[:2] == ["s3dit", "generate"] and not {"--steps", "--seed"} & {*words} or "99" not in facts.command
+
+
+def test_a_prompt_stays_one_word_of_the_command(tmp_path):
+    prompt = "a 'fox'; rm -rf $HOME `x` \"y\"\n--model evil"
+    facts = look(carrying(tmp_path / "x.png", parameters=f"{prompt}\nSteps: 3, Seed: 1"))
+    assert " ".join(prompt.split()) in shlex.split(facts.command) and facts.command.count("\n") == 0
+    long = look(carrying(tmp_path / "y.png", parameters=f"{'fox ' * 900}\nSteps: 3, Seed: 1"))
+    assert shlex.split(str(long).splitlines()[-1])[4] == " ".join(["fox"] * 900)
+
+
+def test_an_index_without_its_shards_says_which(tmp_path):
+    path = tmp_path / "x.safetensors.index.json"
+    shard = "x-00001-of-00001.safetensors"
+    path.write_text(json.dumps({"weight_map": {"cap_embedder.0.weight": shard}, "metadata": {"total_size": 12e9}}))
+    facts = look(path)
+    assert facts.facts["part"] == "transformer" and facts.facts["not here"] == [shard] and not facts.command
+    assert "not used alone" in facts.notes[0] and "12.00 GB" in str(facts)
+
+
+def test_json_of_no_kind_is_one_line(tmp_path, capsys):
+    (tmp_path / "x.json").write_text('{"a": [1], "b": 2}')
+    assert main(["look", str(tmp_path / "x.json")]) == 2
+    assert "needed settings, an index or a tokenizer" in capsys.readouterr().err
+
+
+def test_settings_that_would_be_refused_say_so(tmp_path):
+    said = json.loads((EMBEDDED / "scheduler/scheduler_config.json").read_text())
+    (tmp_path / "x.json").write_text(json.dumps(said | {"invert_sigmas": True}))
+    facts = look(tmp_path / "x.json")
+    assert facts.notes[0].startswith("not usable: ") and "invert_sigmas" in facts.notes[0] and not facts.command
+
+
+def test_the_model_in_a_command_is_one_that_fits(tmp_path):
+    """The published model where widths and numbers are its own, else one that only the user knows."""
+    report = look(hollow(tmp_path / "x.safetensors", text_encoder(36)))
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in report.command
+    for path in (EMBEDDED / "transformer", EMBEDDED / "text_encoder", EMBEDDED / "tokenizer"):
+        assert "--model path/to/MODEL" in look(path).command
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in look(EMBEDDED / "vae").command

@@ -339,7 +339,8 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
 class AdapterInfo:
     """What a file says an adapter is: kinds such as "lora" or "dora", ranks and alphas found, who made it, layers.
 
-    notes: what it says without effect.
+    notes: what it says without effect · unmatched: stored layers and keys of no part · shapes: (out, in) of official
+    layers, by part, where the file tells.
     """
 
     kinds: tuple[str, ...]
@@ -349,6 +350,8 @@ class AdapterInfo:
     layers: int
     parts: tuple[str, ...]
     notes: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    shapes: dict[str, dict[str, tuple[int, ...]]]
 
 
 # Who writes a key of the header; the first that is there.
@@ -370,8 +373,12 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
         return None
     kinds, ranks, alphas = set[str](), set[int](), set[float]()
     settings = _settings(checkpoint)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer, place in places.items():
         roles = stored[layer]
+        if shape := _changed(checkpoint, roles):
+            rows = shape[0] // len(place.layers)
+            shapes.setdefault(place.part, {}).update(dict.fromkeys(place.layers, (rows, *shape[1:])))
         kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in _kinds(roles))
         for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if role in roles and len(shape := checkpoint.entry(roles[role]).shape) > 1:
@@ -390,7 +397,18 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
         layers=len(places),
         parts=parts,
         notes=tuple(_notes(checkpoint, stored, settings, unmatched)),
+        unmatched=(*unmatched, *(layer for layer in stored if layer not in places)),
+        shapes=shapes,
     )
+
+
+def _changed(checkpoint: Checkpoint, roles: Mapping[str, str]) -> tuple[int, ...]:
+    """The shape of the weight that a stored layer changes, from headers; () for kinds that do not tell it so."""
+    shapes = {role: checkpoint.entry(key).shape for role, key in roles.items()}
+    up, down = shapes.get("up", ()), shapes.get("down", ())
+    if len(up) >= 2 and len(down) >= 2:
+        return up[0], down[1]
+    return next((shapes[role] for role in ("diff", "set") if len(shapes.get(role, ())) >= 2), ())
 
 
 def _producer(checkpoint: Checkpoint) -> str:

@@ -13,6 +13,8 @@ import glob
 import os
 import re
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ WHOLE = (
 )  # fmt: skip
 # Generations of a tokenizer, of which the first is read, and what is read with any.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+WORDS = tuple(name for row in TOKENIZERS for name in row)
 BESIDE = ("tokenizer_config.json", "chat_template.jinja")
 # What a repository of one adapter calls it, and what is read beside a file that is named.
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", *(f"{stem}{SUFFIX}" for stem in STEMS))
@@ -76,6 +79,61 @@ def resolve_file(name: str) -> Path:
     file = folder / files[0]
     # A folder's config.json says more than the file; the folder is opened by the same rule that chose the file.
     return file.parent if file.stem in STEMS and (file.parent / "config.json").is_file() else file
+
+
+def peek(name: str) -> tuple[Path, list[str] | None]:
+    """The local path of what `resolve` would give, without its weights, and the files that are not in the cache.
+
+    None for them: it is a path, not a name of the Hub. What the cache holds is taken as it is, of the revision that it
+    has; else the list of files is asked for, and only settings and indexes are downloaded. Raises CheckpointError.
+    """
+    if (path := _local(name)) is not None:
+        return path, None
+    repository, inner = _names(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    choose = _chooser(repository, inner)
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    chosen, snapshot = None, _cached(repository)
+    if snapshot is not None:
+        with suppress(CheckpointError):
+            chosen = choose(_known(repository, snapshot))
+    if snapshot is None or chosen is None or _lacking(snapshot, chosen):
+        # Of the revision that is there, so that the cache goes on standing for that one.
+        revision = None if snapshot is None else snapshot.name
+        try:
+            told = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            chosen = choose({one.rfilename for one in told.siblings or ()})
+            small = [glob.escape(one) for one in chosen if one.endswith(".json") and Path(one).name not in WORDS]
+            if small:
+                snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
+        except CheckpointError:
+            raise
+        except _errors() as error:
+            if chosen is None:
+                raise CheckpointError(f"{repository}: {_fault(error)}") from None
+    folder = snapshot or Path(constants.HF_HUB_CACHE) / repository
+    one = inner or (chosen[0] if Path(chosen[0]).name in ADAPTERS[:2] else "")
+    return folder / one, _lacking(folder, chosen)
+
+
+def _chooser(repository: str, inner: str) -> Callable[[Files], list[str]]:
+    """What of a repository's files is read: of one file, of a model, or of an adapter."""
+
+    def choose(files: Files) -> list[str]:
+        if inner:
+            return _inner(repository, inner, files)
+        try:
+            return wanted(files, PARTS, repository)
+        except CheckpointError:
+            if not any(name in files for name in ADAPTERS[:2]):
+                raise
+            return adapter_files(files, repository)
+
+    return choose
+
+
+def _lacking(snapshot: Path, chosen: list[str]) -> list[str]:
+    return [name for name in chosen if not (snapshot / name).is_file()]
 
 
 def wanted(files: Files, parts: Collection[str], repository: str) -> list[str]:
@@ -167,18 +225,17 @@ def _layout(repository: str, files: Files, part: str = "") -> CheckpointError:
 
 def _file(repository: str, inner: str) -> Path:
     """One file of a repository, with the small ones that are read beside it."""
-
-    def choose(files: Files) -> list[str]:
-        if inner in files:
-            return _with_sides(inner, files)
-        others = sorted(file for file in files if file.endswith(ENDINGS))
-        few = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
-        raise CheckpointError(
-            f"{repository}: the repository holds no {inner}; needed one of its files: {few or 'none'}"
-        )
-
-    folder, _ = _fetch(repository, choose)
+    folder, _ = _fetch(repository, partial(_inner, repository, inner))
     return folder / inner
+
+
+def _inner(repository: str, inner: str, files: Files) -> list[str]:
+    """One file of a repository's, and those that are read beside it; CheckpointError where it has none of that name."""
+    if inner in files:
+        return _with_sides(inner, files)
+    others = sorted(file for file in files if file.endswith(ENDINGS))
+    few = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
+    raise CheckpointError(f"{repository}: the repository holds no {inner}; needed one of its files: {few or 'none'}")
 
 
 def _local(name: str) -> Path | None:
@@ -233,7 +290,7 @@ def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path,
             fault, snapshot = _fault(error), _cached(repository)
         if snapshot is None:
             raise CheckpointError(f"{repository}: {fault}")
-    if lacking := [name for name in chosen if not (snapshot / name).is_file()]:
+    if lacking := _lacking(snapshot, chosen):
         few = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
         raise CheckpointError(
             f"{repository}: download incomplete: missing {few} ({len(lacking)} of {len(chosen)} files); {fault}"

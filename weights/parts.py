@@ -97,6 +97,11 @@ def split(checkpoint: Checkpoint) -> Found:
     return Found(parts, prefixes, [key for key in keys if key not in taken])
 
 
+def part_of(keys: Collection[str]) -> str | None:
+    """The part that a checkpoint with these keys holds, the first of several; None where it holds none."""
+    return next((part for part in PARTS if _prefix(part, keys) is not None), None)
+
+
 def kind(keys: Collection[str]) -> str:
     """What a checkpoint is that holds no part of the model, in a clause that says what to do."""
     if any(map(ADAPTER.search, keys)):

@@ -2,12 +2,15 @@
 
 import errno
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from s3dit.pipeline import EMBEDDED
 from s3dit.sources import gather
@@ -454,3 +457,109 @@ def test_an_adapter_given_where_a_model_may_be(hub):
     hub.repositories["org/lora"] = {"adapter_model.safetensors": LORA, "adapter_config.json": b"{}", "README.md": b"x"}
     resolve("org/lora")
     assert sorted(hub.files()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def looked(capsys, *argv):
+    """What `look` says, and the words of its command."""
+    from s3dit.cli import main
+
+    capsys.readouterr()
+    assert main(["look", *argv]) == 0
+    said = capsys.readouterr().out
+    last = said.splitlines()[-1]
+    return said, shlex.split(last.removeprefix("use it: s3dit ")) if last.startswith("use it") else []
+
+
+def drawn(words, tmp_path):
+    from s3dit.cli import main
+
+    small = ["--height", "64", "--width", "64", "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
+    words = [
+        word.replace("Tongyi-MAI/Z-Image-Turbo", "embedded").replace("path/to/MODEL", "embedded") for word in words
+    ]
+    return main([*words, *small, "-o", str(tmp_path / "x.png")])
+
+
+def test_look_downloads_no_weights(hub, tmp_path, capsys, monkeypatch):
+    """Settings only; then the command that it prints draws, and after that the cache alone is looked at."""
+    said, words = looked(capsys, "org/name")
+    assert "a model on the Hub" in said and "ZImageTransformer2DModel" in said and words[-2:] == ["--model", "org/name"]
+    assert hub.files() and all(name.endswith(".json") for name in hub.files())
+    assert "tokenizer/tokenizer.json" not in hub.files()
+    assert drawn(words, tmp_path) == 0
+    hub.asked.clear()
+    said, words = looked(capsys, "org/name")
+    assert not hub.asked and "nothing, it is a whole model" in said and words[-2:] == ["--model", "org/name"]
+    offline(hub, monkeypatch)
+    assert looked(capsys, "org/name")[0] == said
+
+
+def test_look_leaves_the_revision_that_is_there(hub, tmp_path, capsys, monkeypatch):
+    """A cache without its transformer still serves, offline, who gives that, after the Hub has a newer revision."""
+    from s3dit.weights.hub import resolve
+
+    folder = resolve("org/name", [part for part in PARTS if part != "transformer"])
+    hub.repositories["org/name"] = MODEL | OTHERS | {"new.json": b"{}"}
+    said, _ = looked(capsys, "org/name")
+    assert "transformer/diffusion_pytorch_model.safetensors" in said
+    offline(hub, monkeypatch)
+    assert resolve("org/name", ["vae", "text_encoder", "tokenizer"]) == folder
+
+
+def test_look_offline_at_what_is_not_there(hub, monkeypatch, capsys):
+    from s3dit.cli import main
+
+    offline(hub, monkeypatch)
+    assert main(["look", "org/name"]) == 2
+    assert "HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+def test_look_at_parts_files_and_adapters_of_the_hub(hub, tmp_path, capsys):
+    weights = {name: data for name, data in MODEL.items() if name.startswith("transformer/")}
+    hub.repositories |= {
+        "org/part": weights,
+        "org/one": {"deep/x.safetensors": weights["transformer/diffusion_pytorch_model.safetensors"]},
+        "org/style": {"adapter_model.safetensors": adapter(), "adapter_config.json": b'{"peft_type": "LORA", "r": 4}'},
+    }
+    said, words = looked(capsys, "org/part")
+    assert "parts of a model" in said and words[-2:] == ["--transformer", "org/part"] and drawn(words, tmp_path) == 0
+    said, words = looked(capsys, "org/style")
+    assert "an adapter on the Hub" in said and words[-2:] == ["--lora", "org/style"]
+    assert "adapter_model.safetensors" not in hub.files() and drawn(words, tmp_path) == 0
+    assert "rank                 4" in looked(capsys, "org/style")[0]
+    said, words = looked(capsys, "org/one/deep/x.safetensors")
+    assert "`hf download org/one deep/x.safetensors`" in said and not words
+    resolve_file("org/one/deep/x.safetensors")
+    said, words = looked(capsys, "org/one/deep/x.safetensors")
+    assert words[-2:] == ["--transformer", "org/one/deep/x.safetensors"] and drawn(words, tmp_path) == 0
+
+
+def test_convert_takes_one_file_of_a_repository(hub, tmp_path, monkeypatch):
+    from s3dit.cli import main
+
+    hub.repositories["org/one"] = {"deep/x.safetensors": MODEL["transformer/diffusion_pytorch_model.safetensors"]}
+    assert main(["convert", "org/one/deep/x.safetensors", str(tmp_path / "a")]) == 0
+    assert hub.files() == ["deep/x.safetensors"]
+    offline(hub, monkeypatch)
+    assert main(["convert", "org/one/deep/x.safetensors", str(tmp_path / "b")]) == 0
+
+
+def adapter():
+    tensors = {
+        f"base_model.model.layers.0.attention.to_q.{leaf}.weight": torch.full(shape, 0.01)
+        for leaf, shape in (("lora_A", (4, 192)), ("lora_B", (192, 4)))
+    }
+    return save(tensors)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae", "tokenizer"])
+def test_embedded_is_a_name_for_every_part(part, hub):
+    """The embedded model's own part, not a repository, beside another model."""
+    other = EMBEDDED.parent / "tiny"
+    given = {} if part == "tokenizer" else {part: "embedded"}
+    found = gather(str(other), given, "embedded" if part == "tokenizer" else None, EMBEDDED)
+    whole = gather("embedded", {}, None, EMBEDDED)
+    assert found.tokenizer == whole.tokenizer and not hub.asked
+    assert {name: one.path for name, one in found.checkpoints.items()} == {
+        name: one.path for name, one in whole.checkpoints.items()
+    }
