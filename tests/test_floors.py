@@ -30,6 +30,7 @@ FLOORS = {
         "terminal",
         "hooks",
         "tokenizer_config",
+        "tokenizer_json",
     ),
     3: ("sources", "tokenizer", "text_encoder", "vision_encoder", "vae", "transformer", "controlnet"),
     # They operate on any module, so they know none of floor 3.
