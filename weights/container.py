@@ -22,6 +22,9 @@ from torch import Tensor
 
 from s3dit.kernels.scheme import Scheme
 
+# How a plain file is opened: a pipe may stand there, whose writer never comes. Windows has only the other flag, and
+# without it makes one byte of two at the end of a line.
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # What a plain weight may be stored in.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -205,7 +208,7 @@ def read_regular(path: Path, most: int) -> bytes:
     Not a pipe, whose writer may never come, nor a device without an end; the opened file itself is looked at.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with os.fdopen(os.open(path, READ), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path}: not a plain file; needed one; download it again")
