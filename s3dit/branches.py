@@ -52,7 +52,7 @@ def prepare(
         pictures = _opened(replace(request, control=control), opened)
         controls.append(control)
         notes.append(f"{control.model}: {config}, strength {control.strength:g}{_when(control)}")
-        notes += _scaled(request, pictures)
+        notes += [*config.notes, *_scaled(request, pictures)]
         if control.strength:
             found.append(Prepared(number, control, part, config, pictures))
     return replace(request, control=controls or None), tuple(found), tuple(dict.fromkeys(notes))

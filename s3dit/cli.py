@@ -7,6 +7,7 @@ when there is something to compute, so `--help` is quick.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields
 from pathlib import Path
@@ -55,6 +56,10 @@ SHORT = {
 CHOICES = {
     "solver": get_args(Solver), "schedule": get_args(Schedule), "mask_mode": get_args(MaskMode),
     "posterior": get_args(Posterior), "reference_positions": get_args(Positions),
+}  # fmt: skip
+# Fields of a request whose option is spelled otherwise, as messages name them: no such word is used for anything else.
+OPTIONS = {
+    name: SHORT.get(name, [f"--{name.replace('_', '-')}"])[0] for name in (*KINDS, *CHOICES) if "_" in name
 }  # fmt: skip
 
 
@@ -274,7 +279,11 @@ def _run(args: argparse.Namespace) -> int:
         wanted["prompt"] = prompt
     # Whatever can be found wrong without torch is found before it is imported.
     request = Request(**({"prompt": ""} | wanted))
-    request.check()
+    try:
+        request.check()
+    except RequestError as error:
+        # What a picture's metadata say wrong is named as it stands there.
+        raise error if getattr(args, "replay", None) else RequestError(_in_options(str(error))) from None
     if args.command == "generate":
         args.paths, args.replace = _outputs(args, request.count)
     from s3dit.pipeline import Pipeline
@@ -301,6 +310,11 @@ def _run(args: argparse.Namespace) -> int:
             tell(explain(pipe, plan.request))
         return 0
     return _generate(pipe, request, args)
+
+
+def _in_options(text: str) -> str:
+    """A message in the names of the options instead of the request's fields."""
+    return re.sub(rf"(?<![\w./\\-])({'|'.join(OPTIONS)})(?![\w./\\-])", lambda found: OPTIONS[found[0]], text)
 
 
 def _controls(texts: Sequence[str]) -> list[Control]:

@@ -6,7 +6,6 @@ never from its name. A directory may say more in `s3dit.json` (variant, size, st
 tiny model does. How each part reads its file is in `config_parts`.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +23,8 @@ from s3dit.config_parts import (
     VisionInputConfig,
     need,
 )
-from s3dit.weights.container import CheckpointError, read_regular, unique
+from s3dit.weights import container
+from s3dit.weights.container import CheckpointError
 
 __all__ = [
     "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
@@ -79,13 +79,9 @@ class ModelConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Parse one small JSON object from disk; CheckpointError when it is missing, huge or not an object."""
     try:
-        data = json.loads(read_regular(path, 1 << 24).decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
+        data = container.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: holds a {type(data).__name__}; needed a JSON object")
     return data

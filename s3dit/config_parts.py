@@ -59,9 +59,7 @@ class Part:
     @classmethod
     def strange(cls, data: Mapping[str, Any], source: str | Path) -> list[str]:
         """A note on keys that nobody knows; no note where there are none."""
-        names = cls.keys.unknown(data, [field.name for field in fields(cls)])  # type: ignore[arg-type]
-        few = ", ".join(repr(name[:40]) for name in names[:5]) + (", …" if len(names) > 5 else "")
-        return [f"{source}: keys without effect here, nor known in diffusers: {few}"] if names else []
+        return cls.keys.strange(data, [field.name for field in fields(cls)], source)  # type: ignore[arg-type]
 
 
 def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:

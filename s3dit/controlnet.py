@@ -41,6 +41,8 @@ REFINER = "control_noise_refiner."
 BEFORE = f"{REFINER}0.before_proj.weight"
 # How diffusers' config.json says the version, under `add_control_noise_refiner`.
 SPOKEN: Mapping[str | None, Version] = {None: "1.0", "control_layers": "2.0", "control_noise_refiner": "2.1"}
+# What else of it is read.
+PLACES = ("control_layers_places", "control_refiner_layers_places", "add_control_noise_refiner", "control_in_dim")
 # What a ControlNet's config.json repeats of its base.
 BASE = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps")
 # Strengths of the authors' own examples.
@@ -51,12 +53,14 @@ STRENGTHS: Mapping[Version, float] = {"1.0": 0.75, "2.0": 0.75, "2.1": 0.9}
 class ControlNetConfig:
     """What a ControlNet is made of besides the widths of its base.
 
-    channels: of the control latents, 16 or 33 · places: the main layers of the base after which a hint is added.
+    channels: of the control latents, 16 or 33 · places: the main layers of the base after which a hint is added ·
+    notes: on what its config.json says without effect.
     """
 
     version: Version
     channels: int
     places: tuple[int, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def strength(self) -> float:
@@ -105,7 +109,8 @@ class ControlNetConfig:
                 f"{checkpoint.path}: its tensors are those of version {told}, asked for is {version}; only 2.0 and 2.1 "
                 "have the same tensors; leave the version out"
             )
-        return cls(version or told, channels, _places(checkpoint, base, said))
+        notes = config_keys.CONTROLNET.strange(said, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
+        return cls(version or told, channels, _places(checkpoint, base, said), tuple(notes))
 
     def unused(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """Names in a file that are never read: the untrained refiner of 2.0, and a base that was saved with it."""

@@ -13,7 +13,6 @@ ones as well. A tokenizer inside of a GGUF file is not written out.
 import hashlib
 import json
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from s3dit.sources import SHIFT, Found, look_into
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError
 from s3dit.weights.container import FLOATS
 from s3dit.weights.keymap import detect, official
-from s3dit.weights.model_folder import copy_file, left_out, put
+from s3dit.weights.model_folder import building, copy_file, left_out
 from s3dit.weights.parts import PARTS
 from s3dit.weights.quantize import SPARE, STEM, UNKNOWN, Shards, check_room, check_target
 
@@ -82,8 +81,7 @@ def convert(
     small, and leaves nothing behind when it is interrupted.
     """
     found, target = check(source, target, dtype, force=force), target.resolve()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        built = Path(folder) / "model"
+    with building(target) as built:
         built.mkdir()
         try:
             for part, checkpoint in found.parts.items():
@@ -94,7 +92,6 @@ def convert(
             raise CheckpointError(
                 f"{target}: could not be written ({error}); nothing was left there; make room and try again"
             ) from None
-        put(built, target)
     return notes
 
 
@@ -155,7 +152,11 @@ def _write(
         # A view would hold the whole map of the source.
         shards.add({name: tensor.to(own if dtype is None else DTYPES[dtype], copy=True).contiguous()})
         progress(named.entry(name).nbytes)
-    shards.close(f"sha256:{_digest(checkpoint.path)}")
+    # What was read, and what is hashed, is of one file only if that one is still there.
+    checkpoint.check()
+    digest = _digest(checkpoint.path)
+    checkpoint.check()
+    shards.close(f"sha256:{digest}")
 
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:

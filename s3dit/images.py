@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from torch import Tensor
 from s3dit.files import ENDINGS, opened, whole
 from s3dit.request import RequestError
 from s3dit.terminal import hushed
+from s3dit.weights.container import parse_json
 
 if TYPE_CHECKING:
     from s3dit.request import ImageSource
@@ -452,16 +453,12 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
             "take the original file"
         )
     try:
-        metadata = json.loads(text, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        metadata = parse_json(text)
+    except ValueError as error:
         raise RequestError(f"{path}: its s3dit metadata is damaged ({error}); take the original file") from None
     if not isinstance(metadata, dict):
         raise RequestError(f"{path}: its s3dit metadata is a {type(metadata).__name__}; needed a JSON object")
     return metadata
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def contact_sheet(images: Sequence[Image.Image], columns: int | None = None, gap: int = 8) -> Image.Image:

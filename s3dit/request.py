@@ -333,7 +333,7 @@ class Request:
         if area > MOST_PIXELS:
             raise RequestError(
                 f"{self.count} pictures have {area:,.0f} pixels in all; needed at most {MOST_PIXELS:,}, since they are "
-                "drawn together; draw fewer at once (prompts, --count or num_images_per_prompt), or smaller ones"
+                "drawn together; draw fewer at once (prompts, or num_images_per_prompt), or smaller ones"
             )
 
     def _check_start(self) -> None:

@@ -15,17 +15,18 @@ Source: the official repository's prompt format; Qwen2's tokenizer files (regex,
 added tokens of Qwen3).
 """
 
-import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from s3dit import tokenizer_json
 from s3dit.tokenizer_config import FILE, check_added
-from s3dit.weights.container import CheckpointError, read_regular
+from s3dit.tokenizer_json import PIECES
+from s3dit.weights.container import CheckpointError, parse_json, read_json, read_regular
 from s3dit.weights.gguf_file import GGUFFile
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -36,12 +37,6 @@ BEFORE, BETWEEN = "<|im_start|>user\n<|vision_start|>", "<|vision_end|><|vision_
 PROMPT, AFTER = (
     "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
     "<|vision_end|><|im_end|>",
-)
-
-# How Qwen2 cuts text before any merge: English clitics, words with the mark before them, single digits, runs of
-# marks, line breaks, spaces.
-PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 # Qwen3's added tokens have the ids 151643 to 151668 in this order; the first fourteen are special.
@@ -138,9 +133,16 @@ def _check(prompt: str, max_length: int) -> None:
 def _json(folder: Path) -> Callable[[str], list[int]]:
     """From tokenizer.json, without the padding and truncation that somebody may have saved in it."""
     path = folder / "tokenizer.json"
-    tokenizer = _sound(path, lambda: tokenizers.Tokenizer.from_file(str(path)))
+
+    def read() -> tuple[tokenizers.Tokenizer, dict[int, str]]:
+        text = read_regular(path, LARGEST).decode("utf-8")
+        tokenizer_json.check(data := parse_json(text))
+        return tokenizers.Tokenizer.from_str(text), tokenizer_json.added(data)
+
+    tokenizer, added = _sound(path, read)
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    _check_added(tokenizer, added, path)
     check_added(folder / FILE, tokenizer.get_added_tokens_decoder())
     return _checked(tokenizer, path)
 
@@ -150,8 +152,14 @@ def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
     path, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
         raise CheckpointError(f"{merges}: missing; needed beside vocab.json; download it")
-    bpe = _sound(path, lambda: models.BPE.from_file(str(path), str(merges)))
-    return _qwen(bpe, _added(folder / "tokenizer_config.json"), path)
+
+    def read() -> models.BPE:
+        # A line ends with a line feed only: other separators of lines are letters of the byte-level alphabet.
+        lines = read_regular(merges, LARGEST).decode("utf-8").removesuffix("\n").split("\n")
+        rules = (line.removesuffix("\r") for line in lines if not line.startswith("#version"))
+        return _bpe(parse_json(read_regular(path, LARGEST)), tokenizer_json.pairs(rules))
+
+    return _qwen(_sound(path, read), _added(folder / "tokenizer_config.json"), path)
 
 
 def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
@@ -172,8 +180,14 @@ def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (CONTROL, USER_DEFINED)
     }
-    bpe = _sound(file.path, lambda: models.BPE(vocabulary, merges))
-    return _qwen(bpe, added, file.path)
+    return _qwen(_sound(file.path, lambda: _bpe(vocabulary, merges)), added, file.path)
+
+
+def _bpe(vocabulary: dict[str, int], merges: Iterable[Any]) -> models.BPE:
+    """A BPE of a vocabulary and merges that fit; ValueError where they do not."""
+    rules = [tuple(pair) for pair in merges]
+    tokenizer_json.check_bpe(vocabulary, rules)
+    return models.BPE(vocabulary, rules)
 
 
 def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable[[str], list[int]]:
@@ -188,26 +202,26 @@ def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens(list(added.values()))
-    for number, token in added.items():
-        found = tokenizer.token_to_id(token.content)
+    _check_added(tokenizer, {number: token.content for number, token in added.items()}, path)
+    return _checked(tokenizer, path)
+
+
+def _check_added(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str], path: Path) -> None:
+    """Raise CheckpointError where an added token gets another id than it is listed with."""
+    for number, content in added.items():
+        found = tokenizer.token_to_id(content)
         if found != number:
             raise CheckpointError(
-                f"{path}: {token.content} gets id {found}, needed {number}; the vocabulary is not the one its added "
+                f"{path}: {content} gets id {found}, needed {number}; the vocabulary is not the one its added "
                 "tokens belong to; download the tokenizer folder again"
             )
-    return _checked(tokenizer, path)
 
 
 def _added(path: Path) -> dict[int, AddedToken]:
     """Added tokens by id, in order: of tokenizer_config.json where it lists them, else the official ones."""
     listed: Any = None
     if path.is_file():
-        try:
-            config: Any = json.loads(read_regular(path, LARGEST).decode("utf-8"))
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
+        config = read_json(path, LARGEST)
         listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
     if listed is None:
         return {

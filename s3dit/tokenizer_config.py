@@ -42,9 +42,7 @@ def check(folder: Path) -> list[str]:
     notes = []
     if template is not None and digest not in TEMPLATES:
         notes.append(f"{path}: its chat template is not Qwen3's own; it is not executed, prompts stand in Qwen3's turn")
-    names = config_keys.TOKENIZER.unknown(said, ("added_tokens_decoder", "chat_template"))
-    few = ", ".join(repr(name[:40]) for name in names[:5])
-    return notes + ([f"{folder / FILE}: keys without effect here: {few}"] if names else [])
+    return notes + config_keys.TOKENIZER.strange(said, ("added_tokens_decoder", "chat_template"), folder / FILE)
 
 
 def check_added(path: Path, tokens: Mapping[int, Any]) -> None:

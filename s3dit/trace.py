@@ -36,6 +36,7 @@ from s3dit.hooks import refusal
 from s3dit.kernels.dispatch import BackendError, Op
 from s3dit.request import RequestError
 from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.container import parse_json
 
 Record = dict[str, Tensor]
 
@@ -174,11 +175,13 @@ def load(path: str | Path) -> tuple[Record, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             notes = dict(file.metadata() or {})
-            names = json.loads(notes.pop(ORDER, "null"))
+            names = parse_json(notes.pop(ORDER, "null"))
             if not isinstance(names, list) or sorted(map(str, names)) != sorted(file.keys()):
                 raise RequestError(f"{path}: is no record of a trace; needed a file written by s3dit.trace.save")
             return {name: file.get_tensor(name) for name in names}, notes
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except RequestError:
+        raise
+    except (OSError, SafetensorError, ValueError) as error:
         raise RequestError(f"{path}: cannot be read ({error}); needed a file written by s3dit.trace.save") from None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,16 @@ from subprocess import PIPE
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from s3dit.cli import main
+from s3dit.config import TransformerConfig
 from s3dit.control import shown
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import RequestError
+from s3dit.transformer import Transformer
 
 PROMPT = "a red star above a blue ring on a white background"
 
@@ -163,7 +168,7 @@ def test_plan_kernels(capsys):
     "args, message",
     [
         (["generate", "x", "--height", "100"], "nearest that work are 96 or 112"),
-        (["generate", "x", "--steps", "-1"], "num_inference_steps is -1"),
+        (["generate", "x", "--steps", "-1"], "--steps is -1; needed"),
         (["generate", "x", "--dtype", "fp16"], "overflows"),
         (["generate", "x", "--device", "cuda:99"], "device"),
         (["generate", "x", "--model", "no/such/folder/here"], "no/such/folder/here"),
@@ -173,7 +178,7 @@ def test_plan_kernels(capsys):
         (["generate", "x", "--quality", "90"], "PNG has none"),
         (["generate", "x", "--quality", "101", "-o", "a.jpg"], "--quality is 101"),
         (["generate", "a\udcff"], "prompt holds what is no Unicode text"),
-        (["generate", "x", "--negative-prompt", "a\udcff"], "negative_prompt holds what is no Unicode text"),
+        (["generate", "x", "--negative-prompt", "a\udcff"], "--negative-prompt holds what is no Unicode text"),
         (["generate", "x", "--prompt-file", "none.txt"], "both a prompt"),
         (["generate", "--prompt-file", "none.txt"], "none.txt: not found"),
         (["generate", "--replay", "none.png"], "none.png"),
@@ -186,7 +191,10 @@ def test_plan_kernels(capsys):
         (["plan", "x", "--graphs", "--residency", "streamed"], "graphs need weights that stay where they are"),
         (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),
         (["generate", "x", "--image", "none.png"], "none.png: not found"),
-        (["generate", "x", "--mask", "none.png"], "mask_image is given without a start image"),
+        (["generate", "x", "--mask", "none.png"], "--mask is given without a start image"),
+        (["generate", "x", "--mask-blur", "3"], "--mask-blur and --mask-mode are about a mask; give --mask or extend"),
+        (["generate", "x", "--count", "9999"], "--count is 9999; needed"),
+        (["generate", "x", "--sigmas", "1,0.5", "--steps", "3"], "2 sigmas but --steps 3"),
         (["generate", "x", "--image", "none.png", "--extend", "16,0"], "needed four margins"),
         (["plan", "x", "--image", "none.png", "--strength", "0"], "strength is 0"),
     ],
@@ -408,6 +416,43 @@ def test_a_signal_ends_it_in_one_line_with_nothing_left(tmp_path, number, moment
     # What a program writes before its last line are the notes of a request that began.
     assert err.endswith("s3dit: stopped; nothing half-written is left\n") and "Traceback" not in err
     assert draw.returncode == 128 + number and list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A model that takes seconds to write: the embedded one, its transformer 6 blocks of 57 MB."""
+    folder = shutil.copytree(EMBEDDED, tmp_path_factory.mktemp("large") / "model")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    config |= {"dim": 1536, "n_heads": 12, "n_kv_heads": 12, "axes_dims": [32, 48, 48]}
+    config |= {"n_layers": 4, "n_refiner_layers": 1}
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        shapes = Transformer(TransformerConfig.from_json(config, "config.json")).state_dict()
+    noise = torch.rand(1 << 24, dtype=torch.bfloat16)
+    weights = {name: noise[: tensor.numel()].view(tensor.shape).clone() for name, tensor in shapes.items()}
+    save_file(weights, next((folder / "transformer").glob("*.safetensors")))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", [["convert", "--dtype", "fp32"], ["quantize", "--to", "int4"]])
+def test_a_signal_while_a_model_is_written_leaves_the_old_one(large, tmp_path, command, number):
+    old = shutil.copytree(EMBEDDED, tmp_path / "out")
+    before = {path.relative_to(old): path.stat().st_mtime_ns for path in old.rglob("*")}
+    write = process(*command, "--force", large, old)
+    until = time.monotonic() + 60
+    # The work has begun when the hidden folder is there.
+    while len([*tmp_path.iterdir()]) == 1 and time.monotonic() < until:
+        time.sleep(0.005)
+    time.sleep(0.1)
+    assert write.poll() is None and len([*tmp_path.iterdir()]) == 2
+    write.send_signal(number)
+    out, err = write.communicate()
+    assert err.endswith("s3dit: stopped; nothing half-written is left\n") and "Traceback" not in err and out == ""
+    assert write.returncode == 128 + number
+    assert [*tmp_path.iterdir()] == [old]
+    assert {path.relative_to(old): path.stat().st_mtime_ns for path in old.rglob("*")} == before
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):

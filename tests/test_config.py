@@ -215,7 +215,19 @@ def test_windows_that_no_feature_sees(change):
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1, "a": 2}', "[" * 100_000, "[1]", "", '{"a": 1e', "nul", '{"a": ' + "9" * 5000 + "}"]
+    "text",
+    [
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        "[1]",
+        "",
+        '{"a": 1e',
+        "nul",
+        '{"a": ' + "9" * 5000 + "}",
+        '{"a": NaN}',
+        '{"a": [{"b": -Infinity}]}',
+        '{"a": 1e999}',
+    ],
 )
 def test_json_that_is_none(text, tmp_path):
     (tmp_path / "x.json").write_text(text)

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from s3dit import Pipeline
 from s3dit.config import TransformerConfig, read_model
+from s3dit.control import Control
 from s3dit.controlnet import Branch, ControlNet, ControlNetConfig, Controls, condition, open_controlnet
 from s3dit.graphs import compile_blocks
 from s3dit.layout import patchify, text_to_image
@@ -151,6 +152,20 @@ def test_a_config_is_heard(tmp_path):
     path = write(tmp_path / "diffusion_pytorch_model.safetensors", network("2.1").state_dict())
     (tmp_path / "config.json").write_text(json.dumps({"control_layers_places": [0, 1, 5]}))
     assert open_controlnet(tmp_path, TINY)[1].places == (0, 1, 5) == open_controlnet(path, TINY)[1].places
+
+
+def test_a_key_that_nobody_knows_is_noted(tmp_path):
+    write(tmp_path / "diffusion_pytorch_model.safetensors", network("2.1").state_dict())
+    known = {"_class_name": "ZImageControlNetModel", "_diffusers_version": "0.36", "dim": TINY.dim, "qk_norm": True}
+    known |= {"control_layers_places": [0, 1, 5], "control_in_dim": 33, "quantization_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(known))
+    assert open_controlnet(tmp_path, TINY)[1].notes == ()
+    (tmp_path / "config.json").write_text(json.dumps(known | {"odd": 1}))
+    (note,) = open_controlnet(tmp_path, TINY)[1].notes
+    assert note.endswith("safetensors: its config.json: keys without effect here, nor known in diffusers: 'odd'")
+    pipe = Pipeline.load(device="cpu")
+    control = Control(tmp_path, torch.zeros(3, 64, 64))
+    assert note in pipe.plan(prompt="a star", height=64, width=64, control=control).notes
 
 
 @pytest.fixture(scope="module")

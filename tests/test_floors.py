@@ -30,6 +30,7 @@ FLOORS = {
         "terminal",
         "hooks",
         "tokenizer_config",
+        "tokenizer_json",
     ),
     3: (
         "record",

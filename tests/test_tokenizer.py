@@ -298,9 +298,69 @@ def test_official_files_of_two_generations_agree(qwen, tmp_path):
         assert other.encode(every, 9999)[3:29] == list(range(151643, 151669))
 
 
-def test_a_panic_of_the_library_is_a_checkpoint_error(tmp_path):
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "pair": [],
+    "special_tokens": {},
+    "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "words"),
+    [
+        (("model", "vocab"), {"a": 0, "b": 1}, "lacks what the merge"),
+        (("model", "vocab"), VOCABULARY | {"a": 1}, "have one id"),
+        (("model", "vocab"), VOCABULARY | {"a": 2**32 - 1}, "an id is"),
+        (("model", "merges"), [["r", "zz"]], "lacks what the merge"),
+        (("model", "merges"), ["f"], "lacks what the merge"),
+        (("model", "continuing_subword_prefix"), "##", "continuing_subword_prefix of its model is '##'; needed None"),
+        (("model", "end_of_word_suffix"), "##", "end_of_word_suffix"),
+        (("model", "dropout"), 0.5, "dropout"),
+        (("model", "unk_token"), "nowhere", "unk_token"),
+        (("model",), {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}, "type of its model is 'Unigram'"),
+        (("normalizer",), {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "normalizer is 'Precompiled'"),
+        (("pre_tokenizer",), {"type": "FixedLength", "length": 0}, "pre_tokenizer is 'FixedLength'"),
+        (("pre_tokenizer", "pretokenizers", 0, "pattern"), {"Regex": "(a+)+$"}, "cuts text by"),
+        (("post_processor",), TEMPLATE, "its template has 'x'"),
+        (("post_processor",), TEMPLATE | {"single": [{"Sequence": {"id": "B", "type_id": 0}}]}, "holds the texts"),
+        (("post_processor",), {"type": "Sequence", "processors": [TEMPLATE]}, "its template has 'x'"),
+        (("added_tokens", 3, "id"), 5, "needed 5; the vocabulary is not the one"),
+        (("added_tokens", 3, "id"), -1, "an id is"),
+    ],
+)  # fmt: skip
+def test_what_would_make_the_library_panic_is_refused_in_silence(fast, where, value, words, capfd):
+    """The library would print a stack of its own, past Python."""
+    file = fast / "tokenizer.json"
+    inside = data = json.loads(file.read_text(encoding="utf-8"))
+    for key in where[:-1]:
+        inside = inside[key]
+    inside[where[-1]] = value
+    file.write_text(json.dumps(data))
+    refused(fast, words)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("text", ["re d f", "zz zz", "ab"])
+def test_merges_of_another_vocabulary_are_refused_in_silence(vocabulary, text, capfd):
+    (vocabulary / "vocab.json").write_text('{"a": 0, "b": 1}')
+    (vocabulary / "merges.txt").write_text(f"#version: 0.2\n{text}\n")
+    refused(vocabulary, "lacks what the merge")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_another_normalization_and_template_are_honored(fast):
+    file = fast / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    known = {"x": {"id": "x", "ids": [7], "tokens": ["x"]}}
+    lower = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    file.write_text(json.dumps(data | {"normalizer": lower, "post_processor": TEMPLATE | {"special_tokens": known}}))
+    assert Tokenizer(fast).encode("FOX") == [7, *turn([FOX])]
+
+
+def test_a_panic_of_the_library_is_a_checkpoint_error(tmp_path, capfd):
     (tmp_path / "tokenizer.json").write_text(
         '{"model":{"type":"BPE","vocab":{"a":0,"b":1},"merges":["a b"]},"version":"1.0","added_tokens":[]}'
     )
-    with pytest.raises(CheckpointError, match="not a readable tokenizer file"):
-        Tokenizer(tmp_path)
+    refused(tmp_path, "not a readable tokenizer file")
+    assert capfd.readouterr() == ("", "")

@@ -11,7 +11,6 @@ Values are looked at: a NaN is found here, and not in a black picture.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from torch import Tensor
 from s3dit.weights import dialects
 from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_stored
+from s3dit.weights.container import parse_json, read_json
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -317,8 +317,8 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
     beside = text is None and checkpoint.path.name.startswith("adapter_model.") and config.is_file()
     try:
         if beside:
-            text, source = config.read_text(encoding="utf-8"), str(config)
-        values = {} if text is None else json.loads(text)
+            source = str(config)
+        values = read_json(config) if beside else {} if text is None else parse_json(text)
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
         parts = ("transformer", "text_encoder")
@@ -331,6 +331,8 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
         if bare.keys() & {"r", "lora_alpha", "alpha", "peft_type"}:
             said = {part: one or bare for part, one in said.items()}
         return {part: read_settings(one) for part, one in said.items() if one}
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} is not usable ({error}); needed PEFT's settings; take the file anew") from None
 

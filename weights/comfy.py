@@ -7,7 +7,6 @@ only to round activations (`input_scale`) is put aside: here they stay wide.
 Source: ComfyUI's quant_ops.py and ops.py, and the layouts of comfy-kitchen, which the tests write files with.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped, hadamard
 from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry, parse_json
 from s3dit.weights.stored import Layer, Made, row_shapes, rows, swapped
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
@@ -89,8 +88,8 @@ def _dict(value: Any) -> dict[str, Any]:
 def _json(checkpoint: Checkpoint, where: str, text: str | bytes) -> dict[str, Any]:
     """JSON of a stranger that must be an object."""
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {where} is not JSON ({error}); download the file again") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{checkpoint.path}: {where} is no JSON object; download the file again")

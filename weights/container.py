@@ -7,19 +7,24 @@ tells containers apart by their first bytes, never by the file's name, so a rena
 This room knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
 """
 
+import json
+import math
 import os
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from s3dit.kernels.scheme import Scheme
 
+# How a plain file is opened: a pipe may stand there, whose writer never comes. Windows has only the other flag, and
+# without it makes one byte of two at the end of a line.
+READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # What a plain weight may be stored in.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,8 +162,39 @@ REFUSED: dict[Container, str] = {
 }
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON text; ValueError where it has a key twice, of which readers take the one or the other."""
+def parse_json(text: str | bytes) -> Any:
+    """Parse a stranger's JSON; ValueError where readers could differ: a key twice, or a number that is none.
+
+    Python's own reader takes NaN and Infinity, which are no JSON, and makes infinity of 1e999.
+    """
+    try:
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("lists or objects in one another, too deep") from None
+
+
+def read_json(path: Path, most: int = 1 << 24) -> Any:
+    """Parse a small JSON file of at most `most` bytes; raises CheckpointError, and FileNotFoundError where none is."""
+    try:
+        return parse_json(read_regular(path, most))
+    except (CheckpointError, FileNotFoundError):
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); needed JSON with finite numbers, no key twice; download it again"
+        ) from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name[:40]} is not a number of JSON")
+
+
+def _finite(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _no_number(text)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -172,7 +208,7 @@ def read_regular(path: Path, most: int) -> bytes:
     Not a pipe, whose writer may never come, nor a device without an end; the opened file itself is looked at.
     """
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+        with os.fdopen(os.open(path, READ), "rb") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
                 raise CheckpointError(f"{path}: not a plain file; needed one; download it again")

@@ -8,7 +8,6 @@ producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8
 The names of layers are the file's own here; `keymap` turns them into official ones afterwards.
 """
 
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from s3dit.kernels.gguf import GGUF, scales_of
 from s3dit.kernels.linear import SCHEMES
 from s3dit.kernels.scheme import Scheme
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry, read_json
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.stored import Layer, Made, Parted, widened
 
@@ -164,11 +163,9 @@ def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for name, key in (("config.json", "quantization_config"), ("quantization_config.json", None)):
         try:
-            data = json.loads((folder / name).read_text(encoding="utf-8"))
+            data = read_json(folder / name)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{folder / name}: not readable as JSON ({error}); download it again") from None
         found = data.get(key) if key is not None and isinstance(data, dict) else data
         if isinstance(found, dict):
             return found

@@ -8,7 +8,6 @@ Double quantized scales are made plain once, when a layer is read: 4.5 bits a we
 Source: each library's documentation and files; the tests write theirs with bitsandbytes and torchao themselves.
 """
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import scaled, text_of
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError
+from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, parse_json
 from s3dit.weights.stored import Layer, Made, rows, swapped
 
 E4M3 = torch.float8_e4m3fn
@@ -56,11 +55,11 @@ def _four_bits(layer: Layer, state: str) -> Made:
     if checkpoint.entry(state).nbytes > 1 << 16:
         raise layer.error(f"{kind} is no line of JSON")
     try:
-        said = json.loads(text_of(checkpoint, state))
+        said = parse_json(text_of(checkpoint, state))
         (out, in_), block = said["shape"], said["blocksize"]
         nested = float(said["nested_offset"]) if "nested_offset" in said else None
         inner = int(said.get("nested_blocksize", 256))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise layer.error(f"its {kind} is not what bitsandbytes writes ({error})") from None
     if not all(isinstance(size, int) and size > 0 for size in (out, in_, block, inner)):
         raise layer.error(f"its {kind} says shape {said['shape']}, blocks of {block} and {inner}")
@@ -148,9 +147,9 @@ def _described(layer: Layer) -> tuple[str, list[Any]]:
     """The class and the block of a weight, as the metadata says them."""
     key = layer.key("weight")
     try:
-        said = json.loads(layer.checkpoint.metadata[key])
+        said = parse_json(layer.checkpoint.metadata[key])
         return str(said["_type"]), list(said["_data"]["block_size"] if said["_type"] in TORCHAO else ())
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{layer.checkpoint.path}: the metadata does not describe {key} as torchao does ({error}); needed the file "
             "as torchao saved it"

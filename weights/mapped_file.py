@@ -24,7 +24,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry, sniff
+from s3dit.weights.container import READ, Checkpoint, CheckpointError, Entry, sniff
 
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -86,8 +86,7 @@ class MappedFile:
         """The file, opened for reading, the one that it was."""
         known = getattr(self, "_identity", None)
         try:
-            # Without waiting: a pipe may stand there by now.
-            file = os.fdopen(os.open(self.path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb")
+            file = os.fdopen(os.open(self.path, READ), "rb")
         except (OSError, ValueError) as error:
             what = "gone since it was opened" if known and isinstance(error, FileNotFoundError) else "not readable"
             reason = getattr(error, "strerror", None) or error

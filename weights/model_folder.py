@@ -6,8 +6,10 @@ cache entry, where its snapshots point.
 """
 
 import shutil
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from s3dit.weights.container import CheckpointError
@@ -64,6 +66,22 @@ def copy_file(source: Path, target: Path, root: Path) -> None:
     if not contained(source, homes(root)):
         raise CheckpointError(f"{source}: a link that leaves the folder, or no plain file; put the file itself there")
     shutil.copyfile(source, target)
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path]:
+    """Where to build the folder that is put at `target` when all went well; nothing is left beside it in any case."""
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield folder / "model"
+        put(folder / "model", target)
+    finally:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except KeyboardInterrupt:
+            # The end may be asked for while a large folder is being removed.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def put(built: Path, target: Path) -> None:

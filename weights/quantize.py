@@ -14,9 +14,8 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ from s3dit.weights.assign import encoded
 from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.formats import FINER
-from s3dit.weights.model_folder import left_out, put
+from s3dit.weights.model_folder import building, left_out
 from s3dit.weights.safetensors_dir import SUFFIX
 
 # Layers that may be of a number format, by part, under official names.
@@ -116,8 +115,7 @@ def quantize(
     """
     checkpoints = check(source, target, schemes, force=force)
     target = target.resolve()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        built = Path(folder) / "model"
+    with building(target) as built:
         shutil.copytree(source, built, copy_function=_link, ignore=_left_out(source, schemes))
         for part, checkpoint in checkpoints.items():
             try:
@@ -126,7 +124,6 @@ def quantize(
                 raise CheckpointError(
                     f"{target}: {part} could not be written ({error}); nothing was left there; make room and try again"
                 ) from None
-        put(built, target)
 
 
 def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: bool = False) -> dict[str, Checkpoint]:
@@ -226,7 +223,9 @@ def _write(
     metadata = {"format": "pt", "scheme": scheme.name, "source": UNKNOWN, "skipped": skipped, "s3dit": version}
     shards = Shards(folder, STEM.get(part, "diffusion_pytorch_model"), metadata)
     digest = hashlib.sha256()
-    for name, tensor in _stream(checkpoint):
+    read = 0
+    for name in checkpoint.keys():  # noqa: SIM118
+        tensor = checkpoint.load(name)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         _hash(digest, tensor)
         layer = name.removesuffix(".weight")
@@ -237,18 +236,15 @@ def _write(
             # A view would hold the whole map of the source.
             shards.add({name: tensor.clone()})
         progress(tensor.nbytes)
-    shards.close(f"sha256:{digest.hexdigest()}")
-
-
-def _stream(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order on disk. Mapped pages count as memory, so the map is made anew now and then."""
-    read = 0
-    for name in checkpoint.keys():  # noqa: SIM118
-        if read > MAPPED:
-            checkpoint, read = open_checkpoint(checkpoint.path), 0
-        tensor = checkpoint.load(name)
         read += tensor.nbytes
-        yield name, tensor
+        if read > MAPPED:
+            # Mapped pages count as memory: with the last tensor that looks at it the map goes, and a new one is made.
+            del tensor
+            checkpoint.release()
+            read = 0
+    # What was read is of one file only if that one is still there.
+    checkpoint.check()
+    shards.close(f"sha256:{digest.hexdigest()}")
 
 
 def _hash(digest: "hashlib._Hash", tensor: Tensor) -> None:

@@ -12,7 +12,6 @@ refused before the first tensor. An index is data of a stranger: the names in it
 Source: https://github.com/huggingface/safetensors (format), transformers' sharded index (`weight_map`).
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from s3dit.weights.container import (
     Checkpoint,
     CheckpointError,
     Entry,
-    read_regular,
-    unique,
+    parse_json,
+    read_json,
 )
 from s3dit.weights.mapped_file import MappedFile, Stored
 from s3dit.weights.model_folder import contained, homes
@@ -129,8 +128,8 @@ def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dic
             f"{file.path}: lists more than {MOST_TENSORS} tensors; needed those of one model; do not use it"
         )
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as fault:
+        header = parse_json(text)
+    except ValueError as fault:
         raise error(f"its header is not sound: {fault}") from None
     metadata = header.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
@@ -199,11 +198,9 @@ def _listed(items: list[str]) -> str:
 def read_index(path: Path) -> dict[str, str]:
     """The `weight_map` of an index: tensor name -> file name; raises CheckpointError."""
     try:
-        data = json.loads(read_regular(path, LARGEST_INDEX).decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); download it again") from None
+        data = read_json(path, LARGEST_INDEX)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; needed the index of the shards; download it again") from None
     home = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(home, dict) or not home or not all(isinstance(name, str) for name in home.values()):
         raise CheckpointError(f"{path}: needed a `weight_map` of tensor name to file name; download it again")

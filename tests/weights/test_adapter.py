@@ -199,7 +199,7 @@ def test_settings_beside_the_file_are_those_of_peft(tmp_path):
         ("[1]", "no JSON object"),
         ("[" * 100_000, "not usable"),
         ('{"transformer.lora_alpha": "much"}', "alpha is 'much', needed a number"),
-        ('{"transformer.lora_alpha": NaN}', "alpha is nan, needed a number"),
+        ('{"transformer.lora_alpha": NaN}', "NaN is not a number of JSON"),
         ('{"transformer.lora_alpha": 1, "transformer.r": 0}', "needed one above 0"),
         ('{"transformer.lora_alpha": 1, "transformer.alpha_pattern": 3}', "alpha_pattern is 3"),
         ('{"transformer.lora_alpha": 1, "transformer.rank_pattern": {"(a+)+$": 3}}', "regular expression"),

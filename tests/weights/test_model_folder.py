@@ -9,7 +9,9 @@ import pytest
 from s3dit.convert import convert
 from s3dit.kernels.linear import SCHEMES
 from s3dit.pipeline import EMBEDDED
-from s3dit.weights.model_folder import left_out, put
+from s3dit.weights import quantize as room
+from s3dit.weights.checkpoint import CheckpointError
+from s3dit.weights.model_folder import building, left_out, put
 from s3dit.weights.quantize import quantize
 
 WRITERS = {
@@ -71,3 +73,45 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(tmp_path):
     with pytest.raises(FileNotFoundError):
         put(tmp_path / "work" / "built", tmp_path / "old")
     assert (tmp_path / "old").is_dir()
+
+
+@pytest.mark.parametrize("mapped", [0, 1 << 29])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_source_that_is_replaced_meanwhile_is_noticed(tmp_path, monkeypatch, writer, mapped):
+    """By the next map of it, or at the end: the hash that is written down, and all tensors, are of one file."""
+    monkeypatch.setattr(room, "MAPPED", mapped)
+    source = shutil.copytree(EMBEDDED, tmp_path / "source")
+    (weights,) = (source / "transformer").glob("*.safetensors")
+    seen = []
+
+    def progress(count):
+        seen.append(count)
+        if len(seen) == 5:
+            os.replace(shutil.copyfile(weights, tmp_path / "another"), weights)
+
+    with pytest.raises(CheckpointError, match="replaced or changed since it was opened"):
+        WRITERS[writer](source, tmp_path / "target", progress=progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    assert (len(seen) == 5) == (mapped == 0 and writer == "quantize")
+
+
+@pytest.mark.parametrize("fault", [None, OSError, KeyboardInterrupt])
+def test_nothing_is_left_beside_a_folder_that_was_built(tmp_path, monkeypatch, fault):
+    """Nor where the end is asked for while the old one is being removed."""
+    target = tmp_path / "model"
+    target.mkdir()
+    rmtree, asked = shutil.rmtree, []
+
+    def interrupted(path, **options):
+        asked.append(path)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), building(target) as built:
+        built.mkdir()
+        (built / "new").touch()
+        if fault:
+            raise fault("of the builder")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"] and (target / "new").exists() == (fault is None)
