@@ -1,6 +1,6 @@
 """From the controls of a request to the branches that act in a pass.
 
-Pictures are opened and held to the ControlNet, and to the size that is drawn, before any weight is read (`prepare`).
+Pictures are opened and held to the ControlNet, and to the size that is drawn, before any weight is read (`read`).
 The autoencoder then turns them into what a branch looks at, once a request (`patches`), and at every noise level those
 branches act that have it in their steps (`acting`). A control of strength 0 is no control, and costs nothing.
 
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from s3dit.control import IMAGES, Control
 from s3dit.controlnet import Branch, ControlNet, ControlNetConfig, Controls, condition
-from s3dit.images import Picture, spread
+from s3dit.images import Picture, Pictures
 from s3dit.request import Request, RequestError
+from s3dit.values import one_by_one
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,29 +34,31 @@ class Prepared:
     pictures: tuple[dict[str, Picture], ...]
 
 
-def prepare(
-    request: Request, find: Callable[[Control], tuple[str, ControlNetConfig]]
-) -> tuple[Request, tuple[Prepared, ...], tuple[str, ...]]:
-    """Open and check the controls of a resolved request; returns it with their strengths filled in, them, and notes.
+def read(
+    request: Request,
+    find: Callable[[Control], tuple[str, ControlNetConfig]],
+    pictures: Pictures,
+    notes: list[str],
+) -> tuple[Request, tuple[Prepared, ...]]:
+    """Open and check the controls of a resolved request; returns it with their strengths filled in, and them.
 
     find: opens a ControlNet -> its part and what it is. Those of strength 0 are held to everything and then left out.
-    Raises RequestError, and what `find` raises.
+    Adds notes; raises RequestError, and what `find` raises.
     """
-    controls, found, notes = [], [], []
-    opened: dict[int, Picture] = {}
+    controls, found = [], []
     for number, given in enumerate(request.controls, 1):
-        given = replace(given, **{name: spread(getattr(given, name)) for name in IMAGES})
+        given = replace(given, **{name: one_by_one(getattr(given, name)) for name in IMAGES})
         part, config = find(given)
         control = replace(given, strength=config.strength if given.strength is None else float(given.strength))
         if control.inpaint is not None and not config.inpaints:
             raise RequestError(f"{control.model} is a {config}, which cannot inpaint; needed one of version 2.0 or 2.1")
-        pictures = _opened(replace(request, control=control), opened)
+        rows = _opened(request.filled(control=control), pictures)
         controls.append(control)
         notes.append(f"{control.model}: {config}, strength {control.strength:g}{_when(control)}")
-        notes += [*config.notes, *_scaled(request, pictures)]
+        notes += [*config.notes, *_scaled(request, rows)]
         if control.strength:
-            found.append(Prepared(number, control, part, config, pictures))
-    return replace(request, control=controls or None), tuple(found), tuple(dict.fromkeys(notes))
+            found.append(Prepared(number, control, part, config, rows))
+    return request.filled(control=controls or None), tuple(found)
 
 
 def _when(control: Control) -> str:
@@ -63,16 +66,15 @@ def _when(control: Control) -> str:
     return "" if whole else f", from {control.start:g} to {control.end:g} of the steps"
 
 
-def _opened(request: Request, opened: dict[int, Picture]) -> tuple[dict[str, Picture], ...]:
-    """The pictures of a request's one control, by field, for every picture to be drawn; each is read once."""
+def _opened(request: Request, pictures: Pictures) -> tuple[dict[str, Picture], ...]:
+    """The pictures of a request's one control, by field, for every picture to be drawn."""
     rows = []
     for i in range(request.count):
         (control,) = request.controls_of(i)
         row = {}
         for name in IMAGES:
             if (source := getattr(control, name)) is not None:
-                row[name] = opened.get(id(source)) or Picture.open(source, f"control {name}")
-                opened[id(source)] = row[name]
+                row[name] = pictures.open(source, f"control {name}")
         if "mask" in row and row["mask"].size != row["inpaint"].size:
             (h, w), (height, width) = row["mask"].size, row["inpaint"].size
             raise RequestError(

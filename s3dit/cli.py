@@ -22,6 +22,7 @@ from s3dit.terminal import event, finish, line, say, stoppable, streams, tell
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
+    from s3dit.plan import Plan
 
 EXAMPLES = """examples:
   s3dit generate                                        the embedded model draws its own example
@@ -278,9 +279,8 @@ def _run(args: argparse.Namespace) -> int:
     if prompt is not None:
         wanted["prompt"] = prompt
     # Whatever can be found wrong without torch is found before it is imported.
-    request = Request(**({"prompt": ""} | wanted))
     try:
-        request.check()
+        request = Request(**wanted)
     except RequestError as error:
         # What a picture's metadata say wrong is named as it stands there.
         raise error if getattr(args, "replay", None) else RequestError(_in_options(str(error))) from None
@@ -298,18 +298,13 @@ def _run(args: argparse.Namespace) -> int:
         say(f"{args.replay} was drawn {change}: not the same to the bit")
     for report in attach(pipe, args, adapters):
         say(f"adapter {report}")
-    if "prompt" not in wanted:
-        if not pipe.config.prompt:
-            raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
-        wanted["prompt"] = pipe.config.prompt
-    request = Request(**wanted)
+    plan = pipe.plan(request)
     if args.command == "plan":
-        plan = pipe.plan(request)
         tell(describe(pipe, plan))
         if args.kernels:
-            tell(explain(pipe, plan.request))
+            tell(explain(pipe, plan))
         return 0
-    return _generate(pipe, request, args)
+    return _generate(pipe, plan, args)
 
 
 def _in_options(text: str) -> str:
@@ -334,10 +329,9 @@ def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:
     return paths, replace
 
 
-def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> int:
+def _generate(pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> int:
     from s3dit.images import carried
 
-    plan = pipe.plan(request)
     last = plan if plan.then is None else plan.then
     for record, path, *size in zip(
         pipe.records(plan), args.paths, last.request.per_image("width"), last.request.per_image("height"), strict=True
@@ -350,7 +344,7 @@ def _generate(pipe: "Pipeline", request: Request, args: argparse.Namespace) -> i
     if args.output is None and len(args.paths) == 1 and args.paths[0].name != files.DEFAULT:
         say(f"{files.DEFAULT} exists; this picture goes to {args.paths[0]}")
     with Progress(pipe, plan, args) as progress:
-        result = pipe(plan.request, on_step=progress)
+        result = pipe(plan, on_step=progress)
     code = 0
     for path, picture, metadata in zip(args.paths, result.images, result.metadata, strict=True):
         try:

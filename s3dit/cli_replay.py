@@ -64,7 +64,6 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
         inputs = engine.get("inputs", {})
         _check_given(args, record)
         request = Request.from_json(data)
-        request.check()
         request = _alone(request, args, prompt)
         controls = [Control.parse(text) for text in args.control or ()]
         if request.controls and not controls:
@@ -74,7 +73,7 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
         engine["others"] += (
             [f"with {shown(record.strange)}, of which this version knows nothing"] if record.strange else []
         )
-        request = replace(request, control=None, **_images(args, request, inputs))
+        request = request.filled(control=None, **_images(args, request, inputs))
     values = request.to_json()
     if prompt is not None:
         values.pop("prompt")
@@ -171,12 +170,12 @@ def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
     """The request of the one picture that a picture speaks of."""
     count = 1 if args.num_images_per_prompt is not None else request.num_images_per_prompt
     if prompt is not None:
-        request = replace(request, prompt="")
+        request = request.filled(prompt="")
     if (pictures := len(request.prompts) * count) != 1:
         raise RequestError(f"it asks for {pictures} pictures; needed 1, itself; say how many you want with --count")
-    request = replace(request, prompt=request.prompts[0], num_images_per_prompt=1)
+    request = request.filled(prompt=request.prompts[0], num_images_per_prompt=1)
     own = {one.name: request.per_image(one.name)[0] for one in fields(request) if one.metadata["each"]}
-    return replace(request, negative_prompt=request.per_image("negative_prompt")[0], **own)
+    return request.filled(negative_prompt=request.per_image("negative_prompt")[0], **own)
 
 
 def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3dit.files import claimed
-from s3dit.request import Request
 from s3dit.terminal import bar, event, line, paint, say
 
 if TYPE_CHECKING:
@@ -52,12 +51,12 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
 
 
-def explain(pipe: "Pipeline", request: Request) -> str:
+def explain(pipe: "Pipeline", plan: "Plan") -> str:
     """Which implementation serves each operation of one model call, and why not the others."""
     from s3dit.kernels.dispatch import asked, backend, use_backend
 
     with asked() as calls:
-        pipe.rehearse(request)
+        pipe.rehearse(plan)
     with use_backend(pipe.backend):
         return _explained(calls, f"backend {backend()}, {pipe.placement}")
 

@@ -7,7 +7,7 @@ margins; a gray mask may also say for how many steps). A second pass is the firs
 image of another. Everything is per picture, so that a batch may hold other sizes, images and masks, and per patch, so
 that solvers and model see nothing of it.
 
-Images are read before any weight (`prepare`). What decodes outside of the mask is laid under again from the input's own
+Images are read before any weight (`read`). What decodes outside of the mask is laid under again from the input's own
 pixels (`Canvas.over`), which are then the input's to the bit.
 
 Sources: diffusers' `ZImageImg2ImgPipeline` (which steps are left, the start), `ZImageInpaintPipeline` (mask, blending),
@@ -15,8 +15,7 @@ its community pipeline for differential img2img (thresholds). Not here: steps (s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from s3dit.config import SchedulerConfig
-from s3dit.images import Picture, resized, spread
+from s3dit.images import Picture, Pictures, resized
 from s3dit.layout import patchify
 from s3dit.request import IMAGES, LARGEST_SIDE, Request, RequestError
 from s3dit.sampler import sigmas
@@ -57,43 +56,32 @@ class Canvas:
         return torch.where(mask > 0, (1 - mask) * self.pixels + mask * drawn, self.pixels)
 
 
-def prepare(request: Request) -> tuple[Request, tuple[Canvas, ...], list[str]]:
-    """Read and check a request's images; returns it with sizes filled in, a canvas a picture, and notes for the user.
+def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Request, tuple[Canvas, ...]]:
+    """Read and check a request's start images; returns it with sizes filled in, and a canvas a picture; adds notes.
 
     A request without a start image has no canvases. Raises RequestError.
     """
-    request = replace(request, **{name: spread(getattr(request, name)) for name in IMAGES})
-    request.check()
     if request.image is None:
-        return request, (), []
-    notes: list[str] = []
+        return request, ()
     margins = _margins(request.extend, notes)
-    opened: dict[int, Picture] = {}
     canvases: dict[tuple[int, int, int, int], Canvas] = {}
-
-    def picture(source: Any, name: str) -> Picture:
-        if id(source) not in opened:
-            opened[id(source)] = Picture.open(source, name)
-        return opened[id(source)]
-
     found = []
     rows = zip(*(request.per_image(name) for name in (*IMAGES, "height", "width")), strict=True)
     for source, mask_source, height, width in rows:
-        start = picture(source, "image")
-        mask = None if mask_source is None else picture(mask_source, "mask_image")
+        start = pictures.open(source, "image")
+        mask = None if mask_source is None else pictures.open(mask_source, "mask_image")
         size = _size(start, height, width, margins, notes)
         # Equal inputs are one canvas, and are encoded once.
-        key = (id(source), id(mask_source), *size)
+        key = (id(start), id(mask), *size)
         if key not in canvases:
             canvases[key] = _canvas(request, start, mask, size, margins)
         found.append((size, canvases[key]))
-    request = replace(
-        request,
+    request = request.filled(
         height=tuple(height for (height, _), _ in found),
         width=tuple(width for (_, width), _ in found),
         extend=request.extend and margins,
     )
-    return request, tuple(canvas for _, canvas in found), notes
+    return request, tuple(canvas for _, canvas in found)
 
 
 def _margins(extend: Sequence[int] | None, notes: list[str]) -> tuple[int, int, int, int]:
@@ -186,7 +174,7 @@ def levels(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor
 
 def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
     """The shift that follows from the size of the pictures; RequestError where they have several."""
-    tokens = {rows * columns for rows, columns in _grids_of(request)}
+    tokens = {rows * columns for rows, columns in grids_of(request)}
     if len(tokens) > 1:
         raise RequestError(
             "the pictures have several sizes, and this model's noise levels follow from the size "
@@ -199,8 +187,8 @@ def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
         raise RequestError(str(error)) from None
 
 
-def _grids_of(request: Request) -> Grids:
-    """Rows and columns of patches of every picture."""
+def grids_of(request: Request) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of patches of every picture of a resolved request."""
     sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
     return tuple((height // PATCH, width // PATCH) for height, width in sides)
 
@@ -308,8 +296,8 @@ def passes(request: Request, notes: list[str]) -> Iterator[Request]:
     for height, width, h, w in pairs:
         if (height, width) != (h * request.upscale, w * request.upscale):
             notes.append(f"{w}×{h} enlarged {request.upscale:g} times is made whole patches: {width}×{height}")
-    yield replace(
-        request, height=heights, width=widths, strength=request.upscale_strength, upscale=None, upscale_strength=None,
+    yield request.filled(
+        height=heights, width=widths, strength=request.upscale_strength, upscale=None, upscale_strength=None,
         latents=None,
     )  # fmt: skip
 

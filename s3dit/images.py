@@ -158,9 +158,19 @@ class Picture:
         return torch.from_numpy(levels / 255.0).permute(2, 0, 1).contiguous()
 
 
-def spread(given: Any) -> Any:
-    """Make a list of what is several images in one: a batch of an array or tensor; anything else stays as it is."""
-    return list(given) if isinstance(given, np.ndarray | Tensor) and given.ndim == 4 else given
+class Pictures:
+    """The input pictures of one request: each file, or picture given in Python, is opened once."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str | int, tuple[Any, Picture]] = {}
+
+    def open(self, source: "ImageSource", name: str) -> Picture:
+        """`Picture.open`, or what it gave before; raises RequestError."""
+        key = str(source) if isinstance(source, str | os.PathLike) else id(source)
+        if key not in self._opened:
+            # The source too, whose id is then its own.
+            self._opened[key] = source, Picture.open(source, name)
+        return self._opened[key][1]
 
 
 @contextmanager

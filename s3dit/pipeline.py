@@ -16,7 +16,6 @@ What it does not do: schedules and solvers (`sampler`), guidance (`guidance`), n
 where tokens stand (`layout`), the list of adapters (`adapters`).
 """
 
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,19 +30,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from s3dit import __version__, branches, budget, conditioning, images, references
 from s3dit.adapters import Adapters
-from s3dit.control import Control
-from s3dit.controlnet import ControlNetConfig
 from s3dit.devices import Placement, own_settings, place
 from s3dit.graphs import Replay, check_compiler
 from s3dit.guidance import Guidance, guide
 from s3dit.kernels.dispatch import BackendError, backend, check_backend, overridden, use_backend
-from s3dit.layout import Layout, edit, text_to_image
 from s3dit.offload import Mode, tensors
 from s3dit.parts import Parts
-from s3dit.plan import Plan, Seen, fit_of, out_of_memory, records, stage_of
+from s3dit.plan import Plan, make_plan, out_of_memory, records
 from s3dit.request import Request, RequestError, Result
-from s3dit.sampler import Step, model_calls, solve
-from s3dit.sources import SHIFT_NOTE, Sources, gather
+from s3dit.sampler import Step, solve
+from s3dit.sources import Sources, gather
 from s3dit.text_encoder import EMBEDDING
 from s3dit.tokenizer import Tokenizer
 from s3dit.trace import check_finite
@@ -55,16 +51,10 @@ from s3dit.weights.checkpoint import CheckpointError
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
 PROMPTS_KEPT = 256
-# Token ids of this many prompts are kept; those of 400 words are 18 kB.
-TOKENS_KEPT = 1024
 # What the model reads of so many reference pictures is kept, 2 to 3 MB each in fp32.
 LOOKS_KEPT = 64
 # Latent cells (16,384 is 1024 × 1024 pixels) above which a picture is decoded by tiles, and a tile's side in cells.
 WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
-
-
-# Token ids of an item's texts: one, or the segments around its references.
-Caption = tuple[tuple[int, ...], ...]
 
 
 class Kept(OrderedDict[Any, Any]):
@@ -109,7 +99,6 @@ class Pipeline:
         self.lora = Adapters(self.parts)
         self._features = Kept(PROMPTS_KEPT, "text_encoder")
         self._looks = Kept(LOOKS_KEPT, "siglip", "vae")
-        self._tokens: OrderedDict[tuple[str, int, int], Caption] = OrderedDict()
         self._computing = False
 
     @property
@@ -207,116 +196,27 @@ class Pipeline:
         kept.state = state
         return kept
 
-    def _controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
-        if self.graphs:
+    def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Any) -> Plan:
+        """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
+        request = Request.of(request, **fields)
+        if self.graphs and request.controls:
             raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
-        return self.parts.controlnet(control)
-
-    def plan(self, request: Request | None = None, **fields: Any) -> Plan:
-        """Say what a request will do; everything that is wrong with it is raised here, before any heavy work."""
         with self._turn():
-            return self._plan(Request(**fields) if request is None else request)
+            known, looks = self._known(self._features), self._known(self._looks)
+            return make_plan(request, self.sources, self.tokenizer, self.parts, self.vram, known, looks)
 
-    def _plan(self, request: Request) -> Plan:
-        request, canvases, said = conditioning.prepare(request)
-        request, seen, more = references.prepare(request, self.config, self.folder)
-        request, controls, rest = branches.prepare(request.resolve(self.config), self._controlnet)
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbits(32))
-        texts = dict.fromkeys(ids for caption in self._captions(request) for ids in caption)
-        known, looks = self._known(self._features), self._known(self._looks)
-        new = [ids for ids in texts if ids not in known]
-        strange = {one.key: one for row in seen for one in row if one.key not in looks}.values()
-        works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
-        read = [f"{len(strange)} references"] if strange else []
-        works += [("siglip", read[0])] if strange else []
-        found = [(one, conditioning.levels(one, self.config.scheduler)) for one in conditioning.passes(request, said)]
-        calls = [model_calls(request.solver, few) for _, few in found]
-        read += [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
-        works += [("vae", " and ".join(read))] if read else []
-        for turn, count in enumerate(calls, 1):
-            works.append(("transformer", f"{count} model calls, {len(self._captions(request))} items each"))
-            works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
-            if turn < len(calls):
-                works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
-        if request.output_type != "latent":
-            works.append(("vae", f"{request.count} pictures"))
-        largest, parts = found[-1][0], tuple(dict.fromkeys(part for part, _ in works))
-        fit = None
-        if self.vram is not None:
-            tokens = sum(self._layout(largest, seen, bool(request.guidance_scale), "cpu").whole.spans.lengths)
-            fit = fit_of(self.parts, self.vram, largest, seen, tokens, sum(map(len, new)), parts, len(controls))
-        kept = self.parts.kept if fit is None else fit.kept
-        stages = tuple(stage_of(self.parts, part, work, kept) for part, work in works)
-        held = sum({stage.part: stage.holds for stage in stages if stage.part in self.parts.controlnets}.values())
-        stages = tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
-        notes = tuple(dict.fromkeys([*said, *more, *rest, *self._notes(request), *self._notes(largest)]))
-        first, *later = (
-            Plan(one, stages, tuple(few.tolist()), sum(calls), notes, fit, (), controls, references=seen)
-            for one, few in found
-        )
-        return replace(first, canvases=canvases, then=later[0] if later else None)
-
-    def _notes(self, request: Request) -> Iterator[str]:
-        """What the user should know: the embedded model's world, sizes far from home."""
-        config, settings = self.config, self.config.settings
-        yield from self.sources.notes
-        if self.sources.guessed and request.shift == config.scheduler.shift:
-            yield SHIFT_NOTE
-        if config.words:
-            text = " ".join(self._texts(request)).lower()
-            unknown = sorted({w for w in (w.strip(".,;:!?\"'()") for w in text.split()) if w} - config.words)
-            sizes = set(request.per_image("height")) | set(request.per_image("width"))
-            if unknown or sizes != {settings.height}:
-                odd = f"unknown words: {', '.join(unknown[:8])}" if unknown else f"its size is {settings.height}"
-                yield f"{config.note} ({odd})"
-        elif any(not 512 <= side <= 2048 for n in ("height", "width") for side in request.per_image(n)):
-            yield "the model was trained for sides of 512 to 2048 pixels; other sizes draw, but less well"
-
-    @staticmethod
-    def _texts(request: Request) -> list[str]:
-        """The text of every item of a pass: prompts, and after them the negative ones when guidance is on."""
-        negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
-        return [*(p for p in request.prompts for _ in range(request.num_images_per_prompt)), *negatives]
-
-    def _captions(self, request: Request) -> list[Caption]:
-        """Token ids of those texts, cut into segments where there are references."""
-        texts = self._texts(request)
-        counts = [len(row) for row in request.references()] * (len(texts) // request.count)
-        return [self._caption(*item, request.max_sequence_length) for item in zip(texts, counts, strict=True)]
-
-    def _caption(self, text: str, pictures: int, max_length: int) -> Caption:
-        """Token ids of one text; kept, so that a cut prompt is warned of once."""
-        key = (text, pictures, max_length)
-        if key not in self._tokens:
-            while len(self._tokens) >= TOKENS_KEPT:
-                self._tokens.popitem(last=False)
-            self._tokens[key] = tuple(map(tuple, self.tokenizer.segments(text, pictures, max_length)))
-        return self._tokens[key]
-
-    def _layout(self, request: Request, seen: Seen, guided: bool, device: torch.device | str) -> Layout:
-        """Where the tokens of a pass stand: with guidance the pictures twice, with their prompts and negative ones."""
-        times = 2 if guided else 1
-        grids = _grids(request) * times
-        lengths = [tuple(map(len, caption)) for caption in self._captions(request)[: len(grids)]]
-        if self.config.transformer.siglip_feat_dim is None:
-            return text_to_image(grids, [length for (length,) in lengths], device)
-        shapes = [[one.shape for one in row] for row in seen] * times
-        return edit(grids, lengths, shapes, device, slide=request.reference_positions == "released")
-
-    def rehearse(self, request: Request) -> None:
-        """Run one model call of a resolved request, text included, on torch's fake tensors: no memory, no arithmetic.
+    def rehearse(self, plan: Plan) -> None:
+        """Run one model call of a plan, text included, on torch's fake tensors: no memory, no arithmetic.
 
         `dispatch.asked` hears what would be computed.
         """
         with self._turn():
-            self._rehearse(request)
+            self._rehearse(plan)
 
-    def _rehearse(self, request: Request) -> None:
+    def _rehearse(self, plan: Plan) -> None:
         device, compute, config = self.placement.device, self.placement.compute, self.config
-        lengths = list(map(len, dict.fromkeys(ids for caption in self._captions(request) for ids in caption)))
-        seen = references.prepare(request, config, self.folder)[1]
-        layout = self._layout(request, seen, bool(request.guidance_scale), device)
+        lengths = list(map(len, dict.fromkeys(ids for caption in plan.captions for ids in caption)))
+        layout = plan.layout(config.transformer, bool(plan.request.guidance_scale), device)
         encoder, transformer = (self.parts.blank(part)[0] for part in ("text_encoder", "transformer"))
         assert isinstance(transformer, Transformer)
         with FakeTensorMode(allow_non_fake_inputs=True), device:
@@ -336,7 +236,7 @@ class Pipeline:
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (n, cap_feat_dim) each, the caller's own, from the kept ones or the text encoder."""
         with self._turn():
-            found = self._encode([self._caption(text, 0, max_sequence_length)[0] for text in texts])
+            found = self._encode([tuple(self.tokenizer.segments(text, 0, max_sequence_length)[0]) for text in texts])
             return [one.clone() for one in found]
 
     def _encode(self, ids: Sequence[tuple[int, ...]]) -> list[Tensor]:
@@ -360,14 +260,21 @@ class Pipeline:
         known.trim()
         return found
 
-    def stream(self, request: Request | None = None, **fields: Any) -> Iterator[Step]:
-        """Sample a request and yield a Step after every step of the solver.
+    def stream(self, request: "Request | Plan | str | Sequence[str] | None" = None, **fields: Any) -> Iterator[Step]:
+        """Sample a request or a plan and yield a Step after every step of the solver.
 
         Steps may be taken, and the generator closed, from any thread. Between two of them the pipeline may be used for
         anything else, previews or other pictures, which may cost loading the weights again.
         """
-        for _, step in self._passes(self.plan(request, **fields)):
+        for _, step in self._passes(self._planned(request, fields)):
             yield step
+
+    def _planned(self, request: "Request | Plan | str | Sequence[str] | None", fields: dict[str, Any]) -> Plan:
+        if not isinstance(request, Plan):
+            return self.plan(request, **fields)
+        if fields:
+            raise RequestError(f"a Plan and {', '.join(fields)} are given; a plan runs as it is; make another one")
+        return request
 
     def _passes(self, plan: Plan) -> Iterator[tuple[Plan, Step]]:
         """Every step of a plan and of what follows it, counted through, with the plan that it belongs to."""
@@ -385,7 +292,7 @@ class Pipeline:
 
     def _sample(self, plan: Plan) -> Iterator[Step]:
         """Every step of one plan, each in a turn of its own."""
-        grids, steps = _grids(plan.request), None
+        grids, steps = plan.grids, None
         while True:
             with self._turn():
                 if plan.fit is not None and (steps is None or (plan.fit.mode, plan.fit.kept) != self.parts.policy):
@@ -410,11 +317,10 @@ class Pipeline:
     def _begin(self, plan: Plan) -> Iterator[Step]:
         """Prepare what no step changes -> the solver's steps, to be taken with the `_models` in memory."""
         request, device = plan.request, self.placement.device
-        grids, tile = _grids(request), None if plan.fit is None else plan.fit.tile
-        captions = self._captions(request)
+        grids, tile = plan.grids, plan.tile
         positive, negative = (
             self._encode([ids for caption in few for ids in caption])
-            for few in (captions[: request.count], captions[request.count :])
+            for few in (plan.captions[: request.count], plan.captions[request.count :])
         )
         looks = self._look([one for row in plan.references for one in row], tile)
         sources = conditioning.generators(request)
@@ -428,7 +334,7 @@ class Pipeline:
 
         @cache
         def context(guided: bool) -> Context:
-            layout = self._layout(request, plan.references, guided, device)
+            layout = plan.layout(self.config.transformer, guided, device)
             text = positive + negative if guided else positive
             return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
 
@@ -532,14 +438,19 @@ class Pipeline:
         return pictures
 
     def __call__(
-        self, request: Request | None = None, *, on_step: Callable[[Step], None] | None = None, **fields: Any
+        self,
+        request: "Request | Plan | str | Sequence[str] | None" = None,
+        *,
+        on_step: Callable[[Step], None] | None = None,
+        **fields: Any,
     ) -> Result:
-        """Draw a request; `on_step` sees every Step (for bars and previews; for anything else use `stream`).
+        """Draw a prompt, a request or a plan: `pipe("a red fox", seed=7)`.
 
-        Other threads wait until the pictures are done: `on_step` may use the pipeline, but not wait for one that does.
+        on_step sees every Step, for bars and previews; for anything else use `stream`. Other threads wait until the
+        pictures are done: `on_step` may use the pipeline, but not wait for one that does.
         """
         with self.parts.lock:
-            return self._draw(self.plan(request, **fields), on_step)
+            return self._draw(self._planned(request, fields), on_step)
 
     def _draw(self, plan: Plan, on_step: Callable[[Step], None] | None) -> Result:
         request = plan.request
@@ -569,7 +480,7 @@ class Pipeline:
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""
-        pictures = self._decode(latents, None if plan.fit is None else plan.fit.tile)
+        pictures = self._decode(latents, plan.tile)
         if not plan.canvases or not plan.request.composite:
             return pictures
         differential = plan.request.mask_mode == "differential"
@@ -592,12 +503,6 @@ class Pipeline:
         """The model and its adapters, as pictures remember them."""
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
         return {"model": model} | ({"adapters": self.lora.records()} if self.lora.names else {})
-
-
-def _grids(request: Request) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of patches of every picture."""
-    sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
-    return tuple((height // 16, width // 16) for height, width in sides)
 
 
 def _replayed(transformer: Transformer, *args: Any) -> Tensor:

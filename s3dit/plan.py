@@ -1,20 +1,33 @@
-"""What a request will do, known before any weight is read: its turns, their bytes, its noise levels.
+"""A Plan: a request with everything that the model and its input files decide, made once, before any weight is read.
 
-`Plan` is what `Pipeline.plan` makes and `s3dit plan` prints; a second pass is a plan of its own behind the first.
-`records` says of each picture what drew it, as a request that draws it again.
+`make_plan` reads the input pictures, tokenizes the prompts, finds the noise levels, and says which part of the model
+has its turn when, and how many bytes that takes; whatever is wrong is raised here. `Pipeline` runs a plan as it is, and
+`s3dit plan` prints one. A second pass is a plan of its own behind the first. `records` says of each picture what drew
+it, as a request that draws it again.
 """
 
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from s3dit import branches, budget, conditioning, references
+from s3dit.config import TransformerConfig
+from s3dit.images import Pictures
 from s3dit.kernels.dispatch import backend
+from s3dit.layout import Layout, edit, text_to_image
 from s3dit.parts import Parts
 from s3dit.request import IMAGES, Request
+from s3dit.sampler import model_calls
+from s3dit.sources import SHIFT_NOTE, Sources
+from s3dit.tokenizer import Tokenizer
 
 # References of every picture.
 Seen = tuple[tuple[references.Reference, ...], ...]
+# Token ids of an item's texts: one, or the segments around its references.
+Caption = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +46,16 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will do, known before any weight is read.
+    """A resolved request and everything prepared for it.
 
-    calls: of the model, in all · fit: the plan of memory where there is a budget · canvases: its start images, read ·
-    controls: what steers it, read · references: of each picture, read · then: the second pass if there is one, whose
-    canvases the first one draws.
+    captions: token ids of every item of a pass, the pictures' prompts and with guidance their negative ones behind ·
+    sigmas: noise levels · calls: of the model, in all passes · fit: the plan of memory where there is a budget ·
+    canvases, controls, references: its start images, what steers it, and what it looks at, read · then: the second pass
+    if there is one, whose canvases the first one draws.
     """
 
     request: Request
+    captions: tuple[Caption, ...]
     stages: tuple[Stage, ...]
     sigmas: tuple[float, ...]
     calls: int
@@ -48,8 +63,135 @@ class Plan:
     fit: budget.Fit | None = None
     canvases: tuple[conditioning.Canvas, ...] = ()
     controls: tuple[branches.Prepared, ...] = ()
-    then: "Plan | None" = None
     references: Seen = ()
+    then: "Plan | None" = None
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of patches of every picture."""
+        return conditioning.grids_of(self.request)
+
+    @property
+    def tile(self) -> int | None:
+        """The side of a tile of the autoencoder, in latent cells, where the budget wants tiles."""
+        return None if self.fit is None else self.fit.tile
+
+    def layout(self, config: TransformerConfig, guided: bool, device: torch.device | str) -> Layout:
+        """Where the tokens of a pass stand: with guidance the pictures twice, with their prompts and negative ones."""
+        return _layout(self.request, self.captions, self.references, config, guided, device)
+
+
+def make_plan(
+    request: Request,
+    sources: Sources,
+    tokenizer: Tokenizer,
+    parts: Parts,
+    vram: int | None,
+    features: Collection[Any],
+    looks: Collection[Any],
+) -> Plan:
+    """Prepare a request; raises RequestError, CheckpointError, and BackendError where a budget is too small.
+
+    vram: the budget in bytes · features, looks: keys of what is already kept of prompts and references.
+    """
+    config, pictures, notes = sources.config, Pictures(), []  # type: ignore[var-annotated]
+    request, canvases = conditioning.read(request, pictures, notes)
+    request, seen = references.read(request, config, sources.path, pictures, notes)
+    request, controls = branches.read(request.resolve(config), parts.controlnet, pictures, notes)
+    if request.seed is None:
+        request = request.filled(seed=secrets.randbits(32))
+    passes = tuple(conditioning.passes(request, notes))
+    largest = passes[-1]
+    notes += [note for one in (request, largest) for note in _notes(one, sources)]
+    captions = _captions(request, tokenizer)
+    levels = [conditioning.levels(one, config.scheduler) for one in passes]
+    calls = [model_calls(request.solver, few) for few in levels]
+    new = [ids for ids in dict.fromkeys(ids for caption in captions for ids in caption) if ids not in features]
+    strange = {one.key for row in seen for one in row} - set(looks)
+    works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
+    read = [f"{len(strange)} references"] if strange else []
+    works += [("siglip", read[0])] if strange else []
+    read += [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
+    works += [("vae", " and ".join(read))] if read else []
+    for turn, count in enumerate(calls, 1):
+        works.append(("transformer", f"{count} model calls, {len(captions)} items each"))
+        works += [(part, "beside the transformer") for part in dict.fromkeys(one.part for one in controls)]
+        if turn < len(calls):
+            works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
+    if request.output_type != "latent":
+        works.append(("vae", f"{request.count} pictures"))
+    fit = None
+    if vram is not None:
+        whole = _layout(largest, captions, seen, config.transformer, bool(request.guidance_scale), "cpu").whole
+        names = tuple(dict.fromkeys(part for part, _ in works))
+        fit = fit_of(parts, vram, largest, seen, sum(whole.spans.lengths), sum(map(len, new)), names, len(controls))
+    then = None
+    for one, few in reversed(list(zip(passes, levels, strict=True))):
+        then = Plan(
+            request=one, captions=captions, stages=_stages(parts, works, parts.kept if fit is None else fit.kept),
+            sigmas=tuple(few.tolist()), calls=sum(calls), notes=tuple(dict.fromkeys(notes)), fit=fit, canvases=canvases,
+            controls=controls, references=seen, then=then,
+        )  # fmt: skip
+    assert then is not None
+    return then
+
+
+def texts_of(request: Request) -> list[str]:
+    """The text of every item of a pass: prompts, and after them the negative ones when guidance is on."""
+    negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
+    return [*(p for p in request.prompts for _ in range(request.num_images_per_prompt)), *negatives]
+
+
+def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:
+    """Token ids of the texts of a resolved request, cut into segments where there are references."""
+    texts = texts_of(request)
+    counts = [len(row) for row in request.references()] * (len(texts) // request.count)
+    known: dict[tuple[str, int], Caption] = {}
+    for item in zip(texts, counts, strict=True):
+        if item not in known:
+            known[item] = tuple(map(tuple, tokenizer.segments(*item, request.max_sequence_length)))
+    return tuple(known[item] for item in zip(texts, counts, strict=True))
+
+
+def _layout(
+    request: Request,
+    captions: Sequence[Caption],
+    seen: Seen,
+    config: TransformerConfig,
+    guided: bool,
+    device: torch.device | str,
+) -> Layout:
+    times = 2 if guided else 1
+    grids = conditioning.grids_of(request) * times
+    lengths = [tuple(map(len, caption)) for caption in captions[: len(grids)]]
+    if config.siglip_feat_dim is None:
+        return text_to_image(grids, [length for (length,) in lengths], device)
+    shapes = [[one.shape for one in row] for row in seen] * times
+    return edit(grids, lengths, shapes, device, slide=request.reference_positions == "released")
+
+
+def _notes(request: Request, sources: Sources) -> Iterator[str]:
+    """What the user should know: the embedded model's world, sizes far from home."""
+    config, settings = sources.config, sources.config.settings
+    yield from sources.notes
+    if sources.guessed and request.shift == config.scheduler.shift:
+        yield SHIFT_NOTE
+    if config.words:
+        text = " ".join(texts_of(request)).lower()
+        unknown = sorted({w for w in (w.strip(".,;:!?\"'()") for w in text.split()) if w} - config.words)
+        sizes = set(request.per_image("height")) | set(request.per_image("width"))
+        if unknown or sizes != {settings.height}:
+            odd = f"unknown words: {', '.join(unknown[:8])}" if unknown else f"its size is {settings.height}"
+            yield f"{config.note} ({odd})"
+    elif any(not 512 <= side <= 2048 for n in ("height", "width") for side in request.per_image(n)):
+        yield "the model was trained for sides of 512 to 2048 pixels; other sizes draw, but less well"
+
+
+def _stages(parts: Parts, works: Sequence[tuple[str, str]], kept: Mapping[str, int]) -> tuple[Stage, ...]:
+    """The turns of parts, with their bytes."""
+    stages = [stage_of(parts, part, work, kept) for part, work in works]
+    held = sum({stage.part: stage.holds for stage in stages if stage.part in parts.controlnets}.values())
+    return tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
 
 
 def stage_of(parts: Parts, part: str, work: str, kept: Mapping[str, int]) -> Stage:
@@ -101,7 +243,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     """
     request = plan.request
     engine = {**engine, "levels": list(plan.sigmas), "model_calls": plan.calls}
-    shared = replace(request, num_images_per_prompt=1, generator=None, latents=None)
+    shared = request.filled(num_images_per_prompt=1, generator=None, latents=None)
     prompts = [p for p in request.prompts for _ in range(request.num_images_per_prompt)]
     names = ("negative_prompt", "height", "width", *IMAGES, "reference_area")
     rows = zip(prompts, request.seeds(), *(request.per_image(name) for name in names), strict=True)
@@ -111,7 +253,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
         if own["reference"] is None:
             own["reference_positions"] = "released"
         controls = request.controls_of(i)
-        data = replace(shared, prompt=prompt, seed=seed, control=controls or None, **own).to_json()
+        data = shared.filled(prompt=prompt, seed=seed, control=controls or None, **own).to_json()
         # Without these the request alone does not say where noise and images came from.
         whole = request.generator is None and request.latents is None
         whole = whole and all(name in data for name, value in own.items() if value is not None)

@@ -6,7 +6,7 @@ every seed, so they are made once and kept (`Look`).
 
 A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.reference_area`), its proportions kept; for the
 autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
-any weight (`prepare`).
+any weight (`read`).
 
 Source: diffusers' `ZImageOmniPipeline` and its `Flux2ImageProcessor` for sizes and limits. One thing is not taken over:
 it rounds the pixels to bf16 before the autoencoder, whatever that computes in; here fp32 stays fp32. Not here: where
@@ -15,7 +15,7 @@ the tokens stand (layout.py), the tower (vision_encoder.py).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from s3dit.config import ModelConfig, VisionInputConfig
-from s3dit.images import Picture, resized, spread, to_pil
+from s3dit.images import Picture, Pictures, resized, to_pil
 from s3dit.layout import Grid, patchify, released_order
 from s3dit.request import Request, RequestError
 from s3dit.vision_encoder import patches_of
@@ -79,41 +79,40 @@ class Look:
         return cls(patchify(latents.float().contiguous()), released_order(features))
 
 
-def prepare(
-    request: Request, config: ModelConfig, folder: Path
-) -> tuple[Request, tuple[tuple[Reference, ...], ...], tuple[str, ...]]:
-    """Read and check a request's references; returns it with sizes filled in, those of each picture, and notes.
+def read(
+    request: Request, config: ModelConfig, folder: Path, pictures: Pictures, notes: list[str]
+) -> tuple[Request, tuple[tuple[Reference, ...], ...]]:
+    """Read and check a request's references; returns it with sizes filled in, and those of each picture; adds notes.
 
     The size of a picture is, where nothing else says it, that of its last reference. Raises RequestError for pictures
     that are not to be had, or too small, or given to a model without eyes; CheckpointError where the folder lacks them.
     """
-    request = replace(request, reference=spread(request.reference))
-    request.check()
     rows = request.references()
     if not any(rows):
-        return request, ((),) * request.count, ()
+        return request, ((),) * request.count
     vision = _eyes(config, folder)
     made: dict[tuple[int, int], Reference] = {}
-    notes: list[str] = []
     found, sizes, areas = [], [], []
     columns = (request.per_image(name) for name in ("height", "width", "reference_area"))
     for given, height, width, area in zip(rows, *columns, strict=True):
         asked = height is not None and width is not None
         area = area or (height * width if asked else LARGE)
-        for i, source in enumerate(given):
-            if (id(source), area) not in made:
-                picture = Picture.open(source, f"reference {i + 1}")
-                made[id(source), area] = _reference(picture, area, vision, notes)
-        found.append(tuple(made[id(source), area] for source in given))
+        row = []
+        for i, source in enumerate(given, 1):
+            picture = pictures.open(source, f"reference {i}")
+            if (id(picture), area) not in made:
+                made[id(picture), area] = _reference(picture, area, vision, notes)
+            row.append(made[id(picture), area])
+        found.append(tuple(row))
         settings = (config.settings.height, config.settings.width)
         last = tuple(PATCH * side for side in found[-1][-1].grid) if given else settings
         sizes.append((last[0] if height is None else height, last[1] if width is None else width))
         areas.append(area if given else None)
-    request = replace(request, reference_area=areas)
+    request = request.filled(reference_area=areas)
     # Given latents say the size by themselves.
     if request.latents is None:
-        request = replace(request, height=[h for h, _ in sizes], width=[w for _, w in sizes])
-    return request, tuple(found), tuple(notes)
+        request = request.filled(height=[h for h, _ in sizes], width=[w for _, w in sizes])
+    return request, tuple(found)
 
 
 def _eyes(config: ModelConfig, folder: Path) -> VisionInputConfig:

@@ -1,23 +1,34 @@
 """Request and Result: the one schema behind Python, the command line and replay.
 
 A Request says what is wanted, in the names that diffusers' users know; None means "as this model is meant to be run"
-and is replaced by `resolve`. Everything that can be wrong with a request without looking at weights is found by
-`check`, before any heavy work, and raised as RequestError: first each field by itself, by the check in its metadata
-(`values`), then what does not go together. Values are never changed in silence: 0.0 is a value, lists given by the
-caller are copied and not written to.
+and is replaced by `resolve`. Everything that can be wrong with a request without looking at weights or files is found
+when it is made, and raised as RequestError: first each field by itself, by its kind (`values`), then what does not go
+together. What the engine fills in later (`filled`) is not checked again. The command line's options and their help are
+made from the same fields. Values are never changed in silence: 0.0 is a value, lists given by the caller are copied
+and not written to.
 
 Importing this module does not import torch, so that the command line's `--help` is quick.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from s3dit import values
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
-from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, RequestError
+from s3dit.values import (
+    LARGEST_SIDE,
+    MOST_CONTROLS,
+    MOST_PICTURES,
+    MOST_PIXELS,
+    MOST_REFERENCES,
+    Kind,
+    RequestError,
+    one_by_one,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,160 +55,167 @@ UNNAMED = ("generator", "latents", "output_type")
 
 
 def _field(
-    default: Any, check: Callable[..., None], *bounds: Any, each: bool = False, holes: bool = False, says: str = ""
+    default: Any, kind: Kind, *bounds: Any, each: bool = False, holes: bool = False, flag: str = "", says: str = ""
 ) -> Any:
-    """A field of a Request: its default, which values it takes besides a default of None, and its help text.
+    """A field of a Request: its default, which values it takes besides a default of None, its option and help text.
 
-    check(name, value, *bounds) raises RequestError · each: it may hold one value a prompt or picture · holes: of which
-    some may be None.
+    each: it may hold one value a prompt or picture · holes: of which some may be None · flag: a shorter spelling of the
+    option on the command line, beside the field's own name.
     """
-    return field(default=default, metadata={"help": says, "check": (check, bounds), "each": each, "holes": holes})
+    metadata = {"kind": kind, "bounds": bounds, "each": each, "holes": holes, "flag": flag, "help": says}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What to draw. Sequences (prompts, sizes, seeds, images) give one picture an entry; a single value serves all.
 
-    latents: the noise to start from; a start image is mixed with it. composite: lay the start image's own pixels over
-    what a mask keeps.
+    Checked when it is made; raises RequestError. latents: the noise to start from; a start image is mixed with it.
     """
 
-    prompt: str | Sequence[str] = _field(MISSING, values.texts, says="what to draw")
+    prompt: str | Sequence[str] | None = _field(None, values.TEXT, says="what to draw (default: the model's example)")
     negative_prompt: str | Sequence[str] | None = _field(
-        None, values.texts, says="what to avoid; used when guidance is on (default: the empty prompt)"
+        None, values.TEXT, says="what to avoid; used when guidance is on (default: the empty prompt)"
     )
     height: int | Sequence[int] | None = _field(
-        None,
-        values.side,
-        each=True,
-        holes=True,
+        None, values.SIDE, each=True, holes=True,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
-    )
+    )  # fmt: skip
     width: int | Sequence[int] | None = _field(
-        None,
-        values.side,
-        each=True,
-        holes=True,
+        None, values.SIDE, each=True, holes=True,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
-    )
+    )  # fmt: skip
     num_inference_steps: int | None = _field(
-        None, values.integer, 1, values.MOST_STEPS, says="steps of the solver (default: Turbo 8, Z-Image 28)"
-    )
+        None, values.INTEGER, 1, values.MOST_STEPS, flag="--steps",
+        says="steps of the solver (default: Turbo 8, Z-Image 28)",
+    )  # fmt: skip
     guidance_scale: float | None = _field(
-        None,
-        values.number,
-        0,
-        1000,
+        None, values.NUMBER, 0, 1000, flag="--guidance",
         says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
-    )
+    )  # fmt: skip
     cfg: float | None = _field(
-        None, values.number, 1, 1001, says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1"
+        None, values.NUMBER, 1, 1001, says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1"
     )
     cfg_normalization: bool | float = _field(
-        False,
-        values.number_or_bool,
-        0,
-        1000,
+        False, values.LIMIT, 0, 1000,
         says="limit the guided velocity's norm to this multiple of the unguided one; 0 is off",
-    )
+    )  # fmt: skip
     cfg_truncation: float = _field(
-        1.0, values.number, 0, 1000, says="no guidance once t (0 noise, 1 image) is above this"
+        1.0, values.NUMBER, 0, 1000, says="no guidance once t (0 noise, 1 image) is above this"
     )
-    num_images_per_prompt: int = _field(1, values.integer, 1, MOST_PICTURES, says="pictures a prompt; seeds count up")
+    num_images_per_prompt: int = _field(
+        1, values.INTEGER, 1, MOST_PICTURES, flag="--count", says="pictures a prompt; seeds count up"
+    )
     seed: int | Sequence[int] | None = _field(
-        None,
-        values.integer,
-        -(2**63),
-        LARGEST_SEED,
-        each=True,
+        None, values.INTEGER, -(2**63), LARGEST_SEED, each=True,
         says="seed of the first picture; the next ones take seed + 1, … (default: random)",
-    )
-    generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.generators)
-    latents: "torch.Tensor | None" = _field(None, values.latents)
+    )  # fmt: skip
+    generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.GENERATORS)
+    latents: "torch.Tensor | None" = _field(None, values.LATENTS)
     sigmas: Sequence[float] | None = _field(
-        None, values.levels, says="explicit noise levels, descending from 1, before the shift (use shift 1 for raw)"
+        None, values.LEVELS, says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)"
     )
     shift: float | None = _field(
-        None, values.number, 1e-3, 1e3, says="shift of the schedule (default: the model's file)"
+        None, values.NUMBER, 1e-3, 1e3, says="shift of the schedule (default: the model's file)"
     )
-    schedule: Schedule = _field("official", values.choice, Schedule, says="spacing of the noise levels")
-    solver: Solver = _field("euler", values.choice, Solver, says="how the flow is integrated")
+    schedule: Schedule = _field("official", values.CHOICE, Schedule, says="spacing of the noise levels")
+    solver: Solver = _field("euler", values.CHOICE, Solver, says="how the flow is integrated")
     max_sequence_length: int = _field(
-        512, values.integer, 1, values.MOST_TOKENS, says="tokens of the prompt that are read; the rest is cut"
+        512, values.INTEGER, 1, values.MOST_TOKENS, says="tokens of the prompt that are read; the rest is cut"
     )
     image: "ImageSource | Sequence[ImageSource] | None" = _field(
-        None,
-        values.image,
-        each=True,
+        None, values.IMAGE, each=True,
         says="start image, to be redrawn; its size, cut to multiples of 16, is the default",
-    )
+    )  # fmt: skip
     mask_image: "ImageSource | Sequence[ImageSource | None] | None" = _field(
-        None,
-        values.image,
-        each=True,
-        holes=True,
+        None, values.IMAGE, each=True, holes=True, flag="--mask",
         says="mask of the start image's size: white is painted anew, black is kept",
-    )
+    )  # fmt: skip
     strength: float | None = _field(
-        None,
-        values.number,
-        0,
-        1,
+        None, values.NUMBER, 0, 1,
         says="how much of the start image is redrawn, up to 1 (default: 0.6; 1 with a mask or margins)",
-    )
+    )  # fmt: skip
     extend: Sequence[int] | None = _field(
-        None, values.margins, says="margins in pixels to paint around the start image: left,top,right,bottom"
+        None, values.MARGINS, says="margins in pixels to paint around the start image: left,top,right,bottom"
     )
     mask_mode: MaskMode = _field(
-        "inpaint",
-        values.choice,
-        MaskMode,
+        "inpaint", values.CHOICE, MaskMode,
         says="inpaint cuts the mask at one half; differential reads gray as how much is to change",
+    )  # fmt: skip
+    mask_blur: float = _field(0.0, values.NUMBER, 0, 512, says="soften the mask's edges by this many pixels")
+    composite: bool = _field(
+        True, values.SWITCH, says="lay the start image's own pixels over what the mask keeps (default: yes)"
     )
-    mask_blur: float = _field(0.0, values.number, 0, 512, says="soften the mask's edges by this many pixels")
-    composite: bool = _field(True, values.true_or_false)
     posterior: Posterior = _field(
-        "mode",
-        values.choice,
-        Posterior,
+        "mode", values.CHOICE, Posterior,
         says="start image in latents: mode is certain, sample is drawn from the seed as diffusers does",
-    )
+    )  # fmt: skip
     upscale: float | None = _field(
-        None, values.number, 1, 8, says="draw a second pass, this many times as large, over the first one's picture"
+        None, values.NUMBER, 1, 8, says="draw a second pass, this many times as large, over the first one's picture"
     )
     upscale_strength: float | None = _field(
-        None, values.number, 0, 1, says="how much the second pass redraws, up to 1 (default: 0.35)"
+        None, values.NUMBER, 0, 1, says="how much the second pass redraws, up to 1 (default: 0.35)"
     )
-    control: Control | Sequence[Control] | None = _field(None, values.controls)
+    control: Control | Sequence[Control] | None = _field(
+        None, values.CONTROLS, says="steer with a ControlNet and a control image; may be repeated"
+    )
     reference: "ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None" = _field(
-        None,
-        values.references,
+        None, values.REFERENCES,
         says="picture for an Omni or Edit model to look at, once for each; the last one's size is the default",
-    )
+    )  # fmt: skip
     reference_area: int | Sequence[int | None] | None = _field(
-        None,
-        values.integer,
-        64 * 64,
-        LARGEST_SIDE**2,
-        each=True,
-        holes=True,
-        says=(
-            "pixels that references of more than 1024 × 1024 are scaled to (default: height × width where "
-            "both are given, else 1024 × 1024)"
-        ),
-    )
+        None, values.INTEGER, 64 * 64, LARGEST_SIDE**2, each=True, holes=True,
+        says="pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both are "
+        "given, else 1024 × 1024)",
+    )  # fmt: skip
     reference_positions: Positions = _field(
-        "released",
-        values.choice,
-        Positions,
+        "released", values.CHOICE, Positions,
         says="where captions between references stand: as in the released code, or as it was meant",
-    )
-    output_type: OutputType = _field("pil", values.choice, OutputType)
+    )  # fmt: skip
+    output_type: OutputType = _field("pil", Kind(values.choice), OutputType)
+
+    def __post_init__(self) -> None:
+        """Make lists of image batches, and check."""
+        for name in (*IMAGES, "reference"):
+            object.__setattr__(self, name, one_by_one(getattr(self, name)))
+        self.check()
+
+    @classmethod
+    def of(cls, request: "Request | str | Sequence[str] | None" = None, **wanted: Any) -> "Request":
+        """A request from what a call was given: a request, or a prompt and fields; raises RequestError.
+
+        A field that there is not is named with the nearest one that there is.
+        """
+        if isinstance(request, Request):
+            if wanted:
+                raise RequestError(
+                    f"a Request and {', '.join(wanted)} are given; needed one of them; change a request with "
+                    "dataclasses.replace"
+                )
+            return request
+        known = [one.name for one in fields(cls)]
+        for name in wanted:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise RequestError(f"a request has no field {shown(name)}; {hint}")
+        if request is not None:
+            if "prompt" in wanted:
+                raise RequestError("the prompt is given twice; needed it first, or as prompt=")
+            wanted["prompt"] = request
+        return cls(**wanted)
+
+    def filled(self, **found: Any) -> Self:
+        """A copy with values that are not the user's: what the model or the inputs decide. They are not checked."""
+        copy = object.__new__(type(self))
+        for one in fields(self):
+            object.__setattr__(copy, one.name, found[one.name] if one.name in found else getattr(self, one.name))
+        return copy
 
     @property
     def prompts(self) -> list[str]:
         """The prompts as a list of their own."""
-        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        return [self.prompt or ""] if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt)
 
     @property
     def count(self) -> int:
@@ -254,9 +272,10 @@ class Request:
         return self.per_image("seed")
 
     def resolve(self, config: "ModelConfig") -> Self:
-        """Check, then put the model's own settings where the request says None; raises RequestError."""
-        self.check()
+        """Put the model's own settings where the request says None; raises RequestError."""
         settings = config.settings
+        if self.prompt is None and not config.prompt:
+            raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
         guidance = self.cfg - 1.0 if self.cfg is not None else self.guidance_scale
 
         def size(name: str) -> int | Sequence[int]:
@@ -271,11 +290,10 @@ class Request:
         masked = self.mask_image is not None or self.extend is not None
         dynamic_or_own = None if config.scheduler.use_dynamic_shifting else config.scheduler.shift
         strength = None if self.image is None else 1.0 if masked else 0.6
-        resolved = replace(
-            self,
+        resolved = self.filled(
             strength=strength if self.strength is None else float(self.strength),
             upscale_strength=0.35 if self.upscale and self.upscale_strength is None else self.upscale_strength,
-            prompt=self.prompts,
+            prompt=[config.prompt] if self.prompt is None else self.prompts,
             height=size("height"),
             width=size("width"),
             num_inference_steps=steps,
@@ -293,12 +311,12 @@ class Request:
         """Find what is wrong without any model; raises RequestError."""
         self._check_count()
         for one in fields(self):
-            value, (check, bounds) = getattr(self, one.name), one.metadata["check"]
+            value, kind, bounds = getattr(self, one.name), one.metadata["kind"], one.metadata["bounds"]
             if value is None and one.default is None:
                 continue
             for item in self.spread(one.name, value) if one.metadata["each"] else [value]:
                 if item is not None or not one.metadata["holes"]:
-                    check(one.name, item, *bounds)
+                    kind.check(one.name, item, *bounds)
         if isinstance(self.seed, int):
             values.integer("seed of the last picture", self.seed + self.count - 1, -(2**63), LARGEST_SEED)
         if self.cfg is not None and self.guidance_scale is not None:
@@ -313,7 +331,8 @@ class Request:
 
     def _check_count(self) -> None:
         """How many pictures there are, before anything is spread over them."""
-        values.texts("prompt", self.prompt)
+        if self.prompt is not None:
+            values.texts("prompt", self.prompt)
         values.integer("num_images_per_prompt", self.num_images_per_prompt, 1, MOST_PICTURES)
         if self.count > MOST_PICTURES:
             raise RequestError(

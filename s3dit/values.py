@@ -1,15 +1,17 @@
 """What the values of a request's fields may be: types and bounds, checked before anything of their size is allocated.
 
-A check is called with a field's name and one value of it, and raises RequestError; `request` says in each field's
-metadata which check is its own. It knows no default: whether None is one, and whether a list is one value or several,
-is the field's affair. What is wrong with several fields together is found by `Request.check`.
+A `Kind` says how a value is checked and how the command line reads one; `request` gives each of its fields one. A check
+is called with a field's name and one value of it, and raises RequestError. It knows no default: whether None is one,
+and whether a list is one value or several, is the field's affair. What is wrong with several fields together is found
+by `Request.check`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, get_args
 
-from s3dit.control import LONGEST_PATH, Control, shown
+from s3dit.control import FORM, LONGEST_PATH, Control, shown
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -31,6 +33,11 @@ class RequestError(ValueError):
 def several(value: Any) -> bool:
     """Whether a value is several: text and bytes are one."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def one_by_one(given: Any) -> Any:
+    """Make a list of what is several images in one: a batch of an array or tensor; anything else stays as it is."""
+    return list(given) if getattr(given, "ndim", None) == 4 else given
 
 
 def _number(value: Any, kind: Any = int) -> bool:
@@ -171,3 +178,44 @@ def latents(name: str, value: Any) -> None:
         raise RequestError(f"{name} is {shown(value)}; needed a tensor of floats (pictures, 16, height/8, width/8)")
     if value.ndim != 4:
         raise RequestError(f"{name} has shape {tuple(value.shape)}; needed (pictures, 16, height/8, width/8)")
+
+
+def floats_of(text: str) -> list[float]:
+    """Read numbers that commas part; ValueError."""
+    return [float(part) for part in text.split(",")]
+
+
+def integers_of(text: str) -> list[int]:
+    """Read integers that commas part; ValueError."""
+    return [int(part) for part in text.split(",")]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a field holds.
+
+    check(name, value, *bounds) raises RequestError · parse: a value from the command line's text (ValueError), None
+    where a field cannot be given there · metavar: what stands for the value in --help · several: whether the option may
+    be repeated, each time one value more.
+    """
+
+    check: Callable[..., None]
+    parse: Callable[[str], Any] | None = None
+    metavar: str = ""
+    several: bool = False
+
+
+TEXT = Kind(texts, str, "TEXT")
+SIDE = Kind(side, int, "N")
+INTEGER = Kind(integer, int, "N")
+NUMBER = Kind(number, float, "X")
+LIMIT = Kind(number_or_bool, float, "X")
+CHOICE = Kind(choice, str)
+SWITCH = Kind(true_or_false)
+LEVELS = Kind(levels, floats_of, "A,B,…")
+MARGINS = Kind(margins, integers_of, "L,T,R,B")
+IMAGE = Kind(image, str, "FILE")
+REFERENCES = Kind(references, str, "FILE", several=True)
+CONTROLS = Kind(controls, Control.parse, FORM, several=True)
+GENERATORS = Kind(generators)
+LATENTS = Kind(latents)
