@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from s3dit import Pipeline, RequestError
-from s3dit.conditioning import Canvas, Keep, begin, enlarged, levels, noised, prepare
+from s3dit.conditioning import Canvas, Keep, begin, enlarged, levels, noised, read
+from s3dit.images import Pictures
 from s3dit.layout import patchify
 from s3dit.request import Request
 from s3dit.sampler import sigmas, solve
@@ -124,7 +125,7 @@ def test_outside_of_the_mask_no_pixel_changes(pipe, options):
 
 def test_a_soft_edge_goes_from_the_drawn_to_the_kept(pipe, start):
     mask = box(128, 128, 32, 32, 96, 96)
-    _, (canvas,), _ = prepare(Request(prompt="a", image=start, mask_image=mask, mask_blur=4))
+    _, (canvas,) = read(Request(prompt="a", image=start, mask_image=mask, mask_blur=4), Pictures(), [])
     row = canvas.mask[0, 64]
     assert row[0] == 0 and row[64] == 1 and 0.3 < row[32] < 0.7 and (row[:64].diff() >= 0).all()
     assert ((row > 0) & (row < 1)).sum() > 16

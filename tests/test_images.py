@@ -16,8 +16,9 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from s3dit import images
-from s3dit.images import Picture, ansi, contact_sheet, read_metadata, save_picture, save_png, spread, to_pil
+from s3dit.images import Picture, ansi, contact_sheet, read_metadata, save_picture, save_png, to_pil
 from s3dit.request import Request, RequestError
+from s3dit.values import one_by_one
 
 
 def pixels_of(source):
@@ -145,8 +146,8 @@ def test_a_bool_array_is_a_mask():
 
 
 def test_a_batch_is_several_pictures():
-    assert len(spread(np.zeros((3, 4, 4, 3)))) == 3 == len(spread(torch.zeros(3, 3, 4, 4)))
-    assert spread("a.png") == "a.png" and spread(np.zeros((4, 4))).shape == (4, 4)
+    assert len(one_by_one(np.zeros((3, 4, 4, 3)))) == 3 == len(one_by_one(torch.zeros(3, 3, 4, 4)))
+    assert one_by_one("a.png") == "a.png" and one_by_one(np.zeros((4, 4))).shape == (4, 4)
 
 
 def test_a_hash_is_of_the_pixels(tmp_path):

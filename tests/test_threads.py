@@ -13,7 +13,7 @@ from s3dit import Pipeline, RequestError
 from s3dit.kernels import dispatch
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import BackendError, backend, op, use_backend
-from s3dit.pipeline import LOOKS_KEPT, PROMPTS_KEPT, TOKENS_KEPT
+from s3dit.pipeline import LOOKS_KEPT, PROMPTS_KEPT
 
 KINDS = {
     "resident": {"residency": "resident"},
@@ -260,7 +260,7 @@ def test_replacements_of_two_threads_do_not_stay():
 @pytest.fixture
 def endless(monkeypatch):
     """Many prompts, sizes and residencies' worth of pictures, quickly: one step, and small limits on what is kept."""
-    for name, most in (("TOKENS_KEPT", 8), ("PROMPTS_KEPT", 4), ("LOOKS_KEPT", 4)):
+    for name, most in (("PROMPTS_KEPT", 4), ("LOOKS_KEPT", 4)):
         monkeypatch.setattr(f"s3dit.pipeline.{name}", most)
 
 
@@ -275,7 +275,7 @@ def test_what_is_kept_is_bounded(kind, endless):
             len(one._forward_hooks) + len(one._forward_pre_hooks) for module in modules for one in module.modules()
         ]
         return (
-            len(pipe._tokens), len(pipe._features), len(pipe._looks), len(parts.controlnets), len(parts.adapters),
+            len(pipe._features), len(pipe._looks), len(parts.controlnets), len(parts.adapters),
             len(parts._components), sum(hooks), [len(vars(module)) for module in modules],
         )  # fmt: skip
 
@@ -283,8 +283,8 @@ def test_what_is_kept_is_bounded(kind, endless):
         pipe(prompt=f"a red star {i}", seed=i, height=64 + 16 * (i % 2), num_inference_steps=1, output_type="latent")
         if i == 9:
             before = sizes()
-    assert sizes() == before and before[:2] == (8, 4)
-    assert (PROMPTS_KEPT, TOKENS_KEPT, LOOKS_KEPT) == (256, 1024, 64)
+    assert sizes() == before and before[0] == 4
+    assert (PROMPTS_KEPT, LOOKS_KEPT) == (256, 64)
 
 
 def test_a_batch_that_is_larger_than_what_is_kept(endless):

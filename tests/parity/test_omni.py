@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from s3dit import Pipeline
-from s3dit.references import prepare
+from s3dit.images import Pictures
+from s3dit.references import read
 from s3dit.request import Request
 
 PROMPTS = ["make it a red star on a white background", "a blue ring"]
@@ -92,7 +93,7 @@ def test_a_batch_of_prompts(omni, omni_reference):
 @torch.inference_mode()
 def test_what_the_model_reads_of_a_reference(omni, omni_reference):
     """Conditioning latents and features, apart."""
-    _, rows, _ = prepare(Request(prompt="x", reference=REFERENCES), omni.config, omni.folder)
+    _, rows = read(Request(prompt="x", reference=REFERENCES), omni.config, omni.folder, Pictures(), [])
     looks = omni.look(rows[0])
     cut = [
         omni_reference.image_processor.preprocess(
@@ -118,7 +119,8 @@ def test_large_references_are_scaled_as_theirs(omni, omni_reference, size, asked
     area = asked["height"] * asked["width"] if asked else 1024 * 1024
     scaled = processor._resize_to_target_area(image, area) if size[0] * size[1] > 1024 * 1024 else image
     height, width = scaled.height // 16 * 16, scaled.width // 16 * 16
-    request, rows, _ = prepare(Request(prompt="x", reference=image, **asked), omni.config, omni.folder)
+    asked = Request(prompt="x", reference=image, **asked)
+    request, rows = read(asked, omni.config, omni.folder, Pictures(), [])
     expected = processor.preprocess(scaled, height=height, width=width, resize_mode="crop")[0]
     assert torch.equal(rows[0][0].pixels, expected)
     assert (request.height[0], request.width[0]) == (asked.get("height", height), asked.get("width", width))
