@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 
+from s3dit.errors import BackendError
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 kernel: Any
 tl: Any
@@ -40,10 +42,6 @@ else:
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
-
-
-class BackendError(RuntimeError):
-    """A forced backend, device or dtype cannot run what was asked."""
 
 
 @dataclass(frozen=True, slots=True)

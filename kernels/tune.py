@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from s3dit.kernels.dispatch import BackendError, capability
+from s3dit.errors import BackendError
+from s3dit.kernels.dispatch import capability
 
 Config = dict[str, int]
 

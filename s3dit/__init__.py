@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from s3dit.control import Control
+    from s3dit.errors import RequestError
     from s3dit.pipeline import Pipeline
-    from s3dit.request import Request, RequestError, Result
+    from s3dit.request import Request, Result
 
 __version__ = "0.1.0"
 __all__ = ["Control", "Pipeline", "Request", "RequestError", "Result", "__version__"]

@@ -20,7 +20,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import BinaryIO
 
-from s3dit.request import RequestError
+from s3dit.errors import RequestError
 
 # The form of a picture, by the ending of its name.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}

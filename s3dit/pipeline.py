@@ -28,25 +28,27 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from s3dit import __version__, branches, budget, conditioning, images, references
-from s3dit.adapters import Adapters
-from s3dit.devices import Placement, own_settings, place
-from s3dit.graphs import Replay, check_compiler
-from s3dit.guidance import Guidance, guide
-from s3dit.kernels.dispatch import BackendError, backend, check_backend, overridden, use_backend
-from s3dit.offload import Mode, tensors
-from s3dit.parts import Parts
+from s3dit import __version__
+from s3dit.errors import BackendError, CheckpointError, RequestError
+from s3dit.inputs import control_hints, images, references, start_image
+from s3dit.kernels.dispatch import backend, check_backend, overridden, use_backend
+from s3dit.model.text_encoder import EMBEDDING
+from s3dit.model.tokenizer import Tokenizer
+from s3dit.model.transformer import Context, Transformer
+from s3dit.model.vae import Autoencoder
 from s3dit.plan import Plan, make_plan, out_of_memory, records
-from s3dit.request import Request, RequestError, Result
-from s3dit.sampler import Step, solve
-from s3dit.sources import Sources, gather
-from s3dit.text_encoder import EMBEDDING
-from s3dit.tokenizer import Tokenizer
-from s3dit.trace import check_finite
-from s3dit.transformer import Context, Transformer
-from s3dit.vae import Autoencoder
+from s3dit.request import Request, Result
+from s3dit.runtime import budget
+from s3dit.runtime.adapters import Adapters
+from s3dit.runtime.block_streaming import Mode, tensors
+from s3dit.runtime.components import Parts
+from s3dit.runtime.devices import Placement, own_settings, place
+from s3dit.runtime.finite import check_finite
+from s3dit.runtime.graphs import Replay, check_compiler
+from s3dit.runtime.sources import Sources, gather
+from s3dit.sampling.guidance import Guidance, guide
+from s3dit.sampling.solvers import Step, solve
 from s3dit.weights import keymap
-from s3dit.weights.checkpoint import CheckpointError
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
@@ -286,7 +288,7 @@ class Pipeline:
         assert step is not None
         with self._turn():
             pictures = self._pictures(plan, step.latents)
-        then = replace(plan.then, canvases=conditioning.enlarged(plan.canvases, pictures, plan.then.request))
+        then = replace(plan.then, canvases=start_image.enlarged(plan.canvases, pictures, plan.then.request))
         for later in self._sample(then):
             yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
@@ -323,11 +325,11 @@ class Pipeline:
             for few in (plan.captions[: request.count], plan.captions[request.count :])
         )
         looks = self._look([one for row in plan.references for one in row], tile)
-        sources = conditioning.generators(request)
+        sources = start_image.generators(request)
         sampled = sources if request.posterior == "sample" else None
         start = self._encode_images([canvas.pixels for canvas in plan.canvases], sampled, tile)
         shown = [
-            branches.patches(one, request, lambda one: self._encode_images([one], None, tile)[0])
+            control_hints.patches(one, request, lambda one: self._encode_images([one], None, tile)[0])
             for one in plan.controls
         ]
         transformer, nets = self._models(plan)
@@ -339,20 +341,20 @@ class Pipeline:
             return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
 
         steps = torch.tensor(plan.sigmas, dtype=torch.float32)
-        x, keep = conditioning.starting_noise(request, grids, sources).to(device), None
+        x, keep = start_image.starting_noise(request, grids, sources).to(device), None
         if start:
-            x, keep = conditioning.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
+            x, keep = start_image.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
         run = partial(_replayed, transformer) if self.graphs else transformer
-        control = branches.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
+        control = control_hints.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
         velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
         taking_part = {"transformer": transformer, **nets}
         models = [(one, self.parts.checkpoints[part].path) for part, one in taking_part.items()]
 
         def fresh() -> Tensor:
-            return conditioning.draw(grids, sources).to(device)
+            return start_image.draw(grids, sources).to(device)
 
         for step in solve(request.solver, velocity, x, steps, fresh, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 
-from s3dit import branches, budget, conditioning, references
-from s3dit.config import TransformerConfig
-from s3dit.images import Pictures
+from s3dit.errors import RequestError
+from s3dit.inputs import control_hints, references, start_image
+from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import backend
-from s3dit.layout import Layout, edit, text_to_image
-from s3dit.parts import Parts
+from s3dit.model.config import ModelConfig, TransformerConfig
+from s3dit.model.layout import Layout, edit, text_to_image
+from s3dit.model.tokenizer import Tokenizer
 from s3dit.request import IMAGES, Request
-from s3dit.sampler import model_calls
-from s3dit.sources import SHIFT_NOTE, Sources
-from s3dit.tokenizer import Tokenizer
+from s3dit.runtime import budget
+from s3dit.runtime.components import Parts
+from s3dit.runtime.sources import SHIFT_NOTE, Sources
+from s3dit.sampling.solvers import model_calls
 
 # References of every picture.
 Seen = tuple[tuple[references.Reference, ...], ...]
@@ -61,15 +63,15 @@ class Plan:
     calls: int
     notes: tuple[str, ...]
     fit: budget.Fit | None = None
-    canvases: tuple[conditioning.Canvas, ...] = ()
-    controls: tuple[branches.Prepared, ...] = ()
+    canvases: tuple[start_image.Canvas, ...] = ()
+    controls: tuple[control_hints.Prepared, ...] = ()
     references: Seen = ()
     then: "Plan | None" = None
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of patches of every picture."""
-        return conditioning.grids_of(self.request)
+        return start_image.grids_of(self.request)
 
     @property
     def tile(self) -> int | None:
@@ -95,16 +97,16 @@ def make_plan(
     vram: the budget in bytes · features, looks: keys of what is already kept of prompts and references.
     """
     config, pictures, notes = sources.config, Pictures(), []  # type: ignore[var-annotated]
-    request, canvases = conditioning.read(request, pictures, notes)
+    request, canvases = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
-    request, controls = branches.read(request.resolve(config), parts.controlnet, pictures, notes)
+    request, controls = control_hints.read(resolve(request, config), parts.controlnet, pictures, notes)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
-    passes = tuple(conditioning.passes(request, notes))
+    passes = tuple(start_image.passes(request, notes))
     largest = passes[-1]
     notes += [note for one in (request, largest) for note in _notes(one, sources)]
     captions = _captions(request, tokenizer)
-    levels = [conditioning.levels(one, config.scheduler) for one in passes]
+    levels = [start_image.levels(one, config.scheduler) for one in passes]
     calls = [model_calls(request.solver, few) for few in levels]
     new = [ids for ids in dict.fromkeys(ids for caption in captions for ids in caption) if ids not in features]
     strange = {one.key for row in seen for one in row} - set(looks)
@@ -136,6 +138,43 @@ def make_plan(
     return then
 
 
+def resolve(request: Request, config: ModelConfig) -> Request:
+    """Put the model's own settings where a request says None; raises RequestError."""
+    settings = config.settings
+    if request.prompt is None and not config.prompt:
+        raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
+    guidance = request.cfg - 1.0 if request.cfg is not None else request.guidance_scale
+
+    def size(name: str) -> int | Sequence[int]:
+        value = getattr(request, name)
+        if value is None and request.latents is not None:
+            return int(request.latents.shape[-2 if name == "height" else -1]) * 8
+        return getattr(settings, name) if value is None else value
+
+    steps = request.num_inference_steps or settings.num_inference_steps
+    if request.sigmas is not None:
+        steps = len([s for s in request.sigmas if s > 0])
+    masked = request.mask_image is not None or request.extend is not None
+    dynamic_or_own = None if config.scheduler.use_dynamic_shifting else config.scheduler.shift
+    strength = None if request.image is None else 1.0 if masked else 0.6
+    resolved = request.filled(
+        strength=strength if request.strength is None else float(request.strength),
+        upscale_strength=0.35 if request.upscale and request.upscale_strength is None else request.upscale_strength,
+        prompt=[config.prompt] if request.prompt is None else request.prompts,
+        height=size("height"),
+        width=size("width"),
+        num_inference_steps=steps,
+        guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
+        cfg=None,
+        schedule=config.scheduler.schedule if request.schedule == "official" else request.schedule,
+        # A shift that follows from the size stays None, so that a second pass and a replay find their own.
+        shift=dynamic_or_own if request.shift is None else float(request.shift),
+    )
+    resolved.check_pixels()
+    resolved.check_latents()
+    return resolved
+
+
 def texts_of(request: Request) -> list[str]:
     """The text of every item of a pass: prompts, and after them the negative ones when guidance is on."""
     negatives = [n or "" for n in request.per_image("negative_prompt")] if request.guidance_scale else []
@@ -162,7 +201,7 @@ def _layout(
     device: torch.device | str,
 ) -> Layout:
     times = 2 if guided else 1
-    grids = conditioning.grids_of(request) * times
+    grids = start_image.grids_of(request) * times
     lengths = [tuple(map(len, caption)) for caption in captions[: len(grids)]]
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
@@ -259,7 +298,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
         whole = whole and all(name in data for name, value in own.items() if value is not None)
         whole = whole and all(one.named for one in controls)
         hashes: dict[str, Any] = dict(plan.canvases[i].hashes) if plan.canvases else {}
-        hashes |= branches.hashes(plan.controls, i)
+        hashes |= control_hints.hashes(plan.controls, i)
         if plan.references[i]:
             hashes["reference"] = [one.sha256 for one in plan.references[i]]
         inputs = {"inputs": hashes} if hashes else {}

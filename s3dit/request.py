@@ -1,7 +1,7 @@
 """Request and Result: the one schema behind Python, the command line and replay.
 
 A Request says what is wanted, in the names that diffusers' users know; None means "as this model is meant to be run"
-and is replaced by `resolve`. Everything that can be wrong with a request without looking at weights or files is found
+and is replaced by the plan. Everything that can be wrong with a request without looking at weights or files is found
 when it is made, and raised as RequestError: first each field by itself, by its kind (`values`), then what does not go
 together. What the engine fills in later (`filled`) is not checked again. The command line's options and their help are
 made from the same fields. Values are never changed in silence: 0.0 is a value, lists given by the caller are copied
@@ -19,23 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from s3dit import values
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
-from s3dit.values import (
-    LARGEST_SIDE,
-    MOST_CONTROLS,
-    MOST_PICTURES,
-    MOST_PIXELS,
-    MOST_REFERENCES,
-    Kind,
-    RequestError,
-    one_by_one,
-)
+from s3dit.errors import RequestError
+from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
-
-    from s3dit.config import ModelConfig
 
     # Whatever `images.Picture` opens.
     ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
@@ -271,42 +261,6 @@ class Request:
             return [self.seed + i for i in range(self.count)]
         return self.per_image("seed")
 
-    def resolve(self, config: "ModelConfig") -> Self:
-        """Put the model's own settings where the request says None; raises RequestError."""
-        settings = config.settings
-        if self.prompt is None and not config.prompt:
-            raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
-        guidance = self.cfg - 1.0 if self.cfg is not None else self.guidance_scale
-
-        def size(name: str) -> int | Sequence[int]:
-            value = getattr(self, name)
-            if value is None and self.latents is not None:
-                return int(self.latents.shape[-2 if name == "height" else -1]) * 8
-            return getattr(settings, name) if value is None else value
-
-        steps = self.num_inference_steps or settings.num_inference_steps
-        if self.sigmas is not None:
-            steps = len([s for s in self.sigmas if s > 0])
-        masked = self.mask_image is not None or self.extend is not None
-        dynamic_or_own = None if config.scheduler.use_dynamic_shifting else config.scheduler.shift
-        strength = None if self.image is None else 1.0 if masked else 0.6
-        resolved = self.filled(
-            strength=strength if self.strength is None else float(self.strength),
-            upscale_strength=0.35 if self.upscale and self.upscale_strength is None else self.upscale_strength,
-            prompt=[config.prompt] if self.prompt is None else self.prompts,
-            height=size("height"),
-            width=size("width"),
-            num_inference_steps=steps,
-            guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
-            cfg=None,
-            schedule=config.scheduler.schedule if self.schedule == "official" else self.schedule,
-            # A shift that follows from the size stays None, so that a second pass and a replay find their own.
-            shift=dynamic_or_own if self.shift is None else float(self.shift),
-        )
-        resolved._check_pixels()
-        resolved._check_latents()
-        return resolved
-
     def check(self) -> None:
         """Find what is wrong without any model; raises RequestError."""
         self._check_count()
@@ -323,7 +277,7 @@ class Request:
             raise RequestError(
                 "both cfg and guidance_scale are given; they are the same knob (cfg = guidance_scale + 1)"
             )
-        self._check_pixels()
+        self.check_pixels()
         self._check_start()
         self._check_control()
         self._check_references()
@@ -345,7 +299,7 @@ class Request:
                 f"{len(negatives or ())} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
             )
 
-    def _check_pixels(self) -> None:
+    def check_pixels(self) -> None:
         """Pixels of all pictures together, as far as their sizes are known."""
         sides = zip(self.per_image("height"), self.per_image("width"), strict=True)
         area = sum((height or 0) * (width or 0) for height, width in sides) * (self.upscale or 1) ** 2
@@ -395,7 +349,7 @@ class Request:
                 f"{steps} sigmas but num_inference_steps {self.num_inference_steps}; leave one of them out"
             )
 
-    def _check_latents(self) -> None:
+    def check_latents(self) -> None:
         if self.latents is None:
             return
         sizes = set(zip(self.per_image("height"), self.per_image("width"), strict=True))

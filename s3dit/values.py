@@ -12,6 +12,7 @@ from os import PathLike
 from typing import Any, get_args
 
 from s3dit.control import FORM, LONGEST_PATH, Control, shown
+from s3dit.errors import RequestError
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -24,10 +25,6 @@ LONGEST_PROMPT, MOST_TEXT = 4 * MOST_TOKENS, 1 << 22
 MOST_STEPS = 1000
 # Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024².
 MOST_CONTROLS = MOST_REFERENCES = 16
-
-
-class RequestError(ValueError):
-    """A request that cannot be served; the message says what was found, what was needed and what to do."""
 
 
 def several(value: Any) -> bool:

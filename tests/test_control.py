@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from s3dit.control import Control
-from s3dit.request import Request, RequestError
+from s3dit.errors import RequestError
+from s3dit.request import Request
 
 
 @pytest.mark.parametrize(

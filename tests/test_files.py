@@ -7,8 +7,8 @@ import stat
 import pytest
 
 from s3dit import files
+from s3dit.errors import RequestError
 from s3dit.files import claimed, opened, outputs, prompts, whole
-from s3dit.request import RequestError
 
 
 def special(tmp_path):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from s3dit import Pipeline, RequestError
-from s3dit.kernels.dispatch import BackendError
+from s3dit import Pipeline
+from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.pipeline import EMBEDDED
-from s3dit.weights.checkpoint import CheckpointError
 
 PROMPTS = ["a red star above a blue ring on a white background", "a green circle", "black background, large pink heart"]
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit.config import read_model
 from s3dit.control import Control
+from s3dit.errors import RequestError
+from s3dit.model.config import read_model
 from s3dit.pipeline import EMBEDDED, Pipeline
-from s3dit.request import Request, RequestError
+from s3dit.plan import resolve
+from s3dit.request import Request
 
 WRONG = [
     ({"prompt": 5}, "prompt is a int"),
@@ -112,17 +114,17 @@ def pipe():
 @pytest.mark.parametrize("fields, message", WRONG, ids=[m for _, m in WRONG])
 def test_wrong(config, fields, message):
     with pytest.raises(RequestError, match=message) as caught:
-        Request(**({"prompt": "a"} | fields)).resolve(config)
+        resolve(Request(**({"prompt": "a"} | fields)), config)
     assert "\n" not in str(caught.value)
 
 
 def test_pixels_are_bounded_where_the_size_is_the_model_s_own(config):
     """1024 pictures of 128² are far from the bound; at 1024² they are four times too many."""
-    Request(prompt="a", num_images_per_prompt=1024).resolve(config)
+    resolve(Request(prompt="a", num_images_per_prompt=1024), config)
     large = replace(config, settings=replace(config.settings, height=1024, width=1024))
-    Request(prompt="a", num_images_per_prompt=256).resolve(large)
+    resolve(Request(prompt="a", num_images_per_prompt=256), large)
     with pytest.raises(RequestError, match="1,073,741,824 pixels in all"):
-        Request(prompt="a", num_images_per_prompt=1024).resolve(large)
+        resolve(Request(prompt="a", num_images_per_prompt=1024), large)
 
 
 ODD = [
@@ -149,21 +151,21 @@ def test_nothing_but_a_request_error_whatever_a_field_holds(pipe, name):
 
 
 def test_none_is_the_model_s_setting_and_zero_is_a_value(config):
-    resolved = Request(prompt="a").resolve(config)
+    resolved = resolve(Request(prompt="a"), config)
     assert (resolved.height, resolved.width, resolved.num_inference_steps) == (128, 128, 8)
     assert (resolved.guidance_scale, resolved.shift) == (0.0, 3.0)
-    assert Request(prompt="a", guidance_scale=0.0).resolve(config).guidance_scale == 0.0
-    assert Request(prompt="a", cfg=4.0).resolve(config).guidance_scale == 3.0
+    assert resolve(Request(prompt="a", guidance_scale=0.0), config).guidance_scale == 0.0
+    assert resolve(Request(prompt="a", cfg=4.0), config).guidance_scale == 3.0
 
 
 def test_how_much_is_redrawn_where_nothing_is_said(config):
     def strength(**fields):
-        return Request(prompt="a", **fields).resolve(config).strength
+        return resolve(Request(prompt="a", **fields), config).strength
 
     assert strength() is None and strength(image="a.png") == 0.6
     assert strength(image="a.png", mask_image="b.png") == 1.0 == strength(image="a.png", extend=[16, 0, 0, 0])
     assert strength(image="a.png", mask_image="b.png", strength=0.4) == 0.4
-    assert Request(prompt="a", upscale=2).resolve(config).upscale_strength == 0.35
+    assert resolve(Request(prompt="a", upscale=2), config).upscale_strength == 0.35
 
 
 def test_images_are_named_in_json_where_they_are_files():
@@ -176,7 +178,7 @@ def test_images_are_named_in_json_where_they_are_files():
 
 def test_the_caller_s_list_is_left_alone(config):
     prompts = ["a", "b"]
-    Request(prompt=prompts).resolve(config)
+    resolve(Request(prompt=prompts), config)
     assert prompts == ["a", "b"]
 
 

@@ -18,14 +18,14 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from bench import machine, watched
+from bench_machine import machine, watched
 from safetensors.torch import save_file
 
+from s3dit.model.infer_config import TEXT_ENCODER, TRANSFORMER, VAE
+from s3dit.model.text_encoder import TextEncoder
+from s3dit.model.transformer import Transformer
+from s3dit.model.vae import Autoencoder
 from s3dit.pipeline import EMBEDDED
-from s3dit.shapes import TEXT_ENCODER, TRANSFORMER, VAE
-from s3dit.text_encoder import TextEncoder
-from s3dit.transformer import Transformer
-from s3dit.vae import Autoencoder
 
 COMFY = (
     ("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"), ("to_out.0", "out"),

@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import machine, watched, write_checkpoint
+from bench_machine import machine, watched, write_checkpoint
 from torch import Tensor
 
-from s3dit.conditioning import draw
-from s3dit.config import TransformerConfig
-from s3dit.devices import place
-from s3dit.kernels.linear import SCHEMES
-from s3dit.layout import text_to_image
-from s3dit.linear import swap
+from s3dit.inputs.start_image import draw
+from s3dit.kernels.schemes import SCHEMES
+from s3dit.model.config import TransformerConfig
+from s3dit.model.layout import text_to_image
+from s3dit.model.linear import swap
+from s3dit.model.transformer import Transformer
 from s3dit.pipeline import Pipeline
-from s3dit.transformer import Transformer
+from s3dit.runtime.devices import place
 from s3dit.weights.quantize import chosen
 
 PROMPTS = (

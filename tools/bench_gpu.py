@@ -21,14 +21,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench import ROOT, write_checkpoint
+from bench_machine import ROOT, write_checkpoint
 from torch import Tensor
 
 from s3dit.kernels.attention import Spans, attention
 from s3dit.kernels.dispatch import Op
-from s3dit.kernels.linear import SCHEMES, linear
 from s3dit.kernels.norm import gated_residual, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import quantize_rows
+from s3dit.kernels.schemes import SCHEMES, linear
 from s3dit.kernels.swiglu import swiglu
 
 DIM, FFN, HEADS, HEAD = 3840, 10240, 30, 128

@@ -26,16 +26,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from s3dit import cli
-from s3dit.config import read_model
-from s3dit.controlnet import ControlNet, ControlNetConfig, open_controlnet
-from s3dit.images import Picture
-from s3dit.kernels.dispatch import BackendError
+from s3dit.cli import command_line
+from s3dit.errors import BackendError, CheckpointError, RequestError
+from s3dit.inputs.images import Picture
+from s3dit.model.config import read_model
+from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.tokenizer import Tokenizer
 from s3dit.pipeline import EMBEDDED, Pipeline
-from s3dit.request import RequestError
-from s3dit.tokenizer import Tokenizer
 from s3dit.weights.adapter import read_adapter
-from s3dit.weights.checkpoint import CheckpointError
 
 OURS = (RequestError, CheckpointError, BackendError)
 # Seconds, and bytes above twice the file.
@@ -142,11 +140,11 @@ def _replay(path: Path, picture: Any, pipe: Pipeline) -> None:
     argv = ["generate", "--replay", str(path.with_suffix(".png")), "-o", str(path.with_suffix(".out.png"))]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         before, Pipeline.load = Pipeline.load, lambda *args, **options: pipe  # type: ignore[method-assign]
-        cli._generate, after = (lambda *args: 0), cli._generate
+        command_line._generate, after = (lambda *args: 0), command_line._generate
         try:
-            code = cli.main(argv)
+            code = command_line.main(argv)
         finally:
-            Pipeline.load, cli._generate = before, after  # type: ignore[method-assign]
+            Pipeline.load, command_line._generate = before, after  # type: ignore[method-assign]
     if code:
         raise RequestError(said.getvalue())
 

@@ -8,7 +8,7 @@ Exit code: 0 it is of a model, 2 it is not, and one line says what it is.
 
 import sys
 
-from s3dit.cli import main
+from s3dit.cli.command_line import main
 
 if __name__ == "__main__":
     sys.exit(main(["look", *sys.argv[1:]]))

@@ -12,9 +12,9 @@ from tiny_world import words
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
-from s3dit.text_encoder import TextEncoder
-from s3dit.transformer import Transformer
-from s3dit.vae import Autoencoder
+from s3dit.model.text_encoder import TextEncoder
+from s3dit.model.transformer import Transformer
+from s3dit.model.vae import Autoencoder
 
 SPECIAL = [
     "<|endoftext|>",

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3dit.devices import fast_bf16
-from s3dit.layout import text_to_image
-from s3dit.transformer import Block, FinalLayer, Transformer, rope_table
+from s3dit.model.layout import text_to_image
+from s3dit.model.transformer import Block, FinalLayer, Transformer, rope_table
+from s3dit.runtime.devices import fast_bf16
 
 GRID = (8, 8)
 CAPTION = 32  # tokens of every caption, padding included

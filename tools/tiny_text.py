@@ -6,7 +6,6 @@ starts from features in which words are already bound to one another, instead of
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from tiny_world import ARRANGEMENTS, COLOURS, RELATIONS, SHAPES, Scene, caption_of, draw_scene
 from torch import Tensor, nn
 
-from s3dit.text_encoder import Layer, TextEncoder, rope_table, rotate
-from s3dit.tokenizer import Tokenizer
+from s3dit.model.text_encoder import Layer, TextEncoder, rope_table, rotate
+from s3dit.model.tokenizer import Tokenizer
 
 TAIL = 5  # the tokens behind the prompt; being causal, they alone have read all of it
 COUNTS = (len(COLOURS), len(ARRANGEMENTS), len(COLOURS), len(SHAPES), len(COLOURS) + 1, len(SHAPES) + 1)
@@ -98,15 +97,3 @@ def pretrain(text: TextEncoder, tokenizer: Tokenizer, steps: int, batch: int = 6
         said, truth = answers([draw_scene(rng, held_out=i % 2 == 0) for i in range(400)])
         right = torch.stack([logits.argmax(-1) == truth[:, i] for i, logits in enumerate(said)]).all(0)
     return right.float().mean().item()
-
-
-if __name__ == "__main__":
-    import sys
-
-    from train_tiny import Model
-
-    torch.set_num_threads(1)
-    folder = Path(sys.argv[1])
-    model = Model()
-    print("read", pretrain(model.text, Tokenizer(folder / "tokenizer"), int(sys.argv[2])), flush=True)
-    torch.save(model.text.state_dict(), folder / "text.pt")

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from tiny_score import judge
 from tiny_world import KINDS, draw_scene, render
 
-from s3dit.config import VAEConfig
-from s3dit.vae import Autoencoder
+from s3dit.model.config import VAEConfig
+from s3dit.model.vae import Autoencoder
 
 NOISE = 0.35
 CONFIG = VAEConfig(

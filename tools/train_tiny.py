@@ -32,14 +32,15 @@ from tiny_vae import gate, to_pixels, train_vae
 from tiny_world import caption_of, draw_scene, fixed_prompts, render
 from torch import Tensor, nn
 
-from s3dit.config import TextEncoderConfig, TransformerConfig
-from s3dit.devices import fast_bf16
-from s3dit.layout import patchify, unpatchify
-from s3dit.sampler import euler, sigmas
-from s3dit.text_encoder import TextEncoder
-from s3dit.tokenizer import Tokenizer
-from s3dit.transformer import Transformer
-from s3dit.vae import Autoencoder
+from s3dit.model.config import TextEncoderConfig, TransformerConfig
+from s3dit.model.layout import patchify, unpatchify
+from s3dit.model.text_encoder import TextEncoder
+from s3dit.model.tokenizer import Tokenizer
+from s3dit.model.transformer import Transformer
+from s3dit.model.vae import Autoencoder
+from s3dit.runtime.devices import fast_bf16
+from s3dit.sampling.schedules import sigmas
+from s3dit.sampling.solvers import euler
 
 TRANSFORMER = TransformerConfig(
     all_patch_size=(2,), all_f_patch_size=(1,), in_channels=16, dim=192, n_layers=6, n_refiner_layers=1, n_heads=6,

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3dit.errors import CheckpointError
 from s3dit.weights import dialects
 from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_stored
+from s3dit.weights.checkpoint import Checkpoint, open_stored
 from s3dit.weights.container import parse_json, read_json
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
 

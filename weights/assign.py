@@ -20,10 +20,11 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry
+from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.keymap import official
-from s3dit.weights.stored import unpadded
+from s3dit.weights.repack import unpadded
 
 
 def assign(

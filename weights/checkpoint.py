@@ -7,7 +7,8 @@ repositories use. A new container is one module with one `Checkpoint`, and one l
 from collections.abc import Callable
 from pathlib import Path
 
-from s3dit.weights.container import REFUSED, Checkpoint, CheckpointError, Container, sniff
+from s3dit.errors import CheckpointError
+from s3dit.weights.container import REFUSED, Checkpoint, Container, sniff
 from s3dit.weights.formats import recognized
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index

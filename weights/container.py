@@ -20,6 +20,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
 
 # How a plain file is opened: a pipe may stand there, whose writer never comes. Windows has only the other flag, and
@@ -27,10 +28,6 @@ from s3dit.kernels.scheme import Scheme
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # What a plain weight may be stored in.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class CheckpointError(ValueError):
-    """A model's files are not what they must be; the message says what was found, what was needed and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import METADATA, Adapter, Deltas, read_adapter
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fused
 
 # Layers that an error names.

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3dit.errors import CheckpointError
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.gguf import GGUF, scales_of
-from s3dit.kernels.linear import SCHEMES
 from s3dit.kernels.scheme import Scheme
+from s3dit.kernels.schemes import SCHEMES
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, Entry, read_json
+from s3dit.weights.container import FLOATS, Checkpoint, Entry, read_json
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.stored import Layer, Made, Parted, widened
+from s3dit.weights.repack import Layer, Made, Parted, widened
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER = {"int4": "int8-weights"}

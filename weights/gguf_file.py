@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import MOST_TENSORS, REFUSED, CheckpointError, Entry
+from s3dit.errors import CheckpointError
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Entry
 from s3dit.weights.mapped_file import MappedFile, Stored
 
 # Type id -> name, numbers in a block, bytes of a block.

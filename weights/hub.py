@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import INDEX, STEMS
-from s3dit.weights.container import CheckpointError
 from s3dit.weights.safetensors_dir import SUFFIX, read_index
 
 HOME = "Tongyi-MAI/Z-Image-Turbo"

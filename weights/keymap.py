@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from s3dit.weights.container import Checkpoint, CheckpointError, Entry, View
+from s3dit.errors import CheckpointError
+from s3dit.weights.container import Checkpoint, Entry, View
 
 # In an official name: one stored tensor is several, cut into equal runs of rows.
 FUSED = re.compile(r"\{(.*)\}")

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3dit.errors import CheckpointError
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import scaled, text_of
-from s3dit.weights.container import FLOATS, Checkpoint, CheckpointError, parse_json
-from s3dit.weights.stored import Layer, Made, rows, swapped
+from s3dit.weights.container import FLOATS, Checkpoint, parse_json
+from s3dit.weights.repack import Layer, Made, rows, swapped
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128

@@ -24,7 +24,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import READ, Checkpoint, CheckpointError, Entry, sniff
+from s3dit.errors import CheckpointError
+from s3dit.weights.container import READ, Checkpoint, Entry, sniff
 
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

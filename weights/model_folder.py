@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from s3dit.weights.container import CheckpointError
+from s3dit.errors import CheckpointError
 
 # What describes a model; code and what else may lie there is left out.
 KINDS = {".json", ".txt", ".model", ".jinja", ".md", ".png", ".safetensors", ""}

@@ -17,7 +17,7 @@ from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int4 import pack
 from s3dit.weights.comfy import E2M1, SIGNED, table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.stored import Layer, Made
+from s3dit.weights.repack import Layer, Made
 
 E4M3 = torch.float8_e4m3fn
 TILE = 128

@@ -23,11 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s3dit.kernels.dispatch import BackendError
-from s3dit.kernels.linear import SCHEMES
+from s3dit.errors import BackendError, CheckpointError
 from s3dit.kernels.scheme import Scheme
+from s3dit.kernels.schemes import SCHEMES
 from s3dit.weights.assign import encoded
-from s3dit.weights.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.formats import FINER
 from s3dit.weights.model_folder import building, left_out

@@ -19,15 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.weights.container import (
-    MOST_TENSORS,
-    REFUSED,
-    Checkpoint,
-    CheckpointError,
-    Entry,
-    parse_json,
-    read_json,
-)
+from s3dit.errors import CheckpointError
+from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, Entry, parse_json, read_json
 from s3dit.weights.mapped_file import MappedFile, Stored
 from s3dit.weights.model_folder import contained, homes
 

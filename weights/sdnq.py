@@ -21,7 +21,7 @@ from s3dit.kernels.int4 import pack
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.stored import Layer, Made
+from s3dit.weights.repack import Layer, Made
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WHOLE = {"int8": torch.int8, "uint8": torch.uint8, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}

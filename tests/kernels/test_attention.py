@@ -6,9 +6,10 @@
 import pytest
 import torch
 
+from s3dit.errors import BackendError
 from s3dit.kernels import attention as room
 from s3dit.kernels.attention import Spans, attention, attention8, attention_lse
-from s3dit.kernels.dispatch import BackendError, set_backend
+from s3dit.kernels.dispatch import set_backend
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.tune import chosen, trying
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from s3dit.errors import BackendError
 from s3dit.kernels import dispatch
-from s3dit.kernels.dispatch import BackendError, launcher, op, set_backend
+from s3dit.kernels.dispatch import launcher, op, set_backend
 
 
 @pytest.fixture

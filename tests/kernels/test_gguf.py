@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from s3dit.kernels.dispatch import BackendError
+from s3dit.errors import BackendError
 from s3dit.kernels.gguf import BLOCKS, GGUF, scales_of
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul
-from s3dit.kernels.linear import linear
 from s3dit.kernels.matmul import launch_mixed
+from s3dit.kernels.schemes import linear
 
 gguf = pytest.importorskip("gguf", reason="needs gguf-py as reference: pip install 's3dit[test]'")
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from s3dit.kernels.dispatch import set_backend
 from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.grouped import Form, grouped, hadamard, turned
-from s3dit.kernels.linear import linear
-from s3dit.linear import QuantLinear
+from s3dit.kernels.schemes import linear
+from s3dit.model.linear import QuantLinear
 
 E4M3 = torch.float8_e4m3fn
 

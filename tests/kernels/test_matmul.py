@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from s3dit.errors import BackendError
 from s3dit.kernels import dispatch, matmul, scheme, tune
-from s3dit.kernels.dispatch import INTERPRETED, BackendError, set_backend
-from s3dit.kernels.linear import SCHEMES, linear
+from s3dit.kernels.dispatch import INTERPRETED, set_backend
 from s3dit.kernels.matmul import (
     Tile,
     candidates,
@@ -28,6 +28,7 @@ from s3dit.kernels.matmul import (
     quantize_rows,
     scaled_matmul,
 )
+from s3dit.kernels.schemes import SCHEMES, linear
 
 CUDA = torch.cuda.is_available()
 FP8 = torch.float8_e4m3fn
@@ -318,7 +319,7 @@ from triton.compiler import ASTSource
 
 from s3dit.kernels import gguf_matmul, grouped, matmul
 from s3dit.kernels.gguf import GGUF
-from s3dit.kernels.linear import SCHEMES
+from s3dit.kernels.schemes import SCHEMES
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8"}

@@ -6,9 +6,10 @@ fp32 tolerance 1e-6 relative: a sum of some hundred fp32 products and one recipr
 import pytest
 import torch
 
-from s3dit.kernels.dispatch import BackendError, missing, set_backend
+from s3dit.errors import BackendError
+from s3dit.kernels.dispatch import missing, set_backend
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm, rms_norm_modulate
-from s3dit.layers import rope_table
+from s3dit.model.layers import rope_table
 
 SHAPES = [(1, 32), (31, 96), (33, 100), (63, 192)]
 

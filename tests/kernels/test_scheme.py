@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from s3dit.kernels.linear import SCHEMES, linear
 from s3dit.kernels.scheme import CACHED, LARGEST, Rows, codes_as, quantize_rows
+from s3dit.kernels.schemes import SCHEMES, linear
 
 # Largest relative error of a Gaussian weight: half a step of int8 at 4 sigma, 3 bits of mantissa, 15 steps of a group.
 ERROR = {"fp8": 0.03, "fp8-weights": 0.03, "int8": 0.01, "int8-weights": 0.01, "int4": 0.09}

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from s3dit import Control, branches
-from s3dit.controlnet import Branch, ControlNet, Controls, open_controlnet
-from s3dit.layout import patchify, text_to_image
+from s3dit import Control
+from s3dit.inputs import control_hints
+from s3dit.model.controlnet import Branch, ControlNet, Controls, open_controlnet
+from s3dit.model.layout import patchify, text_to_image
 from s3dit.weights.assign import assign
 
 CHANNELS = {"1.0": 16, "2.0": 33, "2.1": 33}
@@ -67,7 +68,7 @@ def pair(official_dir, written):
 
 
 def opened(path, official_dir, version):
-    from s3dit.config import read_model
+    from s3dit.model.config import read_model
 
     base = read_model(Path(official_dir)).transformer
     checkpoint, config = open_controlnet(Path(path), base)
@@ -193,7 +194,7 @@ def compare(ours, kind, reference, model, control, options, theirs):
     options = options | {"prompt": ["a red star above a blue ring"], "seed": 4, "control": control}
     plan = ours.plan(**options)
     with torch.inference_mode():
-        mine = branches.patches(plan.controls[0], plan.request, lambda one: ours.encode_images([one])[0])
+        mine = control_hints.patches(plan.controls[0], plan.request, lambda one: ours.encode_images([one])[0])
     assert relative(mine, patchify(seen[0][0][:, 0])) < 1e-5
     found = [step.latents for step in ours.stream(**options)]
     assert len(found) == len(steps)

@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from s3dit import Pipeline
-from s3dit.cli import main
-from s3dit.convert import convert
+from s3dit.cli.command_line import main
+from s3dit.cli.convert import convert
+from s3dit.errors import CheckpointError
 from s3dit.kernels.int8 import int8
-from s3dit.weights.checkpoint import CheckpointError
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install 's3dit[test]'")
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from s3dit.config import TransformerConfig
-from s3dit.layout import edit, patchify, released_order, text_to_image, unpatchify
-from s3dit.transformer import Transformer
+from s3dit.model.config import TransformerConfig
+from s3dit.model.layout import edit, patchify, released_order, text_to_image, unpatchify
+from s3dit.model.transformer import Transformer
 
 TEXT, VISION = 40, 48
 # Rows and columns of 2 × 2 cells of the picture, lengths of caption segments, and of each reference its grid and that

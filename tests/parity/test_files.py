@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from s3dit import Pipeline
-from s3dit.sources import gather, look_into
-from s3dit.tokenizer import Tokenizer
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.errors import CheckpointError
+from s3dit.model.tokenizer import Tokenizer
+from s3dit.runtime.sources import gather, look_into
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.keymap import official
 
@@ -268,8 +269,8 @@ def test_every_name_of_the_vae_as_diffusers_converts_it():
     """All 244 names at full size: to LDM's by the restated rule, back by diffusers' converter and by ours."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    from s3dit.shapes import VAE
-    from s3dit.vae import Autoencoder
+    from s3dit.model.infer_config import VAE
+    from s3dit.model.vae import Autoencoder
     from s3dit.weights.keymap import detect
 
     with torch.device("meta"):
@@ -284,8 +285,8 @@ def test_every_name_of_the_vae_as_diffusers_converts_it():
 
 def test_every_name_of_the_transformer(tmp_path):
     """All 453 names of Comfy-Org's file at full size become the official 521."""
-    from s3dit.shapes import TRANSFORMER
-    from s3dit.transformer import Transformer
+    from s3dit.model.infer_config import TRANSFORMER
+    from s3dit.model.transformer import Transformer
 
     with torch.device("meta"):
         names = list(Transformer(TRANSFORMER).state_dict())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit.errors import CheckpointError
 from s3dit.weights.quantize import quantize
 
 # SDNQ would compile its few operations, for a minute.
@@ -94,7 +94,7 @@ def test_what_is_quantized_is_not_quantized_again(official_dir, tmp_path):
     coded, plain = rewrite(official_dir / "transformer", model / "transformer", "e4m3 cast", blocks)
     plain.unlink()
     (model / "transformer" / "config.json").write_bytes((official_dir / "transformer" / "config.json").read_bytes())
-    from s3dit.kernels.linear import SCHEMES
+    from s3dit.kernels.schemes import SCHEMES
 
     with pytest.raises(CheckpointError, match="is fp8-weights already; needed the unquantized files"):
         quantize(model, tmp_path / "smaller", {"transformer": SCHEMES["int8"]}, version="0")

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from s3dit.config import TransformerConfig
+from s3dit.errors import CheckpointError
 from s3dit.kernels.gguf import BLOCKS, GGUF
-from s3dit.layout import patchify, text_to_image
-from s3dit.linear import QuantLinear, swap
-from s3dit.transformer import Transformer
+from s3dit.model.config import TransformerConfig
+from s3dit.model.layout import patchify, text_to_image
+from s3dit.model.linear import QuantLinear, swap
+from s3dit.model.transformer import Transformer
 from s3dit.weights.assign import assign
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.keymap import official
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install 's3dit[test]'")

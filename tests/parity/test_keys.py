@@ -11,12 +11,13 @@ import pytest
 import torch
 import transformers
 
-from s3dit import Pipeline, config_keys
-from s3dit.config import KINDS, SchedulerConfig, VisionConfig, VisionInputConfig
+from s3dit import Pipeline
+from s3dit.errors import CheckpointError
+from s3dit.model import config_keys
+from s3dit.model.config import KINDS, SchedulerConfig, VisionConfig, VisionInputConfig
+from s3dit.model.tokenizer import Tokenizer
 from s3dit.pipeline import EMBEDDED
-from s3dit.sources import gather
-from s3dit.tokenizer import Tokenizer
-from s3dit.weights.checkpoint import CheckpointError
+from s3dit.runtime.sources import gather
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from test_config_mutants import FILES, MUTANTS, copied, mutate_all  # noqa: E402

@@ -15,7 +15,7 @@ import torch
 from parity_sides import FINAL, pixels
 from safetensors.torch import load_file, save_file
 
-from s3dit.trace import load, save
+from s3dit.research.trace import load, save
 
 # 35 image tokens and few caption tokens: both streams have padding.
 SIZE = ["--height", "80", "--width", "112"]

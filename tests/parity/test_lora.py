@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.layout import text_to_image
+from s3dit.model.layout import text_to_image
 from s3dit.weights.convert_adapter import convert_adapter
 
 peft = pytest.importorskip("peft", reason="parity of adapters needs peft: pip install 's3dit[test]'")

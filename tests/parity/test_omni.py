@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from s3dit import Pipeline
-from s3dit.images import Pictures
-from s3dit.references import read
+from s3dit.inputs.images import Pictures
+from s3dit.inputs.references import read
 from s3dit.request import Request
 
 PROMPTS = ["make it a red star on a white background", "a blue ring"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from s3dit import Pipeline
-from s3dit.convert import convert
-from s3dit.look import look
+from s3dit.cli.convert import convert
+from s3dit.cli.inspect import look
 from s3dit.weights.keymap import official
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are made by gguf-py: pip install 's3dit[test]'")

@@ -9,11 +9,13 @@ import torch
 from diffusers import ZImageImg2ImgPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 
-from s3dit.conditioning import Keep, levels, noised
-from s3dit.config import SchedulerConfig, read_model
+from s3dit.inputs.start_image import Keep, levels, noised
+from s3dit.model.config import SchedulerConfig, read_model
 from s3dit.pipeline import EMBEDDED
+from s3dit.plan import resolve
 from s3dit.request import Request
-from s3dit.sampler import euler, sigmas
+from s3dit.sampling.schedules import sigmas
+from s3dit.sampling.solvers import euler
 
 MODEL = read_model(EMBEDDED)
 
@@ -53,7 +55,7 @@ def said_by(said, height, width, **fields):
         timesteps, _ = ZImageImg2ImgPipeline.get_timesteps(theirs, len(found) - 1, strength, "cpu")
         found = found[len(found) - 1 - len(timesteps) :]
     request = Request(prompt="", height=height, width=width, **fields, image=None if strength is None else "a.png")
-    return levels(request.resolve(replace(MODEL, scheduler=config)), config), found
+    return levels(resolve(request, replace(MODEL, scheduler=config)), config), found
 
 
 @pytest.mark.parametrize("size", [(128, 128), (512, 1024), (1024, 1024), (2048, 1536)])

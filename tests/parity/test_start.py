@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit.conditioning import Canvas
+from s3dit.inputs.start_image import Canvas
 
 PROMPTS = ["a red star above a blue ring on a white background", "a green circle"]
 

@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from s3dit.config import TextEncoderConfig
-from s3dit.text_encoder import EMBEDDING, TextEncoder
-from s3dit.tokenizer import TEMPLATE, Tokenizer
+from s3dit.model.config import TextEncoderConfig
+from s3dit.model.text_encoder import EMBEDDING, TextEncoder
+from s3dit.model.tokenizer import TEMPLATE, Tokenizer
 from s3dit.weights.assign import assign
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.keymap import official
@@ -58,7 +58,7 @@ def reference(folder):
 @pytest.fixture(scope="module")
 def ours(folder):
     """The encoder, and the embeddings of ids."""
-    from s3dit.config import read_json
+    from s3dit.model.config import read_json
 
     with torch.device("meta"):
         encoder = TextEncoder(TextEncoderConfig.from_json(read_json(folder / "config.json"), "config.json"))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from s3dit.config import VAEConfig
-from s3dit.images import to_pil
-from s3dit.vae import Autoencoder
+from s3dit.inputs.images import to_pil
+from s3dit.model.config import VAEConfig
+from s3dit.model.vae import Autoencoder
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -94,7 +94,7 @@ def test_pictures_are_equal_to_the_byte():
 def test_pixels_and_masks_are_equal_to_the_bit():
     from PIL import Image
 
-    from s3dit.images import Picture
+    from s3dit.inputs.images import Picture
 
     levels = torch.randint(0, 256, (70, 90, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     image = Image.fromarray(levels.numpy())

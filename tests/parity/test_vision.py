@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from s3dit.config import VisionConfig, VisionInputConfig
-from s3dit.vision_encoder import VisionEncoder, grid_of, patches_of
+from s3dit.model.config import VisionConfig, VisionInputConfig
+from s3dit.model.vision_encoder import VisionEncoder, grid_of, patches_of
 from s3dit.weights.assign import assign
 from s3dit.weights.checkpoint import open_checkpoint
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import tiny_edit  # noqa: E402
 from tiny_world import render  # noqa: E402
 
-from s3dit.conditioning import prepare  # noqa: E402
-from s3dit.images import to_pil  # noqa: E402
+from s3dit.inputs.images import to_pil  # noqa: E402
+from s3dit.inputs.start_image import prepare  # noqa: E402
 from s3dit.request import Request, Result  # noqa: E402
 
 

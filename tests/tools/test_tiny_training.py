@@ -12,7 +12,7 @@ import tiny_fast  # noqa: E402
 from tiny_text import read  # noqa: E402
 from train_tiny import GRID, Model, noisy  # noqa: E402
 
-from s3dit.layout import text_to_image  # noqa: E402
+from s3dit.model.layout import text_to_image  # noqa: E402
 
 IDS = [[5, 9, 200, 31], list(range(40, 62)), [7] * 32]
 

@@ -1,6 +1,6 @@
 """Adapter files that are broken, hostile or of another model: one clear line each. And where alpha comes from.
 
-What good files do to a model is in tests/test_lora.py and tests/parity/test_lora.py.
+What good files do to a model is in tests/runtime/test_lora.py and tests/parity/test_lora.py.
 """
 
 import json
@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import CONFIG, METADATA, describe, read_adapter
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.delta import LowRank
 
 LAYER = "transformer.layers.0.attention.to_q"

@@ -7,8 +7,9 @@ import time
 import torch
 from safetensors.torch import save
 
+from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import METADATA, describe, read_adapter
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 
 L = "transformer.layers.0.attention.to_q"
 

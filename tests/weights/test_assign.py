@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from s3dit.errors import CheckpointError
 from s3dit.weights.assign import assign, pending, verify
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 
 
 class Model(nn.Module):

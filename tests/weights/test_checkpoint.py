@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.errors import CheckpointError
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.container import sniff
 
 PICKLE = pickle.dumps({"weight": [1.0, 2.0]}, protocol=2)

@@ -15,14 +15,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from s3dit.config import TransformerConfig
-from s3dit.kernels.linear import linear
+from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
-from s3dit.layout import text_to_image
-from s3dit.linear import Linear, swap
-from s3dit.transformer import Transformer
+from s3dit.kernels.schemes import linear
+from s3dit.model.config import TransformerConfig
+from s3dit.model.layout import text_to_image
+from s3dit.model.linear import Linear, swap
+from s3dit.model.transformer import Transformer
 from s3dit.weights.assign import assign, fitted
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint, open_stored
+from s3dit.weights.checkpoint import open_checkpoint, open_stored
 from s3dit.weights.formats import producer
 
 # SDNQ would compile its few operations, for a minute.

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.errors import CheckpointError
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.container import sniff
 from s3dit.weights.gguf_file import BLOCKS, PLAIN, GGUFFile
 

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.errors import CheckpointError
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.container import LONGEST_HEADER, MOST_TENSORS, sniff
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.parts import split
+from s3dit.weights.split_checkpoint import split
 
 MUTANTS = int(os.environ.get("S3DIT_MUTANTS", "3000"))
 # Of one draw.

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from s3dit.errors import CheckpointError
 from s3dit.pipeline import EMBEDDED
-from s3dit.sources import gather
+from s3dit.runtime.sources import gather
 from s3dit.weights.adapter import read_adapter
-from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.hub import PARTS, resolve, resolve_file
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -461,7 +461,7 @@ def test_an_adapter_given_where_a_model_may_be(hub):
 
 def looked(capsys, *argv):
     """What `look` says, and the words of its command."""
-    from s3dit.cli import main
+    from s3dit.cli.command_line import main
 
     capsys.readouterr()
     assert main(["look", *argv]) == 0
@@ -471,7 +471,7 @@ def looked(capsys, *argv):
 
 
 def drawn(words, tmp_path):
-    from s3dit.cli import main
+    from s3dit.cli.command_line import main
 
     small = ["--height", "64", "--width", "64", "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
     words = [
@@ -507,7 +507,7 @@ def test_look_leaves_the_revision_that_is_there(hub, tmp_path, capsys, monkeypat
 
 
 def test_look_offline_at_what_is_not_there(hub, monkeypatch, capsys):
-    from s3dit.cli import main
+    from s3dit.cli.command_line import main
 
     offline(hub, monkeypatch)
     assert main(["look", "org/name"]) == 2
@@ -535,7 +535,7 @@ def test_look_at_parts_files_and_adapters_of_the_hub(hub, tmp_path, capsys):
 
 
 def test_convert_takes_one_file_of_a_repository(hub, tmp_path, monkeypatch):
-    from s3dit.cli import main
+    from s3dit.cli.command_line import main
 
     hub.repositories["org/one"] = {"deep/x.safetensors": MODEL["transformer/diffusion_pytorch_model.safetensors"]}
     assert main(["convert", "org/one/deep/x.safetensors", str(tmp_path / "a")]) == 0

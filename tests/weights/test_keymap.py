@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from s3dit.errors import CheckpointError
 from s3dit.kernels.int8 import int8
 from s3dit.weights.assign import assign
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.keymap import detect, official
 
 NAMES = ("model.embed_tokens.weight", "model.norm.weight")

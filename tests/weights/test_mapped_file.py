@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
+from s3dit.errors import CheckpointError
 from s3dit.pipeline import EMBEDDED
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = {"seed": 1, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}

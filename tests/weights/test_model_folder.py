@@ -6,11 +6,11 @@ import warnings
 
 import pytest
 
-from s3dit.convert import convert
-from s3dit.kernels.linear import SCHEMES
+from s3dit.cli.convert import convert
+from s3dit.errors import CheckpointError
+from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED
 from s3dit.weights import quantize as room
-from s3dit.weights.checkpoint import CheckpointError
 from s3dit.weights.model_folder import building, left_out, put
 from s3dit.weights.quantize import quantize
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.cli import main
-from s3dit.kernels.dispatch import BackendError
-from s3dit.kernels.linear import SCHEMES
+from s3dit.cli.command_line import main
+from s3dit.errors import BackendError, CheckpointError
+from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED
 from s3dit.weights import quantize as room
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.quantize import chosen, quantize
 
 WEIGHTS = "diffusion_pytorch_model-00001-of-00001.safetensors"

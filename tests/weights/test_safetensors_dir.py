@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s3dit.weights.checkpoint import CheckpointError, open_checkpoint
+from s3dit.errors import CheckpointError
+from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.safetensors_dir import open_file
 
 INDEX = "model.safetensors.index.json"

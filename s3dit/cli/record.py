@@ -1,0 +1,199 @@
+"""What a picture remembers of how it was drawn, read with care: anybody may have written it.
+
+`read_record` takes model, adapters and engine out of a picture's metadata and holds them to what s3dit writes; what is
+left is a request. `found_beside` looks for the image that a record names, and takes it only by its hash. Who draws from
+a record is `cli_replay`; `look` describes it.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from s3dit.control import IMAGES as CONTROL_IMAGES
+from s3dit.control import Control, shown
+from s3dit.errors import RequestError
+from s3dit.request import Request
+
+# Stands before a name whose place only the user knows.
+PLACE = "path/to/"
+# Options that give what a picture only names.
+OPTIONS = {"image": "--image", "mask_image": "--mask", "reference": "--reference"}
+PARTS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
+FORMATS = {"transformer": "--quantize", "text_encoder": "--quantize-text"}
+# Formats that those options make; any other comes with its file.
+OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
+PLAIN = "plain floats"
+HASH = re.compile("[0-9a-f]{64}")
+STEERING = re.compile(f"control [0-9]{{1,2}} ({'|'.join(CONTROL_IMAGES)})")
+# What records hold: a type, a list of one, or a mapping of names to one. REQUIRED of an adapter.
+NUMBER = int | float
+ENGINE: dict[str, Any] = {
+    "s3dit": str, "torch": str, "variant": str, "placement": str, "mixed": {str: str}, "quantized": {str: str},
+    "levels": [NUMBER], "model_calls": int, "replayable": bool, "inputs": {str: str | list}, "threads": int,
+    "cpu": str,
+}  # fmt: skip
+ADAPTER: dict[str, Any] = {"file": str, "sha256": str, "scale": NUMBER, "partial": bool, "merged": bool}
+REQUIRED = {"file", "sha256", "scale"}
+# Adapters and entries of a list: more is no honest record.
+MOST_ADAPTERS, MOST_ENTRIES = 64, 1001
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What drew a picture: model (a name), adapters and engine as they were written; strange are keys of no meaning."""
+
+    model: str | None
+    adapters: list[dict[str, Any]]
+    engine: dict[str, Any]
+    strange: list[str]
+
+
+def read_record(data: dict[str, Any]) -> Record:
+    """Take what drew a picture out of its metadata, which leaves the request; raises RequestError."""
+    model, adapters = data.pop("model", None), data.pop("adapters", [])
+    engine, strange = _record("engine", data.pop("engine", {}), ENGINE)
+    _check_inputs(engine.get("inputs", {}))
+    _check_adapters(adapters)
+    if engine.get("replayable") is False:
+        raise RequestError("its noise or an image was given from Python, not by a seed and files; draw it there")
+    if not isinstance(model, str | None):
+        raise RequestError(f"its model is {shown(model)}; needed a name")
+    for part in engine.get("mixed", {}):
+        if part not in PARTS:
+            raise RequestError(f"its engine has a part {shown(part)}; needed one of {', '.join(PARTS)}")
+    return Record(model, adapters, engine, strange)
+
+
+def needed(record: Record, request: Request, folder: Path) -> Iterator[tuple[str, str]]:
+    """Options, each with a value, that a replay needs of the user: what a picture only names, and no file here is.
+
+    folder: of the picture. Where only the user knows a file, it is the name that it had, under PLACE.
+    """
+    if record.model not in (None, "embedded"):
+        yield "--model", PLACE + own_name(record.model)
+    for part, name in record.engine.get("mixed", {}).items():
+        yield PARTS[part], PLACE + own_name(name)
+    for part, name in record.engine.get("quantized", {}).items():
+        if part in FORMATS and name in OWN_FORMATS:
+            yield FORMATS[part], name
+    for adapter in record.adapters:
+        yield "--lora", PLACE + own_name(adapter["file"])
+    inputs = record.engine.get("inputs", {})
+    for number, control in enumerate(request.controls, 1):
+        places: dict[str, Any] = {"model": PLACE + own_name(str(control.model))}
+        for name in CONTROL_IMAGES:
+            if isinstance(path := getattr(control, name), str):
+                places[name] = _placed(folder, path, inputs.get(f"control {number} {name}"))
+        yield "--control", str(replace(control, **places))
+    for name, option in OPTIONS.items():
+        paths, hashes = named_images(request, name), several(inputs.get(name))
+        known = len(paths) == len(hashes)
+        places_of = [_placed(folder, str(path), hashes[i] if known else None) for i, path in enumerate(paths)]
+        if any(place.startswith(PLACE) for place in places_of):
+            yield from ((option, place) for place in places_of)
+
+
+def _placed(folder: Path, named: str, sha256: str | None) -> str:
+    """Where an image is: beside the picture if it is there with that hash, else a place that the user knows."""
+    try:
+        return found_beside(folder, named, sha256, "") if sha256 else PLACE + own_name(named)
+    except RequestError:
+        return PLACE + own_name(named)
+
+
+def _record(name: str, found: Any, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The entries of a record that are known here, held to their kinds; and the names of the others."""
+    if not isinstance(found, dict):
+        raise RequestError(f"its {name} is {shown(found)}; needed a JSON object; take the original file")
+    known = {key: value for key, value in found.items() if key in kinds}
+    for key, value in known.items():
+        if not _fits(value, kinds[key]):
+            raise RequestError(
+                f"its {name} has a {key} of {shown(value)}, as s3dit writes none; take the original file"
+            )
+    return known, sorted({*found} - {*known})[:8]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, list):
+        return isinstance(value, list) and len(value) <= MOST_ENTRIES and all(_fits(one, kind[0]) for one in value)
+    if isinstance(kind, dict):
+        return isinstance(value, dict) and all(_fits(one, kind[str]) for one in value.values())
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _check_inputs(inputs: Mapping[str, Any]) -> None:
+    """Hashes of images, a list of them for references."""
+    for name, found in inputs.items():
+        if name not in OPTIONS and not STEERING.fullmatch(name):
+            raise RequestError(f"its hashes are of {shown(name)}, too, as s3dit writes none; take the original file")
+        hashes = found if name == "reference" and isinstance(found, list) else [found]
+        if not all(isinstance(one, str) and HASH.fullmatch(one) for one in hashes):
+            raise RequestError(f"its hash of {shown(name)} is {shown(found)}; needed sha256, 64 digits and letters")
+
+
+def _check_adapters(found: Any) -> None:
+    if not isinstance(found, list) or len(found) > MOST_ADAPTERS:
+        raise RequestError(f"its adapters are {shown(found)}; needed a list of at most {MOST_ADAPTERS}")
+    for one in found:
+        known, unknown = _record("adapter", one, ADAPTER)
+        if unknown or (missing := sorted(REQUIRED - {*known})):
+            said = f"{shown(unknown)}, unknown here" if unknown else f"no {', '.join(missing)}"
+            raise RequestError(f"its adapter has {said}; it was written by another version")
+        if not HASH.fullmatch(one["sha256"]):
+            raise RequestError(f"its adapter has a sha256 of {shown(one['sha256'])}; needed 64 digits and letters")
+        if not abs(one["scale"]) <= 1000:
+            raise RequestError(f"its adapter has a scale of {shown(one['scale'])}; needed a number within ±1000")
+
+
+def spoken(control: Control) -> str:
+    """A control as the command line says it, without the folders of whoever drew with it."""
+    paths = {name: getattr(control, name) for name in ("model", *CONTROL_IMAGES)}
+    own: dict[str, Any] = {name: own_name(path) for name, path in paths.items() if isinstance(path, str)}
+    return str(replace(control, **own))
+
+
+def several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def named_images(request: Request, name: str) -> list[Any]:
+    return request.references()[0] if name == "reference" else several(getattr(request, name))
+
+
+def found_beside(folder: Path, named: str, sha256: str, option: str) -> str:
+    """The plain file that a picture names, beside it or in the current folder, whose pixels have that hash."""
+    from s3dit.inputs.images import Picture
+
+    # os.path: a name that is too long, or in a folder that may not be read, is no file.
+    there = [path for path in _places(folder, named) if os.path.isfile(path)]
+    for path in there:
+        try:
+            if Picture.open(str(path)).sha256 == sha256:
+                return str(path)
+        except RequestError:
+            continue
+    if there:
+        raise RequestError(
+            f"{shown(str(there[0]))} is not what it was then; needed the same pixels; give the file with {option}"
+        )
+    raise RequestError(
+        f"it was drawn with {shown(named)}, not found beside it nor in this folder; give the file with {option}"
+    )
+
+
+def _places(folder: Path, named: str) -> Iterator[Path]:
+    """Where a file may be that a picture names: never outside of its folder and the current one."""
+    # A share or a drive of Windows is a network or a device elsewhere, too, and an absolute path in any case.
+    inside = not PureWindowsPath(named).anchor and ".." not in re.split(r"[/\\]", named)
+    for name in dict.fromkeys([named, own_name(named)] if inside else [own_name(named)]):
+        if not PureWindowsPath(name).anchor:
+            yield from dict.fromkeys((folder / name, Path(name)))
+
+
+def own_name(path: str) -> str:
+    """The last name of a path of any system."""
+    return re.split(r"[/\\]", path)[-1]

@@ -1,0 +1,214 @@
+"""`s3dit generate --replay`: a request out of the picture that it made, and what may be another than it was then.
+
+Metadata are what somebody else wrote. What a replay takes from them is one request: prompt, sizes, seed, steps, noise
+levels, guidance, held to the same types and bounds as the user's own (`Request.check`), for one picture, because a
+picture says what made it alone; `--count` asks for more. The user's own options change any of it.
+
+What a replay never does with them: ask the network; load a model, a part, an adapter or a ControlNet that they name;
+choose a device or a number format; open an image whose hash they do not carry. Models, parts, adapters and controls are
+named in an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given
+take the strengths and the order that they had. Start images, masks and references are looked for as plain files beside
+the picture and in the current folder, under the name that they had (or below these folders, where that was a relative
+path without `..`), and used only if their pixels have the hash that the picture carries; else the user gives them with
+`--image`, `--mask` or `--reference`.
+
+The picture is the same to the bit where model, adapters, images, number formats, device, dtype, versions, number of
+threads and kind of CPU are the same. What differs, as far as the picture remembers it, is told (`changes`), with the
+option that undoes it.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3dit.cli.record import (
+    FORMATS,
+    OPTIONS,
+    OWN_FORMATS,
+    PARTS,
+    PLAIN,
+    Record,
+    found_beside,
+    named_images,
+    own_name,
+    read_record,
+    several,
+    spoken,
+)
+from s3dit.control import IMAGES as CONTROL_IMAGES
+from s3dit.control import Control, shown
+from s3dit.errors import RequestError
+from s3dit.request import IMAGES, Request
+
+if TYPE_CHECKING:
+    from s3dit.pipeline import Pipeline
+
+# Two ways to say one thing: whichever the user chooses, the picture's is dropped.
+RIVALS = (("cfg", "guidance_scale"), ("sigmas", "num_inference_steps"))
+
+
+def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
+    """The request that a picture was made with, without what the user gives anew; its adapters; and what drew it.
+
+    "others" of the latter: what the user gave that is not what it was. Raises RequestError, of one line that names the
+    picture.
+    """
+    from s3dit.inputs.images import read_metadata
+
+    data = read_metadata(args.replay)
+    with _naming(args.replay):
+        record = read_record(data)
+        adapters, engine = record.adapters, record.engine
+        inputs = engine.get("inputs", {})
+        _check_given(args, record)
+        request = Request.from_json(data)
+        request = _alone(request, args, prompt)
+        controls = [Control.parse(text) for text in args.control or ()]
+        if request.controls and not controls:
+            words = " ".join(f"--control {shown(spoken(one))}" for one in request.controls)
+            raise RequestError(f"it was drawn with a ControlNet; give it, and what it is to follow, with {words}")
+        engine["others"] = [*_others(args, request, controls, inputs)]
+        engine["others"] += (
+            [f"with {shown(record.strange)}, of which this version knows nothing"] if record.strange else []
+        )
+        request = request.filled(control=None, **_images(args, request, inputs))
+    values = request.to_json()
+    if prompt is not None:
+        values.pop("prompt")
+    for chosen, dropped in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+        if getattr(args, chosen) is not None:
+            values.pop(dropped, None)
+    return values, adapters, engine
+
+
+def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Attach the adapters of the command line, and say of each what became of it.
+
+    records: of a replayed picture, or none. Each must be among those given, known by its hash or else by its name; it
+    takes its place and, unless another is given, its strength. Raises RequestError, CheckpointError.
+    """
+    from s3dit.weights.adapter import read_adapter
+    from s3dit.weights.hub import resolve_file
+
+    left = [(file, scale, read_adapter(resolve_file(file)).digest() if records else "") for file, scale in args.lora]
+    found: dict[int, tuple[str, float | None, str]] = {}
+    for by_hash in (True, False):
+        for i, was in enumerate(records):
+            wanted = was["sha256"] if by_hash else own_name(was["file"])
+            same = [one for one in left if wanted == (one[2] if by_hash else own_name(one[0]))]
+            if i not in found and same:
+                left.remove(same[0])
+                found[i] = same[0]
+    if missing := [was for i, was in enumerate(records) if i not in found]:
+        raise RequestError(f"{args.replay}: {_wanted(missing)} (scale 0 leaves one out)")
+    for i, was in enumerate(records):
+        file, scale, digest = found[i]
+        partial = args.lora_allow_partial or was.get("partial", False)
+        report = pipe.lora.attach(file, was["scale"] if scale is None else scale, allow_partial=partial)
+        if was.get("merged"):
+            pipe.lora.merge(report.name)
+        strength = f"; strength {was['scale']:g} as the picture was drawn" if scale is None else ""
+        yield f"{report}{strength}{'' if digest == was['sha256'] else '; another file than the picture was drawn with'}"
+    for file, scale, _ in left:
+        report = pipe.lora.attach(file, 1.0 if scale is None else scale, allow_partial=args.lora_allow_partial)
+        yield f"{report}{'; the picture was drawn without it' if records else ''}"
+
+
+def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
+    """In what a pipeline differs from the one that drew a picture, as far as that remembers it."""
+    import torch
+
+    if (variant := engine.get("variant", pipe.config.variant)) != pipe.config.variant:
+        yield f"with a model of the variant {shown(variant)}, this is {pipe.config.variant} (--model)"
+    if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
+        yield f"on {shown(placement)}, this is on {pipe.placement} (--device, --dtype)"
+    # Sums are taken in another order; versions differ in theirs too.
+    if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
+        yield f"on {threads} threads, these are {torch.get_num_threads()} (OMP_NUM_THREADS={threads})"
+    if (cpu := engine.get("cpu", kind := torch.backends.cpu.get_cpu_capability())) != kind:
+        yield f"on a CPU with {shown(cpu)}, this has {kind}"
+    if (version := engine.get("torch", torch.__version__)) != torch.__version__:
+        yield f"with torch {shown(version)}, this is {torch.__version__}"
+    now = {part: name for part, name in pipe.parts.formats.items() if name}
+    then = engine.get("quantized", now)
+    for part in {**now, **then}:
+        if (before := then.get(part, "")) != (name := now.get(part, "")):
+            found = f"with its {part if part in PARTS else shown(part)} in {shown(before) if before else PLAIN}"
+            option = f" ({FORMATS[part]} {before})" if part in FORMATS and before in OWN_FORMATS else ""
+            yield f"{found}, this is in {name or PLAIN}{option}"
+    yield from engine.get("others", ())
+
+
+@contextmanager
+def _naming(picture: Path) -> Iterator[None]:
+    """Whatever is wrong with a picture's metadata is said of it."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"{picture}: {error}") from None
+
+
+def _check_given(args: argparse.Namespace, record: Record) -> None:
+    """The user gave what a picture may not name."""
+    if args.model in (None, "embedded") and record.model not in (None, "embedded"):
+        raise RequestError(f"it was drawn with {shown(record.model)}; say where that is with --model")
+    for part, name in record.engine.get("mixed", {}).items():
+        if getattr(args, part) is None:
+            raise RequestError(f"it was drawn with the {part} of {shown(name)}; say where that is with {PARTS[part]}")
+    if record.adapters and not args.lora:
+        raise RequestError(_wanted(record.adapters))
+
+
+def _wanted(adapters: Sequence[Mapping[str, Any]]) -> str:
+    names = ", ".join(shown(f"{own_name(one['file'])}:{one['scale']:g}") for one in adapters)
+    return f"it was drawn with {'adapters' if len(adapters) > 1 else 'the adapter'} {names}; give them with --lora"
+
+
+def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
+    """The request of the one picture that a picture speaks of."""
+    count = 1 if args.num_images_per_prompt is not None else request.num_images_per_prompt
+    if prompt is not None:
+        request = request.filled(prompt="")
+    if (pictures := len(request.prompts) * count) != 1:
+        raise RequestError(f"it asks for {pictures} pictures; needed 1, itself; say how many you want with --count")
+    request = request.filled(prompt=request.prompts[0], num_images_per_prompt=1)
+    own = {one.name: request.per_image(one.name)[0] for one in fields(request) if one.metadata["each"]}
+    return request.filled(negative_prompt=request.per_image("negative_prompt")[0], **own)
+
+
+def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the images that a picture names and the user does not give: the files that are what they were."""
+    found: dict[str, Any] = {}
+    for name in (*IMAGES, "reference"):
+        if getattr(args, name) is not None:
+            continue
+        given, hashes = named_images(request, name), several(inputs.get(name))
+        if len(given) != len(hashes):
+            names = ", ".join(map(shown, given[:4])) or "nothing"
+            raise RequestError(
+                f"it names {names} for {name}, {len(given)} in all, and has {len(hashes)} hashes; no file is opened "
+                f"without its hash; give what is to be drawn with {OPTIONS[name]}"
+            )
+        paths = [found_beside(args.replay.parent, *one, OPTIONS[name]) for one in zip(given, hashes, strict=True)]
+        found[name] = (paths or None) if name == "reference" else paths[0] if paths else None
+    return found
+
+
+def _others(
+    args: argparse.Namespace, request: Request, controls: Sequence[Control], inputs: Mapping[str, Any]
+) -> Iterator[str]:
+    """Which of the user's images are not those that a picture was drawn with."""
+    from s3dit.inputs.images import Picture
+
+    if len(controls) != len(request.controls) and request.controls:
+        yield f"with {len(request.controls)} controls, this is with {len(controls)}"
+    given = {name: several(getattr(args, name)) for name in OPTIONS if several(getattr(args, name))}
+    for number, one in enumerate(controls, 1):
+        names = {name: f"control {number} {name}" for name in CONTROL_IMAGES}
+        given |= {key: [getattr(one, name)] for name, key in names.items() if key in inputs and getattr(one, name)}
+    for name, paths in given.items():
+        if name in inputs and [Picture.open(path, name).sha256 for path in paths] != several(inputs[name]):
+            yield f"with another {name} than {', '.join(map(shown, paths))}"

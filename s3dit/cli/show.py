@@ -1,0 +1,139 @@
+"""What the command line shows: a plan, who computes what, progress, and the picture as it forms."""
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from s3dit.files import claimed
+from s3dit.terminal import bar, event, line, paint, say
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from s3dit.kernels.dispatch import Op
+    from s3dit.pipeline import Pipeline
+    from s3dit.plan import Plan
+    from s3dit.sampling.solvers import Step
+
+# Bytes of a part from which its loading is worth a bar.
+LONG = 1 << 28
+
+
+def describe(pipe: "Pipeline", plan: "Plan") -> str:
+    """The plan as text: where, what, when, how many bytes, which noise levels."""
+    request = plan.request
+    sizes = sorted({f"{w}×{h}" for w, h in zip(request.per_image("width"), request.per_image("height"), strict=True)})
+    lines = [
+        f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
+        + "".join(f", {part} in {name}" for part, name in pipe.parts.formats.items() if name),
+        f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
+        f"{'by size' if request.shift is None else format(request.shift, 'g')}, guidance {request.guidance_scale:g})",
+        "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
+    ]
+    lines += [
+        f"adapter {one['file']} of strength {one['scale']:g}" + (", merged" if one.get("merged") else "")
+        for one in pipe.lora.records()
+    ]
+    if request.strength is not None:
+        lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "
+                     f"{request.num_inference_steps}")  # fmt: skip
+    if plan.then is not None:
+        lines.append(f"then {request.upscale:g} times as large, noise levels "
+                     + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
+    for turn, stage in enumerate(plan.stages, 1):
+        lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
+    held = {stage.part: stage.holds for stage in plan.stages}
+    turns = [stage.holds + stage.beside for stage in plan.stages]
+    most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
+    weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
+    lines.append(weights if plan.fit is None else str(plan.fit))
+    return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
+
+
+def explain(pipe: "Pipeline", plan: "Plan") -> str:
+    """Which implementation serves each operation of one model call, and why not the others."""
+    from s3dit.kernels.dispatch import asked, backend, use_backend
+
+    with asked() as calls:
+        pipe.rehearse(plan)
+    with use_backend(pipe.backend):
+        return _explained(calls, f"backend {backend()}, {pipe.placement}")
+
+
+def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]", title: str) -> str:
+    found: dict[tuple[str, ...], int] = {}
+    for op, args in calls:
+        x, answers = args[0], op.explain(*args)
+        question = f"{op.name} {'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
+        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), "nobody")
+        others = [f"not {name} ({kind}): {why}" for name, kind, why in answers if f"{name} ({kind})" != chosen]
+        key = (f"{question}: {chosen}", *others)
+        found[key] = found.get(key, 0) + 1
+    lines = [title]
+    for (question, *others), count in found.items():
+        lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
+    return "\n".join(map(line, lines))
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def show(picture: "Image.Image") -> None:
+    """Draw a picture in the terminal, if there is one."""
+    from s3dit.inputs.images import ansi
+
+    paint(ansi(picture, 48))
+
+
+class Progress:
+    """A bar that counts model calls, or JSON lines; with --preview also the picture as it forms."""
+
+    def __init__(self, pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> None:
+        self.pipe, self.plan, self.args = pipe, plan, args
+        self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
+        self.loading: dict[str, Any] = {}
+        self.preview: Path | None = None
+        self.ending = ExitStack()
+
+    def __enter__(self) -> "Progress":
+        if self.args.preview:
+            first: Path = self.args.paths[0]
+            # A name of its own: another file of this name is somebody's.
+            self.preview = self.ending.enter_context(claimed(first.with_name(f"{first.stem}.preview.png")))
+            self.ending.callback(self.preview.unlink, missing_ok=True)
+            say(f"the picture forms in {self.preview}")
+        self.bar = self.ending.enter_context(
+            bar("denoising", total=self.plan.calls, unit="call", disable=self.args.json)
+        )
+        self.pipe.parts.on_read = self.read
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pipe.parts.on_read = None
+        self.ending.close()
+
+    def read(self, part: str, count: int) -> None:
+        """Show a part coming in, where that takes long: `count` more bytes of it were read."""
+        if self.args.json or part not in self.reads:
+            return
+        if part not in self.loading:
+            self.loading[part] = bar(f"loading {part}", total=self.reads[part], unit="B", unit_scale=True, leave=False)
+        coming = self.loading[part]
+        coming.update(count)
+        if coming.n >= self.reads[part]:
+            self.loading.pop(part).close()
+
+    def __call__(self, step: "Step") -> None:
+        if self.args.json:
+            event(event="step", step=step.i, of=step.n, model_calls=step.calls, sigma=step.sigma_next)
+        self.bar.update(step.calls - self.bar.n)
+        if self.preview is not None:
+            from s3dit.inputs.images import save_png, to_pil
+
+            # The transformer stays: a small autoencoder beside it is worth less than loading it again.
+            with self.pipe.parts.beside():
+                picture = to_pil(self.pipe.decode(step.denoised[:1])[0][None])[0]
+            save_png(picture, self.preview)
+            show(picture)

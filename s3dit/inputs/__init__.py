@@ -1,0 +1,1 @@
+"""What a request brings along: images, start images, references, control images."""

@@ -1,0 +1,167 @@
+"""Reference pictures of Omni and Edit models: what a user gives, made ready for both of their readers.
+
+An Omni model looks at each reference twice: the autoencoder makes latents of it, which stand among the tokens as clean
+ones, and the vision tower makes features, which stand behind them. Both are the same for every step, every prompt and
+every seed, so they are made once and kept (`Look`).
+
+A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.reference_area`), its proportions kept; for the
+autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
+any weight (`read`).
+
+Source: diffusers' `ZImageOmniPipeline` and its `Flux2ImageProcessor` for sizes and limits. One thing is not taken over:
+it rounds the pixels to bf16 before the autoencoder, whatever that computes in; here fp32 stays fp32. Not here: where
+the tokens stand (layout.py), the tower (vision_encoder.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from s3dit.errors import CheckpointError, RequestError
+from s3dit.inputs.images import Picture, Pictures, resized, to_pil
+from s3dit.model.config import ModelConfig, VisionInputConfig
+from s3dit.model.layout import Grid, patchify, released_order
+from s3dit.model.vision_encoder import patches_of
+from s3dit.request import Request
+
+# Pixels along the side of a token; a reference's sides are cut to multiples of it.
+PATCH = 16
+# A picture of more pixels is scaled; smaller sides and longer shapes are refused.
+LARGE, SMALLEST_SIDE, LONGEST = 1024 * 1024, 64, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """A picture to look at.
+
+    pixels (3, H, W) fp32 in [-1, 1], sides multiples of 16 · patches (n, 3 · 16²) fp32 on the grid `seen` · sha256 of
+    the picture as it was given · size (height, width) that it was scaled to · name: what messages call it.
+    """
+
+    name: str
+    pixels: Tensor
+    patches: Tensor
+    seen: Grid
+    sha256: str
+    size: tuple[int, int]
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of its latents' patches."""
+        return self.pixels.shape[1] // PATCH, self.pixels.shape[2] // PATCH
+
+    @property
+    def shape(self) -> tuple[Grid, Grid]:
+        """What `layout.edit` wants to know."""
+        return self.grid, self.seen
+
+    @property
+    def key(self) -> tuple[str, tuple[int, int]]:
+        """The same for pictures that are the same to the model."""
+        return self.sha256, self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the transformer reads of a reference: patches of latents (n, 64) fp32, and features (m, D)."""
+
+    patches: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, features: Tensor) -> "Look":
+        """From the autoencoder's (16, H/8, W/8) and the tower's (m, D), row by row."""
+        return cls(patchify(latents.float().contiguous()), released_order(features))
+
+
+def read(
+    request: Request, config: ModelConfig, folder: Path, pictures: Pictures, notes: list[str]
+) -> tuple[Request, tuple[tuple[Reference, ...], ...]]:
+    """Read and check a request's references; returns it with sizes filled in, and those of each picture; adds notes.
+
+    The size of a picture is, where nothing else says it, that of its last reference. Raises RequestError for pictures
+    that are not to be had, or too small, or given to a model without eyes; CheckpointError where the folder lacks them.
+    """
+    rows = request.references()
+    if not any(rows):
+        return request, ((),) * request.count
+    vision = _eyes(config, folder)
+    made: dict[tuple[int, int], Reference] = {}
+    found, sizes, areas = [], [], []
+    columns = (request.per_image(name) for name in ("height", "width", "reference_area"))
+    for given, height, width, area in zip(rows, *columns, strict=True):
+        asked = height is not None and width is not None
+        area = area or (height * width if asked else LARGE)
+        row = []
+        for i, source in enumerate(given, 1):
+            picture = pictures.open(source, f"reference {i}")
+            if (id(picture), area) not in made:
+                made[id(picture), area] = _reference(picture, area, vision, notes)
+            row.append(made[id(picture), area])
+        found.append(tuple(row))
+        settings = (config.settings.height, config.settings.width)
+        last = tuple(PATCH * side for side in found[-1][-1].grid) if given else settings
+        sizes.append((last[0] if height is None else height, last[1] if width is None else width))
+        areas.append(area if given else None)
+    request = request.filled(reference_area=areas)
+    # Given latents say the size by themselves.
+    if request.latents is None:
+        request = request.filled(height=[h for h, _ in sizes], width=[w for _, w in sizes])
+    return request, tuple(found)
+
+
+def _eyes(config: ModelConfig, folder: Path) -> VisionInputConfig:
+    """How the model's tower takes pictures, if it has one."""
+    if config.transformer.siglip_feat_dim is None:
+        raise RequestError(
+            f"reference images are given to a {config.variant} model; needed an Omni or Edit model, which has siglip/; "
+            "for a start image give image"
+        )
+    if config.vision_input is None:
+        raise CheckpointError(
+            f"{folder}: no siglip/ in it; reference images need the vision tower; download the whole model directory"
+        )
+    return config.vision_input
+
+
+def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: list[str]) -> Reference:
+    """One picture for both readers; adds a note where it is changed."""
+    height, width = picture.size
+    shape = f"{picture.name} is {width}×{height} pixels"
+    if min(height, width) < SMALLEST_SIDE:
+        raise RequestError(f"{shape}; a reference needs at least {SMALLEST_SIDE} a side; scale it up")
+    if max(height, width) > LONGEST * min(height, width):
+        raise RequestError(f"{shape}; a reference may be {LONGEST} times as long as wide at most; cut it")
+    content = picture.content
+    if height * width > LARGE:
+        scale = math.sqrt(area / (width * height))
+        height, width = int(height * scale), int(width * scale)
+        content = (
+            content.resize((width, height), Image.Resampling.LANCZOS)
+            if isinstance(content, Image.Image)
+            else resized(content, (height, width)).clamp(0, 1)
+        )
+    rows, columns = height // PATCH, width // PATCH
+    if min(rows, columns) < 1:
+        raise RequestError(
+            f"{shape}, scaled to {area} in all {width}×{height}; needed {PATCH} a side; raise reference_area"
+        )
+    if (rows * PATCH, columns * PATCH) != picture.size:
+        notes.append(f"{shape}; the model looks at {columns * PATCH}×{rows * PATCH} of it")
+    pixels = Picture(picture.name, content).pixels()
+    image = content if isinstance(content, Image.Image) else to_pil(pixels[None])[0]
+    top, left = (height - rows * PATCH) // 2, (width - columns * PATCH) // 2
+    cut = pixels[:, top : top + rows * PATCH, left : left + columns * PATCH]
+    return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width))
+
+
+def joined(looks: Sequence[Look]) -> tuple[Tensor | None, Tensor | None]:
+    """Patches and features of all references of a pass, end to end; None where there is none."""
+    if not looks:
+        return None, None
+    return torch.cat([one.patches for one in looks]), torch.cat([one.features for one in looks])

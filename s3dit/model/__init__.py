@@ -1,0 +1,1 @@
+"""The model: what is computed, as modules and plain data."""

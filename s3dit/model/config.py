@@ -1,0 +1,203 @@
+"""What a model is made of: the configurations of its parts, its variant, and how it wants to be run.
+
+`VARIANTS` holds what the files do not say: the settings a variant is meant to be run with. Which variant a directory
+holds is told from its files (SigLIP width, the shift of the schedule where it is exactly one of the published ones),
+never from its name. A directory may say more in `s3dit.json` (variant, size, steps, the words it knows); the embedded
+tiny model does. How each part reads its file is in `config_parts`.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from s3dit.errors import CheckpointError
+from s3dit.model import config_keys
+from s3dit.model.config_parts import (
+    LARGEST,
+    MOST_LAYERS,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VAEConfig,
+    VisionConfig,
+    VisionInputConfig,
+    need,
+)
+from s3dit.weights import container
+
+__all__ = [
+    "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
+    "VAEConfig", "VisionConfig", "VisionInputConfig",
+]  # fmt: skip
+
+Variant = Literal["turbo", "base", "omni", "tiny"]
+
+# By the folder that holds it.
+KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
+# What a directory may say of its own world.
+OWN = "s3dit.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a variant is meant to be run, where neither the request nor the directory says otherwise."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    height: int = 1024
+    width: int = 1024
+
+
+VARIANTS: dict[Variant, Settings] = {
+    "turbo": Settings(num_inference_steps=8, guidance_scale=0.0),
+    "base": Settings(num_inference_steps=28, guidance_scale=4.0),
+    "omni": Settings(num_inference_steps=28, guidance_scale=4.0),
+    "tiny": Settings(num_inference_steps=8, guidance_scale=0.0, height=128, width=128),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A whole model directory: its parts, its variant and how it wants to be run."""
+
+    transformer: TransformerConfig
+    text_encoder: TextEncoderConfig
+    vae: VAEConfig
+    scheduler: SchedulerConfig
+    variant: Variant
+    settings: Settings
+    # None where the directory has no siglip/: then the model takes no reference images.
+    vision: VisionConfig | None = None
+    vision_input: VisionInputConfig | None = None
+    # What the directory says of its own world (embedded model): words it knows, one sentence, a prompt that suits it.
+    words: frozenset[str] = frozenset()
+    note: str = ""
+    prompt: str = ""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse one small JSON object from disk; CheckpointError when it is missing, huge or not an object."""
+    try:
+        data = container.read_json(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds a {type(data).__name__}; needed a JSON object")
+    return data
+
+
+def read_model(folder: Path) -> ModelConfig:
+    """Read every config of a model in the official directory layout; raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: not a folder; needed a model directory with transformer/, text_encoder/, vae/"
+        )
+    missing = [
+        part
+        for part in ("transformer", "text_encoder", "vae", "scheduler", "tokenizer")
+        if not (folder / part).is_dir()
+    ]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: not a Z-Image model directory, it lacks {'/, '.join(missing)}/; "
+            "needed the layout of Tongyi-MAI/Z-Image-Turbo"
+        )
+
+    def part(kind: type[Any], name: str, file: str = "config.json") -> Any:
+        path = folder / name / file
+        return kind.from_json(read_json(path), path)
+
+    scheduler = part(SchedulerConfig, "scheduler", "scheduler_config.json")
+    configs = {name: part(kind, name) for name, kind in KINDS.items()}
+    if configs["transformer"].siglip_feat_dim is not None:
+        configs |= read_vision(folder)
+    return compose(configs, scheduler, read_own(folder), folder)
+
+
+def read_own(folder: Path) -> dict[str, Any]:
+    """What a directory says in its `s3dit.json`, checked; empty where it has none. Raises CheckpointError."""
+    path = folder / OWN
+    own = read_json(path) if path.is_file() else {}
+    config_keys.check_own(own, path)
+    return own
+
+
+def read_index(folder: Path, skip: Collection[str] = ()) -> list[str]:
+    """Hold a directory's `model_index.json`, where it has one, to what is built here (`config_keys.check_index`)."""
+    path = folder / "model_index.json"
+    return config_keys.check_index(read_json(path), path, skip) if path.is_file() else []
+
+
+def read_vision(folder: Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/.
+
+    notes: gets what they say that nobody knows.
+    """
+    if not (folder / "siglip").is_dir():
+        return {}
+    found = {}
+    for kind, path in (
+        (VisionConfig, folder / "siglip" / "config.json"),
+        (VisionInputConfig, folder / "siglip_processor" / "preprocessor_config.json"),
+    ):
+        found[path.parent.name] = kind.from_json(data := read_json(path), path)
+        if notes is not None:
+            notes += kind.strange(data, path)
+    return found
+
+
+def compose(
+    configs: Mapping[str, Any], scheduler: SchedulerConfig, own: Mapping[str, Any], source: Path
+) -> ModelConfig:
+    """One model of the configurations of its parts; own: what its `s3dit.json` says. Raises CheckpointError."""
+    transformer: TransformerConfig = configs["transformer"]
+    text_encoder: TextEncoderConfig = configs["text_encoder"]
+    if transformer.cap_feat_dim != text_encoder.hidden_size:
+        raise CheckpointError(
+            f"{source}: the transformer takes text of width {transformer.cap_feat_dim}, the text encoder gives "
+            f"{text_encoder.hidden_size}; the parts are of different models"
+        )
+    vision, vision_input = configs.get("siglip"), configs.get("siglip_processor")
+    if vision is not None and vision_input is not None:
+        found = (vision.hidden_size, vision.patch_size, vision.num_channels)
+        needed = (transformer.siglip_feat_dim, vision_input.patch_size, 3)
+        if found != needed:
+            raise CheckpointError(
+                f"{source}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
+                f"{needed}; the parts are of different models"
+            )
+    vae: VAEConfig = configs["vae"]
+    sizes = (vae.in_channels, vae.out_channels, vae.latent_channels, transformer.in_channels)
+    need(
+        sizes == (3, 3, 16, 16) and len(vae.block_out_channels) == 4, source,
+        f"channels of (pictures in, pictures out, latents, transformer) are {sizes}, the VAE's block_out_channels "
+        f"{list(vae.block_out_channels)}", "(3, 3, 16, 16), and 4 levels, which make 8 pixels one cell",
+    )  # fmt: skip
+    # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
+    variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"
+    settings = VARIANTS[variant]
+    known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
+    return ModelConfig(
+        transformer=transformer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        variant=variant,
+        settings=Settings(**known),
+        vision=vision,
+        vision_input=vision_input,
+        words=frozenset(own.get("words", ())),
+        note=str(own.get("note", "")),
+        prompt=str(own.get("prompt", "")),
+    )
+
+
+def variant_of(transformer: TransformerConfig, scheduler: SchedulerConfig) -> Variant | None:
+    """Tell the variant from the files: SigLIP input means Omni or Edit, the shift exactly 3 Turbo, exactly 6 Z-Image.
+
+    None for another shift, which somebody chose: then the files do not say whether the model is distilled.
+    """
+    if transformer.siglip_feat_dim is not None:
+        return "omni"
+    return {3.0: "turbo", 6.0: "base"}.get(scheduler.shift)  # type: ignore[return-value]

@@ -1,0 +1,354 @@
+"""ControlNet: a second stack of blocks that reads a control image and adds hints to the streams of the transformer.
+
+A branch embeds the control latents as tokens that stand where the image tokens stand, refines them, joins them with the
+caption and runs them through its own blocks, each of which leaves a hint behind: `x = block(x)`, then `x = x + hint`.
+It borrows time embedding, pad token, refined caption and rotary tables from the pass that it serves and holds no copy
+of any of them. Three published forms, told from the tensors (`ControlNetConfig.of`):
+
+  1.0  16 channels; its refiner are two plain blocks, and nothing is added to the base's refiner
+  2.0  33 channels (control, mask, inpaint); its own `control_layers` run as the refiner too, two of their hints serve
+  2.1  33 channels; two blocks of `control_noise_refiner` with projections refine and give the two hints
+
+The authors add the refiner's hints to the base's image stream; diffusers adds them to a copy that only the branch sees.
+Both are here (`Rule`), the authors' is the default. The two are one for 1.0.
+
+Source: VideoX-Fun `z_image_transformer2d_control.py` (the authors), diffusers `controlnet_z_image.py`. Not here: making
+control images (canny, depth, pose); in which steps a branch acts (`branches`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from s3dit.control import Rule, Version
+from s3dit.errors import CheckpointError
+from s3dit.kernels.attention import Spans
+from s3dit.model import config_keys
+from s3dit.model.config import TransformerConfig, read_json
+from s3dit.model.layout import patchify
+from s3dit.model.linear import Linear
+from s3dit.model.transformer import PATCH, Block, Context, Transformer
+from s3dit.weights.assign import verify
+from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
+
+EMBEDDER = f"control_all_x_embedder.{PATCH}.weight"
+REFINER = "control_noise_refiner."
+# What tells 2.1 from 2.0, whose refiner was never trained: there it is missing, or as it was initialized, zero.
+BEFORE = f"{REFINER}0.before_proj.weight"
+# How diffusers' config.json says the version, under `add_control_noise_refiner`.
+SPOKEN: Mapping[str | None, Version] = {None: "1.0", "control_layers": "2.0", "control_noise_refiner": "2.1"}
+# What else of it is read.
+PLACES = ("control_layers_places", "control_refiner_layers_places", "add_control_noise_refiner", "control_in_dim")
+# What a ControlNet's config.json repeats of its base.
+BASE = ("dim", "n_refiner_layers", "n_heads", "n_kv_heads", "norm_eps")
+# Strengths of the authors' own examples.
+STRENGTHS: Mapping[Version, float] = {"1.0": 0.75, "2.0": 0.75, "2.1": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class ControlNetConfig:
+    """What a ControlNet is made of besides the widths of its base.
+
+    channels: of the control latents, 16 or 33 · places: the main layers of the base after which a hint is added ·
+    notes: on what its config.json says without effect.
+    """
+
+    version: Version
+    channels: int
+    places: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def strength(self) -> float:
+        """The strength that its authors use."""
+        return STRENGTHS[self.version]
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it takes a mask and a picture to inpaint."""
+        return self.version != "1.0"
+
+    def __str__(self) -> str:
+        return f"ControlNet {self.version}, {self.channels} channels, hints after layers {_listed(self.places)}"
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, base: TransformerConfig, version: Version | None = None, folder: Path | None = None
+    ) -> Self:
+        """Tell what a file holds from its tensors, and what a diffusers `config.json` in its folder adds.
+
+        version: what the caller knows better. Reads headers and, where both are possible, one matrix. Raises
+        CheckpointError for what is no ControlNet of this family, of another width or not of the version asked for.
+        """
+        rows, columns = _embedder(checkpoint)
+        if rows != base.dim:
+            raise CheckpointError(
+                f"{checkpoint.path}: a ControlNet for a model of width {rows}, this one is {base.dim} wide; take the "
+                "ControlNet that was made for it"
+            )
+        if base.siglip_feat_dim is not None:
+            raise CheckpointError(
+                f"{checkpoint.path}: for Z-Image and Turbo; no Omni or Edit model has one; take another model"
+            )
+        said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+        told = _version(checkpoint, said)
+        channels = columns // 4
+        config_keys.CONTROLNET.check(said, f"{checkpoint.path}: its config.json")
+        _check_base(checkpoint, said, {name: getattr(base, name) for name in BASE} | {"control_in_dim": channels})
+        if (columns % 4, channels) != (0, base.in_channels if told == "1.0" else 2 * base.in_channels + 1):
+            raise CheckpointError(
+                f"{checkpoint.path}: {EMBEDDER} has {columns} columns, not those of a ControlNet {told} (4 · "
+                f"{base.in_channels} in 1.0, 4 · {2 * base.in_channels + 1} in 2.x); download it again"
+            )
+        if version not in (None, told) and ("1.0" in (version, told) or BEFORE not in checkpoint):
+            raise CheckpointError(
+                f"{checkpoint.path}: its tensors are those of version {told}, asked for is {version}; only 2.0 and 2.1 "
+                "have the same tensors; leave the version out"
+            )
+        notes = config_keys.CONTROLNET.strange(said, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
+        return cls(version or told, channels, _places(checkpoint, base, said), tuple(notes))
+
+    def unused(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """Names in a file that are never read: the untrained refiner of 2.0, and a base that was saved with it."""
+        prefixes = ("control_layers.", "control_all_x_embedder.", *(() if self.version == "2.0" else (REFINER,)))
+        return tuple(name for name in checkpoint if not name.startswith(prefixes))
+
+
+def _listed(places: Sequence[int]) -> str:
+    step = places[1] - places[0] if len(places) > 1 else 0
+    even = len(places) > 4 and all(b - a == step for a, b in zip(places, places[1:], strict=False))
+    shown = f"{places[0]}, {places[1]}, … {places[-1]}" if even else ", ".join(map(str, places))
+    return f"{shown} ({len(places)})"
+
+
+def _embedder(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Rows and columns of the control embedder; CheckpointError where there is none."""
+    if EMBEDDER in checkpoint and len(shape := checkpoint.entry(EMBEDDER).shape) == 2:
+        return shape[0], shape[1]
+    kind = "the model itself, not a ControlNet" if "x_pad_token" in checkpoint else "no ControlNet for Z-Image"
+    raise CheckpointError(
+        f"{checkpoint.path}: {kind} (it has no {EMBEDDER}); needed a file such as "
+        "Z-Image-Turbo-Fun-Controlnet-Union-2.1.safetensors"
+    )
+
+
+def _check_base(checkpoint: Checkpoint, said: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+    """Raise CheckpointError where a config.json says other sizes or epsilons than the base and the tensors have."""
+    for key, value in needed.items():
+        if key in said and said[key] != value:
+            raise CheckpointError(
+                f"{checkpoint.path}: {key} is {said[key]!r:.80} in its config.json; this model needs {value}; take the "
+                "ControlNet that was made for it, or restore the file"
+            )
+
+
+def _version(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Version:
+    """The version that a config.json says, else the one that the tensors tell."""
+    if (word := said.get("add_control_noise_refiner", "")) != "":
+        if not isinstance(word, str | None) or word not in SPOKEN:
+            raise CheckpointError(
+                f"{checkpoint.path}: add_control_noise_refiner is {word!r} in its config.json; needed null, "
+                "control_layers or control_noise_refiner; restore the file"
+            )
+        return SPOKEN[word]
+    if any(name.startswith(REFINER) for name in checkpoint):
+        if f"{REFINER}0.after_proj.weight" not in checkpoint:
+            return "1.0"
+        if BEFORE in checkpoint and checkpoint.load(BEFORE).float().any():
+            return "2.1"
+    return "2.0"
+
+
+def _places(checkpoint: Checkpoint, base: TransformerConfig, said: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers that get a hint: what a config.json says, else spread evenly, as in every published file."""
+    count = len({name.split(".")[1] for name in checkpoint if name.startswith("control_layers.")})
+    refiner = said.get("control_refiner_layers_places") or list(range(base.n_refiner_layers))
+    places = said.get("control_layers_places")
+    if places is None:
+        if count == 0 or base.n_layers % count:
+            raise CheckpointError(
+                f"{checkpoint.path}: {count} control layers cannot be spread evenly over the {base.n_layers} layers of "
+                "this model; needed a ControlNet that was made for it, or diffusers' config.json beside it"
+            )
+        places = list(range(0, base.n_layers, base.n_layers // count))
+    whole = isinstance(places, list) and all(type(place) is int for place in places)
+    ascends = whole and places == sorted(set(places)) and len(places) == count
+    if not ascends or places[0] != 0 or places[-1] >= base.n_layers or refiner != list(range(base.n_refiner_layers)):
+        raise CheckpointError(
+            f"{checkpoint.path}: control_layers_places {places} and control_refiner_layers_places {refiner} in its "
+            f"config.json do not fit {count} control layers and a model of {base.n_layers} and {base.n_refiner_layers} "
+            "layers; restore the file"
+        )
+    return tuple(places)
+
+
+class ControlBlock(Block):
+    """A block of the control stream: the first of its list lets the base's stream in, each gives a hint."""
+
+    def __init__(self, config: TransformerConfig, *, first: bool) -> None:
+        super().__init__(config, modulated=True)
+        self.first = first
+        if first:
+            self.before_proj = Linear(config.dim, config.dim)
+        self.after_proj = Linear(config.dim, config.dim)
+
+    def forward(  # type: ignore[override]
+        self, c: Tensor, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """c (N, dim) the control stream, x (N, dim) the base's at entry -> the control stream and its hint."""
+        c = self.before_proj(c) + x if self.first else c
+        c = super().forward(c, rope, spans, time, row)
+        return c, self.after_proj(c)
+
+
+class ControlNet(nn.Module):
+    """One branch's weights under the authors' names; see the module's docstring."""
+
+    def __init__(self, config: ControlNetConfig, base: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.refiner_layers, self.layers = base.n_refiner_layers, base.n_layers
+        self.control_all_x_embedder = nn.ModuleDict({PATCH: Linear(4 * config.channels, base.dim)})
+        self.control_layers = nn.ModuleList(ControlBlock(base, first=place == 0) for place in config.places)
+        # An empty list would be no state: 2.0 has no refiner of its own.
+        kinds = {
+            "1.0": lambda i: Block(base, modulated=True),
+            "2.1": lambda i: ControlBlock(base, first=i == 0),
+        }
+        if make := kinds.get(config.version):
+            self.control_noise_refiner = nn.ModuleList(make(i) for i in range(base.n_refiner_layers))
+
+    def refine(
+        self, patches: Tensor, pad: Tensor, image: Tensor, time: Tensor, context: Context
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embed and refine control patches (n, 4 · channels) beside embedded image tokens (N_image, dim).
+
+        A pass with guidance holds the same pictures twice; so then do the patches. -> control tokens (N_image, dim),
+        and the hints for the base's refiner, one a block, or none (1.0).
+        """
+        pack = context.image
+        patches = patches.repeat(len(pack.real) // len(patches), 1)
+        c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
+        place = (context.image_rope, pack.spans, time, pack.row)
+        if self.config.version == "1.0":
+            for block in self.control_noise_refiner:
+                c = block(c, *place)
+            return c, []
+        hints: list[Tensor] = []
+        for block in self.control_layers if self.config.version == "2.0" else self.control_noise_refiner:
+            c, hint = block(c, image, *place)
+            # 2.0 runs all of its layers here, and has no use for what the later ones say.
+            hints += [hint] if len(hints) < self.refiner_layers else []
+        return c, hints
+
+    def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
+        """For each layer of the base in turn, what to add after it (N, dim), or None.
+
+        c (N_image, dim): refined control tokens · tokens (N, dim): the joined stream at the entry of the layers. One
+        hint is held at a time, as the control stream does not look at the base's again.
+        """
+        whole, blocks = context.whole, dict(zip(self.config.places, self.control_layers, strict=True))
+        c = torch.cat((c, context.text))[context.gather]
+        for i in range(self.layers):
+            hint = None
+            if i in blocks:
+                c, hint = blocks[i](c, tokens, context.whole_rope, whole.spans, time, whole.row)
+            yield hint
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A ControlNet at work: its weights, the control patches (n, 4 · channels) of all pictures, and how strongly."""
+
+    net: ControlNet
+    patches: Tensor
+    strength: float
+    rule: Rule = "authors"
+
+    def refine(self, pad: Tensor, image: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+        """`ControlNet.refine`, its hints times the strength."""
+        c, hints = self.net.refine(self.patches, pad, image, time, context)
+        return c, [hint * self.strength for hint in hints]
+
+    def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
+        """`ControlNet.hints`, times the strength."""
+        for hint in self.net.hints(c, tokens, time, context):
+            yield None if hint is None else hint * self.strength
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """One or more branches that act in a pass: a `transformer.Steering`. Their hints add up."""
+
+    branches: tuple[Branch, ...]
+
+    def __call__(
+        self, model: Transformer, image: Tensor, time: Tensor, context: Context
+    ) -> tuple[Tensor, Iterator[Tensor | None]]:
+        """Refine and join the base's stream, hints included -> it (N, dim), and what to add after each layer."""
+        refined = [branch.refine(model.x_pad_token, image, time, context) for branch in self.branches]
+        pairs = list(zip(self.branches, refined, strict=True))
+        shared = [hints for branch, (_, hints) in pairs if branch.rule == "authors" and hints]
+        tokens = model.joined(image, time, context, [_sum(hints) for hints in zip(*shared, strict=True)])
+        streams = []
+        for branch, (c, hints) in pairs:
+            # parity: diffusers adds a refiner's hints to a copy of the stream, which only its ControlNet sees.
+            own = branch.rule == "diffusers" and hints
+            entry = model.joined(image, time, context, hints) if own else tokens
+            streams.append(branch.hints(c, entry, time, context))
+        return tokens, (_sum([h for h in hints if h is not None]) for hints in zip(*streams, strict=True))
+
+
+def _sum(hints: Sequence[Tensor]) -> Any:
+    """The sum of some hints, None where there are none."""
+    return reduce(torch.add, hints) if hints else None
+
+
+def settings_of(path: Path) -> Path | None:
+    """The folder whose config.json, if it has one, speaks of the ControlNet at a path; None where it cannot."""
+    # Official files of several versions lie side by side; a config.json there speaks of none of them.
+    return path if path.is_dir() else path.parent if path.stem == "diffusion_pytorch_model" else None
+
+
+def open_controlnet(
+    path: Path, base: TransformerConfig, version: Version | None = None
+) -> tuple[Checkpoint, ControlNetConfig]:
+    """Open an official file, or a folder as diffusers writes it, and hold it to its base; raises CheckpointError."""
+    checkpoint = open_checkpoint(path)
+    config = ControlNetConfig.of(checkpoint, base, version, settings_of(path))
+    with torch.device("meta"):
+        verify(ControlNet(config, base), checkpoint, config.unused(checkpoint))
+    return checkpoint, config
+
+
+def condition(
+    encode: Callable[[Tensor], Tensor],
+    channels: int,
+    control: Tensor | None,
+    inpaint: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The control patches of one picture: what a ControlNet of so many channels looks at.
+
+    encode: pixels (3, H, W) to model-space latents (16, H/8, W/8) · control, inpaint: pixels (3, H, W) fp32 in [-1, 1],
+    at least one of them; without the other its channels are 0, as in the authors' code · mask (1, H, W): 1 is to be
+    painted anew, there the picture is blanked -> (H/16 · W/16, 4 · channels) fp32.
+    """
+    shown = None if control is None else encode(control)
+    masked = None if inpaint is None or mask is None else encode(inpaint * (mask < 0.5))
+    given = shown if shown is not None else masked
+    assert given is not None
+    depth, rows, columns = given.shape
+    latents = torch.zeros(channels, rows, columns, dtype=torch.float32, device=given.device)
+    if shown is not None:
+        latents[:depth] = shown
+    if masked is not None and mask is not None:
+        # parity: one pixel a cell, the upper left one. Here 1 is what is kept.
+        latents[depth] = 1 - mask[0, :: mask.shape[1] // rows, :: mask.shape[2] // columns]
+        latents[depth + 1 :] = masked
+    return patchify(latents)

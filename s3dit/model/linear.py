@@ -1,0 +1,105 @@
+"""The linear layer of every model here: computes in the dtype of its input, whatever dtype its weight is kept in.
+
+A CPU without bf16 arithmetic multiplies bf16 matrices six to eight times slower than fp32 ones. There the activations
+are fp32 and the weight stays bf16, as it lies in the (memory-mapped) file; it is widened piece by piece into one
+buffer that the cache holds, which costs a few per cent of the product and needs no second copy of the model.
+
+The answer does not depend on where in memory a weight lies, mapped from a file or copied: products of few rows take it
+from an aligned address (`kernels.aligned`). On one machine, with one version of torch and one number of threads, the
+same numbers give the same bits from any file and in any residency; compiled blocks keep that only where weights are
+aligned anyway.
+
+`swap` lets layers of a model on the meta device be of a number format (`kernels.scheme`); `weights.assign` then fills
+them from a quantized file as it lies, or from float weights, which it encodes on the way in.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3dit.errors import BackendError
+from s3dit.kernels.aligned import FEW_ROWS, aligned
+from s3dit.kernels.scheme import Rows, Scheme
+from s3dit.kernels.schemes import linear
+
+# Rows of the weight widened at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
+ROWS = 1024
+
+
+class Linear(nn.Linear):
+    """`x (…, in) @ weight (out, in).T + bias`, in the dtype of x; the weight may be of a narrower float dtype."""
+
+    # What a quantized layer takes its input in, where its maker rounds it (`QuantLinear.takes`).
+    takes: torch.dtype | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (…, in) of any float dtype -> (…, out), same dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if self.weight.dtype == x.dtype:
+            weight = self.weight
+            if x.shape[:-1].numel() < FEW_ROWS:
+                x, weight = aligned(x), aligned(weight)
+            return F.linear(x, weight, bias)
+        # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
+        if self.weight.requires_grad or torch.compiler.is_compiling() or self.out_features <= ROWS:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        return self._widened(x, bias)
+
+    def _widened(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply by pieces of the weight, each widened into the same buffer."""
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        buffer = x.new_empty(ROWS, self.in_features)
+        for start in range(0, self.out_features, ROWS):
+            piece = self.weight[start : start + ROWS]
+            wide = buffer[: piece.shape[0]].copy_(piece)
+            part = None if bias is None else bias[start : start + ROWS]
+            out[..., start : start + ROWS] = F.linear(x, wide, part)
+        return out
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is kept in a number format: buffers named as the scheme's `spec` names its parts.
+
+    `takes` is the 8-bit type that x may be handed over in already (`Rows`), None where it comes wide.
+    """
+
+    def __init__(self, scheme: Scheme, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.scheme, self.takes = scheme, scheme.activation
+        self.in_features, self.out_features = in_features, out_features
+        for name, (shape, dtype) in scheme.spec(out_features, in_features).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        """Apply to x (…, in) of any float dtype, or to its Rows -> (…, out), same dtype."""
+        # The dictionary of buffers is in the order of spec, and always the live one: whoever moves a part is seen.
+        return linear(x, self.scheme, self._buffers, self.bias)  # type: ignore[arg-type]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
+
+
+def swap(model: nn.Module, scheme: Scheme, where: Callable[[str], bool]) -> None:
+    """Let every Linear of a meta model whose official name fits be of a scheme; raises BackendError.
+
+    Widths that the scheme cannot take are named, and so is a `where` that fits nothing: a typing error would otherwise
+    leave the model as it was.
+    """
+    found = [name for name, module in model.named_modules() if type(module) is Linear and where(name)]
+    if not found:
+        raise BackendError(f"{scheme.name}: no linear layer of {type(model).__name__} is meant to be quantized")
+    for name in found:
+        plain = model.get_submodule(name)
+        assert isinstance(plain, Linear)
+        if not plain.weight.is_meta:
+            raise BackendError(f"{name} is filled already; needed a model without weights: swap first, then assign")
+        try:
+            with torch.device("meta"):
+                quantized = QuantLinear(scheme, plain.in_features, plain.out_features, plain.bias is not None)
+        except ValueError as error:
+            raise BackendError(f"{name}: {error}") from None
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, quantized)

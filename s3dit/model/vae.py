@@ -1,0 +1,363 @@
+"""The autoencoder between pixels and latents: AutoencoderKL as trained for FLUX.1, which Z-Image uses unchanged.
+
+A convolutional pyramid. The encoder goes down in steps of two, the decoder goes up again; both have one single-head
+attention over all positions in the middle, where the picture is smallest. Everything outside speaks of *model-space*
+latents, those the transformer sees: `(z - shift) · scale` of the autoencoder's own `z`. Only `moments` returns `z`.
+
+Large pictures may be done by tiles: overlapping squares of one size, each run alone, feathered together with weights
+that sum to one. The peak of memory is then that of one tile. It is an approximation, because every GroupNorm and the
+attention see their tile instead of the picture; a picture that fits one tile is exact.
+
+The arithmetic is done in the dtype of the parameters; a bf16 checkpoint on a machine without bf16 arithmetic should be
+cast up when it is loaded. Latents come and go in at least fp32, the dtype of the sampler's state.
+
+Source: FLUX.1 `modules/autoencoder.py`; names of parameters are those of diffusers' AutoencoderKL, 244 in the official
+file. Not here: quantization convolutions (the file has none), training losses, choice of the tile.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s3dit.model.config import VAEConfig
+from s3dit.model.hooks import watched
+from s3dit.model.linear import Linear
+
+# The smallest tile, in latent cells: below it a tile is mostly overlap and its statistics say little of the picture.
+SMALLEST_TILE = 8
+
+# Positions up to which torch's GroupNorm is within 1.3e-5 in channels last too; up to there its bits are diffusers'.
+FEW = 128 * 128
+
+
+def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """GroupNorm of x (B, C, H, W), accurate at every size in either memory layout.
+
+    torch's own on a CPU adds up plain squares in fp32 where memory is channels last: at 1024² positions it is off by
+    2e-4, and by 1e-2 where the mean is 30 deviations. There the squares are taken around the mean, row by row, and the
+    rows added in fp64: 4e-8 off, for half as much time again of what is a twentieth of the whole.
+    """
+    few = x.shape[2] * x.shape[3] <= FEW
+    if torch.is_grad_enabled() or x.is_contiguous() or few or x.device.type != "cpu":
+        return nn.GroupNorm.forward(norm, x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = norm.num_channels // norm.num_groups
+    mean = x.mean((2, 3), dtype=wide).double().unflatten(1, (-1, size)).mean(2)
+    centered = x.to(wide) - mean.repeat_interleave(size, 1).to(wide)[:, :, None, None]
+    squares = torch.linalg.vector_norm(centered, dim=3).double().square().mean(2) / x.shape[3]
+    variance = squares.unflatten(1, (-1, size)).mean(2)
+    scale = (variance + norm.eps).rsqrt().repeat_interleave(size, 1) * norm.weight.double()
+    centered *= scale.to(wide)[:, :, None, None]
+    centered += norm.bias.to(wide)[:, None, None]
+    return centered.to(x.dtype)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm as `_normalized` computes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> same shape and dtype."""
+        return _normalized(x, self)
+
+
+def _silu(x: Tensor) -> Tensor:
+    """SiLU, in place where no gradient needs x."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+class Resnet(nn.Module):
+    """Two normalized 3×3 convolutions beside a shortcut, which is a 1×1 convolution where the width changes."""
+
+    def __init__(self, width: int, out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, width, eps=1e-6)
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.norm2 = GroupNorm(groups, out, eps=1e-6)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(width, out, 1) if width != out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(_silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """Every position looks at every other, one head as wide as the features, added to its input."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = GroupNorm(groups, width, eps=1e-6)
+        self.to_q = Linear(width, width)
+        self.to_k = Linear(width, width)
+        self.to_v = Linear(width, width)
+        self.to_out = nn.ModuleList([Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, positions, width)
+        q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        h = self.to_out[0](h).transpose(1, 2).unflatten(2, x.shape[2:])
+        # parity: a sum has the layout of its first term, and the next norms round by theirs. The layout of h looks like
+        # channels last but convolutions do not take it for that, so x that really is must come first.
+        return h + x if x.is_contiguous() else x + h
+
+
+class MidBlock(nn.Module):
+    """The bottom of the pyramid: resnet, attention, resnet."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(width, width, groups), Resnet(width, width, groups)])
+        self.attentions = nn.ModuleList([Attention(width, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    """Halve both sides; the border is added on the right and below only, as the model was trained."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double both sides by repeating pixels, then smooth with a 3×3 convolution.
+
+    Where pixels are repeated, nine products fall on four different ones. A large picture in fp32 on a CPU is made as
+    its four phases, every second row and column, each a 2×2 convolution of the small picture by sums of the weights:
+    2.25 times less work, and the repeated picture is never made. It rounds in other places than diffusers does (2e-7),
+    so small pictures, which are quick anyway, are not.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = 4 * x.shape[2] * x.shape[3] <= FEW
+        # Who looks at the convolution sees one, if also the rounding of one.
+        plain = torch.is_grad_enabled() or few or watched((self.conv,)) or not x.is_contiguous()
+        if plain or x.device.type != "cpu" or x.dtype.itemsize < 4:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self._by_phases(x)
+
+    def _by_phases(self, x: Tensor) -> Tensor:
+        """x (B, C, H, W) -> (B, C, 2H, 2W); an even row reads the rows before and at it, an odd one at and after it."""
+        height, width = x.shape[2:]
+        x, weight = F.pad(x, (1, 1, 1, 1)), self.conv.weight
+        out = x.new_empty(len(x), len(weight), 2 * height, 2 * width)
+        for i, rows in enumerate(_halves(weight, 2)):
+            for j, phase in enumerate(_halves(rows, 3)):
+                part = x[:, :, i : i + height + 1, j : j + width + 1]
+                out[:, :, i::2, j::2] = F.conv2d(part, phase, self.conv.bias)
+        return out
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps as the two that an even place has, and the two of an odd one."""
+    before, at, after = weight.split(1, dim)
+    return torch.cat((before, at + after), dim), torch.cat((before + at, after), dim)
+
+
+class DownBlock(nn.Module):
+    """One level of the encoder: resnets, then half the size except at the bottom."""
+
+    def __init__(self, width: int, out: int, layers: int, groups: int, last: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(out if i else width, out, groups) for i in range(layers)])
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.downsamplers):
+            x = layer(x)
+        return x
+
+
+class UpBlock(nn.Module):
+    """One level of the decoder: resnets, then twice the size except at the top."""
+
+    def __init__(self, width: int, out: int, layers: int, groups: int, last: bool) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList([Resnet(out if i else width, out, groups) for i in range(layers)])
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) -> mean and log variance, stacked: (B, 2·latent channels, H/8, W/8)."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        levels = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
+        self.down_blocks = nn.ModuleList(
+            [DownBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
+        )
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Raw latents (B, latent channels, h, w) -> pixels (B, 3, 8h, 8w), one resnet more a level than the encoder."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        widths, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], groups)
+        levels = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
+        self.up_blocks = nn.ModuleList(
+            [UpBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
+        )
+        self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(_silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """AutoencoderKL of FLUX.1: `encode` pixels to model-space latents, `decode` them back, both by tiles if asked."""
+
+    def __init__(self, config: VAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        # None: as `layout` decides. Set it to force one.
+        self.memory_format: torch.memory_format | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of one latent cell (8 in the official model)."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def layout(self) -> torch.memory_format:
+        """Memory layout of the convolutions: channels last for 16-bit floats on a CPU (2.1x with AMX), else contiguous.
+
+        In fp32 channels last is 0.8x to 1.4x as fast on AVX2, not worth a difference: contiguous gives diffusers' bits.
+        """
+        weight = self.decoder.conv_in.weight
+        if self.memory_format is not None:
+            return self.memory_format
+        halves = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+        return torch.channels_last if halves else torch.contiguous_format
+
+    def moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the raw latents of a picture.
+
+        pixels (B, 3, H, W) float in [-1, 1], sides multiples of `factor` -> two (B, latent channels, H/8, W/8), in the
+        parameters' dtype or fp32 if that is wider; log variance within [-30, 20]. `tile` as in `decode`.
+        Raises ValueError. Source: diffusers DiagonalGaussianDistribution.
+        """
+        _check(pixels, "pixels", self.config.in_channels, self.factor)
+        encoded = self._tiled(self.encoder, pixels, tile, self.factor, 1)
+        mean, logvar = encoded.chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
+        """Model-space latents of a picture: the mode without a generator, a sample drawn from `generator` with one.
+
+        pixels as in `moments` -> (B, latent channels, H/8, W/8), at least fp32. The noise of the whole batch is one
+        draw on the generator's own device, as in diffusers. Raises ValueError.
+        """
+        z, logvar = self.moments(pixels, tile)
+        if generator is not None:
+            # parity: drawn in the parameters' dtype; a generator's normal numbers differ between fp32 and fp64.
+            dtype = self.decoder.conv_in.weight.dtype
+            noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=dtype)
+            z = z + torch.exp(0.5 * logvar) * noise.to(z)
+        return (z - self.config.shift_factor) * self.config.scaling_factor
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """The picture that model-space latents stand for.
+
+        latents (B, latent channels, h, w) float -> pixels (B, 3, 8h, 8w), about [-1, 1] but not clamped, at least
+        fp32. `tile` is the side of a tile in latent cells: memory is bounded by one tile, the result is approximate
+        unless the picture fits one; None runs the picture whole. Raises ValueError.
+        """
+        _check(latents, "latents", self.config.latent_channels, 1)
+        # Before the cast to the parameters' dtype: in bf16 the division would cost a rounding.
+        raw = latents / self.config.scaling_factor + self.config.shift_factor
+        return self._tiled(self.decoder, raw, tile, 1, self.factor)
+
+    def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, cell: int, out_cell: int) -> Tensor:
+        """Run a half over x, whole or by tiles; a latent cell is `cell` positions of x, `out_cell` of the result."""
+        weight = self.decoder.conv_in.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        rows, columns = x.shape[2] // cell, x.shape[3] // cell
+        if tile is not None and tile < SMALLEST_TILE:
+            raise ValueError(f"tile is {tile} latent cells; needed {SMALLEST_TILE} or more, or None for no tiles")
+        if tile is None or max(rows, columns) <= tile:
+            return run(x.to(weight, memory_format=self.layout)).to(wide).contiguous()
+        result: Tensor | None = None
+        for top, height, fade_y in _feathers(rows, tile, out_cell):
+            for left, width, fade_x in _feathers(columns, tile, out_cell):
+                part = x[:, :, top * cell : (top + height) * cell, left * cell : (left + width) * cell]
+                done = run(part.to(weight, memory_format=self.layout)).to(wide)
+                if result is None:
+                    result = done.new_zeros(*done.shape[:2], rows * out_cell, columns * out_cell)
+                done = done * fade_y.to(done)[:, None] * fade_x.to(done)
+                y, z = top * out_cell, left * out_cell
+                result[:, :, y : y + done.shape[2], z : z + done.shape[3]] += done
+        assert result is not None
+        return result
+
+
+def _feathers(cells: int, tile: int, out_cell: int) -> list[tuple[int, int, Tensor]]:
+    """Cut one axis into equal overlapping tiles: (start, length) in cells and the weight of each result position.
+
+    At least a quarter of a tile overlaps its neighbor; the weights fall linearly to the edge, where a convolution saw
+    zeros instead of the neighbor, and sum to one everywhere.
+    """
+    if cells <= tile:
+        return [(0, cells, torch.ones(cells * out_cell, dtype=torch.float32))]
+    overlap = tile // 4
+    count = math.ceil((cells - overlap) / (tile - overlap))
+    starts = [round(i * (cells - tile) / (count - 1)) for i in range(count)]
+    position = torch.arange(tile * out_cell, dtype=torch.float64) + 0.5
+    weights = torch.zeros(count, cells * out_cell, dtype=torch.float64)
+    for i, start in enumerate(starts):
+        rise = position if i > 0 else position.new_full((), math.inf)
+        fall = position.flip(0) if i < count - 1 else position.new_full((), math.inf)
+        fade = (torch.minimum(rise, fall) / (overlap * out_cell)).clamp(max=1.0)
+        weights[i, start * out_cell : (start + tile) * out_cell] = fade
+    weights /= weights.sum(0)
+    return [(s, tile, weights[i, s * out_cell : (s + tile) * out_cell].float()) for i, s in enumerate(starts)]
+
+
+def _check(x: Tensor, name: str, channels: int, factor: int) -> None:
+    """ValueError unless x is a floating (B, channels, H, W) with sides that are multiples of `factor`."""
+    if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+        raise ValueError(
+            f"{name} are {tuple(x.shape)} of {x.dtype}; needed (batch, {channels}, height, width) of a float dtype"
+        )
+    if x.shape[0] == 0 or min(x.shape[2:]) < factor or x.shape[2] % factor or x.shape[3] % factor:
+        raise ValueError(
+            f"{name} are {tuple(x.shape)}; needed at least one picture, with height and width multiples of {factor}"
+        )

@@ -1,0 +1,187 @@
+"""The parts of one model: from open checkpoints to modules in memory, each loaded when it is asked for.
+
+`Parts` is a Residency that knows what a part is: its module and the names that are never read, the number formats of
+its layers, how many bytes it takes, the adapters that belong on it. ControlNets are parts as well; they come when a
+request first wants them.
+
+Headers are read and held to the modules at once, weights when a part is loaded. Fixed order: swap, assign, merge,
+stream, attach, compile.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import nn
+
+from s3dit.control import Control
+from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.hooks import refusal, unhookable
+from s3dit.model.linear import swap
+from s3dit.model.text_encoder import TextEncoder
+from s3dit.model.transformer import Transformer
+from s3dit.model.vae import Autoencoder
+from s3dit.model.vision_encoder import VisionEncoder
+from s3dit.runtime import adapters, budget, lora
+from s3dit.runtime.block_streaming import Mode, repeated, stream
+from s3dit.runtime.devices import Placement, own_settings
+from s3dit.runtime.graphs import compile_blocks
+from s3dit.runtime.residency import Component, Residency, ids
+from s3dit.runtime.sources import Sources
+from s3dit.weights.assign import assign, fitted, pending, schemes
+from s3dit.weights.checkpoint import Checkpoint
+from s3dit.weights.hub import resolve_file
+from s3dit.weights.quantize import named, schemes_for
+
+
+class Parts(Residency):
+    """The parts of one model, by name: text_encoder, transformer, vae, siglip, and ControlNets."""
+
+    def __init__(
+        self,
+        sources: Sources,
+        placement: Placement,
+        mode: Mode,
+        quantize: Mapping[str, str | None],
+        compiled: bool,
+        disable_mmap: bool = False,
+    ) -> None:
+        """quantize: the number format asked for, by part · compiled: compile the blocks of what draws."""
+        self._disable_mmap = disable_mmap
+        self.config, self.placement, self.compiled = sources.config, placement, compiled
+        self.checkpoints: dict[str, Checkpoint] = {}
+        for part, checkpoint in sources.checkpoints.items():
+            self._open(part, checkpoint)
+        self.controlnets: dict[str, ControlNetConfig] = {}
+        self._quantize = quantize
+        self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        super().__init__(mode)
+        if mode == "streamed":
+            self.kept = {"text_encoder": 0, "transformer": 0}
+        # Called with the part's name and the bytes of each tensor that is read, as parts come in.
+        self.on_read: Callable[[str, int], None] | None = None
+        self.adapters: dict[str, adapters.Loaded] = {}
+        self.revisions: Counter[str] = Counter()
+        # The number format that each part is in, "" for plain floats.
+        self.formats = {part: named(schemes(self.blank(part)[0])) for part in self.checkpoints}
+        for part in self.checkpoints:
+            self.sizes(part)
+
+    def _open(self, part: str, checkpoint: Checkpoint) -> None:
+        if self._disable_mmap:
+            checkpoint.disable_mmap()
+        self.checkpoints[part] = checkpoint
+
+    def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
+        """A part's module on the meta device, and the names that are never read."""
+        module: nn.Module
+        unused: tuple[str, ...]
+        with torch.device("meta"):
+            if part == "transformer":
+                module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
+            elif part == "vae":
+                module, unused = Autoencoder(self.config.vae), ()
+            elif part in self.controlnets:
+                module = ControlNet(self.controlnets[part], self.config.transformer)
+                unused = self.controlnets[part].unused(self.checkpoints[part])
+            elif part == "siglip":
+                assert self.config.vision is not None
+                module, unused = VisionEncoder(self.config.vision), VisionEncoder.unused
+            else:
+                module = encoder = TextEncoder(self.config.text_encoder)
+                unused = encoder.unused
+            stored = fitted(self.checkpoints[part], module.state_dict())
+            for name, kind in schemes_for(part, stored, self._quantize.get(part)).items():
+                if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
+                    swap(module, kind, name.__eq__)
+        return module, unused
+
+    def make(self, name: str) -> nn.Module:
+        """A part's module on the meta device; those in it that are never called refuse hooks."""
+        module, unused = self.blank(name)
+        for path, one in module.named_modules():
+            names = [f"{path}.{leaf}".removeprefix(".") for leaf in one.state_dict()]
+            if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
+                unhookable(one, "no picture needs it, so it is not read")
+            elif why := refusal(one):
+                unhookable(one, why)
+        return module
+
+    def load(self, name: str, component: Component) -> None:
+        """Read a part's weights, and change them as was asked for: formats, adapters, streaming, compiling."""
+        module, device, kept = component.module, self.placement.device, self.kept.get(name)
+        dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
+        with own_settings(device):
+            filled, unused = self.blank(name)
+            if kept is None:
+                seen = None if self.on_read is None else partial(self.on_read, name)
+                assign(filled, checkpoint, dtype=dtype, device=device, unused=unused, progress=seen)
+            else:
+                # Streamed blocks stay what they are in the file, and are cast on their way to the device.
+                assign(filled, checkpoint, dtype=None, unused=unused)
+            adapters.merge_into(filled, name, self.adapters, dtype)
+            component.hang(filled)
+            if kept is not None:
+                stream(module, device, kept, dtype)
+            component.mark()
+            adapters.attach_to(module, name, self.adapters, self.placement)
+            if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
+                compile_blocks(module)
+            module.eval()
+
+    def unload(self, name: str, component: Component) -> None:
+        """Take out of a part what `load` has brought into it."""
+        with own_settings(self.placement.device):
+            lora.strip(component.module)
+            super().unload(name, component)
+
+    def changed_by_hand(self, part: str) -> bool:
+        """Whether somebody has changed parameters of a part."""
+        component = self.component(part)
+        return bool(component.touched(ids(lora.stand_ins(component.module))))
+
+    def state(self, *names: str) -> tuple[object, ...]:
+        """Something that is another when what these parts compute may be: adapters, parameters, modules."""
+        found = [self.component(name) for name in names]
+        places = [ids(lora.stand_ins(one.module)) for one in found]
+        states = [one.state(ours) for one, ours in zip(found, places, strict=True)]
+        return tuple(self.revisions[name] for name in names), *states
+
+    def sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
+        """Bytes of a part: read, held outside of its blocks, held by each block.
+
+        Raises CheckpointError when names or shapes are not this model's.
+        """
+        if part in self._weights:
+            read, fixed, blocks = self._weights[part]
+            return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
+        module, unused = self.blank(part)
+        read = pending(module, self.checkpoints[part], unused)
+        fixed, blocks = budget.sizes(module, self._kept_in(part), unused)
+        # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
+        self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
+        return self._weights[part]
+
+    def _kept_in(self, part: str) -> torch.dtype:
+        """The dtype of a part's weights in memory."""
+        # The VAE is small and convolutions have no widening path: it is kept in the dtype it computes in.
+        return self.placement.compute if part == "vae" else self.placement.dtype
+
+    def controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
+        """The part that a control wants, and what it is; opened and held to this model when first asked for."""
+        path = resolve_file(str(control.model))
+        part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
+        if part not in self.controlnets:
+            checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
+            self._open(part, checkpoint)
+            self.controlnets[part] = config
+            if self.mode == "streamed":
+                self.kept = {**self.kept, part: 0}
+        return part, self.controlnets[part]
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether its blocks are compiled already, when it was in memory before."""
+    return any("forward" in vars(block) for blocks in repeated(module) for block in blocks)

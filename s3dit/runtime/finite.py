@@ -1,0 +1,108 @@
+"""Is what a model computes finite, and if not, where did it start?
+
+`check_finite` is asked after every stage of a picture and costs one reduction where all is well; else it looks for the
+weight at fault, or runs the stage again with a hook on every module to name the first that answers NaN or infinity.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from s3dit.errors import BackendError, CheckpointError
+from s3dit.model.hooks import refusal
+
+
+def output_tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a result with its path: places of a tuple, keys of a dict, fields of a dataclass."""
+    if isinstance(output, Tensor):
+        yield name, output
+        return
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(output, list | tuple):
+        inside = list(enumerate(output))
+    elif isinstance(output, Mapping):
+        inside = list(output.items())
+    elif dataclasses.is_dataclass(output):
+        inside = [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    for key, value in inside:
+        yield from output_tensors(f"{name}.{key}", value)
+
+
+@dataclasses.dataclass(slots=True)
+class Nonfinite:
+    """Where a run first left the finite numbers; `name` stays None as long as it did not. "" is the model itself."""
+
+    name: str | None = None
+    kind: str = ""
+    count: int = 0
+    size: int = 0
+    largest_input: float = 0.0
+
+    def __str__(self) -> str:
+        if self.name is None:
+            return "every output was finite"
+        return (
+            f"{self.name or 'the model'} ({self.kind}): {self.count:,} of {self.size:,} values of its output are "
+            f"NaN or infinite; its largest input is {self.largest_input:.3g}"
+        )
+
+
+@contextmanager
+def first_nonfinite(model: nn.Module) -> Iterator[Nonfinite]:
+    """Find the first module, in the order of finishing, whose output holds NaN or infinity: the innermost to blame.
+
+    Looks at every module, which waits for the device each time: for a second run after something went wrong.
+    """
+    found = Nonfinite()
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            for _, tensor in output_tensors("", output):
+                if found.name is None and (bad := _not_finite(tensor)):
+                    found.name, found.kind, found.count, found.size = name, type(module).__name__, bad, tensor.numel()
+                    inputs = [t.detach().float().abs() for _, t in output_tensors("", args) if t.is_floating_point()]
+                    found.largest_input = max((float(t.max()) for t in inputs if t.numel()), default=0.0)
+
+        return look
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if not refusal(module):
+                stack.callback(module.register_forward_hook(hook(name)).remove)
+        yield found
+
+
+def _not_finite(tensor: Tensor) -> int:
+    # Eight-bit floats know no isfinite; every one of them is a float32.
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return int((~wide.isfinite()).sum())
+
+
+def check_finite(
+    x: Tensor, what: str, again: Callable[[], object], model: tuple[nn.Module, Path], *beside: tuple[nn.Module, Path]
+) -> None:
+    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
+
+    model, beside: what computed x and what took part in it, each with the place of its weights. Raises CheckpointError
+    (a weight) or BackendError.
+    """
+    if x.isfinite().all():
+        return
+    for suspect, path in (*beside, model):
+        for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
+            # Codes of 8 bits and less are finite; their scales may not be.
+            if not tensor.is_meta and tensor.itemsize > 1 and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{what} is not finite because {name} in {path} holds NaN or infinity; "
+                    "needed finite weights; download the file again"
+                )
+    with first_nonfinite(model[0]) as found:
+        again()
+    raise BackendError(
+        f"{what} is not finite although every weight of {type(model[0]).__name__} is; first seen in {found}; "
+        "use dtype fp32, and less guidance if it is high"
+    )

@@ -1,0 +1,75 @@
+"""From contexts to one velocity: classifier-free guidance in Z-Image's form.
+
+guided = pos + s·(pos - neg), which is the usual neg + w·(pos - neg) with w = s + 1; on when s > 0. `normalization`
+keeps the guided velocity of each picture from growing beyond a multiple of the unguided one; `truncation` switches
+guidance off late in the flow (t above it), which also halves the work there. Both branches run in one pass: the same
+pictures with two texts, twice the items in one pack.
+
+Source: diffusers `ZImagePipeline.__call__`; the official pipeline is the same but for being on only when s > 1.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from s3dit.model.transformer import Context, Steering
+from s3dit.sampling.solvers import Velocity
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """scale s ≥ 0 · normalization: 0 is off, 1 keeps the norm · truncation: t above it is unguided."""
+
+    scale: float
+    normalization: float
+    truncation: float
+
+    def on(self, t: float) -> bool:
+        """Whether guidance acts at time t (0 noise, 1 image)."""
+        # parity: above 1 diffusers does not look at truncation at all, and t never exceeds 1.
+        return self.scale > 0 and not t > self.truncation
+
+
+def flow_time(sigma: Tensor) -> Tensor:
+    """The model's time of a noise level: 1 - sigma, () fp32."""
+    # parity: the official loop goes through a 0…1000 timestep, which moves the last bit.
+    return (1000 - sigma * 1000) / 1000
+
+
+def guide(
+    transformer: Callable[..., Tensor],
+    context: Callable[[bool], Context],
+    guidance: Guidance,
+    lengths: Sequence[int],
+    control: Callable[[Tensor], tuple[Steering, ...]] = lambda sigma: (),
+) -> Velocity:
+    """Make the velocity that a solver calls.
+
+    context(guided): the pictures with their prompts, and when guided also, after them, with their negative prompts;
+    asked for only when needed. lengths: patches of each picture. control(sigma): what adds to the model's
+    streams at a noise level, or nothing.
+    """
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        t = flow_time(sigma)
+        time, extra = t[None].to(x.device), control(sigma)
+        if not guidance.on(t.item()):
+            return transformer(x, time, context(False), *extra).float()
+        positive, negative = transformer(x.repeat(2, 1), time, context(True), *extra).float().chunk(2)
+        guided = positive + guidance.scale * (positive - negative)
+        return _limit(guided, positive, guidance.normalization, lengths)
+
+    return velocity
+
+
+def _limit(guided: Tensor, positive: Tensor, limit: float, lengths: Sequence[int]) -> Tensor:
+    """Scale each picture's guided velocity down to limit · the norm of its unguided one, where it is above."""
+    if limit <= 0:
+        return guided
+    pieces = []
+    for g, p in zip(guided.split(list(lengths)), positive.split(list(lengths)), strict=True):
+        ratio = torch.linalg.vector_norm(p) * limit / torch.linalg.vector_norm(g)
+        pieces.append(g * ratio.clamp(max=1.0))
+    return torch.cat(pieces)

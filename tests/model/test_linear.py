@@ -1,0 +1,95 @@
+"""Layers in a number format: what swap replaces, and what that does to the velocity of the embedded model."""
+
+import pytest
+import torch
+
+from s3dit import Pipeline
+from s3dit.errors import BackendError
+from s3dit.kernels.scheme import quantize_rows
+from s3dit.kernels.schemes import SCHEMES
+from s3dit.model.layout import text_to_image
+from s3dit.model.linear import ROWS, Linear, QuantLinear, swap
+
+# Mean relative error against fp32, in bf16 arithmetic; the bounds of 5e-2, 4e-2 and 1e-1 are of more prompts than two.
+BOUNDS = {"fp8": 6e-2, "fp8-weights": 5e-2, "int8": 4e-2, "int8-weights": 4e-2, "int4": 1.1e-1}
+
+
+def blank(inner=128):
+    with torch.device("meta"):
+        return torch.nn.ModuleDict({"a": Linear(inner, 32), "b": Linear(inner, 32, bias=False)})
+
+
+def test_swap_takes_what_fits_the_predicate():
+    model = blank()
+    swap(model, SCHEMES["int8"], lambda name: name == "b")
+    assert type(model["a"]) is Linear and type(model["b"]) is QuantLinear
+    assert list(model.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.scale"]
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert (model["a"].takes, model["b"].takes) == (None, torch.int8)
+    swap(model, SCHEMES["int4"], lambda name: name == "a")
+    assert repr(model["a"]) == "QuantLinear(128, 32, int4, bias=True)"
+    assert set(model["a"].state_dict()) == {"bias", "weight", "scale", "zero"} and model["a"].takes is None
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "where", "words"),
+    [
+        ("int4", blank(100), "a", "a: int4 needs an input width that is a multiple of 64, found 100"),
+        ("int8", blank(), "c", "no linear layer of ModuleDict"),
+        ("int8", torch.nn.ModuleDict({"a": Linear(64, 2)}), "a", "a is filled already"),
+    ],
+)
+def test_swap_refuses(name, model, where, words):
+    with pytest.raises(BackendError, match=words):
+        swap(model, SCHEMES[name], lambda found: found == where)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_layer_multiplies_by_its_parts(name):
+    scheme, weight, bias = SCHEMES[name], torch.randn(32, 128), torch.randn(32)
+    layer = QuantLinear(scheme, 128, 32, bias=True).requires_grad_(False)
+    layer.load_state_dict(scheme.encode(weight) | {"bias": bias}, assign=True)
+    x = torch.randn(3, 5, 128)
+    met = x if layer.takes is None else quantize_rows(x, layer.takes).dequantize()
+    expected = met.double() @ scheme.decode(scheme.encode(weight)).double().T + bias
+    # fp32 sums over 128 products; what the formats themselves round is on both sides.
+    assert ((layer(x) - expected).norm() / expected.norm()) < 2e-6
+    if layer.takes is not None:
+        assert torch.equal(layer(quantize_rows(x, layer.takes)), layer(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 33])
+def test_a_wide_layer_of_bf16_is_upcast_piece_by_piece(bias, rows):
+    """What bf16 models do on CPUs that are slow in bf16, in layers of more than ROWS outputs; also a last piece cut."""
+    layer = Linear(96, 2 * ROWS + 40, bias=bias).bfloat16().requires_grad_(False)
+    x = torch.randn(2, rows, 96)
+    whole = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    found = layer(x)
+    assert found.dtype == torch.float32 and found.shape == (2, rows, 2 * ROWS + 40)
+    # fp32 sums over 96 products.
+    assert ((found - whole).norm() / whole.norm()) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Inputs of the transformer along a trajectory in fp32, and the velocities there."""
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
+    found = []
+    for prompt in ("a red star above a blue ring on a white background", "black background, large pink heart"):
+        steps = list(pipe.stream(prompt=prompt, seed=1))
+        text = pipe.encode([prompt])[0]
+        found += [(text, step.start, step.sigma, step.velocity) for step in steps]
+    return found
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_velocity_error(states, name):
+    pipe = Pipeline.load(device="cpu", dtype="bf16", quantize=name)
+    transformer, errors = pipe.parts["transformer"], []
+    for text, x, sigma, expected in states:
+        with torch.inference_mode():
+            context = transformer.context(text_to_image([(8, 8)], [len(text)]), text.to(pipe.placement.compute))
+            found = transformer(x, 1 - torch.tensor([sigma]), context).float()
+        errors.append(float((found - expected).norm() / expected.norm()))
+    assert 1e-3 < sum(errors) / len(errors) < BOUNDS[name], errors

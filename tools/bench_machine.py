@@ -1,0 +1,130 @@
+"""What the benchmarks share: the machine they run on, a program watched from outside, and a full-size random model."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            cpu = line.partition(":")[2].strip()
+            break
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    from s3dit.runtime.devices import place
+
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "bf16_native": place("cpu").dtype == torch.bfloat16,
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+    }
+
+
+def write_checkpoint(folder: Path) -> None:
+    """A full-size model in the official layout: random bf16 values (one block of them, over and over), real names."""
+    import torch
+    from safetensors.torch import save_file
+
+    from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
+    from s3dit.model.text_encoder import TextEncoder
+    from s3dit.model.transformer import Transformer
+    from s3dit.model.vae import Autoencoder
+    from s3dit.pipeline import EMBEDDED
+
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors", "s3dit.json", "score.json"))
+    full: dict[str, tuple[dict[str, Any], Any, Any]] = {
+        "transformer": (
+            {
+                "dim": 3840, "n_layers": 30, "n_refiner_layers": 2, "n_heads": 30, "n_kv_heads": 30,
+                "cap_feat_dim": 2560, "axes_dims": [32, 48, 48],
+            },
+            TransformerConfig, Transformer,
+        ),
+        "text_encoder": (
+            {
+                "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_window_layers": 36,
+            },
+            TextEncoderConfig, TextEncoder,
+        ),
+        "vae": (
+            {
+                "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "norm_num_groups": 32,
+                "scaling_factor": 0.3611, "shift_factor": 0.1159,
+            },
+            VAEConfig, Autoencoder,
+        ),
+    }  # fmt: skip
+    values = torch.randn(1 << 24)
+    for part, (changes, config, module) in full.items():
+        path = folder / part / "config.json"
+        data = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps(data))
+        with torch.device("meta"):
+            shapes = {n: p.shape for n, p in module(config.from_json(data, path)).state_dict().items()}
+        shards: list[dict[str, Any]] = [{}]
+        weight_map, size, total = {}, 0, 0
+        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        for name, shape in shapes.items():
+            count = shape.numel()
+            if size + count > 1 << 31:
+                _save_shard(save_file, folder / part / f"{stem}-{len(shards):05d}.safetensors", shards[-1])
+                shards.append({})
+                size = 0
+            scale = 1.0 if "norm" in name and len(shape) == 1 and name.endswith("weight") else 0.0
+            spread = 0.02 if len(shape) > 1 else 0.01
+            block = (values * spread + scale).bfloat16()
+            shards[-1][name] = block.repeat(-(-count // len(block)))[:count].view(shape).clone()
+            weight_map[name] = f"{stem}-{len(shards):05d}.safetensors"
+            size, total = size + count, total + 2 * count
+        _save_shard(save_file, folder / part / f"{stem}-{len(shards):05d}.safetensors", shards[-1])
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _save_shard(save: Callable[..., None], path: Path, tensors: dict[str, Any]) -> None:
+    save(tensors, path, metadata={"format": "pt"})
+    tensors.clear()
+
+
+def watched(command: list[str]) -> dict[str, Any]:
+    """Run a program: seconds to its first step and in all, and its peaks of anonymous and resident memory."""
+    start, peak = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+    with tempfile.TemporaryFile("w+") as out:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
+        first = None
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status")
+            for line in status.read_text().splitlines() if status.exists() else []:
+                key, _, value = line.partition(":")
+                if key in peak:
+                    peak[key] = max(peak[key], int(value.split()[0]))
+            if first is None and os.fstat(out.fileno()).st_size:
+                first = time.perf_counter() - start
+            time.sleep(0.1)
+        errors = process.stderr.read() if process.stderr else ""
+    result: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1), "exit": process.returncode}
+    if first is not None:
+        result["first_step_s"] = round(first, 1)
+    if process.returncode:
+        result["error"] = errors.strip().splitlines()[-1:] or "killed"
+    return result | {
+        "peak_anonymous_gb": round(peak["RssAnon"] / 1e6, 2),
+        "peak_resident_gb": round(peak["VmHWM"] / 1e6, 2),
+    }
