@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
 from s3dit.kernels.rows import round_rows
-from s3dit.kernels.scheme import Rows, quantize_rows
+from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 from s3dit.kernels.tune import Config, chosen
 
 HALF = (torch.bfloat16, torch.float16)
@@ -85,12 +85,12 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans)
 
 
 @op
-def attention8(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     """`attention` with q·kᵀ of int8 numbers: each row of q, and of k less its item's mean, rounded by its largest.
 
     q may come as int8 Rows; else as in `attention` -> (N, H, D), dtype of q before rounding.
     """
-    rounded = q if isinstance(q, Rows) else quantize_rows(q, torch.int8)
+    rounded = q if isinstance(q, QuantizedRows) else quantize_rows(q, torch.int8)
     parts = zip(k.split(k_span.lengths), _means(k, k_span), strict=True)
     smooth = torch.cat([part.float() - mean for part, mean in parts])
     out = attention.reference(rounded.dequantize(), quantize_rows(smooth, torch.int8).dequantize(), v, q_span, k_span)
@@ -333,7 +333,7 @@ def _flash_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) ->
     return _flash_rows(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
 
 
-def _flash8(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+def _flash8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     """Two kernels: the keys once, in int8; then as ever."""
     _check(q, k, q_span, k_span)
     tokens, heads, width = k.shape
@@ -345,7 +345,7 @@ def _flash8(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans
             k, k.stride(0), k.stride(1), _means(k, k_span), small, k_scale, k_span.cu_seqlens, width, heads,
             _block(width), 64, num_warps=4,
         )  # fmt: skip
-    values, q_scale = (q.values, q.scale.contiguous()) if isinstance(q, Rows) else (q, None)
+    values, q_scale = (q.values, q.scale.contiguous()) if isinstance(q, QuantizedRows) else (q, None)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _launch(
         values, q_scale, small, k_scale, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), out, None
@@ -353,7 +353,7 @@ def _flash8(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans
     return out
 
 
-def _check(q: Tensor | Rows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
+def _check(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
     """A kernel would read past the end of what is too short."""
     found = (q.shape[0], k.shape[0], len(k_span.lengths))
     needed = (sum(q_span.lengths), sum(k_span.lengths), len(q_span.lengths))
@@ -363,7 +363,7 @@ def _check(q: Tensor | Rows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
         )
 
 
-def _fits(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+def _fits(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
     """What the flash kernel needs."""
     if q.shape[-1] % 16 or q.shape[-1] > 128:
         return f"head sizes are multiples of 16 up to 128, found {q.shape[-1]}"
@@ -427,7 +427,7 @@ def _opaque8(
     k_cu: Tensor, k_host: Tensor,
 ) -> Tensor:  # fmt: skip
     spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    return attention8(q if q_scale is None else Rows(q, q_scale, wide), k, v, *spans).contiguous()
+    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, wide), k, v, *spans).contiguous()
 
 
 @_opaque8.register_fake
@@ -439,7 +439,7 @@ def _(
 
 
 @attention8.in_graphs
-def _node8(q: Tensor | Rows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    values, scale = (q.values, q.scale) if isinstance(q, Rows) else (q, None)
+def _node8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    values, scale = (q.values, q.scale) if isinstance(q, QuantizedRows) else (q, None)
     spans = q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host
     return _opaque8(values, scale, q.dtype, k, v, *spans)

@@ -45,7 +45,7 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 
 @dataclass(frozen=True, slots=True)
-class StandIn:
+class Implementation:
     """One faster implementation: where it runs, which backend it belongs to, when it may serve."""
 
     device: str
@@ -53,7 +53,7 @@ class StandIn:
     function: Callable[..., Any]
     when: Callable[..., bool | str]
 
-    def refusal(self, device: str, args: tuple[Any, ...]) -> str:
+    def why_not(self, device: str, args: tuple[Any, ...]) -> str:
         """Why it cannot serve these arguments, in a few words; empty where it can."""
         if self.device != device:
             return f"needs {self.device} tensors, found {device}"
@@ -68,7 +68,7 @@ _lock = threading.Lock()
 
 
 class _Thread(threading.local):
-    """What holds for one thread: the backend of `use_backend`, and the calls that `asked` has noted so far."""
+    """What holds for one thread: the backend of `use_backend`, and the calls that `record_calls` has noted so far."""
 
     # Not a ContextVar, which torch.compile cannot trace.
     backend: str | None = None
@@ -111,7 +111,7 @@ def backend() -> str:
 
 
 @contextmanager
-def asked() -> Iterator[list[tuple["Op", tuple[Any, ...]]]]:
+def record_calls() -> Iterator[list[tuple["Op", tuple[Any, ...]]]]:
     """Note every call of an Op by this thread in the `with` and let its reference serve: for a run on fake tensors."""
     before, _thread.questions = _thread.questions, []
     try:
@@ -131,7 +131,7 @@ class Op:
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.reference = reference
         self.name = reference.__name__
-        self.stand_ins: list[StandIn] = []
+        self.stand_ins: list[Implementation] = []
         self._override: Callable[..., Any] | None = None
         # Every replacement in force, the last of them being `_override`.
         self._replacements: list[tuple[Callable[..., Any]]] = []
@@ -147,7 +147,7 @@ class Op:
         """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.stand_ins.append(StandIn(device, backend, function, when))
+            self.stand_ins.append(Implementation(device, backend, function, when))
             return function
 
         return register
@@ -161,12 +161,12 @@ class Op:
             return self.reference
         device = _device(args)
         for stand_in in self.stand_ins:
-            if chosen in ("auto", stand_in.backend) and not stand_in.refusal(device, args):
+            if chosen in ("auto", stand_in.backend) and not stand_in.why_not(device, args):
                 return stand_in.function
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
         kernels = [stand_in for stand_in in self.stand_ins if stand_in.backend == "triton"]
         if chosen == "triton" and kernels:
-            why = "; ".join(dict.fromkeys(stand_in.refusal(device, args) for stand_in in kernels))
+            why = "; ".join(dict.fromkeys(stand_in.why_not(device, args) for stand_in in kernels))
             raise BackendError(f"backend 'triton' is forced but no kernel of {self.name} may run: {why}; use 'auto'")
         return self.reference
 
@@ -177,7 +177,7 @@ class Op:
             return [(self._override.__name__, "override", "chosen")]
         for stand_in in self.stand_ins:
             name = stand_in.function.__name__.strip("_")
-            reason = stand_in.refusal(device, args)
+            reason = stand_in.why_not(device, args)
             if not reason and backend() not in ("auto", stand_in.backend):
                 reason = f"backend {backend()!r} is forced"
             lines.append((name, stand_in.backend, reason or (f"{found} comes first" if found else "chosen")))

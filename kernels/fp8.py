@@ -13,19 +13,28 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
-from s3dit.kernels.scheme import Parts, Rows, Scheme, channels_linear, decode_channels, per_channel, rows, wide
+from s3dit.kernels.scheme import (
+    QuantizedRows,
+    QuantizedTensors,
+    Scheme,
+    channels_linear,
+    decode_channels,
+    per_channel,
+    rows,
+    wide,
+)
 
 DTYPE = torch.float8_e4m3fn
 
 
 @op
-def fp8_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def fp8_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Both sides in e4m3: x (…, in) or its Rows -> (…, out), dtype of x; see `Scheme`."""
     return F.linear(rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 @op
-def fp8_weights_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def fp8_weights_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in e4m3, x as it comes: x (…, in) -> (…, out), dtype of x."""
     return F.linear(wide(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
@@ -35,7 +44,7 @@ def _fp32(bias: Tensor | None) -> Tensor | None:
 
 
 @fp8_linear.on("cpu", "torch")
-def _rounded(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _rounded(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """No CPU multiplies e4m3; its numbers are exact in bf16, so this is right, and as fast as bf16 at best."""
     return channels_linear(rows(x, DTYPE), parts, bias)
 
@@ -43,11 +52,11 @@ def _rounded(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 fp8_weights_linear.on("cpu", "torch")(channels_linear)
 
 
-def _able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+def _able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
     return missing(x, WIDE, DTYPE) or True
 
 
-def _torch_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+def _torch_able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
     if x.dtype != torch.bfloat16 or any(size % 16 for size in parts["weight"].shape):
         return "torch's row-wise product gives bf16 only, for widths that are multiples of 16"
     return _able(x, parts, bias)
@@ -55,7 +64,7 @@ def _torch_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | s
 
 # First until the benchmark says otherwise. Without fast accumulation the row-wise form is several times slower.
 @fp8_linear.on("cuda", "torch", when=_torch_able)
-def _scaled_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _scaled_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The row-wise product of torch, which is CUTLASS's or cuBLAS's."""
     values, scale, dtype = rounded(x, DTYPE)
     out = torch._scaled_mm(
@@ -71,13 +80,13 @@ def _scaled_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 @fp8_linear.on("cuda", "triton", when=_able)
-def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     values, scale, dtype = rounded(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
 
 @fp8_weights_linear.on("cuda", "triton", when=_able)
-def _triton_weights(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from s3dit.kernels.dispatch import missing, op
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_matmul
 from s3dit.kernels.matmul import WIDE, plain
-from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, pieces, wide
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, pieces, wide
 
 # The table of IQ4_NL and IQ4_XS: where 16 values serve weights best.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -185,16 +185,16 @@ def _scheme(kind: str) -> Scheme:
             )
         return {"weight": ((out, in_ // block.elements * block.bytes), torch.uint8)}
 
-    def decode(parts: Parts) -> Tensor:
+    def decode(parts: QuantizedTensors) -> Tensor:
         rows = parts["weight"]
         return block.decode(rows.reshape(-1, block.bytes)).view(len(rows), -1)
 
     @op
-    def gguf_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def gguf_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Weights in blocks, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
         return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
-    def pieced(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def pieced(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Blocks to the dtype of x, piece by piece, so that no second copy of the layer is made."""
         x, rows = plain(x), parts["weight"]
         out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
@@ -203,7 +203,7 @@ def _scheme(kind: str) -> Scheme:
             out[..., run] = F.linear(x, weight, None if bias is None else bias[run].to(x.dtype))
         return out
 
-    def in_kernel(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         return gguf_matmul(plain(x), parts["weight"], kind, bias)
 
     if kind in KERNELS:

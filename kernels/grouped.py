@@ -31,7 +31,7 @@ from torch import Tensor
 from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
-from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, codes_as, pieces, wide
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, codes_as, pieces, wide
 
 BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # What mixed_matmul widens.
@@ -66,21 +66,21 @@ def grouped(name: str, form: Form) -> Scheme:
     def spec(out: int, in_: int) -> Spec:
         return _spec(name, form, out, in_)
 
-    def decode(parts: Parts) -> Tensor:
+    def decode(parts: QuantizedTensors) -> Tensor:
         return _decode(form, parts)
 
     @op
-    def grouped_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def grouped_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Weights in groups, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
         return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
-    def pieced(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def pieced(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         return _pieced(form, plain(x), parts, bias)
 
-    def in_kernel(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+    def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         return _in_kernel(form, plain(x), parts, bias)
 
-    def able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+    def able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
         # e5m2 asks for the same GPUs as e4m3.
         return missing(x, WIDE, None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn) or True
 
@@ -137,7 +137,7 @@ def rotation_dtype(size: int) -> torch.dtype:
     return torch.bfloat16 if size.bit_length() % 2 == 1 else torch.float32
 
 
-def _decode(form: Form, parts: Parts) -> Tensor:
+def _decode(form: Form, parts: QuantizedTensors) -> Tensor:
     """The weight (out, in) fp32."""
     weight = turned(_core(form, parts, torch.float32), parts)
     if form.column:
@@ -147,7 +147,7 @@ def _decode(form: Form, parts: Parts) -> Tensor:
     return weight
 
 
-def _core(form: Form, parts: Parts, dtype: torch.dtype) -> Tensor:
+def _core(form: Form, parts: QuantizedTensors, dtype: torch.dtype) -> Tensor:
     """The weight that x meets once column and rotation were applied to it, (out, in); one rounding, to dtype."""
     weight = _values(form, parts)
     out, in_ = weight.shape
@@ -165,7 +165,7 @@ def _core(form: Form, parts: Parts, dtype: torch.dtype) -> Tensor:
     return groups.view(out, -1)[:, :in_].to(dtype)
 
 
-def _values(form: Form, parts: Parts) -> Tensor:
+def _values(form: Form, parts: QuantizedTensors) -> Tensor:
     """What the codes stand for, (out, in) fp32, in memory of its own."""
     codes = parts["weight"]
     if form.codes != torch.uint8:
@@ -176,7 +176,7 @@ def _values(form: Form, parts: Parts) -> Tensor:
     return pairs[codes.to(torch.int32)].flatten(-2)
 
 
-def turned(x: Tensor, parts: Parts) -> Tensor:
+def turned(x: Tensor, parts: QuantizedTensors) -> Tensor:
     """x (…, in) · rotation, run by run; x itself where the layer has none."""
     if "rotation" not in parts:
         return x
@@ -184,14 +184,14 @@ def turned(x: Tensor, parts: Parts) -> Tensor:
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
-def _meeting(x: Tensor, parts: Parts) -> Tensor:
+def _meeting(x: Tensor, parts: QuantizedTensors) -> Tensor:
     """x as it meets the codes, dtype of x."""
     if "column" in parts:
         x = (x.float() * parts["column"]).to(x.dtype)
     return turned(x, parts)
 
 
-def _branch(x: Tensor, parts: Parts, out: Tensor) -> Tensor:
+def _branch(x: Tensor, parts: QuantizedTensors, out: Tensor) -> Tensor:
     """Add the branch of low rank to out (…, out), in place."""
     if "up" not in parts:
         return out
@@ -199,7 +199,7 @@ def _branch(x: Tensor, parts: Parts, out: Tensor) -> Tensor:
     return out.add_(F.linear(F.linear(x, down), up))
 
 
-def _pieced(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _pieced(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Codes to the dtype of x, piece by piece, so that no second copy of the layer is made."""
     met = _meeting(x, parts)
     rows = {name: part for name, part in parts.items() if name in ("weight", "scale", "channel", "offset")}
@@ -212,7 +212,7 @@ def _pieced(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
     return _branch(x, parts, out)
 
 
-def _in_kernel(form: Form, x: Tensor, parts: Parts, bias: Tensor | None) -> Tensor:
+def _in_kernel(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Codes that are numbers, with a scale a row: the kernel of the 8-bit formats. Others are made wide first."""
     met = _meeting(x, parts)
     if form.codes in MIXED and not (form.group or form.channel or form.offset or form.rounded):

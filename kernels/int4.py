@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
-from s3dit.kernels.scheme import Parts, Rows, Scheme, Spec, finite, pieces, wide
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, finite, pieces, wide
 
 GROUP = 64
 TOP = 15
@@ -80,7 +80,7 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def decode(parts: Parts) -> Tensor:
+def decode(parts: QuantizedTensors) -> Tensor:
     """(code - zero) · scale, (out, in) fp32."""
     scale, zero = (parts[name].float()[..., None] for name in ("scale", "zero"))
     groups = unpack(parts["weight"]).float().unflatten(-1, (-1, GROUP))
@@ -88,15 +88,15 @@ def decode(parts: Parts) -> Tensor:
 
 
 @op
-def int4_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def int4_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in int4, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
     return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
 
 @int4_linear.on("cpu", "torch", when=lambda x, *rest: x.dtype in WIDENED or "takes bf16 or fp32")
-def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _widened(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Codes to the dtype of x, piece by piece: a tenth of the time of a product with 1000 tokens."""
-    x = x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
+    x = x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
     packed, scale, zero = parts["weight"], parts["scale"].to(x.dtype), parts["zero"].to(x.dtype)
     out = torch.empty(*x.shape[:-1], len(packed), dtype=x.dtype)
     for run in pieces(*packed.shape):
@@ -117,12 +117,12 @@ def _widen(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 @int4_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)
-def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(plain(x), parts["weight"], parts["scale"], parts["zero"], bias)
 
 
 @int4_linear.on("cuda", "torch")
-def _decoded(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _decoded(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The whole weight in the dtype of x."""
     return F.linear(plain(x), decode(parts).to(x.dtype), None if bias is None else bias.to(x.dtype))
 

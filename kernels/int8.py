@@ -10,7 +10,16 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
 from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
-from s3dit.kernels.scheme import Parts, Rows, Scheme, channels_linear, decode_channels, per_channel, rows, wide
+from s3dit.kernels.scheme import (
+    QuantizedRows,
+    QuantizedTensors,
+    Scheme,
+    channels_linear,
+    decode_channels,
+    per_channel,
+    rows,
+    wide,
+)
 
 DTYPE = torch.int8
 # Output channels of one integer product on a CPU, so that its sums are still in the cache when they are scaled.
@@ -20,13 +29,13 @@ INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni",
 
 
 @op
-def int8_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def int8_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Both sides in int8: x (…, in) or its Rows -> (…, out), dtype of x; see `Scheme`."""
     return F.linear(rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 @op
-def int8_weights_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def int8_weights_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in int8, x as it comes: x (…, in) -> (…, out), dtype of x."""
     return F.linear(wide(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
@@ -36,7 +45,7 @@ def _fp32(bias: Tensor | None) -> Tensor | None:
 
 
 @int8_linear.on("cpu", "torch", when=lambda *args: INTEGER_DOT or "needs a CPU with 8-bit dot products (VNNI)")
-def _integers(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """oneDNN's integer product, which reads the weight as it lies (in the mapped file, say); sums are exact.
 
     Twice the pace of bf16 on a CPU with both. The prepacked form is no faster and would be a second copy of the model.
@@ -54,7 +63,7 @@ def _integers(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 @int8_linear.on("cpu", "torch")
-def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _widened(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The same numbers in floating point: other CPUs are slower in integers, or let them saturate."""
     return channels_linear(rows(x, DTYPE), parts, bias)
 
@@ -62,23 +71,23 @@ def _widened(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 int8_weights_linear.on("cpu", "torch")(channels_linear)
 
 
-def _able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+def _able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
     return missing(x, WIDE) or True
 
 
 @int8_linear.on("cuda", "triton", when=_able)
-def _triton(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     values, scale, dtype = rounded(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
 
-def _int_mm_able(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> bool | str:
+def _int_mm_able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
     fits = x.shape[:-1].numel() > 16 and not any(size % 8 for size in parts["weight"].shape)
     return fits or "torch's integer product takes more than 16 rows, and widths that are multiples of 8"
 
 
 @int8_linear.on("cuda", "torch", when=_int_mm_able)
-def _int_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _int_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """cuBLAS's integer product; its sums make a round trip through memory before they are scaled."""
     values, scale, dtype = rounded(x, DTYPE)
     product = torch._int_mm(values.reshape(-1, values.shape[-1]), parts["weight"].T).view(*x.shape[:-1], -1)
@@ -87,7 +96,7 @@ def _int_mm(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
 
 
 @int8_weights_linear.on("cuda", "triton", when=_able)
-def _triton_weights(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
 from s3dit.kernels.rows import blocks, empty_rows, flat, largest, round_rows
-from s3dit.kernels.scheme import Rows, rows
+from s3dit.kernels.scheme import QuantizedRows, rows
 from s3dit.kernels.tune import chosen
 
 # Up to so many rows a product should take less time than making its weight wide would. Computed, not yet measured.
@@ -440,23 +440,23 @@ def _quantized(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude, as scheme.quantize_rows does."""
     values, scale = _quantized(x, dtype)
-    return Rows(values, scale, x.dtype)
+    return QuantizedRows(values, scale, x.dtype)
 
 
 @op
-def rounded(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
+def rounded(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
     """x in int8 or e4m3, where its maker has not rounded it already."""
     return rows(x, dtype)
 
 
 @rounded.on("cuda", "triton", when=lambda x, dtype: missing(x, WIDE, dtype) or True)
-def _triton_rounded(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
-    return x if isinstance(x, Rows) else quantize_rows(x, dtype)
+def _triton_rounded(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
+    return x if isinstance(x, QuantizedRows) else quantize_rows(x, dtype)
 
 
-def plain(x: Tensor | Rows) -> Tensor:
+def plain(x: Tensor | QuantizedRows) -> Tensor:
     """x in the dtype that it has, or had before it was rounded."""
-    return x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
+    return x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x

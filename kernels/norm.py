@@ -7,8 +7,9 @@ rounds before the product with the weight and the official code rounds everywher
 Modulation is a table with one row an item and noise state; `row` says which row a token reads. A table of one row is
 shared by all tokens and is broadcast, so the ordinary case copies nothing.
 
-An Op whose consumer `takes` 8 bits gives `Rows` instead of a tensor, by definition `quantize_rows` of what it gives
-otherwise. The Triton kernels read and write every number once: a program has whole rows.
+An Op whose consumer reads 8 bits (`input_dtype`) gives `QuantizedRows` instead of a tensor, by definition
+`quantize_rows` of what it gives otherwise. The Triton kernels read and write every number once: a program has whole
+rows.
 
 Source: official ZImageTransformerBlock and Attention.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
 from s3dit.kernels.rows import blocks, empty_rows, flat, given, largest, round_rows
-from s3dit.kernels.scheme import Rows, quantize_rows
+from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 
 WIDE = (torch.bfloat16, torch.float16, torch.float32)
 # A program holds a whole row in registers.
@@ -39,13 +40,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @op
 def rms_norm_modulate(
-    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None
-) -> Tensor | Rows:
+    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, input_dtype: torch.dtype | None = None
+) -> Tensor | QuantizedRows:
     """RMS-normalize, then scale by (1 + modulation) of each token's row.
 
-    x (N, D) · weight (D,) · scale (R, D) · row (N,) integers below R -> (N, D), dtype of x or 8-bit as `takes` says.
+    x (N, D) · weight (D,) · scale (R, D) · row (N,) integers below R -> (N, D), dtype of x or 8-bit as `input_dtype`
+    says.
     """
-    return _given((rms_norm.reference(x.float(), weight, eps) * (1.0 + _rows(scale, row))).to(x.dtype), takes)
+    return _given((rms_norm.reference(x.float(), weight, eps) * (1.0 + _rows(scale, row))).to(x.dtype), input_dtype)
 
 
 @op
@@ -61,28 +63,34 @@ def gated_residual(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, ro
 @op
 def gated_residual_norm(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor, scale: Tensor, row: Tensor,
-    eps: float, takes: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | Rows]:  # fmt: skip
+    eps: float, input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | QuantizedRows]:  # fmt: skip
     """The end of one sandwich and the beginning of the next: gated_residual, and rms_norm_modulate of its result.
 
     As there; next_weight (D,) and scale (R, D) belong to the second norm -> the new residual (N, D), and it normed.
     """
     residual = gated_residual.reference(residual, x, weight, gate, row, eps)
-    return residual, rms_norm_modulate.reference(residual, next_weight, scale, row, eps, takes)
+    return residual, rms_norm_modulate.reference(residual, next_weight, scale, row, eps, input_dtype)
 
 
 @op
 def qk_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None = None
-) -> tuple[Tensor | Rows, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    eps: float,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | QuantizedRows, Tensor]:
     """RMS-normalize each head of q and k, then rotate adjacent pairs by the token's angles.
 
     q, k (N, H, D) · weights (D,) · rope (N, D/2, 2) fp32 (cos, sin) -> q, k of the same shape and dtype, q in 8 bits
-    where attention `takes` them. k stays wide: before it may be rounded, the mean over all its tokens has to go.
+    where attention `input_dtype` them. k stays wide: before it may be rounded, the mean over all its tokens has to go.
     """
     q_turned = _rotate(rms_norm.reference(q.float(), q_weight, eps), rope).to(q.dtype)
     k_turned = _rotate(rms_norm.reference(k.float(), k_weight, eps), rope).to(k.dtype)
-    return _given(q_turned, takes), k_turned
+    return _given(q_turned, input_dtype), k_turned
 
 
 def _rows(table: Tensor, row: Tensor) -> Tensor:
@@ -90,9 +98,9 @@ def _rows(table: Tensor, row: Tensor) -> Tensor:
     return (table if table.shape[0] == 1 else table[row]).float()
 
 
-def _given(x: Tensor, takes: torch.dtype | None) -> Tensor | Rows:
+def _given(x: Tensor, input_dtype: torch.dtype | None) -> Tensor | QuantizedRows:
     """x as its consumer takes it."""
-    return x if takes is None else quantize_rows(x, takes)
+    return x if input_dtype is None else quantize_rows(x, input_dtype)
 
 
 def _rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -126,12 +134,12 @@ def _norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # on one (shared) core of a Zen 5, bf16: 1.8 to 4 times less time than the references, 6 for the rotation.
 @rms_norm_modulate.on("cpu", "torch", when=_in_pieces)
 def _norm_modulate_in_pieces(
-    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None
-) -> Tensor | Rows:
+    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, input_dtype: torch.dtype | None = None
+) -> Tensor | QuantizedRows:
     out, weight, table = torch.empty_like(x), weight.float(), 1.0 + scale.float()
     for piece in _pieces(len(x)):
         out[piece] = _norm_in_place(x[piece], weight, eps).mul_(_rows(table, row[piece]))
-    return _given(out, takes)
+    return _given(out, input_dtype)
 
 
 @gated_residual.on("cpu", "torch", when=_in_pieces)
@@ -145,16 +153,22 @@ def _gated_in_pieces(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, 
 @gated_residual_norm.on("cpu", "torch", when=_in_pieces)
 def _gated_norm_in_pieces(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor, scale: Tensor, row: Tensor,
-    eps: float, takes: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | Rows]:  # fmt: skip
+    eps: float, input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | QuantizedRows]:  # fmt: skip
     residual = _gated_in_pieces(residual, x, weight, gate, row, eps)
-    return residual, _norm_modulate_in_pieces(residual, next_weight, scale, row, eps, takes)
+    return residual, _norm_modulate_in_pieces(residual, next_weight, scale, row, eps, input_dtype)
 
 
 @qk_norm_rope.on("cpu", "torch", when=_in_pieces)
 def _rotation_in_pieces(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None = None
-) -> tuple[Tensor | Rows, Tensor]:
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    eps: float,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | QuantizedRows, Tensor]:
     """The same rotation as one complex product: strided pair access makes the real form several times slower on CPU."""
     turn = torch.view_as_complex(rope)[:, None]
 
@@ -166,7 +180,7 @@ def _rotation_in_pieces(
             out[piece] = wide
         return out
 
-    return _given(rotate(q, q_weight), takes), rotate(k, k_weight)
+    return _given(rotate(q, q_weight), input_dtype), rotate(k, k_weight)
 
 
 @kernel
@@ -269,16 +283,16 @@ def _rotation_kernel(
 
 
 def _fake_norm(
-    x: Tensor, weight: Tensor, table: Tensor | None, row: Tensor | None, eps: float, takes: torch.dtype | None
+    x: Tensor, weight: Tensor, table: Tensor | None, row: Tensor | None, eps: float, input_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    return empty_rows(x, takes)
+    return empty_rows(x, input_dtype)
 
 
 @launcher(_fake_norm)
 def _norm_rows(
-    x: Tensor, weight: Tensor, table: Tensor | None, row: Tensor | None, eps: float, takes: torch.dtype | None
+    x: Tensor, weight: Tensor, table: Tensor | None, row: Tensor | None, eps: float, input_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
-    out, out_scale = empty_rows(x, takes)
+    out, out_scale = empty_rows(x, input_dtype)
     x = flat(x)
     n, width = x.shape
     programs, rows, block, warps = blocks(n, width)
@@ -287,25 +301,25 @@ def _norm_rows(
     if n:
         _norm_kernel[(programs,)](
             x, x.stride(0), weight, table, table.stride(0), row, out, out_scale, n, eps, width, rows, block,
-            table is not x, shared, largest(takes), num_warps=warps,
+            table is not x, shared, largest(input_dtype), num_warps=warps,
         )  # fmt: skip
     return out, out_scale
 
 
 def _fake_gated(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None, table: Tensor | None,
-    row: Tensor, eps: float, takes: torch.dtype | None,
+    row: Tensor, eps: float, input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    normed, scale = empty_rows(residual[:0] if next_weight is None else residual, takes)
+    normed, scale = empty_rows(residual[:0] if next_weight is None else residual, input_dtype)
     return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device), normed, scale
 
 
 @launcher(_fake_gated)
 def _gated_rows(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None, table: Tensor | None,
-    row: Tensor, eps: float, takes: torch.dtype | None,
+    row: Tensor, eps: float, input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, normed, scale = _fake_gated(residual, x, weight, gate, next_weight, table, row, eps, takes)
+    out, normed, scale = _fake_gated(residual, x, weight, gate, next_weight, table, row, eps, input_dtype)
     residual, x, gate = flat(residual), flat(x), flat(gate)
     n, width = x.shape
     programs, rows, block, warps = blocks(n, width)
@@ -314,38 +328,38 @@ def _gated_rows(
         _gated_kernel[(programs,)](
             residual, residual.stride(0), x, x.stride(0), weight, gate, gate.stride(0), next_weight, table,
             table.stride(0), row, out, normed, scale, n, eps, width, rows, block, next_weight is not None,
-            len(gate) == 1, largest(takes), num_warps=warps,
+            len(gate) == 1, largest(input_dtype), num_warps=warps,
         )  # fmt: skip
     return out, normed, scale
 
 
 def _fake_rotated(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, input_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *empty_rows(q, takes), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    return *empty_rows(q, input_dtype), torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
 
 @launcher(_fake_rotated)
 def _rotated(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, input_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    q_out, q_scale, k_out = _fake_rotated(q, k, q_weight, k_weight, rope, eps, takes)
+    q_out, q_scale, k_out = _fake_rotated(q, k, q_weight, k_weight, rope, eps, input_dtype)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     n, heads, width = q.shape
     _, _, block, _ = blocks(1, width)
     if n:
         _rotation_kernel[(n,)](
             q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), q_weight, k_weight, rope.contiguous(), q_out,
-            q_scale, k_out, eps, heads, width, 1 << (heads - 1).bit_length(), block, largest(takes), num_warps=4,
+            q_scale, k_out, eps, heads, width, 1 << (heads - 1).bit_length(), block, largest(input_dtype), num_warps=4,
         )  # fmt: skip
     return q_out, q_scale, k_out
 
 
-def _rows_fit(x: Tensor, takes: torch.dtype | None = None) -> bool | str:
-    """What a row kernel needs: a known dtype, a GPU that has `takes`, and a row that registers hold."""
+def _rows_fit(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
+    """What a row kernel needs: a known dtype, a GPU that has `input_dtype`, and a row that registers hold."""
     if x.shape[-1] > WIDEST:
         return f"rows of at most {WIDEST} numbers, found {x.shape[-1]}"
-    return missing(x, WIDE, takes) or True
+    return missing(x, WIDE, input_dtype) or True
 
 
 @rms_norm.on("cuda", "triton", when=lambda x, weight, eps: _rows_fit(x))
@@ -353,11 +367,11 @@ def _triton_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _norm_rows(x, weight, None, None, eps, None)[0]
 
 
-@rms_norm_modulate.on("cuda", "triton", when=lambda x, w, scale, row, eps, takes=None: _rows_fit(x, takes))
+@rms_norm_modulate.on("cuda", "triton", when=lambda x, w, scale, row, eps, input_dtype=None: _rows_fit(x, input_dtype))
 def _triton_norm_modulate(
-    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, takes: torch.dtype | None = None
-) -> Tensor | Rows:
-    out, out_scale = _norm_rows(x, weight, scale, row, eps, takes)
+    x: Tensor, weight: Tensor, scale: Tensor, row: Tensor, eps: float, input_dtype: torch.dtype | None = None
+) -> Tensor | QuantizedRows:
+    out, out_scale = _norm_rows(x, weight, scale, row, eps, input_dtype)
     return given(out, out_scale, x.dtype)
 
 
@@ -371,25 +385,37 @@ def _triton_gated(residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, row
 )
 def _triton_gated_norm(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor, scale: Tensor, row: Tensor,
-    eps: float, takes: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor | Rows]:  # fmt: skip
-    out, normed, normed_scale = _gated_rows(residual, x, weight, gate, next_weight, scale, row, eps, takes)
+    eps: float, input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | QuantizedRows]:  # fmt: skip
+    out, normed, normed_scale = _gated_rows(residual, x, weight, gate, next_weight, scale, row, eps, input_dtype)
     return out, given(normed, normed_scale, residual.dtype)
 
 
 def _heads_fit(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None = None
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    eps: float,
+    input_dtype: torch.dtype | None = None,
 ) -> bool | str:
     if q.shape[-1] % 2 or q.shape[-1] > 256:
         return f"an even head size of at most 256, found {q.shape[-1]}"
     if q.shape != k.shape:
         return f"as many heads of k as of q, found {tuple(k.shape)} and {tuple(q.shape)}"
-    return missing(q, WIDE, takes) or True
+    return missing(q, WIDE, input_dtype) or True
 
 
 @qk_norm_rope.on("cuda", "triton", when=_heads_fit)
 def _triton_rotation(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, takes: torch.dtype | None = None
-) -> tuple[Tensor | Rows, Tensor]:
-    q_out, q_scale, k_out = _rotated(q, k, q_weight, k_weight, rope, eps, takes)
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: Tensor,
+    eps: float,
+    input_dtype: torch.dtype | None = None,
+) -> tuple[Tensor | QuantizedRows, Tensor]:
+    q_out, q_scale, k_out = _rotated(q, k, q_weight, k_weight, rope, eps, input_dtype)
     return given(q_out, q_scale, q.dtype), k_out

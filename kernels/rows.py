@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, tl
-from s3dit.kernels.scheme import LARGEST, SMALLEST, Rows
+from s3dit.kernels.scheme import LARGEST, SMALLEST, QuantizedRows
 
 # A row kernel gives each program this many numbers or one row, and each thread sixteen of them.
 NUMBERS = 4096
@@ -36,9 +36,9 @@ def empty_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
     return values, torch.empty((*x.shape[:-1], 1 if dtype else 0), dtype=torch.float32, device=x.device)
 
 
-def given(values: Tensor, scale: Tensor, wide: torch.dtype) -> Tensor | Rows:
+def given(values: Tensor, scale: Tensor, wide: torch.dtype) -> Tensor | QuantizedRows:
     """The answer that these outputs are; `wide` is the dtype of the input."""
-    return Rows(values, scale, wide) if scale.shape[-1] else values
+    return QuantizedRows(values, scale, wide) if scale.shape[-1] else values
 
 
 def largest(dtype: torch.dtype | None) -> float:

@@ -6,7 +6,8 @@ weight, `decode` gives the weight back, and `linear` is the Op that multiplies b
 Z-Image, because one outlier takes the range from everything else); its reference is the product of the two rounded
 matrices in fp32.
 
-Who makes x may round it already and hand over `Rows`: the norms and SwiGLU do so in the pass that they make anyway.
+Who makes x may round it already and hand over `QuantizedRows`: the norms and SwiGLU do so in the pass that they make
+anyway.
 
 Scales of weights are bf16 numbers (the 8-bit formats keep them in fp32). So the product of a scale and a code is exact
 in fp32, and a weight that was decoded encodes to itself, bit for bit.
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import Op
 
-Parts = Mapping[str, Tensor]
+QuantizedTensors = Mapping[str, Tensor]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 # A row of zeros must not divide by zero, nor a tiny one blow up its rounding noise.
@@ -34,7 +35,7 @@ PIECE = 1 << 22
 CACHED = 1 << 18
 
 
-class Rows(NamedTuple):
+class QuantizedRows(NamedTuple):
     """x in 8 bits: values (…, K) int8 or e4m3, scale (…, 1) fp32, and the dtype that x had; x ≈ values · scale."""
 
     values: Tensor
@@ -61,13 +62,13 @@ class Rows(NamedTuple):
         return self.values.float() * self.scale
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
+def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
     """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude; fp32 inside.
 
     A row that holds NaN or infinity gets a scale that is not finite, so whatever is made of it is not finite either.
     """
     if x.device.type != "cpu" or x.numel() <= CACHED or torch.compiler.is_compiling():
-        return Rows(*_round(x, dtype), x.dtype)
+        return QuantizedRows(*_round(x, dtype), x.dtype)
     # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
     values, scale = torch.empty(x.shape, dtype=dtype), torch.empty(*x.shape[:-1], 1)
     width = x.shape[-1]
@@ -76,7 +77,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> Rows:
     for run, *out in zip(x.reshape(-1, width).split(step), *runs, strict=True):
         for given, made in zip(out, _round(run, dtype), strict=True):
             given.copy_(made)
-    return Rows(values, scale, x.dtype)
+    return QuantizedRows(values, scale, x.dtype)
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,14 +88,14 @@ def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-def rows(x: Tensor | Rows, dtype: torch.dtype) -> Rows:
+def rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
     """x rounded by rows, where its maker has not done so."""
-    return x if isinstance(x, Rows) else quantize_rows(x, dtype)
+    return x if isinstance(x, QuantizedRows) else quantize_rows(x, dtype)
 
 
-def wide(x: Tensor | Rows) -> Tensor:
+def wide(x: Tensor | QuantizedRows) -> Tensor:
     """x in fp32, rounded or not."""
-    return x.dequantize() if isinstance(x, Rows) else x.float()
+    return x.dequantize() if isinstance(x, QuantizedRows) else x.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,7 @@ class Scheme:
     activation: torch.dtype | None
     spec: Callable[[int, int], Spec]
     encode: Callable[[Tensor], dict[str, Tensor]] | None
-    decode: Callable[[Parts], Tensor]
+    decode: Callable[[QuantizedTensors], Tensor]
     linear: Op
 
 
@@ -140,7 +141,7 @@ def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callabl
     return spec, encode
 
 
-def decode_channels(parts: Parts) -> Tensor:
+def decode_channels(parts: QuantizedTensors) -> Tensor:
     """weight · scale of a per-channel format, (out, in) fp32."""
     return parts["weight"].float() * parts["scale"]
 
@@ -162,17 +163,17 @@ def codes_as(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
 
 
-def channels_linear(x: Tensor | Rows, parts: Parts, bias: Tensor | None) -> Tensor:
+def channels_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The per-channel product on a CPU: codes widened piece by piece (exactly, even to bf16), scales on the result.
 
     The buffer is as wide as a piece, so a quantized model needs no second copy of itself.
     """
     codes, scale = parts["weight"], parts["scale"].T
-    values = codes_as(x.values, x.dtype) if isinstance(x, Rows) else x
+    values = codes_as(x.values, x.dtype) if isinstance(x, QuantizedRows) else x
     out = torch.empty(*x.shape[:-1], len(codes), dtype=x.dtype, device=x.device)
     for run in pieces(*codes.shape):
         product = F.linear(values, codes_as(codes[run], x.dtype)).float().mul_(scale[:, run])
-        if isinstance(x, Rows):
+        if isinstance(x, QuantizedRows):
             product.mul_(x.scale)
         out[..., run] = product if bias is None else product.add_(bias[run])
     return out

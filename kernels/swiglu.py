@@ -8,31 +8,31 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
 from s3dit.kernels.rows import blocks, empty_rows, flat, given, largest, round_rows
-from s3dit.kernels.scheme import Rows, quantize_rows
+from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 
 # A program that rounds holds a whole row in registers.
 WIDEST = 16384
 
 
 @op
-def swiglu(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
-    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate or 8-bit as `takes` says; silu is fp32 inside.
+def swiglu(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> Tensor | QuantizedRows:
+    """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate or 8-bit as `input_dtype` says; silu is fp32 inside.
 
     The gate is given away: a stand-in may reuse its memory.
     """
     product = (F.silu(gate.float()) * up.float()).to(gate.dtype)
-    return product if takes is None else quantize_rows(product, takes)
+    return product if input_dtype is None else quantize_rows(product, input_dtype)
 
 
-def _gives_away(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> bool | str:
+def _gives_away(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
     return not (torch.is_grad_enabled() and gate.requires_grad) or "a gradient needs the gate"
 
 
 @swiglu.on("cpu", "torch", when=_gives_away)
-def _in_place(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
+def _in_place(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> Tensor | QuantizedRows:
     """Reuses the gate's memory: a fresh buffer of this size costs more in page faults than the arithmetic does."""
     product = F.silu(gate, inplace=True).mul_(up)
-    return product if takes is None else quantize_rows(product, takes)
+    return product if input_dtype is None else quantize_rows(product, input_dtype)
 
 
 @kernel
@@ -52,31 +52,42 @@ def _swiglu_kernel(
     tl.store(out + n * F + f, y.to(out.dtype.element_ty), mask=inside)
 
 
-def _fake(gate: Tensor, up: Tensor, takes: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    return empty_rows(gate, takes)
+def _fake(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    return empty_rows(gate, input_dtype)
 
 
 @launcher(_fake)
-def _swiglu_rows(gate: Tensor, up: Tensor, takes: torch.dtype | None) -> tuple[Tensor, Tensor]:
-    out, scale = empty_rows(gate, takes)
+def _swiglu_rows(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    out, scale = empty_rows(gate, input_dtype)
     gate, up = flat(gate), flat(up)
     n, width = gate.shape
     # Rows that are not rounded may be cut: shorter pieces waste less of a power of two.
-    programs, rows, block, warps = blocks(n, width if takes else min(width, 2048))
+    programs, rows, block, warps = blocks(n, width if input_dtype else min(width, 2048))
     if n:
         _swiglu_kernel[(programs, -(-width // block))](
-            gate, gate.stride(0), up, up.stride(0), out, scale, n, width, rows, block, largest(takes), num_warps=warps
+            gate,
+            gate.stride(0),
+            up,
+            up.stride(0),
+            out,
+            scale,
+            n,
+            width,
+            rows,
+            block,
+            largest(input_dtype),
+            num_warps=warps,
         )
     return out, scale
 
 
-def _fits(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> bool | str:
-    if takes is not None and gate.shape[-1] > WIDEST:
+def _fits(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
+    if input_dtype is not None and gate.shape[-1] > WIDEST:
         return f"rows of at most {WIDEST} numbers, found {gate.shape[-1]}"
-    return missing(gate, (torch.bfloat16, torch.float16, torch.float32), takes) or True
+    return missing(gate, (torch.bfloat16, torch.float16, torch.float32), input_dtype) or True
 
 
 @swiglu.on("cuda", "triton", when=_fits)
-def _triton_swiglu(gate: Tensor, up: Tensor, takes: torch.dtype | None = None) -> Tensor | Rows:
-    out, scale = _swiglu_rows(gate, up, takes)
+def _triton_swiglu(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> Tensor | QuantizedRows:
+    out, scale = _swiglu_rows(gate, up, input_dtype)
     return given(out, scale, gate.dtype)

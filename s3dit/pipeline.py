@@ -41,11 +41,11 @@ from s3dit.request import Request, Result
 from s3dit.runtime import budget
 from s3dit.runtime.adapters import Adapters
 from s3dit.runtime.block_streaming import Mode, tensors
-from s3dit.runtime.components import Parts
+from s3dit.runtime.components import Components
 from s3dit.runtime.devices import Placement, own_settings, place
 from s3dit.runtime.finite import check_finite
 from s3dit.runtime.graphs import Replay, check_compiler
-from s3dit.runtime.sources import Sources, gather
+from s3dit.runtime.sources import Sources, open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
 from s3dit.weights import keymap
@@ -97,7 +97,7 @@ class Pipeline:
         self.vram, self.graphs, self.backend = vram, graphs, backend
         self.tokenizer = Tokenizer(sources.tokenizer)
         asked = {"transformer": quantize, "text_encoder": quantize_text}
-        self.parts = Parts(sources, placement, residency, asked, compiled, disable_mmap)
+        self.parts = Components(sources, placement, residency, asked, compiled, disable_mmap)
         self.lora = Adapters(self.parts)
         self._features = Kept(PROMPTS_KEPT, "text_encoder")
         self._looks = Kept(LOOKS_KEPT, "siglip", "vae")
@@ -159,7 +159,7 @@ class Pipeline:
             check_backend(backend)
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         with own_settings(placement.device):
-            sources = gather(model, given, tokenizer, EMBEDDED)
+            sources = open_sources(model, given, tokenizer, EMBEDDED)
             return cls(
                 sources, placement, residency or "staged", vram=size, compiled=compile, graphs=graphs,
                 quantize=quantize, quantize_text=quantize_text, backend=backend, disable_mmap=disable_mmap,
@@ -207,7 +207,7 @@ class Pipeline:
             known, looks = self._known(self._features), self._known(self._looks)
             return make_plan(request, self.sources, self.tokenizer, self.parts, self.vram, known, looks)
 
-    def rehearse(self, plan: Plan) -> None:
+    def dry_run(self, plan: Plan) -> None:
         """Run one model call of a plan, text included, on torch's fake tensors: no memory, no arithmetic.
 
         `dispatch.asked` hears what would be computed.
@@ -288,7 +288,7 @@ class Pipeline:
         assert step is not None
         with self._turn():
             pictures = self._pictures(plan, step.latents)
-        then = replace(plan.then, canvases=start_image.enlarged(plan.canvases, pictures, plan.then.request))
+        then = replace(plan.then, start_images=start_image.enlarged(plan.start_images, pictures, plan.then.request))
         for later in self._sample(then):
             yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
@@ -297,8 +297,10 @@ class Pipeline:
         grids, steps = plan.grids, None
         while True:
             with self._turn():
-                if plan.fit is not None and (steps is None or (plan.fit.mode, plan.fit.kept) != self.parts.policy):
-                    self.parts.settle(plan.fit.mode, plan.fit.kept, [stage.part for stage in plan.stages])
+                if plan.memory is not None and (
+                    steps is None or (plan.memory.mode, plan.memory.kept) != self.parts.policy
+                ):
+                    self.parts.set_policy(plan.memory.mode, plan.memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
                     steps = self._begin(plan)
                 else:
@@ -327,7 +329,7 @@ class Pipeline:
         looks = self._look([one for row in plan.references for one in row], tile)
         sources = start_image.generators(request)
         sampled = sources if request.posterior == "sample" else None
-        start = self._encode_images([canvas.pixels for canvas in plan.canvases], sampled, tile)
+        start = self._encode_images([canvas.pixels for canvas in plan.start_images], sampled, tile)
         shown = [
             control_hints.patches(one, request, lambda one: self._encode_images([one], None, tile)[0])
             for one in plan.controls
@@ -343,7 +345,7 @@ class Pipeline:
         steps = torch.tensor(plan.sigmas, dtype=torch.float32)
         x, keep = start_image.starting_noise(request, grids, sources).to(device), None
         if start:
-            x, keep = start_image.begin(plan.canvases, start, x, steps, request.mask_mode == "differential")
+            x, keep = start_image.begin(plan.start_images, start, x, steps, request.mask_mode == "differential")
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
@@ -361,13 +363,13 @@ class Pipeline:
             check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step
 
-    def look(self, pictures: Sequence[references.Reference]) -> list[references.Look]:
+    def look(self, pictures: Sequence[references.Reference]) -> list[references.ReferenceFeatures]:
         """What the transformer reads of reference pictures, from what is kept or the tower and the autoencoder."""
         with self._turn():
             found = self._look(pictures, None)
-            return [references.Look(one.patches.clone(), one.features.clone()) for one in found]
+            return [references.ReferenceFeatures(one.patches.clone(), one.features.clone()) for one in found]
 
-    def _look(self, pictures: Sequence[references.Reference], tile: int | None) -> list[references.Look]:
+    def _look(self, pictures: Sequence[references.Reference], tile: int | None) -> list[references.ReferenceFeatures]:
         known = self._known(self._looks)
         new = list({one.key: one for one in pictures if one.key not in known}.values())
         if new:
@@ -379,7 +381,9 @@ class Pipeline:
                 features.append(run())
                 check_finite(features[-1], "vision features", run, (tower, self.parts.checkpoints["siglip"].path))
             latents = self._encode_images([one.pixels for one in new], None, tile)
-            known.update({one.key: references.Look.of(*of) for one, *of in zip(new, latents, features, strict=True)})
+            known.update(
+                {one.key: references.ReferenceFeatures.of(*of) for one, *of in zip(new, latents, features, strict=True)}
+            )
         found = [known[one.key] for one in pictures]
         known.trim()
         return found
@@ -483,10 +487,10 @@ class Pipeline:
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""
         pictures = self._decode(latents, plan.tile)
-        if not plan.canvases or not plan.request.composite:
+        if not plan.start_images or not plan.request.composite:
             return pictures
         differential = plan.request.mask_mode == "differential"
-        return [canvas.over(one, differential) for canvas, one in zip(plan.canvases, pictures, strict=True)]
+        return [canvas.over(one, differential) for canvas, one in zip(plan.start_images, pictures, strict=True)]
 
     def _engine(self) -> dict[str, Any]:
         """What draws, as pictures remember it."""

@@ -22,7 +22,7 @@ from s3dit.model.layout import Layout, edit, text_to_image
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.request import IMAGES, Request
 from s3dit.runtime import budget
-from s3dit.runtime.components import Parts
+from s3dit.runtime.components import Components
 from s3dit.runtime.sources import SHIFT_NOTE, Sources
 from s3dit.sampling.solvers import model_calls
 
@@ -62,9 +62,9 @@ class Plan:
     sigmas: tuple[float, ...]
     calls: int
     notes: tuple[str, ...]
-    fit: budget.Fit | None = None
-    canvases: tuple[start_image.Canvas, ...] = ()
-    controls: tuple[control_hints.Prepared, ...] = ()
+    memory: budget.MemoryPlan | None = None
+    start_images: tuple[start_image.StartImage, ...] = ()
+    controls: tuple[control_hints.PreparedControl, ...] = ()
     references: Seen = ()
     then: "Plan | None" = None
 
@@ -76,7 +76,7 @@ class Plan:
     @property
     def tile(self) -> int | None:
         """The side of a tile of the autoencoder, in latent cells, where the budget wants tiles."""
-        return None if self.fit is None else self.fit.tile
+        return None if self.memory is None else self.memory.tile
 
     def layout(self, config: TransformerConfig, guided: bool, device: torch.device | str) -> Layout:
         """Where the tokens of a pass stand: with guidance the pictures twice, with their prompts and negative ones."""
@@ -87,7 +87,7 @@ def make_plan(
     request: Request,
     sources: Sources,
     tokenizer: Tokenizer,
-    parts: Parts,
+    parts: Components,
     vram: int | None,
     features: Collection[Any],
     looks: Collection[Any],
@@ -97,7 +97,7 @@ def make_plan(
     vram: the budget in bytes · features, looks: keys of what is already kept of prompts and references.
     """
     config, pictures, notes = sources.config, Pictures(), []  # type: ignore[var-annotated]
-    request, canvases = start_image.read(request, pictures, notes)
+    request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), parts.controlnet, pictures, notes)
     if request.seed is None:
@@ -113,7 +113,7 @@ def make_plan(
     works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
     read = [f"{len(strange)} references"] if strange else []
     works += [("siglip", read[0])] if strange else []
-    read += [f"{request.count} start images"] * bool(canvases) + ["control images"] * bool(controls)
+    read += [f"{request.count} start images"] * bool(start_images) + ["control images"] * bool(controls)
     works += [("vae", " and ".join(read))] if read else []
     for turn, count in enumerate(calls, 1):
         works.append(("transformer", f"{count} model calls, {len(captions)} items each"))
@@ -122,16 +122,18 @@ def make_plan(
             works.append(("vae", f"{request.count} pictures, enlarged, and start images again"))
     if request.output_type != "latent":
         works.append(("vae", f"{request.count} pictures"))
-    fit = None
+    memory = None
     if vram is not None:
         whole = _layout(largest, captions, seen, config.transformer, bool(request.guidance_scale), "cpu").whole
         names = tuple(dict.fromkeys(part for part, _ in works))
-        fit = fit_of(parts, vram, largest, seen, sum(whole.spans.lengths), sum(map(len, new)), names, len(controls))
+        memory = memory_plan(
+            parts, vram, largest, seen, sum(whole.spans.lengths), sum(map(len, new)), names, len(controls)
+        )
     then = None
     for one, few in reversed(list(zip(passes, levels, strict=True))):
         then = Plan(
-            request=one, captions=captions, stages=_stages(parts, works, parts.kept if fit is None else fit.kept),
-            sigmas=tuple(few.tolist()), calls=sum(calls), notes=tuple(dict.fromkeys(notes)), fit=fit, canvases=canvases,
+            request=one, captions=captions, stages=_stages(parts, works, parts.kept if memory is None else memory.kept),
+            sigmas=tuple(few.tolist()), calls=sum(calls), notes=tuple(dict.fromkeys(notes)), memory=memory, start_images=start_images,
             controls=controls, references=seen, then=then,
         )  # fmt: skip
     assert then is not None
@@ -226,14 +228,14 @@ def _notes(request: Request, sources: Sources) -> Iterator[str]:
         yield "the model was trained for sides of 512 to 2048 pixels; other sizes draw, but less well"
 
 
-def _stages(parts: Parts, works: Sequence[tuple[str, str]], kept: Mapping[str, int]) -> tuple[Stage, ...]:
+def _stages(parts: Components, works: Sequence[tuple[str, str]], kept: Mapping[str, int]) -> tuple[Stage, ...]:
     """The turns of parts, with their bytes."""
     stages = [stage_of(parts, part, work, kept) for part, work in works]
     held = sum({stage.part: stage.holds for stage in stages if stage.part in parts.controlnets}.values())
     return tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
 
 
-def stage_of(parts: Parts, part: str, work: str, kept: Mapping[str, int]) -> Stage:
+def stage_of(parts: Components, part: str, work: str, kept: Mapping[str, int]) -> Stage:
     """A part's turn; kept: how many blocks of a streamed part stay on the device."""
     read, fixed, blocks = parts.sizes(part)
     whole = fixed + sum(blocks)
@@ -241,9 +243,16 @@ def stage_of(parts: Parts, part: str, work: str, kept: Mapping[str, int]) -> Sta
     return Stage(part, read, min(whole, streamed), work)
 
 
-def fit_of(
-    parts: Parts, size: int, request: Request, seen: Seen, tokens: int, new: int, names: Sequence[str], controls: int
-) -> budget.Fit:
+def memory_plan(
+    parts: Components,
+    size: int,
+    request: Request,
+    seen: Seen,
+    tokens: int,
+    new: int,
+    names: Sequence[str],
+    controls: int,
+) -> budget.MemoryPlan:
     """The plan of memory of a request for `size` bytes; BackendError where there is none.
 
     tokens: of a pass · new: prompt tokens to encode · names: of the parts it needs · controls: how many act on it.
@@ -297,7 +306,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
         whole = request.generator is None and request.latents is None
         whole = whole and all(name in data for name, value in own.items() if value is not None)
         whole = whole and all(one.named for one in controls)
-        hashes: dict[str, Any] = dict(plan.canvases[i].hashes) if plan.canvases else {}
+        hashes: dict[str, Any] = dict(plan.start_images[i].hashes) if plan.start_images else {}
         hashes |= control_hints.hashes(plan.controls, i)
         if plan.references[i]:
             hashes["reference"] = [one.sha256 for one in plan.references[i]]

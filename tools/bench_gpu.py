@@ -74,7 +74,7 @@ def everyone(op: Op, *args: Any) -> dict[str, float | str]:
     """Time of each stand-in of an Op that can serve these arguments, and of its reference; which one is chosen."""
     found: dict[str, float | str] = {"chosen": op.choose(*args).__name__.strip("_")}
     for stand_in in op.stand_ins:
-        if stand_in.refusal("cuda", args):
+        if stand_in.why_not("cuda", args):
             continue
         found[stand_in.function.__name__.strip("_")] = milliseconds(stand_in.function, *args)
     found["reference"] = milliseconds(op.reference, *args, repeat=5)

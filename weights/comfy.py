@@ -18,7 +18,7 @@ from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped, hadamard
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.container import FLOATS, Checkpoint, Entry, parse_json
-from s3dit.weights.repack import Layer, Made, row_shapes, rows, swapped
+from s3dit.weights.repack import DerivedTensors, Layer, row_shapes, rows, swapped
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 METADATA = "_quantization_metadata"
@@ -36,7 +36,7 @@ def table(values: tuple[float, ...]) -> Tensor:
     return torch.tensor([values], dtype=torch.float32)
 
 
-def layers(checkpoint: Checkpoint) -> Iterator[Made]:
+def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     """The quantized layers of a file in either form; raises CheckpointError for a format that is not known."""
     for name, config in _configs(checkpoint).items():
         layer = Layer(checkpoint, name)
@@ -113,7 +113,7 @@ def _rotation(layer: Layer, config: dict[str, Any]) -> Tensor:
         raise layer.error(str(error)) from None
 
 
-def scaled(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Made:
+def scaled(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> DerivedTensors:
     """8-bit numbers with one scale, or one a row, in the tensor of that name."""
     out, in_ = layer.matrix("weight", (E4M3, E5M2, torch.int8))
     layer.need(scale, FLOATS, *row_shapes(out))
@@ -126,13 +126,13 @@ def scaled(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Made:
 e5m2 = grouped("fp8-e5m2", Form(E5M2))
 
 
-def _float8(layer: Layer, config: dict[str, Any]) -> Made:
+def _float8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     dtype = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2}[config["format"]]
     layer.matrix("weight", (dtype,))
     return scaled(layer, "weight_scale")
 
 
-def _int8(layer: Layer, config: dict[str, Any]) -> Made:
+def _int8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     if not config.get("convrot"):
         layer.matrix("weight", (torch.int8,))
         return scaled(layer, "weight_scale")
@@ -172,7 +172,7 @@ def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) ->
     return make
 
 
-def _cropped(layer: Layer, made: Made, shape: Any) -> Made:
+def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
     """A layer stored with rows or columns of padding, of which `orig_shape` says so: as a float weight without them."""
     assert made.scheme is not None
     scheme, key = made.scheme, layer.key("weight")
@@ -191,10 +191,10 @@ def _cropped(layer: Layer, made: Made, shape: Any) -> Made:
         parts = {name.removeprefix(f"{layer.name}."): part for name, part in made.make().items()}
         return {key: scheme.decode(parts)[:out, :in_].contiguous()}
 
-    return Made({key: Entry((out, in_), torch.float32, 4 * out * in_)}, made.sources, make)
+    return DerivedTensors({key: Entry((out, in_), torch.float32, 4 * out * in_)}, made.sources, make)
 
 
-def _mxfp8(layer: Layer, config: dict[str, Any]) -> Made:
+def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, in_ = layer.matrix("weight", (E4M3,))
     scale = _blocks(layer, out, in_, 32, E8M0)
     return layer.made(
@@ -202,7 +202,7 @@ def _mxfp8(layer: Layer, config: dict[str, Any]) -> Made:
     )
 
 
-def _nvfp4(layer: Layer, config: dict[str, Any]) -> Made:
+def _nvfp4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, half = layer.matrix("weight", (torch.uint8,))
     scale = _blocks(layer, out, 2 * half, 16, E4M3)
     layer.need("weight_scale_2", FLOATS, (), (1,))
@@ -221,7 +221,7 @@ def _nvfp4(layer: Layer, config: dict[str, Any]) -> Made:
     return layer.made(grouped("nvfp4", form), out, 2 * half, make)
 
 
-def _convrot4(layer: Layer, config: dict[str, Any]) -> Made:
+def _convrot4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, half = layer.matrix("weight", (torch.int8,))
     layer.need("weight_scale", FLOATS, (out,), (out, 1))
     rotation = _rotation(layer, config)
@@ -234,7 +234,7 @@ def _convrot4(layer: Layer, config: dict[str, Any]) -> Made:
     return layer.made(grouped("convrot-w4a4", form), out, 2 * half, make)
 
 
-def _asymmetric(layer: Layer, config: dict[str, Any]) -> Made:
+def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     """4-bit codes that become int8 numbers before a row's scale is applied."""
     out, half = layer.matrix("weight", (torch.int8,))
     groups = layer.need("weight_s_rel", (E4M3, torch.float32))[-1]
@@ -269,7 +269,7 @@ def _asymmetric(layer: Layer, config: dict[str, Any]) -> Made:
     return layer.made(grouped("asym-w4a8", form), out, 2 * half, make)
 
 
-def _awq(layer: Layer, config: dict[str, Any]) -> Made:
+def _awq(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, half = layer.matrix("weight", (torch.int8, torch.uint8))
     group = _number(layer, config, "group_size", 64)
     if 2 * half % group:
@@ -291,7 +291,7 @@ def _awq(layer: Layer, config: dict[str, Any]) -> Made:
     return layer.made(grouped("awq-w4a16", Form(torch.uint8, group, scale, offset=zeros)), out, 2 * half, make)
 
 
-FORMATS: dict[str, Callable[[Layer, dict[str, Any]], Made]] = {
+FORMATS: dict[str, Callable[[Layer, dict[str, Any]], DerivedTensors]] = {
     "float8_e4m3fn": _float8,
     "float8_e5m2": _float8,
     "mxfp8": _mxfp8,

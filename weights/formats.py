@@ -2,8 +2,8 @@
 
 `recognized` looks at a checkpoint's names, dtypes and metadata, and at the configuration beside it, never at the file's
 name, and gives it back with its `schemes`. A producer whose tensors are not the parts that a Scheme names is shown
-through a view (`stored.Parted`) that makes them so, one layer at a time, when they are asked for. A room each knows the
-producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8 are here.
+through a view (`stored.RepackedView`) that makes them so, one layer at a time, when they are asked for. A room each
+knows the producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8 are here.
 
 The names of layers are the file's own here; `keymap` turns them into official ones afterwards.
 """
@@ -24,7 +24,7 @@ from s3dit.kernels.schemes import SCHEMES
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry, read_json
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.repack import Layer, Made, Parted, widened
+from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, widened
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER = {"int4": "int8-weights"}
@@ -44,7 +44,7 @@ def recognized(checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     if isinstance(checkpoint, GGUFFile):
         made = list(_blocks(checkpoint))
-        return Parted(checkpoint, made) if made else checkpoint
+        return RepackedView(checkpoint, made) if made else checkpoint
     if all(checkpoint.entry(name).dtype in FLOATS for name in checkpoint):
         return checkpoint
     made = list(_foreign(checkpoint))
@@ -53,7 +53,7 @@ def recognized(checkpoint: Checkpoint) -> Checkpoint:
     taken |= {name for one in made for name in one.sources}
     made += _cast(checkpoint, taken)
     _refuse_rest(checkpoint, taken)
-    return Parted(checkpoint, made, comfy.markers(checkpoint))
+    return RepackedView(checkpoint, made, comfy.markers(checkpoint))
 
 
 def _refuse_mlx(checkpoint: Checkpoint) -> None:
@@ -149,7 +149,7 @@ def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:
     }
 
 
-def _foreign(checkpoint: Checkpoint) -> Iterator[Made]:
+def _foreign(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     """The layers of every producer that marks what it does."""
     yield from comfy.layers(checkpoint)
     yield from libraries.layers(checkpoint)
@@ -173,7 +173,7 @@ def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[Made]:
+def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTensors]:
     """Plain fp8, without a scale: matrices stay so, with the scale 1; anything else is small and becomes bf16."""
     for name in checkpoint:
         dtype, shape = checkpoint.entry(name).dtype, checkpoint.entry(name).shape
@@ -210,7 +210,7 @@ def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
         )
 
 
-def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
+def _blocks(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
     """GGUF's tensors in blocks: matrices of layers as they lie, others decoded to fp32."""
     for name, kind in checkpoint.ggml_types.items():
         if kind not in GGUF:
@@ -224,7 +224,7 @@ def _blocks(checkpoint: GGUFFile) -> Iterator[Made]:
             yield layer.made(GGUF[kind], *shape, make=_stored(layer, kind))
         else:
             entry = Entry(shape, torch.float32, 4 * math.prod(shape))
-            yield Made({name: entry}, (name,), _plain(checkpoint, name, kind))
+            yield DerivedTensors({name: entry}, (name,), _plain(checkpoint, name, kind))
 
 
 def _stored(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:

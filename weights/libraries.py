@@ -20,7 +20,7 @@ from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import scaled, text_of
 from s3dit.weights.container import FLOATS, Checkpoint, parse_json
-from s3dit.weights.repack import Layer, Made, rows, swapped
+from s3dit.weights.repack import DerivedTensors, Layer, rows, swapped
 
 E4M3 = torch.float8_e4m3fn
 BLOCK = 128
@@ -29,7 +29,7 @@ STATE = ".quant_state.bitsandbytes__"
 TORCHAO = {"Float8Tensor": (E4M3, torch.float8_e5m2), "Int8Tensor": (torch.int8,)}
 
 
-def layers(checkpoint: Checkpoint) -> Iterator[Made]:
+def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     """The quantized layers of these libraries in a file; raises CheckpointError for what they cannot mean."""
     for key in checkpoint:
         name, _, leaf = key.rpartition(".")
@@ -43,14 +43,14 @@ def layers(checkpoint: Checkpoint) -> Iterator[Made]:
             yield _blocks(Layer(checkpoint, name))
 
 
-def by_row(checkpoint: Checkpoint, taken: set[str]) -> Iterator[Made]:
+def by_row(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTensors]:
     """8-bit weights with a scale a row, of which nothing else is said."""
     for key in checkpoint:
         if key.endswith(".weight_scale") and key not in taken:
             yield scaled(Layer(checkpoint, key.removesuffix(".weight_scale")), "weight_scale", ("input_scale",))
 
 
-def _four_bits(layer: Layer, state: str) -> Made:
+def _four_bits(layer: Layer, state: str) -> DerivedTensors:
     """bitsandbytes: high half of a byte first, blocks along the flattened weight."""
     checkpoint, kind = layer.checkpoint, state.rpartition(".")[2]
     if checkpoint.entry(state).nbytes > 1 << 16:
@@ -87,7 +87,7 @@ def _four_bits(layer: Layer, state: str) -> Made:
     return layer.made(grouped(f"bnb-{name}", Form(torch.uint8, block)), out, in_, make)
 
 
-def _eight_bits(layer: Layer) -> Made:
+def _eight_bits(layer: Layer) -> DerivedTensors:
     """LLM.int8: the largest magnitude of a row stands for 127."""
     out, in_ = layer.matrix("weight", (torch.int8,))
     layer.need("SCB", (torch.float32,), (out,))
@@ -97,7 +97,7 @@ def _eight_bits(layer: Layer) -> Made:
     )
 
 
-def _blocks(layer: Layer) -> Made:
+def _blocks(layer: Layer) -> DerivedTensors:
     """A scale a block of 128 x 128, which multiplies, whatever its name says."""
     out, in_ = layer.matrix("weight", (E4M3,))
     layer.need("weight_scale_inv", FLOATS, (-(-out // BLOCK), -(-in_ // BLOCK)))
@@ -110,7 +110,7 @@ def _blocks(layer: Layer) -> Made:
     return layer.made(grouped("fp8-block128", Form(E4M3, BLOCK)), out, in_, make)
 
 
-def _torchao(layer: Layer) -> Made:
+def _torchao(layer: Layer) -> DerivedTensors:
     """A weight that torchao took apart: its class, and the block that shares a scale, stand in the metadata."""
     kind, block = _described(layer)
     if kind not in TORCHAO:

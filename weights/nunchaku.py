@@ -17,20 +17,20 @@ from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int4 import pack
 from s3dit.weights.comfy import E2M1, SIGNED, table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.repack import Layer, Made
+from s3dit.weights.repack import DerivedTensors, Layer
 
 E4M3 = torch.float8_e4m3fn
 TILE = 128
 
 
-def layers(checkpoint: Checkpoint) -> Iterator[Made]:
+def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     """The quantized layers of a file; raises CheckpointError for what they cannot mean."""
     for key in checkpoint:
         if key.endswith(".qweight"):
             yield _layer(Layer(checkpoint, key.removesuffix(".qweight")))
 
 
-def _layer(layer: Layer) -> Made:
+def _layer(layer: Layer) -> DerivedTensors:
     if layer.has("wzeros"):
         raise layer.error("AWQ layers of nunchaku_lite are not supported; needed svdq_w4a4 ones")
     out, half = layer.matrix("qweight", (torch.int8, torch.uint8))

@@ -1,9 +1,9 @@
 """Layers of other producers shown as the parts of a Scheme: what `formats` and its rooms are written with.
 
 `Layer` is one quantized layer as a file holds it: its tensors by the last part of their names. A producer's room asks
-it for what it needs, which checks shapes and dtypes from the header alone, and gets a `Made`: entries that a view can
-show at once, and a function that makes the tensors when they are asked for, one layer at a time. `Parted` is that
-view.
+it for what it needs, which checks shapes and dtypes from the header alone, and gets a `DerivedTensors`: entries that a
+view can show at once, and a function that makes the tensors when they are asked for, one layer at a time.
+`RepackedView` is that view.
 
 What a tensor holds is looked at when it is made: a scale that is NaN or infinite would spoil a whole picture.
 """
@@ -26,7 +26,7 @@ NO_NUMBER = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class DerivedTensors:
     """Tensors that are made of stored ones.
 
     entries: what is shown, by full name · sources: the stored names that it takes the place of · make: the tensors, by
@@ -94,7 +94,7 @@ class Layer:
         """Take tensors that nobody reads out of sight, where they are there."""
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
-    def made(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> Made:
+    def made(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> DerivedTensors:
         """The parts that `make` will give, as the scheme's spec says; raises CheckpointError for widths it refuses."""
         try:
             spec = scheme.spec(out, in_)
@@ -116,7 +116,7 @@ class Layer:
             self.key(part): Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
             for part, (shape, dtype) in spec.items()
         }
-        return Made(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
+        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
 
     def numbers(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -149,7 +149,7 @@ def swapped(packed: Tensor) -> Tensor:
     return packed << 4 | packed >> 4
 
 
-def widened(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Made:
+def widened(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> DerivedTensors:
     """A tensor that is no layer's weight, in an 8-bit float, as a plain tensor in a dtype that holds it exactly."""
     entry = checkpoint.entry(name)
     layer, _, leaf = name.rpartition(".")
@@ -159,18 +159,18 @@ def widened(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Made:
         Layer(checkpoint, layer).numbers(leaf, tensor)
         return {name: tensor.to(dtype)}
 
-    return Made({name: Entry(entry.shape, dtype, math.prod(entry.shape) * dtype.itemsize)}, (name,), make)
+    return DerivedTensors({name: Entry(entry.shape, dtype, math.prod(entry.shape) * dtype.itemsize)}, (name,), make)
 
 
-class Parted(View):
+class RepackedView(View):
     """A checkpoint in which some tensors are shown as others are made of them, and some not at all."""
 
-    def __init__(self, checkpoint: Checkpoint, made: Iterable[Made], dropped: Iterable[str] = ()) -> None:
+    def __init__(self, checkpoint: Checkpoint, made: Iterable[DerivedTensors], dropped: Iterable[str] = ()) -> None:
         self.path, self.metadata = checkpoint.path, checkpoint.metadata
         self._checkpoint = checkpoint
-        self._made: dict[str, Made] = {}
+        self._made: dict[str, DerivedTensors] = {}
         self.schemes = {}
-        first: dict[str, Made] = {}
+        first: dict[str, DerivedTensors] = {}
         hidden = set(dropped)
         place = {name: i for i, name in enumerate(checkpoint)}
         for one in made:
@@ -186,7 +186,7 @@ class Parted(View):
             elif name not in hidden:
                 self._names[name] = None
         # The parts of one layer, which are asked for one after another, or rows of each.
-        self._held: tuple[Made, dict[str, Tensor]] | None = None
+        self._held: tuple[DerivedTensors, dict[str, Tensor]] | None = None
 
     def release(self) -> None:
         """Let go of the layer made last, and of what the checkpoint below keeps mapped."""
@@ -237,7 +237,7 @@ def unpadded(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
     ]
     if not made:
         return checkpoint
-    view = Parted(checkpoint, made)
+    view = RepackedView(checkpoint, made)
     cut = {name for one in made for name in one.entries}
     view.schemes = {layer: kind for layer, kind in checkpoint.schemes.items() if f"{layer}.weight" not in cut}
     return view
@@ -252,7 +252,7 @@ def _is_padded(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bo
     return shape != full == (rows, columns * packed) and shape != (rows, columns)
 
 
-def _cut(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> Made:
+def _cut(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> DerivedTensors:
     """The rows and columns of a layer that are no padding, as a float weight."""
     scheme, (out, in_) = checkpoint.schemes[layer], shape
 
@@ -260,4 +260,4 @@ def _cut(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[
         parts = {name.rpartition(".")[2]: checkpoint.load(name) for name in names}
         return {f"{layer}.weight": scheme.decode(parts)[:out, :in_].contiguous()}
 
-    return Made({f"{layer}.weight": Entry(shape, torch.float32, 4 * out * in_)}, tuple(names), make)
+    return DerivedTensors({f"{layer}.weight": Entry(shape, torch.float32, 4 * out * in_)}, tuple(names), make)

@@ -21,7 +21,7 @@ from s3dit.kernels.int4 import pack
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import table
 from s3dit.weights.container import FLOATS, Checkpoint
-from s3dit.weights.repack import Layer, Made
+from s3dit.weights.repack import DerivedTensors, Layer
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WHOLE = {"int8": torch.int8, "uint8": torch.uint8, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
@@ -35,7 +35,7 @@ SPARE = {
 }
 
 
-def layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Made]:
+def layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[DerivedTensors]:
     """The layers of a file that SDNQ wrote, by its configuration; raises CheckpointError for what is not supported."""
     for key in checkpoint:
         name, _, leaf = key.rpartition(".")
@@ -43,7 +43,7 @@ def layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Iterator[Made]:
             yield _layer(Layer(checkpoint, name), config)
 
 
-def _layer(layer: Layer, config: Mapping[str, Any]) -> Made:
+def _layer(layer: Layer, config: Mapping[str, Any]) -> DerivedTensors:
     kind = _kind(layer.key("weight"), config)
     if any(layer.has(leaf) for leaf in ("scale_2", "zero_point_2", "zero_point_scale")) or config.get("use_codebook"):
         raise layer.error("SDNQ's codebooks and quantized scales are not supported; needed plain scales")

@@ -62,7 +62,7 @@ CONTROL = "control_layers.0."
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SplitCheckpoint:
     """What `split` sees in a checkpoint: its parts, the prefix of each, and keys that belong to none of them."""
 
     parts: dict[str, Checkpoint]
@@ -70,7 +70,7 @@ class Found:
     rest: list[str]
 
 
-def split(checkpoint: Checkpoint) -> Found:
+def split(checkpoint: Checkpoint) -> SplitCheckpoint:
     """Take a checkpoint apart; CheckpointError says what it is where it holds no part of a Z-Image model."""
     keys = dict.fromkeys(checkpoint)
     prefixes = {part: prefix for part in PARTS if (prefix := _prefix(part, keys)) is not None}
@@ -95,7 +95,7 @@ def split(checkpoint: Checkpoint) -> Found:
             f"{checkpoint.path}: {' and '.join(prefixes)} lie in it without prefixes that tell them apart; take one "
             "file a part"
         )
-    return Found(parts, prefixes, [key for key in keys if key not in taken])
+    return SplitCheckpoint(parts, prefixes, [key for key in keys if key not in taken])
 
 
 def part_of(keys: Collection[str]) -> str | None:

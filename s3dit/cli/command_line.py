@@ -341,7 +341,7 @@ def _generate(pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> int:
         # What a file cannot hold is found before it is drawn.
         carried(None if args.no_metadata else record, (size[0], size[1]), files.ENDINGS[path.suffix.lower()])
     say(f"{pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}")
-    for note in (*plan.notes, *([] if plan.fit is None else [plan.fit])):
+    for note in (*plan.notes, *([] if plan.memory is None else [plan.memory])):
         say(note)
     if args.output is None and len(args.paths) == 1 and args.paths[0].name != files.DEFAULT:
         say(f"{files.DEFAULT} exists; this picture goes to {args.paths[0]}")

@@ -27,7 +27,7 @@ from s3dit.cli.inspect import MODULES
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config
 from s3dit.model.config import OWN, TextEncoderConfig, TransformerConfig, VAEConfig
-from s3dit.runtime.sources import SHIFT, Found, look_into
+from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.keymap import detect, official
@@ -96,11 +96,11 @@ def convert(
     return notes
 
 
-def check(source: Path, target: Path, dtype: str | None, *, force: bool = False) -> Found:
+def check(source: Path, target: Path, dtype: str | None, *, force: bool = False) -> OpenedModel:
     """Raise the CheckpointError that `convert` would raise before it writes; what the source holds."""
     if dtype not in (None, *DTYPES):
         raise CheckpointError(f"dtype is {dtype!r}; needed {' or '.join(DTYPES)}, or none to keep what is stored")
-    found = look_into(source)
+    found = open_model(source)
     check_target(source, target, force=force)
     needed = SPARE
     for part, checkpoint in found.parts.items():
@@ -187,7 +187,7 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _config(part: str, checkpoint: Checkpoint, found: Found) -> dict[str, Any]:
+def _config(part: str, checkpoint: Checkpoint, found: OpenedModel) -> dict[str, Any]:
     """The config.json of a part."""
     config = found.configs.get(part) or infer_config.READERS[part](checkpoint)
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
@@ -201,7 +201,7 @@ def _config(part: str, checkpoint: Checkpoint, found: Found) -> dict[str, Any]:
     return VAE | blocks | values
 
 
-def _write_rest(found: Found, built: Path) -> Iterator[str]:
+def _write_rest(found: OpenedModel, built: Path) -> Iterator[str]:
     """What a whole model has besides its parts: schedule, tokenizer, index; gives notes on what is not the source's."""
     own = found.path / OWN
     if own.is_file() and found.own:
@@ -222,7 +222,7 @@ def _write_rest(found: Found, built: Path) -> Iterator[str]:
         yield "the source has no tokenizer folder: copy the one of Z-Image to tokenizer/ to make it a whole model"
 
 
-def _eyes(found: Found) -> list[Path]:
+def _eyes(found: OpenedModel) -> list[Path]:
     """The folders of the vision tower, which only a directory has and which are copied as they are."""
     return [folder for name in ("siglip", "siglip_processor") if (folder := found.path / name).is_dir()]
 

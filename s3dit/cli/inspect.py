@@ -29,7 +29,7 @@ from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
-from s3dit.runtime.sources import Found, look_into, missing
+from s3dit.runtime.sources import OpenedModel, missing, open_model
 from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
 from s3dit.weights.container import sniff
@@ -110,7 +110,7 @@ def _weights(path: Path, name: str) -> Report | Facts:
             return _adapter(checkpoint, info, name)
         if EMBEDDER in checkpoint:
             return _controlnet(path, checkpoint, name)
-    found = look_into(path)
+    found = open_model(path)
     lacking = missing(found.parts, found.tokenizer is not None)
     parts = tuple(_part(part, checkpoint, found) for part, checkpoint in found.parts.items())
     return Report(
@@ -122,7 +122,7 @@ def _weights(path: Path, name: str) -> Report | Facts:
     )
 
 
-def _base(found: Found) -> str:
+def _base(found: OpenedModel) -> str:
     """The model that parts go with: the published one, or one of their own width of text features."""
     widths = set()
     for part, checkpoint in found.parts.items():
@@ -195,7 +195,7 @@ def _option(part: str) -> str:
     return f"--{part.replace('_', '-')}"
 
 
-def _part(part: str, checkpoint: Checkpoint, found: Found) -> Part:
+def _part(part: str, checkpoint: Checkpoint, found: OpenedModel) -> Part:
     faults: tuple[str, ...] = ()
     notes: list[str] = []
     config = found.configs.get(part)
@@ -252,7 +252,7 @@ def _producer(checkpoint: Checkpoint) -> str:
     return producer(open_stored(checkpoint.path))
 
 
-def _kind(config: Any, found: Found) -> str:
+def _kind(config: Any, found: OpenedModel) -> str:
     """A part in a few words."""
     if isinstance(config, TextEncoderConfig):
         base = f"rotation base {config.rope_theta:,.0f}"

@@ -47,16 +47,16 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     turns = [stage.holds + stage.beside for stage in plan.stages]
     most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
-    lines.append(weights if plan.fit is None else str(plan.fit))
+    lines.append(weights if plan.memory is None else str(plan.memory))
     return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
 
 
 def explain(pipe: "Pipeline", plan: "Plan") -> str:
     """Which implementation serves each operation of one model call, and why not the others."""
-    from s3dit.kernels.dispatch import asked, backend, use_backend
+    from s3dit.kernels.dispatch import backend, record_calls, use_backend
 
-    with asked() as calls:
-        pipe.rehearse(plan)
+    with record_calls() as calls:
+        pipe.dry_run(plan)
     with use_backend(pipe.backend):
         return _explained(calls, f"backend {backend()}, {pipe.placement}")
 

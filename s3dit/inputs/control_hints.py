@@ -22,7 +22,7 @@ from s3dit.values import one_by_one
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedControl:
     """A control that was checked.
 
     number: its place among the request's, from 1 · part: its ControlNet's name · pictures: by field, one row a picture.
@@ -40,7 +40,7 @@ def read(
     find: Callable[[Control], tuple[str, ControlNetConfig]],
     pictures: Pictures,
     notes: list[str],
-) -> tuple[Request, tuple[Prepared, ...]]:
+) -> tuple[Request, tuple[PreparedControl, ...]]:
     """Open and check the controls of a resolved request; returns it with their strengths filled in, and them.
 
     find: opens a ControlNet -> its part and what it is. Those of strength 0 are held to everything and then left out.
@@ -58,7 +58,7 @@ def read(
         notes.append(f"{control.model}: {config}, strength {control.strength:g}{_when(control)}")
         notes += [*config.notes, *_scaled(request, rows)]
         if control.strength:
-            found.append(Prepared(number, control, part, config, rows))
+            found.append(PreparedControl(number, control, part, config, rows))
     return request.filled(control=controls or None), tuple(found)
 
 
@@ -106,7 +106,7 @@ def _scaled(request: Request, rows: Sequence[dict[str, Picture]]) -> list[str]:
     return notes
 
 
-def patches(prepared: Prepared, request: Request, encode: Callable[[Tensor], Tensor]) -> Tensor:
+def patches(prepared: PreparedControl, request: Request, encode: Callable[[Tensor], Tensor]) -> Tensor:
     """What a branch looks at, of all pictures end to end: (tokens, 4 · channels) fp32.
 
     encode: pixels (3, H, W) fp32 in [-1, 1] on the CPU to model-space latents on any device.
@@ -124,7 +124,7 @@ def patches(prepared: Prepared, request: Request, encode: Callable[[Tensor], Ten
     return torch.cat(found)
 
 
-def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
+def hashes(prepared: Sequence[PreparedControl], i: int) -> dict[str, str]:
     """Hashes of what picture i is steered by, under names such as "control 1 image"."""
     return {
         f"control {one.number} {name}": picture.sha256 for one in prepared for name, picture in one.pictures[i].items()
@@ -132,7 +132,7 @@ def hashes(prepared: Sequence[Prepared], i: int) -> dict[str, str]:
 
 
 def acting(
-    prepared: Sequence[Prepared], nets: Sequence[nn.Module], shown: Sequence[Tensor], levels: Tensor
+    prepared: Sequence[PreparedControl], nets: Sequence[nn.Module], shown: Sequence[Tensor], levels: Tensor
 ) -> Callable[[Tensor], tuple[Controls, ...]]:
     """What acts at a noise level, for `guidance.guide`.
 

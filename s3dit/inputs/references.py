@@ -2,7 +2,7 @@
 
 An Omni model looks at each reference twice: the autoencoder makes latents of it, which stand among the tokens as clean
 ones, and the vision tower makes features, which stand behind them. Both are the same for every step, every prompt and
-every seed, so they are made once and kept (`Look`).
+every seed, so they are made once and kept (`ReferenceFeatures`).
 
 A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.reference_area`), its proportions kept; for the
 autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
@@ -67,14 +67,14 @@ class Reference:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ReferenceFeatures:
     """What the transformer reads of a reference: patches of latents (n, 64) fp32, and features (m, D)."""
 
     patches: Tensor
     features: Tensor
 
     @classmethod
-    def of(cls, latents: Tensor, features: Tensor) -> "Look":
+    def of(cls, latents: Tensor, features: Tensor) -> "ReferenceFeatures":
         """From the autoencoder's (16, H/8, W/8) and the tower's (m, D), row by row."""
         return cls(patchify(latents.float().contiguous()), released_order(features))
 
@@ -160,7 +160,7 @@ def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: li
     return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width))
 
 
-def joined(looks: Sequence[Look]) -> tuple[Tensor | None, Tensor | None]:
+def joined(looks: Sequence[ReferenceFeatures]) -> tuple[Tensor | None, Tensor | None]:
     """Patches and features of all references of a pass, end to end; None where there is none."""
     if not looks:
         return None, None

@@ -1,14 +1,14 @@
 """What a request adds to the state: noise, start images, what is kept of them, and a second pass.
 
-There is one path through the model, and a start image is data on it. The state starts part of the way down the flow,
-at (1 - sigma)·image + sigma·noise, and fewer steps are left (img2img). Where a mask says so, the state is put back
-after every step onto the straight line from the noise to the image (`Keep`: inpainting; outpainting is a mask of
+There is one path through the model, and a start image is data on it. The state starts part of the way down the flow, at
+(1 - sigma)·image + sigma·noise, and fewer steps are left (img2img). Where a mask says so, the state is put back after
+every step onto the straight line from the noise to the image (`InpaintBlend`: inpainting; outpainting is a mask of
 margins; a gray mask may also say for how many steps). A second pass is the first one's picture, enlarged, as the start
 image of another. Everything is per picture, so that a batch may hold other sizes, images and masks, and per patch, so
 that solvers and model see nothing of it.
 
 Images are read before any weight (`read`). What decodes outside of the mask is laid under again from the input's own
-pixels (`Canvas.over`), which are then the input's to the bit.
+pixels (`StartImage.over`), which are then the input's to the bit.
 
 Sources: diffusers' `ZImageImg2ImgPipeline` (which steps are left, the start), `ZImageInpaintPipeline` (mask, blending),
 its community pipeline for differential img2img (thresholds). Not here: steps (sampler.py), files (images.py).
@@ -37,7 +37,7 @@ Grids = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Canvas:
+class StartImage:
     """What is known of one picture before it is drawn.
 
     pixels (3, H, W) fp32 in [-1, 1] · mask (1, H, W) fp32, 1 painted anew and 0 kept, or None: all is painted anew ·
@@ -57,7 +57,7 @@ class Canvas:
         return torch.where(mask > 0, (1 - mask) * self.pixels + mask * drawn, self.pixels)
 
 
-def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Request, tuple[Canvas, ...]]:
+def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Request, tuple[StartImage, ...]]:
     """Read and check a request's start images; returns it with sizes filled in, and a canvas a picture; adds notes.
 
     A request without a start image has no canvases. Raises RequestError.
@@ -65,7 +65,7 @@ def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Reques
     if request.image is None:
         return request, ()
     margins = _margins(request.extend, notes)
-    canvases: dict[tuple[int, int, int, int], Canvas] = {}
+    start_images: dict[tuple[int, int, int, int], StartImage] = {}
     found = []
     rows = zip(*(request.per_image(name) for name in (*IMAGES, "height", "width")), strict=True)
     for source, mask_source, height, width in rows:
@@ -74,15 +74,15 @@ def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Reques
         size = _size(start, height, width, margins, notes)
         # Equal inputs are one canvas, and are encoded once.
         key = (id(start), id(mask), *size)
-        if key not in canvases:
-            canvases[key] = _canvas(request, start, mask, size, margins)
-        found.append((size, canvases[key]))
+        if key not in start_images:
+            start_images[key] = _canvas(request, start, mask, size, margins)
+        found.append((size, start_images[key]))
     request = request.filled(
         height=tuple(height for (height, _), _ in found),
         width=tuple(width for (_, width), _ in found),
         extend=request.extend and margins,
     )
-    return request, tuple(canvas for _, canvas in found)
+    return request, tuple(start_image for _, start_image in found)
 
 
 def _margins(extend: Sequence[int] | None, notes: list[str]) -> tuple[int, int, int, int]:
@@ -122,13 +122,13 @@ def _size(
 
 def _canvas(
     request: Request, picture: Picture, mask: Picture | None, size: tuple[int, int], margins: tuple[int, int, int, int]
-) -> Canvas:
+) -> StartImage:
     left, top, right, bottom = margins
     inner, around = (size[0] - top - bottom, size[1] - left - right), (left, right, top, bottom)
     pixels = F.pad(picture.pixels(inner)[None], around, mode="replicate")[0]
     hashes = {"image": picture.sha256}
     if mask is None and not any(margins):
-        return Canvas(pixels, None, hashes)
+        return StartImage(pixels, None, hashes)
     if mask is None:
         paint = torch.zeros(1, *inner, dtype=torch.float32)
     else:
@@ -150,7 +150,7 @@ def _canvas(
         paint = torch.from_numpy(softened / 255.0)[None]
     if not _cells(paint).any():
         raise RequestError(f"{name} is too thin: it holds no latent cell of 8×8 pixels; needed broader strokes")
-    return Canvas(pixels, paint, hashes)
+    return StartImage(pixels, paint, hashes)
 
 
 def _cells(mask: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def noised(image: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Keep:
+class InpaintBlend:
     """Holds what is kept of the state on its course, after every step; all tensors (tokens, 64).
 
     paint: 1 where the model's state stands, 0 where the image does, noised with the same noise to the level reached;
@@ -258,8 +258,8 @@ class Keep:
 
 
 def begin(
-    canvases: Sequence[Canvas], latents: Sequence[Tensor], noise: Tensor, levels: Tensor, differential: bool
-) -> tuple[Tensor, Keep | None]:
+    start_images: Sequence[StartImage], latents: Sequence[Tensor], noise: Tensor, levels: Tensor, differential: bool
+) -> tuple[Tensor, InpaintBlend | None]:
     """The state to start from, and what keeps it on course if any canvas has a mask.
 
     latents: of the canvases, one (16, H/8, W/8) fp32 each · noise (tokens, 64) on the device of the sampler · levels as
@@ -267,13 +267,13 @@ def begin(
     """
     image = torch.cat([patchify(one) for one in latents]).to(noise)
     x = noised(image, noise, levels[0])
-    if all(canvas.mask is None for canvas in canvases):
+    if all(start_image.mask is None for start_image in start_images):
         return x, None
     paint = [
-        torch.ones_like(one) if canvas.mask is None else _cells(canvas.mask).to(one).expand_as(one)
-        for canvas, one in zip(canvases, latents, strict=True)
+        torch.ones_like(one) if start_image.mask is None else _cells(start_image.mask).to(one).expand_as(one)
+        for start_image, one in zip(start_images, latents, strict=True)
     ]
-    return x, Keep(image, noise, torch.cat([patchify(one.contiguous()) for one in paint]).to(noise),
+    return x, InpaintBlend(image, noise, torch.cat([patchify(one.contiguous()) for one in paint]).to(noise),
                    len(levels) - 1, differential)  # fmt: skip
 
 
@@ -303,15 +303,17 @@ def passes(request: Request, notes: list[str]) -> Iterator[Request]:
     )  # fmt: skip
 
 
-def enlarged(canvases: Sequence[Canvas], pictures: Sequence[Tensor], request: Request) -> tuple[Canvas, ...]:
+def enlarged(
+    start_images: Sequence[StartImage], pictures: Sequence[Tensor], request: Request
+) -> tuple[StartImage, ...]:
     """Canvases of a second pass: what the first one drew, (3, H, W) each, and its masks, at the size of `request`."""
     sizes = zip(request.per_image("height"), request.per_image("width"), strict=True)
-    masks = [canvas.mask for canvas in canvases] or [None] * len(pictures)
+    masks = [start_image.mask for start_image in start_images] or [None] * len(pictures)
     found = []
     for picture, mask, size in zip(pictures, masks, sizes, strict=True):
         if mask is not None:
             hard = bool(((mask == 0) | (mask == 1)).all())
             mask = resized(mask, size).clamp(0, 1)
             mask = (mask >= 0.5).float() if hard else mask
-        found.append(Canvas(resized(picture.clamp(-1, 1), size).clamp(-1, 1), mask))
+        found.append(StartImage(resized(picture.clamp(-1, 1), size).clamp(-1, 1), mask))
     return tuple(found)

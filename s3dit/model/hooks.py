@@ -57,7 +57,7 @@ def unhookable(module: M, why: str) -> M:
     return module
 
 
-def refusal(module: nn.Module) -> str:
+def why_not(module: nn.Module) -> str:
     """Why a hook on a module would never run, in a few words; empty where it would."""
     if REGISTERS[0] in vars(module):
         return str(vars(module)[REGISTERS[0]].args[1])

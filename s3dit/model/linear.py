@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from s3dit.errors import BackendError
 from s3dit.kernels.aligned import FEW_ROWS, aligned
-from s3dit.kernels.scheme import Rows, Scheme
+from s3dit.kernels.scheme import QuantizedRows, Scheme
 from s3dit.kernels.schemes import linear
 
 # Rows of the weight widened at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
@@ -31,8 +31,8 @@ ROWS = 1024
 class Linear(nn.Linear):
     """`x (…, in) @ weight (out, in).T + bias`, in the dtype of x; the weight may be of a narrower float dtype."""
 
-    # What a quantized layer takes its input in, where its maker rounds it (`QuantLinear.takes`).
-    takes: torch.dtype | None = None
+    # What a quantized layer takes its input in, where its maker rounds it (`QuantLinear.input_dtype`).
+    input_dtype: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (…, in) of any float dtype -> (…, out), same dtype."""
@@ -62,18 +62,18 @@ class Linear(nn.Linear):
 class QuantLinear(nn.Module):
     """A linear layer whose weight is kept in a number format: buffers named as the scheme's `spec` names its parts.
 
-    `takes` is the 8-bit type that x may be handed over in already (`Rows`), None where it comes wide.
+    `input_dtype` is the 8-bit type that x may be handed over in already (`QuantizedRows`), None where it comes wide.
     """
 
     def __init__(self, scheme: Scheme, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
-        self.scheme, self.takes = scheme, scheme.activation
+        self.scheme, self.input_dtype = scheme, scheme.activation
         self.in_features, self.out_features = in_features, out_features
         for name, (shape, dtype) in scheme.spec(out_features, in_features).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Apply to x (…, in) of any float dtype, or to its Rows -> (…, out), same dtype."""
         # The dictionary of buffers is in the order of spec, and always the live one: whoever moves a part is seen.
         return linear(x, self.scheme, self._buffers, self.bias)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from s3dit.kernels.attention import Spans, attention, attention8
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
-from s3dit.kernels.scheme import Rows
+from s3dit.kernels.scheme import QuantizedRows
 from s3dit.kernels.swiglu import swiglu
 from s3dit.model.config import TransformerConfig
 from s3dit.model.hooks import unhookable
@@ -58,7 +58,7 @@ class TimestepEmbedder(nn.Module):
 
 def taken_by(*layers: Linear) -> torch.dtype | None:
     """The 8-bit type that all of these layers take their common input in, None where one wants it wide."""
-    first, *rest = (layer.takes for layer in layers)
+    first, *rest = (layer.input_dtype for layer in layers)
     return first if all(other == first for other in rest) else None
 
 
@@ -80,11 +80,11 @@ class Attention(nn.Module):
         self.norm_k = unhookable(RMSNorm(config.head_dim, QK_EPS), FUSED.format("qk_norm_rope"))
 
     @property
-    def takes(self) -> torch.dtype | None:
+    def input_dtype(self) -> torch.dtype | None:
         """What x may be handed over in."""
         return taken_by(self.to_q, self.to_k, self.to_v)
 
-    def forward(self, x: Tensor | Rows, rope: Tensor, spans: Spans) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows, rope: Tensor, spans: Spans) -> Tensor:
         """Mix x (N, dim), or its Rows, within each item; rope (N, head_dim / 2, 2) -> (N, dim)."""
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
         rounded = (torch.int8,) if self.eight_bit else ()
@@ -103,13 +103,13 @@ class FeedForward(nn.Module):
         self.w3 = Linear(dim, hidden, bias=False)
 
     @property
-    def takes(self) -> torch.dtype | None:
+    def input_dtype(self) -> torch.dtype | None:
         """What x may be handed over in."""
         return taken_by(self.w1, self.w3)
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """x (N, dim), or its Rows -> (N, dim)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.w2.takes))
+        return self.w2(swiglu(self.w1(x), self.w3(x), self.w2.input_dtype))
 
 
 class Block(nn.Module):
@@ -134,11 +134,11 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor) -> Tensor:
         """x (N, dim), time (R, adaln_dim) with one row an item or one for all, row (N,) -> (N, dim)."""
         scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).chunk(4, dim=-1)  # (R, dim) each
-        normed = rms_norm_modulate(x, self.attention_norm1.weight, scale_msa, row, self.eps, self.attention.takes)
+        normed = rms_norm_modulate(x, self.attention_norm1.weight, scale_msa, row, self.eps, self.attention.input_dtype)
         mixed = self.attention(normed, rope, spans)
         x, normed = gated_residual_norm(
             x, mixed, self.attention_norm2.weight, gate_msa, self.ffn_norm1.weight, scale_mlp, row, self.eps,
-            self.feed_forward.takes,
+            self.feed_forward.input_dtype,
         )  # fmt: skip
         return gated_residual(x, self.feed_forward(normed), self.ffn_norm2.weight, gate_mlp, row, self.eps)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from s3dit.errors import RequestError
 from s3dit.kernels.dispatch import Op
-from s3dit.model.hooks import refusal
+from s3dit.model.hooks import why_not
 from s3dit.runtime.finite import output_tensors
 from s3dit.weights.container import parse_json
 
@@ -116,7 +116,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
                 f"pattern {pattern!r} matches none of the {len(modules)} modules of {type(model).__name__}; needed a "
                 f"name with * inside one part or ** over several; the nearest names are {', '.join(near)}"
             )
-        reasons = {name: refusal(modules[name]) for name in found}
+        reasons = {name: why_not(modules[name]) for name in found}
         if all(reasons.values()):
             name, why = next(iter(reasons.items()))
             raise RequestError(

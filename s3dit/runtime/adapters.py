@@ -109,7 +109,7 @@ class Loaded:
 
 
 class Host(Protocol):
-    """The parts that adapters change: `parts.Parts`.
+    """The parts that adapters change: `parts.Components`.
 
     adapters: by name, in the order in which they came · revisions: how often those of a part changed.
     """

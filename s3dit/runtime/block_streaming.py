@@ -35,7 +35,7 @@ def repeated(model: nn.Module) -> list[nn.ModuleList]:
 
 def stream(
     model: nn.Module, device: torch.device | str, kept: int = 0, dtype: torch.dtype | None = None
-) -> "Belt | None":
+) -> "BlockStreamer | None":
     """Put a model that is in host memory on a device, all but `kept` of its repeated blocks, which pass through slots.
 
     dtype: what floating parameters are cast to on the way, None keeps theirs; buffers (the parts of quantized layers)
@@ -56,10 +56,10 @@ def stream(
             shelf[leaf] = tensor if moved is tensor else _like(tensor, moved)
     if not moving:
         return None
-    belt = Belt(moving, device, dtype)
+    streamer = BlockStreamer(moving, device, dtype)
     # Where the next verb finds it.
-    model.__dict__["belt"] = belt
-    return belt
+    model.__dict__["belt"] = streamer
+    return streamer
 
 
 def _stays(i: int, kept: int, count: int) -> bool:
@@ -67,10 +67,10 @@ def _stays(i: int, kept: int, count: int) -> bool:
     return (i + 1) * kept // count > i * kept // count
 
 
-Shelf = dict[str, Any]
+TensorDict = dict[str, Any]
 
 
-def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[Shelf, str, Tensor]]:
+def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[TensorDict, str, Tensor]]:
     """Where every parameter and buffer hangs, its name there, and itself."""
     inside = {id(one) for block in without for one in block.modules()}
     for one in module.modules():
@@ -89,21 +89,21 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
-def lands_as(model: nn.Module, shelf: Shelf, leaf: str) -> torch.dtype:
+def compute_dtype(model: nn.Module, shelf: TensorDict, leaf: str) -> torch.dtype:
     """The dtype that a parameter of a model computes in: its own, or that of its slot where it is streamed."""
-    belt: Belt | None = vars(model).get("belt")
-    home = None if belt is None else next(belt.carried(shelf, leaf), None)
+    streamer: BlockStreamer | None = vars(model).get("belt")
+    home = None if streamer is None else next(streamer.carried(shelf, leaf), None)
     return shelf[leaf].dtype if home is None else home.views[0].dtype
 
 
 @dataclass(slots=True)
-class Home:
+class StreamedTensor:
     """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots.
 
     version: of the host's tensor, when it was last copied · hung: what hangs there in its place.
     """
 
-    shelf: Shelf
+    shelf: TensorDict
     leaf: str
     host: Tensor | None
     views: tuple[Tensor, Tensor]
@@ -139,7 +139,7 @@ def version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-class Belt:
+class BlockStreamer:
     """Blocks in host memory that pass through two slots on a device, the next one while this one computes.
 
     Outside of its own forward a block has its host tensors, so a model reads and saves as ever, and who writes into
@@ -154,7 +154,7 @@ class Belt:
         size = max(end for *_, end in layouts)
         slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._side = side_stream(device)
-        self._homes: list[list[Home]] = []
+        self._homes: list[list[StreamedTensor]] = []
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
             found = zip(tensors(block), offsets, strict=True)
@@ -182,7 +182,7 @@ class Belt:
         for hook in self._hooks:
             hook.remove()
 
-    def carried(self, shelf: Shelf, leaf: str) -> Iterator[Home]:
+    def carried(self, shelf: TensorDict, leaf: str) -> Iterator[StreamedTensor]:
         """The home of what hangs there, if a block carries it."""
         return (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf)
 
@@ -276,8 +276,8 @@ def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
 
 
 def _home(
-    shelf: Shelf, leaf: str, tensor: Tensor, offset: int, slots: Sequence[Tensor], host: Tensor | None, dtype: Any
-) -> Home:
+    shelf: TensorDict, leaf: str, tensor: Tensor, offset: int, slots: Sequence[Tensor], host: Tensor | None, dtype: Any
+) -> StreamedTensor:
     """Settle one tensor: in `host` memory at its offset (None leaves it where it is), with a view in either slot."""
     dtype = _dtype(tensor, dtype)
 
@@ -290,4 +290,4 @@ def _home(
         own = view(host)
         own.copy_(tensor)
         shelf[leaf] = tensor = own
-    return Home(shelf, leaf, tensor, (view(slots[0]), view(slots[1])))
+    return StreamedTensor(shelf, leaf, tensor, (view(slots[0]), view(slots[1])))

@@ -75,7 +75,7 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class MemoryPlan:
     """A plan of memory: how parts share the device, which are streamed and how many blocks of them stay, the tile.
 
     peak: the most bytes in use at a time, the reserve included.
@@ -95,11 +95,11 @@ class Fit:
         return f"memory {gib(self.budget)}: {'; '.join([how, *streamed, *tiled])}; at most {gib(self.peak)}"
 
 
-def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> Fit:
+def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> MemoryPlan:
     """The fastest plan for parts within a budget, all in bytes; raises BackendError naming the smallest budget."""
     together = sum(need.weights for need in needs.values()) + max(need.work[0][1] for need in needs.values()) + reserve
     if together <= budget:
-        return Fit(budget, "resident", together)
+        return MemoryPlan(budget, "resident", together)
     kept, peak, tile = {}, 0, None
     smallest, worst = max((_smallest(need), part) for part, need in needs.items())
     if smallest + reserve > budget:
@@ -113,10 +113,12 @@ def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> Fit:
         tile = part_tile or tile
         if k is not None:
             kept[part] = k
-    return Fit(budget, "staged", peak, kept, {part: len(needs[part].blocks) for part in kept}, tile)
+    return MemoryPlan(budget, "staged", peak, kept, {part: len(needs[part].blocks) for part in kept}, tile)
 
 
-def fit_beside(budget: int, needs: Mapping[str, Need], host: str, guests: Mapping[str, Need], reserve: int = 0) -> Fit:
+def fit_beside(
+    budget: int, needs: Mapping[str, Need], host: str, guests: Mapping[str, Need], reserve: int = 0
+) -> MemoryPlan:
     """`fit` where guests share the turn of their host: whole where it stays whole too, else all of them streamed."""
     whole = replace(needs[host], fixed=needs[host].fixed + sum(guest.weights for guest in guests.values()))
     try:

@@ -1,7 +1,7 @@
 """The parts of one model: from open checkpoints to modules in memory, each loaded when it is asked for.
 
-`Parts` is a Residency that knows what a part is: its module and the names that are never read, the number formats of
-its layers, how many bytes it takes, the adapters that belong on it. ControlNets are parts as well; they come when a
+`Components` is a Residency that knows what a part is: its module and the names that are never read, the number formats
+of its layers, how many bytes it takes, the adapters that belong on it. ControlNets are parts as well; they come when a
 request first wants them.
 
 Headers are read and held to the modules at once, weights when a part is loaded. Fixed order: swap, assign, merge,
@@ -18,7 +18,7 @@ from torch import nn
 
 from s3dit.control import Control
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
-from s3dit.model.hooks import refusal, unhookable
+from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import swap
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
@@ -36,7 +36,7 @@ from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
 
 
-class Parts(Residency):
+class Components(Residency):
     """The parts of one model, by name: text_encoder, transformer, vae, siglip, and ControlNets."""
 
     def __init__(
@@ -105,7 +105,7 @@ class Parts(Residency):
             names = [f"{path}.{leaf}".removeprefix(".") for leaf in one.state_dict()]
             if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
                 unhookable(one, "no picture needs it, so it is not read")
-            elif why := refusal(one):
+            elif why := why_not(one):
                 unhookable(one, why)
         return module
 
@@ -122,7 +122,7 @@ class Parts(Residency):
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(filled, checkpoint, dtype=None, unused=unused)
             adapters.merge_into(filled, name, self.adapters, dtype)
-            component.hang(filled)
+            component.set_parameters(filled)
             if kept is not None:
                 stream(module, device, kept, dtype)
             component.mark()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError, CheckpointError
-from s3dit.model.hooks import refusal
+from s3dit.model.hooks import why_not
 
 
 def output_tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
@@ -71,7 +71,7 @@ def first_nonfinite(model: nn.Module) -> Iterator[Nonfinite]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if not refusal(module):
+            if not why_not(module):
                 stack.callback(module.register_forward_hook(hook(name)).remove)
         yield found
 

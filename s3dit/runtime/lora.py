@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from s3dit.errors import BackendError
 from s3dit.kernels.aligned import aligned
-from s3dit.kernels.scheme import Rows
+from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.hooks import SHELVES
 from s3dit.model.linear import Linear, QuantLinear
-from s3dit.runtime.block_streaming import Shelf, lands_as
+from s3dit.runtime.block_streaming import TensorDict, compute_dtype
 from s3dit.weights.delta import Delta, norms
 
 
@@ -80,7 +80,7 @@ class Adapted(nn.Module):
     """
 
     # A branch wants x unrounded.
-    takes: torch.dtype | None = None
+    input_dtype: torch.dtype | None = None
     layer: Linear | QuantLinear
 
     def __init__(self, layer: Linear | QuantLinear) -> None:
@@ -92,10 +92,10 @@ class Adapted(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.branches: dict[str, Branch] = {}
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Apply to x (…, in) of any float dtype, or to its Rows -> (…, out), same dtype."""
         plain = y = self.layer.forward(x)  # type: ignore[arg-type]
-        wide = x.dequantize().to(x.dtype) if isinstance(x, Rows) else x
+        wide = x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
         for branch in self.branches.values():
             y = branch(y, wide, plain)
         return y
@@ -193,7 +193,7 @@ def rescale(model: nn.Module, name: str, scale: float) -> None:
         _revise(model, layer)
 
 
-def stand_ins(model: nn.Module) -> list[tuple[Shelf, str]]:
+def stand_ins(model: nn.Module) -> list[tuple[TensorDict, str]]:
     """Where copies hang that adapters have changed."""
     changes: Changes | None = vars(model).get("adapters")
     return [] if changes is None else [_parameter(model, layer) for layer in changes.originals]
@@ -253,7 +253,7 @@ def _module(model: nn.Module, layer: str) -> Any:
     return found if isinstance(found, Linear | QuantLinear | Adapted) else None
 
 
-def _parameter(model: nn.Module, layer: str) -> tuple[Shelf, str]:
+def _parameter(model: nn.Module, layer: str) -> tuple[TensorDict, str]:
     """Where the parameter of a norm or a token hangs."""
     parent, _, leaf = layer.rpartition(".")
     home = model.get_submodule(parent)
@@ -288,6 +288,6 @@ def _revise(model: nn.Module, layer: str) -> None:
     for strength, delta in found:
         value = value + strength.to(wide.device) * (delta.changed(original) - wide)
     if shelf[leaf] is original:
-        shelf[leaf] = _parameter_of(original.clone(), lands_as(model, shelf, leaf))
+        shelf[leaf] = _parameter_of(original.clone(), compute_dtype(model, shelf, leaf))
     # In place, so that what was recorded or compiled reads it.
     shelf[leaf].copy_(value)

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from s3dit.errors import BackendError
 from s3dit.model.hooks import Own, watched
-from s3dit.runtime.block_streaming import Mode, Shelf, tensors, version
+from s3dit.runtime.block_streaming import Mode, TensorDict, tensors, version
 
 # What tells a tensor that nobody has touched: itself, its version counter, its memory, whether it wants a gradient.
 Mark = tuple[weakref.ref[Tensor], int, int, bool] | None
@@ -59,13 +59,13 @@ class Component:
         self._guards: list[RemovableHandle] = []
         self._guard()
         found = list(tensors(module))
-        self._places: list[tuple[Shelf, str]] = [(shelf, leaf) for shelf, leaf, _ in found]
+        self._places: list[tuple[TensorDict, str]] = [(shelf, leaf) for shelf, leaf, _ in found]
         self._blanks = [tensor for *_, tensor in found]
         # Of each place while the part is in memory; and the places that are somebody else's by now.
         self._marks: list[Mark] | None = None
         self._theirs: set[int] = set()
 
-    def hang(self, filled: nn.Module) -> None:
+    def set_parameters(self, filled: nn.Module) -> None:
         """Take over the tensors of a filled copy of the module, but where somebody has put tensors of his own."""
         while self._guards:
             self._guards.pop().remove()
@@ -124,7 +124,7 @@ class Component:
         return modules, tuple((i, id(own), None if own is None else version(own)) for i, own in found)
 
     @property
-    def _both(self) -> tuple[list[tuple[Shelf, str]], list[Tensor]]:
+    def _both(self) -> tuple[list[tuple[TensorDict, str]], list[Tensor]]:
         return self._places, self._blanks
 
 
@@ -158,7 +158,7 @@ class Residency:
 
     @property
     def policy(self) -> tuple[Mode, Mapping[str, int]]:
-        """How parts are held: what `settle` is given."""
+        """How parts are held: what `set_policy` is given."""
         return self.mode, self.kept
 
     def component(self, name: str) -> Component:
@@ -195,7 +195,7 @@ class Residency:
             finally:
                 self.mode = before
 
-    def settle(self, mode: Mode, kept: Mapping[str, int], parts: Collection[str]) -> None:
+    def set_policy(self, mode: Mode, kept: Mapping[str, int], parts: Collection[str]) -> None:
         """Change how parts are held, for the sake of `parts`; let go of what has no room beside them any more."""
         with self.lock:
             self.mode, self.kept = mode, kept
@@ -221,8 +221,8 @@ class Residency:
     def unload(self, name: str, component: Component) -> None:
         """Take everything out of a part that `load` has brought into it."""
         vars(component.module).pop("replay", None)
-        if (belt := vars(component.module).pop("belt", None)) is not None:
-            belt.close()
+        if (streamer := vars(component.module).pop("belt", None)) is not None:
+            streamer.close()
         component.empty()
 
     def _let_go(self, *names: str) -> None:
@@ -233,6 +233,6 @@ class Residency:
             torch.cuda.empty_cache()
 
 
-def ids(places: Iterable[tuple[Shelf, str]]) -> set[tuple[int, str]]:
+def ids(places: Iterable[tuple[TensorDict, str]]) -> set[tuple[int, str]]:
     """Places as `Component.touched` wants them."""
     return {(id(shelf), leaf) for shelf, leaf in places}

@@ -1,9 +1,9 @@
 """Where each part of a model comes from: a directory, one file of everything, or parts mixed from anywhere.
 
-`gather` goes from what a user names to open checkpoints, configurations and a tokenizer; it reads headers only. The
-model gives whatever it holds; `transformer`, `text_encoder` and `vae` put another file or folder in the place of one
-part. A config is the JSON of the part's folder; else it is read from the shapes (`shapes`), and what they cannot say is
-the model's own or the official constant, which a note tells.
+`open_sources` goes from what a user names to open checkpoints, configurations and a tokenizer; it reads headers only.
+The model gives whatever it holds; `transformer`, `text_encoder` and `vae` put another file or folder in the place of
+one part. A config is the JSON of the part's folder; else it is read from the shapes (`shapes`), and what they cannot
+say is the model's own or the official constant, which a note tells.
 
 What is missing is named together with the option that gives it, before anything is loaded.
 """
@@ -42,7 +42,7 @@ OPTIONS = {
     "tokenizer": "--tokenizer DIR",
 }
 # The folder of an Omni model's vision tower.
-EYES = "siglip"
+VISION_TOWER = "siglip"
 # What a file of weights cannot say, and what is taken for it.
 SHIFT = 3.0
 SHIFT_NOTE = (
@@ -74,7 +74,7 @@ class Sources:
 
 
 @dataclass(slots=True)
-class Found:
+class OpenedModel:
     """What one path gives: parts of a model, the JSON that lies beside them, and a tokenizer."""
 
     path: Path
@@ -87,7 +87,7 @@ class Found:
     notes: list[str] = field(default_factory=list)
 
 
-def gather(
+def open_sources(
     model: str | Path | None, given: Mapping[str, str | Path | None], tokenizer: str | Path | None, embedded: Path
 ) -> Sources:
     """Open a model, or the parts that take the place of its own; raises CheckpointError.
@@ -106,7 +106,7 @@ def gather(
     if model is not None:
         skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
         read = [part for part in REPOSITORY_PARTS if part not in skip]
-        base = look_into(place(str(model), read), skip)
+        base = open_model(place(str(model), read), skip)
     more = ["tokenizer"] if base is None and tokenizer is None else []
     homes = {part: _one(part, place(path, [part, *more])) for part, path in wanted.items()}
     places = [found for found in (base, *homes.values()) if found is not None]
@@ -126,7 +126,7 @@ def gather(
     sees = base is not None and configs["transformer"].siglip_feat_dim is not None
     if base is not None and sees and (eyes := read_vision(base.path, notes)):
         configs |= eyes
-        checkpoints[EYES] = open_checkpoint(base.path / EYES)
+        checkpoints[VISION_TOWER] = open_checkpoint(base.path / VISION_TOWER)
     scheduler = base.scheduler if base is not None else None
     said = any("vae" in found.configs for found in (homes["vae"], base) if found is not None)
     own = base.own if base is not None else {}
@@ -144,14 +144,14 @@ def gather(
     )
 
 
-def look_into(path: Path, skip: Collection[str] = ()) -> Found:
+def open_model(path: Path, skip: Collection[str] = ()) -> OpenedModel:
     """What a path holds: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
 
     skip: parts that are not opened; their config is still what is known of the model.
     """
     if not path.is_dir() or not any((path / part).is_dir() for part in PARTS):
         return _one_checkpoint(path)
-    found = Found(path, notes=read_index(path, skip))
+    found = OpenedModel(path, notes=read_index(path, skip))
     for part in PARTS:
         folder = path / part
         if part in skip:
@@ -173,7 +173,7 @@ def look_into(path: Path, skip: Collection[str] = ()) -> Found:
     return found
 
 
-def _one_checkpoint(path: Path) -> Found:
+def _one_checkpoint(path: Path) -> OpenedModel:
     """A file, or a folder that holds one checkpoint and perhaps its config.json."""
     if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
         raise CheckpointError(
@@ -187,7 +187,7 @@ def _one_checkpoint(path: Path) -> Found:
             "whole; join them with `llama-gguf-split --merge`"
         )
     inside = split(checkpoint)
-    found = Found(path, inside.parts, rest=inside.rest)
+    found = OpenedModel(path, inside.parts, rest=inside.rest)
     if path.is_dir() and len(found.parts) == 1:
         part = next(iter(found.parts))
         found.configs = _beside(part, path, found.notes)
@@ -208,14 +208,14 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     return {part: KINDS[part].from_json(data, path)}
 
 
-def _one(part: str, path: Path) -> Found:
+def _one(part: str, path: Path) -> OpenedModel:
     """A path that must give a part, perhaps out of another model's directory; raises CheckpointError.
 
     Of such a directory nothing else is read but its tokenizer, so it may be of any kind (FLUX.1's, for its VAE).
     """
     folder = path / part if (path / part).is_dir() else path
     has = next((other for other in PARTS if folder == path and (path / other).is_dir()), None)
-    found = Found(path) if has else _one_checkpoint(folder)
+    found = OpenedModel(path) if has else _one_checkpoint(folder)
     if part not in found.parts:
         has = has or next(iter(found.parts), None)
         remedy = f"give it with {OPTIONS[has]}" if has else "give another path"

@@ -1,6 +1,6 @@
 """A picture of a stranger: what a replay takes from its metadata, what it never does, and how it says what is wrong.
 
-`rehearse` runs all of a replay up to the first model call; `mutated` makes hostile metadata of honest ones.
+`dry_run` runs all of a replay up to the first model call; `mutated` makes hostile metadata of honest ones.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def close_network(patch):
     patch.setattr(socket, "getaddrinfo", fail)
 
 
-def rehearse(path, metadata, *options):
+def dry_run(path, metadata, *options):
     """Replay metadata without drawing or network -> the request to be drawn and what was said, or what refuses it.
 
     Whatever is raised and is none of s3dit's errors comes out.
@@ -232,7 +232,7 @@ REFUSED = [
     ("change", "words"), REFUSED, ids=[f"{i}-{words[:40]}" for i, (_, words) in enumerate(REFUSED)]
 )
 def test_what_is_refused_is_one_line_that_names_the_picture(honest, folder, change, words):
-    (said,) = rehearse(folder / "bad.png", honest | change)
+    (said,) = dry_run(folder / "bad.png", honest | change)
     assert said.startswith(f"s3dit: {folder / 'bad.png'}: ") and words in said
     assert len(said) < 600 + len(str(folder))
 
@@ -241,39 +241,39 @@ def test_what_is_refused_is_one_line_that_names_the_picture(honest, folder, chan
     "text", ["", "[]", "5", "{", '{"seed": NaN}', '{"seed": -Infinity}', "[" * 100_000, '{"seed": ' + "9" * 5000 + "}"]
 )
 def test_metadata_that_are_no_record(folder, text):
-    (said,) = rehearse(folder / "bad.png", text)
+    (said,) = dry_run(folder / "bad.png", text)
     assert "bad.png" in said and "s3dit metadata is" in said
 
 
 def test_a_way_to_the_network_would_be_seen(honest, folder):
     with pytest.raises(AssertionError, match="the network was asked"):
-        rehearse(folder / "a.png", honest | {"adapters": [ADAPTER]}, "--lora", "some/repo")
+        dry_run(folder / "a.png", honest | {"adapters": [ADAPTER]}, "--lora", "some/repo")
 
 
 def test_a_number_that_is_too_large_for_a_float(honest, folder):
     text = json.dumps(honest | {"shift": 0.5}).replace('"shift": 0.5', '"shift": 1e999')
-    assert "shift is inf; needed a number from" in rehearse(folder / "bad.png", text)[0]
+    assert "shift is inf; needed a number from" in dry_run(folder / "bad.png", text)[0]
 
 
 def test_a_picture_speaks_of_one_picture_and_the_user_of_more(honest, folder):
-    request, _ = rehearse(folder / "a.png", honest)
+    request, _ = dry_run(folder / "a.png", honest)
     assert request.count == 1 and request.seeds() == [3]
-    request, _ = rehearse(folder / "a.png", honest | {"num_images_per_prompt": 1000}, "--count", 2)
+    request, _ = dry_run(folder / "a.png", honest | {"num_images_per_prompt": 1000}, "--count", 2)
     assert request.seeds() == [3, 4]
-    request, _ = rehearse(folder / "a.png", honest | {"seed": [3], "height": [64], "prompt": [PROMPT]}, "--count", 2)
+    request, _ = dry_run(folder / "a.png", honest | {"seed": [3], "height": [64], "prompt": [PROMPT]}, "--count", 2)
     assert request.seeds() == [3, 4] and request.prompt == [PROMPT]
     prompts = folder / "prompts.txt"
     prompts.write_text("a red star\na blue ring\n")
-    request, _ = rehearse(folder / "a.png", honest | {"prompt": ["x"] * 9}, "--prompt-file", prompts)
+    request, _ = dry_run(folder / "a.png", honest | {"prompt": ["x"] * 9}, "--prompt-file", prompts)
     assert request.prompts == ["a red star", "a blue ring"]
 
 
 def test_what_the_user_says_is_stronger(honest, folder):
-    request, _ = rehearse(folder / "a.png", honest, "--cfg", 3, "--seed", 5)
+    request, _ = dry_run(folder / "a.png", honest, "--cfg", 3, "--seed", 5)
     assert (request.guidance_scale, request.seed) == (2.0, 5)
-    request, _ = rehearse(folder / "a.png", honest, "--sigmas", "1,0.5")
+    request, _ = dry_run(folder / "a.png", honest, "--sigmas", "1,0.5")
     assert (request.sigmas, request.num_inference_steps) == ([1.0, 0.5], 2)
-    request, _ = rehearse(folder / "a.png", honest | {"sigmas": [1.0, 0.5], "num_inference_steps": 2}, "--steps", 3)
+    request, _ = dry_run(folder / "a.png", honest | {"sigmas": [1.0, 0.5], "num_inference_steps": 2}, "--steps", 3)
     assert (request.sigmas, request.num_inference_steps) == (None, 3)
 
 
@@ -299,16 +299,16 @@ def test_an_image_is_taken_from_beside_the_picture_or_from_here(honest, folder, 
         "\\\\host\\share\\in.png",
         "../../in.png",
     ):
-        request, _ = rehearse(folder / "out.png", started(honest, named, sha256))
+        request, _ = dry_run(folder / "out.png", started(honest, named, sha256))
         assert request.image == str(folder / "in.png"), named
     (folder / "sub" / "deep").mkdir(parents=True)
-    request, _ = rehearse(folder / "sub" / "out.png", started(honest, "in.png", sha256))
+    request, _ = dry_run(folder / "sub" / "out.png", started(honest, "in.png", sha256))
     assert request.image == "in.png"
     # A path that was relative then is relative now; another picture of its name is in no way.
     (folder / "in.png").rename(folder / "sub" / "deep" / "in.png")
     noise(folder / "in.png", 1)
     for out in (folder / "out.png", folder / "sub" / "out.png"):
-        request, _ = rehearse(
+        request, _ = dry_run(
             out, started(honest, "deep/in.png" if out.parent.name == "sub" else "sub/deep/in.png", sha256)
         )
         assert Picture.open(request.image).sha256 == sha256
@@ -316,18 +316,18 @@ def test_an_image_is_taken_from_beside_the_picture_or_from_here(honest, folder, 
 
 def test_an_image_that_is_not_there_says_which_option_gives_it(honest, folder):
     data = started(honest, "in.png", HASH)
-    (said,) = rehearse(folder / "out.png", data)
+    (said,) = dry_run(folder / "out.png", data)
     assert "it was drawn with 'in.png', not found beside it nor in this folder; give the file with --image" in said
     noise(folder / "in.png")
-    (said,) = rehearse(folder / "out.png", data)
+    (said,) = dry_run(folder / "out.png", data)
     assert "in.png' is not what it was then; needed the same pixels; give the file with --image" in said
-    request, said = rehearse(folder / "out.png", data, "--image", "in.png")
+    request, said = dry_run(folder / "out.png", data, "--image", "in.png")
     assert request.image == "in.png" and any("was drawn with another image than 'in.png'" in line for line in said)
     (folder / "in.png").write_bytes(b"no picture")
-    assert "is not what it was then" in rehearse(folder / "out.png", data)[0]
+    assert "is not what it was then" in dry_run(folder / "out.png", data)[0]
     mask = started(honest, "in.png", noise(folder / "in.png"), mask_image="mask.png")
-    assert "it names 'mask.png' for mask_image, 1 in all, and has 0 hashes" in rehearse(folder / "out.png", mask)[0]
-    assert "give what is to be drawn with --mask" in rehearse(folder / "out.png", mask)[0]
+    assert "it names 'mask.png' for mask_image, 1 in all, and has 0 hashes" in dry_run(folder / "out.png", mask)[0]
+    assert "give what is to be drawn with --mask" in dry_run(folder / "out.png", mask)[0]
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_no_file_elsewhere_is_opened(honest, folder, opened, monkeypatch, name, 
     if not known:
         del data["engine"]["inputs"]
     opened.clear()
-    (said,) = rehearse(folder / "out.png", data)
+    (said,) = dry_run(folder / "out.png", data)
     assert "give" in said and "--image" in said
     assert str(folder / "out.png") in opened, "the hook hears"
     assert not [path for path in opened if Path(path).name == "private.png"]
@@ -366,7 +366,7 @@ def test_special_files_are_not_read(honest, folder, kind):
         (folder / "in.png").mkdir()
     else:
         (folder / "in.png").symlink_to("/dev/zero")
-    (said,) = rehearse(folder / "out.png", started(honest, "in.png", HASH))
+    (said,) = dry_run(folder / "out.png", started(honest, "in.png", HASH))
     assert "not found beside it nor in this folder" in said
 
 
@@ -376,7 +376,7 @@ def test_adapters_and_controls_that_lie_there_are_not_loaded(honest, folder, ope
         noise(folder / name) if name.endswith("png") else (folder / name).write_bytes(b"\0" * 100)
     opened.clear()
     for change in ({"adapters": [ADAPTER]}, {"control": [CONTROL]}, {"model": str(folder)}):
-        assert len(rehearse(folder / "out.png", honest | change)) == 1
+        assert len(dry_run(folder / "out.png", honest | change)) == 1
     assert not {Path(path).name for path in opened} & {*names}
 
 
@@ -406,7 +406,7 @@ ESCAPES = "\x1b[31m\x1b]0;title\x07\r\n\u202eevil\u2028"
     ],
 )
 def test_nothing_of_a_picture_reaches_the_terminal_raw(honest, folder, change):
-    found = rehearse(folder / "bad.png", honest | change)
+    found = dry_run(folder / "bad.png", honest | change)
     said = "\n".join(found[1] if isinstance(found, tuple) else found)
     assert "evil" in said
     assert not [one for one in said if not one.isprintable() and one != "\n"] and "\nevil" not in said
@@ -420,14 +420,14 @@ def test_what_drew_it_is_told_with_the_option_that_undoes_it(honest, folder):
         "quantized": {"transformer": "int8", "text_encoder": "fp8-weights"},
         "colour": "blue",
     }
-    _, said = rehearse(folder / "a.png", honest | {"engine": engine | odd})
+    _, said = dry_run(folder / "a.png", honest | {"engine": engine | odd})
     said = "\n".join(said)
     assert "was drawn with a model of the variant 'Turbo', this is " in said and "(--model): not the same" in said
     assert "was drawn on 'cuda, bf16', this is on cpu" in said and "(--device, --dtype)" in said
     assert "its transformer in 'int8', this is in plain floats (--quantize int8)" in said
     assert "its text_encoder in 'fp8-weights', this is in plain floats (--quantize-text fp8-weights)" in said
     assert "was drawn with ['colour'], of which this version knows nothing" in said
-    _, said = rehearse(folder / "a.png", honest)
+    _, said = dry_run(folder / "a.png", honest)
     assert not [line for line in said if "was drawn" in line]
 
 
@@ -494,7 +494,7 @@ def outcome(folder, honest, seed):
         hashes = {"image": noise(folder / "in.png"), "mask_image": noise(folder / "mask.png", 1)}
         images = {"image": "in.png", "mask_image": "mask.png", "strength": 0.5, "upscale": 2.0, "upscale_strength": 0.5}
         honest = honest | images | {"engine": honest["engine"] | {"inputs": hashes}}
-    found = rehearse(folder / "mutant.png", mutated(honest, seed))
+    found = dry_run(folder / "mutant.png", mutated(honest, seed))
     assert isinstance(found, tuple) or (len(found) == 1 and found[0].startswith("s3dit: ")), found
     return found
 

@@ -127,8 +127,8 @@ def test_every_residency_gives_the_same_bits(pipe, nets, load):
     other = Pipeline.load(device="cpu", dtype="fp32", **load)
     assert all(torch.equal(a, b) for a, b in zip(states(other, control), states(pipe, control), strict=True))
     streamed = {"19MiB": ["controlnet", "controlnet", "transformer"], "40MiB": ["controlnet", "controlnet"]}
-    fit = other.plan(**SHORT, control=control).fit
-    kept = [] if fit is None else sorted(part.split()[0] for part in fit.kept)
+    memory = other.plan(**SHORT, control=control).memory
+    kept = [] if memory is None else sorted(part.split()[0] for part in memory.kept)
     assert kept == streamed.get(load.get("vram"), [])
 
 
@@ -186,7 +186,7 @@ def test_an_adapter_beside_control_is_the_same_bits_in_every_residency(pipe, net
         other = attached(style, quantize=quantize, **load)
         assert all(torch.equal(a, b) for a, b in zip(states(other, control), needed, strict=True)), load
     # The last one is so tight that both pass by block by block.
-    assert len(other.plan(**SHORT, control=control).fit.kept) == 2
+    assert len(other.plan(**SHORT, control=control).memory.kept) == 2
     staged.lora.detach()
     bare = states(Pipeline.load(device="cpu", dtype="fp32", quantize=quantize), control)
     assert all(torch.equal(a, b) for a, b in zip(states(staged, control), bare, strict=True))

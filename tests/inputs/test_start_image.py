@@ -12,7 +12,7 @@ from PIL import Image
 from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.inputs.images import Pictures
-from s3dit.inputs.start_image import Canvas, Keep, begin, enlarged, levels, noised, read
+from s3dit.inputs.start_image import InpaintBlend, StartImage, begin, enlarged, levels, noised, read
 from s3dit.model.layout import patchify
 from s3dit.request import Request
 from s3dit.sampling.schedules import sigmas
@@ -70,12 +70,12 @@ def test_a_white_mask_is_img2img(pipe, start, solver, mask_mode):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_what_is_kept_stays_on_its_course_in_every_solver(solver):
     """A black mask returns the image to the bit; half of one returns half, after each step at the step's own level."""
-    canvas = Canvas(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64))
+    start_image = StartImage(torch.zeros(3, 64, 64), torch.zeros(1, 64, 64))
     latents, noise = torch.randn(16, 8, 8), torch.randn(16, 64)
     paint = torch.zeros(1, 64, 64)
     paint[:, :, 32:] = 1
-    for mask in (canvas.mask, paint):
-        x, keep = begin([Canvas(canvas.pixels, mask)], [latents], noise, sigmas(6)[2:], False)
+    for mask in (start_image.mask, paint):
+        x, keep = begin([StartImage(start_image.pixels, mask)], [latents], noise, sigmas(6)[2:], False)
         kept = patchify((1 - mask[:, ::8, ::8]).expand(16, 8, 8).contiguous()).bool()
         image = patchify(latents)
         steps = list(solve(solver, lambda x, s: torch.tanh(x) - s, x, sigmas(6)[2:], lambda: torch.randn(16, 64), keep))
@@ -89,7 +89,7 @@ def test_what_is_kept_stays_on_its_course_in_every_solver(solver):
 def test_a_map_of_change_holds_each_place_for_its_share_of_the_steps():
     """Of 4 steps: black for the first 3 (the last is the model's), a quarter of change for 3, a half for 2, white 0."""
     paint = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])[:, None].expand(5, 64)
-    keep = Keep(torch.zeros(5, 64), torch.zeros(5, 64), paint, 4, True)
+    keep = InpaintBlend(torch.zeros(5, 64), torch.zeros(5, 64), paint, 4, True)
     painted = [keep(torch.ones(5, 64), i, torch.tensor(0.5))[:, 0].tolist() for i in range(1, 5)]
     assert painted == [[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
 
@@ -127,13 +127,13 @@ def test_outside_of_the_mask_no_pixel_changes(pipe, options):
 
 def test_a_soft_edge_goes_from_the_drawn_to_the_kept(pipe, start):
     mask = box(128, 128, 32, 32, 96, 96)
-    _, (canvas,) = read(Request(prompt="a", image=start, mask_image=mask, mask_blur=4), Pictures(), [])
-    row = canvas.mask[0, 64]
+    _, (start_image,) = read(Request(prompt="a", image=start, mask_image=mask, mask_blur=4), Pictures(), [])
+    row = start_image.mask[0, 64]
     assert row[0] == 0 and row[64] == 1 and 0.3 < row[32] < 0.7 and (row[:64].diff() >= 0).all()
     assert ((row > 0) & (row < 1)).sum() > 16
     options = {"prompt": PROMPTS[1], "seed": 2, "image": start, "mask_image": mask, "mask_blur": 4}
     drawn = np.asarray(pipe(**options).images[0])
-    untouched = canvas.mask[0].numpy() == 0
+    untouched = start_image.mask[0].numpy() == 0
     assert untouched[0].all() and np.array_equal(drawn[untouched], np.asarray(start)[untouched])
 
 
@@ -202,7 +202,7 @@ def test_a_second_pass_is_img2img_of_the_first_s_picture(pipe):
 def test_a_second_pass_keeps_to_the_mask(pipe):
     image, mask = scene(128, 96), box(128, 96, 32, 16, 96, 80)
     plan = pipe.plan(prompt=PROMPTS[0], image=image, mask_image=mask, upscale=2, seed=1)
-    (large,) = enlarged(plan.canvases, [plan.canvases[0].pixels], plan.then.request)
+    (large,) = enlarged(plan.start_images, [plan.start_images[0].pixels], plan.then.request)
     assert large.pixels.shape == (3, 256, 192) and set(large.mask.unique().tolist()) == {0, 1}
     drawn = np.asarray(pipe(plan.request).images[0])
     kept = np.asarray(image.resize((192, 256), Image.Resampling.LANCZOS)).astype(int)
@@ -251,7 +251,7 @@ def test_a_plan_knows_the_encoder(pipe, start):
     ]  # fmt: skip
     tight = Pipeline.load(device="cpu", dtype="fp32", vram="1GiB")
     peaks = [
-        tight.plan(prompt=PROMPTS[2], output_type="latent", **more).fit.peak
+        tight.plan(prompt=PROMPTS[2], output_type="latent", **more).memory.peak
         for more in ({}, {"image": start}, {"image": start, "upscale": 2})
     ]
     assert peaks[0] < peaks[1] < peaks[2]

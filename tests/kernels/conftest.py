@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s3dit.kernels.dispatch import INTERPRETED
-from s3dit.kernels.scheme import Rows
+from s3dit.kernels.scheme import QuantizedRows
 
 GPU = torch.cuda.is_available()
 
@@ -29,7 +29,7 @@ def assert_close():
     """Compare what a kernel gave with its reference, tensors or Rows."""
 
     def check(got, expected):
-        if not isinstance(expected, Rows):
+        if not isinstance(expected, QuantizedRows):
             assert got.dtype == expected.dtype and got.shape == expected.shape
             assert relative(got, expected) < CLOSE[got.dtype]
             return
@@ -63,7 +63,7 @@ def dtype(request):
 
 
 @pytest.fixture(params=[None, "int8", "fp8"])
-def takes(request):
+def input_dtype(request):
     """What the consumer takes: None, int8 or e4m3."""
     return {None: None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}[request.param]
 

@@ -87,34 +87,34 @@ def test_rms_norm_kernel(n, d, dtype, device, kernel_of, poison, assert_close):
 
 
 @pytest.mark.parametrize("n, d, rows", [(1, 32, 1), (31, 96, 3), (33, 100, 1), (63, 192, 63), (0, 32, 1)])
-def test_modulating_kernels(n, d, rows, dtype, takes, device, kernel_of, poison, assert_close):
+def test_modulating_kernels(n, d, rows, dtype, input_dtype, device, kernel_of, poison, assert_close):
     x, w, table, row = modulated(n, d, rows, dtype, device)
     rest, v, gate, _ = modulated(n, d, rows, dtype, device)
-    args = x, w, table, row, 1e-5, takes
+    args = x, w, table, row, 1e-5, input_dtype
     assert_close(kernel_of(rms_norm_modulate)(*args), rms_norm_modulate.reference(*args))
     args = rest, x, w, gate, row, 1e-5
     assert_close(kernel_of(gated_residual)(*args), gated_residual.reference(*args))
-    args = rest, x, w, gate, v, table, row, 1e-5, takes
+    args = rest, x, w, gate, v, table, row, 1e-5, input_dtype
     for got, expected in zip(kernel_of(gated_residual_norm)(*args), gated_residual_norm.reference(*args), strict=True):
         assert_close(got, expected)
 
 
 @pytest.mark.parametrize("n, heads, dim", [(1, 1, 32), (31, 3, 128), (33, 5, 96), (2, 30, 64), (0, 2, 32)])
-def test_rotation_kernel(n, heads, dim, dtype, takes, device, kernel_of, poison, assert_close):
+def test_rotation_kernel(n, heads, dim, dtype, input_dtype, device, kernel_of, poison, assert_close):
     # q and k as a joint projection gives them: views of one tensor
     q, k, _ = torch.randn(n, 3 * heads * dim, device=device).to(dtype).unflatten(1, (3, heads, dim)).unbind(1)
     wq, wk = torch.randn(2, dim, device=device).to(dtype)
     rope = rope_table(torch.randint(0, 99, (n, 1)), (dim,), 256.0).to(device)
-    args = q, k, wq, wk, rope, 1e-5, takes
+    args = q, k, wq, wk, rope, 1e-5, input_dtype
     for got, expected in zip(kernel_of(qk_norm_rope)(*args), qk_norm_rope.reference(*args), strict=True):
         assert_close(got, expected)
 
 
-def test_nan_stays_in_its_row(takes, device, kernel_of):
+def test_nan_stays_in_its_row(input_dtype, device, kernel_of):
     x, w, table, row = modulated(5, 64, 1, torch.float16, device)
     x[2, 7] = float("nan")
-    out = kernel_of(rms_norm_modulate)(x, w, table, row, 1e-5, takes)
-    out = out.dequantize() if takes else out
+    out = kernel_of(rms_norm_modulate)(x, w, table, row, 1e-5, input_dtype)
+    out = out.dequantize() if input_dtype else out
     assert out.isfinite().all(1).tolist() == [True, True, False, True, True]
     assert not out[2].isfinite().any()
 
@@ -136,20 +136,20 @@ def test_what_kernels_refuse(device):
 @pytest.mark.parametrize(
     "found, takes, words", [((7, 5), None, "8.0, found 7.5"), ((8, 6), torch.float8_e4m3fn, "8.9")]
 )
-def test_old_gpus_are_refused(found, takes, words, monkeypatch):
+def test_old_gpus_are_refused(found, input_dtype, words, monkeypatch):
     monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
-    assert words in missing(torch.ones(1, dtype=torch.float16), (torch.float16,), takes)
+    assert words in missing(torch.ones(1, dtype=torch.float16), (torch.float16,), input_dtype)
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, rows", [(1, 1), (63, 3), (100, 1), (130, 130)])
-def test_pieces_on_the_cpu_give_the_same_bits(n, rows, wide, takes, poison):
+def test_pieces_on_the_cpu_give_the_same_bits(n, rows, wide, input_dtype, poison):
     x, w, table, row = modulated(n, 100, rows, wide, "cpu")
     rest, v, gate, _ = modulated(n, 100, rows, wide, "cpu")
     calls = [
-        (rms_norm_modulate, (x, w, table, row, 1e-5, takes)),
+        (rms_norm_modulate, (x, w, table, row, 1e-5, input_dtype)),
         (gated_residual, (rest, x, w, gate, row, 1e-5)),
-        (gated_residual_norm, (rest, x, w, gate, v, table, row, 1e-5, takes)),
+        (gated_residual_norm, (rest, x, w, gate, v, table, row, 1e-5, input_dtype)),
     ]
     for op, args in calls:
         assert op.choose(*args) is not op.reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s3dit.kernels.scheme import CACHED, LARGEST, Rows, codes_as, quantize_rows
+from s3dit.kernels.scheme import CACHED, LARGEST, QuantizedRows, codes_as, quantize_rows
 from s3dit.kernels.schemes import SCHEMES, linear
 
 # Largest relative error of a Gaussian weight: half a step of int8 at 4 sigma, 3 bits of mantissa, 15 steps of a group.
@@ -95,7 +95,7 @@ def test_rows_in_runs_are_the_same_rows(dtype):
     x = torch.randn(3, CACHED // 128, 192).bfloat16().transpose(0, 1)
     x[5] = 0
     whole = quantize_rows(x, dtype)
-    assert isinstance(whole, Rows) and whole.dtype == torch.bfloat16 and whole.shape == x.shape
+    assert isinstance(whole, QuantizedRows) and whole.dtype == torch.bfloat16 and whole.shape == x.shape
     for i in (0, 5, len(x) - 1):
         one = quantize_rows(x[i], dtype)
         assert torch.equal(one.values.float(), whole.values[i].float()) and torch.equal(one.scale, whole.scale[i])

@@ -28,7 +28,7 @@ from s3dit.model.config import (
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
-from s3dit.runtime.sources import gather
+from s3dit.runtime.sources import open_sources
 
 VISION = {
     "model_type": "siglip2_vision_model", "hidden_act": "gelu_pytorch_tanh", "hidden_size": 48, "num_channels": 3,
@@ -116,7 +116,7 @@ def test_no_key_stands_in_two_tables(name):
 def test_an_unknown_key_is_noted(copy):
     for name in PATHS:
         write(copy, name, {"use_magic": 3})
-    notes = gather(copy, {}, None, EMBEDDED).notes
+    notes = open_sources(copy, {}, None, EMBEDDED).notes
     assert len(notes) == len(PATHS) and all("use_magic" in note for note in notes)
 
 
@@ -251,7 +251,7 @@ def test_json_that_is_none(text, tmp_path):
 def test_classes_that_are_not_built_here(copy, change):
     write(copy, "model_index.json", change)
     with pytest.raises(CheckpointError, match=f"{next(iter(change))} is .*this engine runs"):
-        gather(copy, {}, None, EMBEDDED)
+        open_sources(copy, {}, None, EMBEDDED)
 
 
 def test_an_index(copy):
@@ -263,7 +263,7 @@ def test_an_index(copy):
     assert "components without effect here: 'controlnet'" in note
     # What is put in the place of a part is not the directory's.
     write(copy, "model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]})
-    assert gather(copy, {"vae": EMBEDDED / "vae"}, None, EMBEDDED).notes == (note,)
+    assert open_sources(copy, {"vae": EMBEDDED / "vae"}, None, EMBEDDED).notes == (note,)
     (copy / "model_index.json").unlink()
     assert read_index(copy) == []
 
@@ -273,11 +273,11 @@ def test_a_part_out_of_another_model(copy):
     write(copy, "model_index.json", {"_class_name": "FluxPipeline"})
     write(copy, "scheduler", {"_class_name": "HeunDiscreteScheduler"})
     (copy / "transformer" / "config.json").write_text("{}")
-    sources = gather("embedded", {"vae": copy}, None, EMBEDDED)
+    sources = open_sources("embedded", {"vae": copy}, None, EMBEDDED)
     assert sources.mixed == ("vae",) and sources.notes == ()
     shutil.rmtree(copy / "vae")
     with pytest.raises(CheckpointError, match="holds transformer, where vae was needed"):
-        gather("embedded", {"vae": copy}, None, EMBEDDED)
+        open_sources("embedded", {"vae": copy}, None, EMBEDDED)
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_every_field_of_s3dit_json_is_read(copy):
 def test_the_variant_is_told_from_an_exact_shift(copy, shift, variant):
     """Of a shift that somebody chose nothing follows: 28 guided steps would burn a distilled model's picture."""
     (copy / "s3dit.json").unlink()
-    sources = gather(write(copy, "scheduler", {"shift": shift}), {}, None, EMBEDDED)
+    sources = open_sources(write(copy, "scheduler", {"shift": shift}), {}, None, EMBEDDED)
     assert variant_of(sources.config.transformer, sources.config.scheduler) == variant
     assert sources.config.variant == (variant or "turbo") and sources.config.scheduler.shift == shift
     assert bool(sources.notes) == (variant is None)
     if variant is None:
         assert "--steps 28 --guidance 4" in sources.notes[0] and '{"variant": "base"}' in sources.notes[0]
         (copy / "s3dit.json").write_text('{"variant": "base"}')
-        again = gather(copy, {}, None, EMBEDDED)
+        again = open_sources(copy, {}, None, EMBEDDED)
         assert again.config.variant == "base" and again.notes == ()
 
 
@@ -370,7 +370,7 @@ def test_a_file_without_its_last_layer(tmp_path):
     assert torch.equal(part(**options).latents[0], whole(**options).latents[0])
     with pytest.raises(CheckpointError, match="has 1 layers, the model of its widths has 3; perhaps"):
         cut(tmp_path / "b.safetensors", ("model.layers.1.", "model.layers.2."))
-        gather("embedded", {"text_encoder": tmp_path / "b.safetensors"}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": tmp_path / "b.safetensors"}, None, EMBEDDED)
 
 
 def gguf_of(path, tensors, **fields):
@@ -403,19 +403,19 @@ def test_a_gguf_whose_header_says_more_layers(tmp_path):
     tensors = load_file(EMBEDDED / "text_encoder" / "model.safetensors")
     first = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.layers.2.", "model.norm"))}
     whole = gguf_of(tmp_path / "whole.gguf", tensors, qwen3__block_count=3)
-    sources = gather("embedded", {"text_encoder": whole}, None, EMBEDDED)
+    sources = open_sources("embedded", {"text_encoder": whole}, None, EMBEDDED)
     assert sources.config.text_encoder.num_hidden_layers == 3 and sources.notes == ()
     for count in (2, 4):
         file = gguf_of(tmp_path / f"{count}.gguf", tensors, qwen3__block_count=count)
         with pytest.raises(CheckpointError, match=f"has 3 layers, its metadata says {count}"):
-            gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+            open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
     # Even without the last layer alone: a file that says so is not whole.
     file = gguf_of(tmp_path / "first.gguf", first, qwen3__block_count=3)
     with pytest.raises(CheckpointError, match="has 2 layers, its metadata says 3"):
-        gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
     file = gguf_of(tmp_path / "x-00001-of-00002.gguf", first, split__count=2, split__no=0)
     with pytest.raises(CheckpointError, match="one file of 2 .*llama-gguf-split --merge"):
-        gather("embedded", {"text_encoder": file}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
 
 
 # --- a ControlNet's config.json ---
@@ -485,7 +485,7 @@ def test_a_second_pass_and_a_replay_find_their_own_shift(dynamic):
 
 def test_a_converted_model_keeps_its_schedule(dynamic, tmp_path):
     convert(dynamic.folder, tmp_path / "out", version="0")
-    assert gather(tmp_path / "out", {}, None, EMBEDDED).config.scheduler == dynamic.config.scheduler
+    assert open_sources(tmp_path / "out", {}, None, EMBEDDED).config.scheduler == dynamic.config.scheduler
 
 
 @pytest.mark.parametrize("kind, numbers", [("linear", {"base_shift": -1.0}), ("exponential", {"base_shift": 900.0}),

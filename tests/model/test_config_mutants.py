@@ -65,7 +65,7 @@ def mutant(text, draw):
     return json.dumps(data).encode()
 
 
-def rehearse(folder):
+def dry_run(folder):
     """What happened: planned, or the class of the refusal; the line of a refusal is short and printable."""
     try:
         Pipeline.load(folder, device="cpu").plan(prompt="a red star", seed=1)
@@ -84,7 +84,7 @@ def mutate_all(folder, files, count, seed):
         path.write_bytes(mutant(whole, draw))
         start = time.process_time()
         try:
-            seen[rehearse(folder)] += 1
+            seen[dry_run(folder)] += 1
         except Exception as error:
             raise AssertionError(f"mutant {i} of seed {seed}, {path.name}: {path.read_bytes()[:3000]!r}") from error
         taken = time.process_time() - start

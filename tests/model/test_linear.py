@@ -25,10 +25,10 @@ def test_swap_takes_what_fits_the_predicate():
     assert type(model["a"]) is Linear and type(model["b"]) is QuantLinear
     assert list(model.state_dict()) == ["a.weight", "a.bias", "b.weight", "b.scale"]
     assert all(tensor.is_meta for tensor in model.state_dict().values())
-    assert (model["a"].takes, model["b"].takes) == (None, torch.int8)
+    assert (model["a"].input_dtype, model["b"].input_dtype) == (None, torch.int8)
     swap(model, SCHEMES["int4"], lambda name: name == "a")
     assert repr(model["a"]) == "QuantLinear(128, 32, int4, bias=True)"
-    assert set(model["a"].state_dict()) == {"bias", "weight", "scale", "zero"} and model["a"].takes is None
+    assert set(model["a"].state_dict()) == {"bias", "weight", "scale", "zero"} and model["a"].input_dtype is None
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,12 @@ def test_a_layer_multiplies_by_its_parts(name):
     layer = QuantLinear(scheme, 128, 32, bias=True).requires_grad_(False)
     layer.load_state_dict(scheme.encode(weight) | {"bias": bias}, assign=True)
     x = torch.randn(3, 5, 128)
-    met = x if layer.takes is None else quantize_rows(x, layer.takes).dequantize()
+    met = x if layer.input_dtype is None else quantize_rows(x, layer.input_dtype).dequantize()
     expected = met.double() @ scheme.decode(scheme.encode(weight)).double().T + bias
     # fp32 sums over 128 products; what the formats themselves round is on both sides.
     assert ((layer(x) - expected).norm() / expected.norm()) < 2e-6
-    if layer.takes is not None:
-        assert torch.equal(layer(quantize_rows(x, layer.takes)), layer(x))
+    if layer.input_dtype is not None:
+        assert torch.equal(layer(quantize_rows(x, layer.input_dtype)), layer(x))
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -5,7 +5,7 @@ import torch
 
 from s3dit.kernels.attention import Spans
 from s3dit.kernels.dispatch import INTERPRETED, set_backend
-from s3dit.kernels.scheme import Rows
+from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layers import rope_table
 from s3dit.model.transformer import Block, taken_by
@@ -24,11 +24,11 @@ CONFIG = TransformerConfig.from_json(
 class Rounding(torch.nn.Linear):
     """A linear layer that takes int8 rows, and notes in what form its input came."""
 
-    takes = torch.int8
+    input_dtype = torch.int8
 
     def forward(self, x):
         self.came = type(x)
-        return super().forward(x.dequantize().to(x.dtype) if isinstance(x, Rows) else x)
+        return super().forward(x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x)
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_kernels_and_references_agree(block, rounding, eight_bit):
     # int8 rows of width 96: steps of 1/127 of the largest, some 1e-2 of each product, gated into the residual
     assert relative(reference, exact) < (2e-2 if rounding or eight_bit else 1e-6)
     if rounding:
-        assert {block.attention.to_q.came, block.feed_forward.w1.came, block.feed_forward.w2.came} == {Rows}
+        assert {block.attention.to_q.came, block.feed_forward.w1.came, block.feed_forward.w2.came} == {QuantizedRows}
 
 
 def test_rows_only_where_all_take_them(block):
@@ -98,4 +98,4 @@ def test_rows_only_where_all_take_them(block):
     assert taken_by(to_q, to_k) is None
     to_k.__class__ = Rounding
     assert taken_by(to_q, to_k) == torch.int8
-    assert block.attention.takes is None
+    assert block.attention.input_dtype is None

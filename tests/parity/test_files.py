@@ -15,7 +15,7 @@ import torch
 from s3dit import Pipeline
 from s3dit.errors import CheckpointError
 from s3dit.model.tokenizer import Tokenizer
-from s3dit.runtime.sources import gather, look_into
+from s3dit.runtime.sources import open_model, open_sources
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.keymap import official
@@ -134,7 +134,7 @@ def test_all_in_one_file(text, vae, tensors, wide_dir, tmp_path):
     notes = pipe.plan(**DRAW).notes
     assert any("--shift 6" in note for note in notes) and any("0.3611" in note for note in notes)
     assert not any("--shift 6" in note for note in pipe.plan(**DRAW, shift=6.0).notes)
-    assert look_into(path).rest == ["extra.logit_scale"]
+    assert open_model(path).rest == ["extra.logit_scale"]
     with pytest.raises(CheckpointError, match="not tokenizer; add --tokenizer DIR"):
         load(path)
 
@@ -299,5 +299,5 @@ def test_every_name_of_the_transformer(tmp_path):
 
 
 def test_gather_says_where_parts_come_from(official_dir):
-    sources = gather(official_dir, {}, None, official_dir)
+    sources = open_sources(official_dir, {}, None, official_dir)
     assert sources.mixed == () and sources.notes == () and not sources.guessed

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit.inputs.start_image import Canvas
+from s3dit.inputs.start_image import StartImage
 
 PROMPTS = ["a red star above a blue ring on a white background", "a green circle"]
 
@@ -195,5 +195,5 @@ def test_composite_is_diffusers_overlay(ours, inpaint):
     expected = inpaint.image_processor.apply_overlay(mask, image, drawn)
     pixels = [torch.from_numpy(np.array(one, dtype=np.float32) / 127.5 - 1).movedim(2, 0) for one in (image, drawn)]
     cut = torch.from_numpy(np.array(mask, dtype=np.float32) / 255)[None]
-    found = Canvas(pixels[0], cut).over(pixels[1])
+    found = StartImage(pixels[0], cut).over(pixels[1])
     assert np.array_equal(((found + 1) * 127.5).round().byte().movedim(0, 2).numpy(), np.asarray(expected))

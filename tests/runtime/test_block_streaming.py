@@ -11,7 +11,7 @@ from torch import nn
 from s3dit import Pipeline
 from s3dit.errors import BackendError
 from s3dit.model.layout import text_to_image
-from s3dit.runtime.block_streaming import lands_as, repeated, stream
+from s3dit.runtime.block_streaming import compute_dtype, repeated, stream
 
 
 class Odd(nn.Module):
@@ -55,13 +55,13 @@ def same(model):
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])
 def test_streamed_is_resident_bit_for_bit(kept):
     resident, streamed = same(Model)
-    belt = stream(streamed, "cpu", kept)
+    streamer = stream(streamed, "cpu", kept)
     x = torch.randn(7)
     for backwards in (False, True, True, False, False):
         assert torch.equal(streamed(x, backwards), resident(x, backwards))
-    before = belt.copies
+    before = streamer.copies
     streamed(x)
-    assert belt.copies - before == (7 - kept if kept < 6 else 0), "one copy a streamed block, one more ahead"
+    assert streamer.copies - before == (7 - kept if kept < 6 else 0), "one copy a streamed block, one more ahead"
 
 
 def test_the_model_keeps_its_own_tensors_and_state():
@@ -94,14 +94,14 @@ def test_a_parameter_that_is_changed_passes_through_the_slots_too():
     for name in ("layers.0", "layers.2", "layers.4", "head"):
         for model in (resident, streamed):
             shelf = model.get_submodule(name)._parameters
-            assert lands_as(model, shelf, "weight") == torch.float32
+            assert compute_dtype(model, shelf, "weight") == torch.float32
             changed = nn.Parameter(shelf["weight"] + 1, requires_grad=False)
             shelf["weight"] = changed
         # Also right after a pass, when a slot holds it as it was.
         assert torch.equal(streamed(x), resident(x))
     stream(low := Model().bfloat16(), "cpu", 0, torch.float32)
     shelf = low.layers[0]._parameters
-    assert shelf["weight"].dtype == torch.bfloat16 and lands_as(low, shelf, "weight") == torch.float32
+    assert shelf["weight"].dtype == torch.bfloat16 and compute_dtype(low, shelf, "weight") == torch.float32
 
 
 def test_parameters_are_cast_on_the_way_and_parts_are_not():
@@ -132,11 +132,11 @@ def test_what_cannot_be_streamed_is_refused_by_name():
 def test_blocks_that_are_never_read_are_left_alone():
     model = Model()
     model.layers[4] = Odd(4, 0).to("meta")
-    belt = stream(model, "cpu")
+    streamer = stream(model, "cpu")
     x = torch.randn(7)
     for block in (*model.layers[:4], *model.others):
         x = block(x)
-    assert belt.copies == 7 and model.layers[4].weight.is_meta
+    assert streamer.copies == 7 and model.layers[4].weight.is_meta
 
 
 def test_nested_lists_belong_to_their_block():
@@ -168,7 +168,7 @@ def test_quantized_blocks_stream_too(scheme):
         Pipeline.load(device="cpu", dtype="fp32", quantize=scheme, **more)
         for more in ({}, {"residency": "streamed"}, {"vram": "9MiB"})
     )
-    assert tight.plan(**options).fit.kept["transformer"] > 0
+    assert tight.plan(**options).memory.kept["transformer"] > 0
     expected = resident(**options).latents[0]
     assert torch.equal(streamed(**options).latents[0], expected)
     assert torch.equal(tight(**options).latents[0], expected)
@@ -217,7 +217,7 @@ def test_events_keep_copies_and_computation_apart(monkeypatch):
             return copy(self, source)
         assert non_blocking
         slot = next(i for i, s in enumerate(slots) if s.untyped_storage()._cdata == self.untyped_storage()._cdata)
-        assert belt._done[slot] is None or belt._done[slot] in side.waited, "the slot may still be read"
+        assert streamer._done[slot] is None or streamer._done[slot] in side.waited, "the slot may still be read"
         side.queue.append((Event.time + 1, lambda: copy(self, source)))
         return None
 
@@ -233,7 +233,7 @@ def test_events_keep_copies_and_computation_apart(monkeypatch):
     runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=pinned.pop)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     resident, streamed = same(Model)
-    belt = stream(streamed, "cpu", 2)
+    streamer = stream(streamed, "cpu", 2)
     assert len(pinned) == 5 and main in side.waited and len(slots) == 2
     monkeypatch.setattr(torch.Tensor, "copy_", copy_)
     x = torch.randn(7)
@@ -241,7 +241,7 @@ def test_events_keep_copies_and_computation_apart(monkeypatch):
         assert torch.equal(streamed(x, backwards), resident(x, backwards))
     block = next(b for b in streamed.layers if b._forward_pre_hooks)
     assert any(0 <= block.parts.data_ptr() - address < size for address, size in pinned.items())
-    streamed = belt = block = None
+    streamed = streamer = block = None
     gc.collect()
     assert not pinned, "host memory is given back unpinned"
 
@@ -256,4 +256,4 @@ def test_streamed_on_a_gpu_is_resident_bit_for_bit(quantize):
     for side in (128, 64, 128):
         a, b = (pipe(**options, height=side, output_type="latent").latents[0] for pipe in (resident, streamed))
         assert torch.equal(a, b)
-    assert streamed.parts["transformer"].belt.copies
+    assert streamed.parts["transformer"].streamer.copies

@@ -27,8 +27,8 @@ from s3dit.runtime.budget import (
     control_work,
     decoder_work,
     encoder_work,
-    fit,
     fit_beside,
+    memory,
     parse_size,
     sizes,
     transformer_work,
@@ -85,19 +85,19 @@ NEEDS = {
     ],
 )
 def test_plans_from_fast_to_slow(budget, mode, kept, tile, peak):
-    found = fit(budget, NEEDS, 0)
+    found = memory(budget, NEEDS, 0)
     assert (found.mode, dict(found.kept), found.tile, found.peak) == (mode, kept, tile, peak)
-    assert found == replace(fit(budget + 7, NEEDS, 7), budget=budget, peak=peak)
+    assert found == replace(memory(budget + 7, NEEDS, 7), budget=budget, peak=peak)
 
 
 def test_an_impossible_budget_names_the_smallest_which_is_possible():
     with pytest.raises(BackendError, match=r"smallest budget is 0\.01 MiB \(for the transformer\)"):
-        fit(259, NEEDS, 0)
-    assert fit(260, NEEDS, 0).peak == 260
+        memory(259, NEEDS, 0)
+    assert memory(260, NEEDS, 0).peak == 260
 
 
 def test_more_memory_is_never_slower():
-    kept = [fit(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
+    kept = [memory(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
     assert kept == sorted(kept)
 
 
@@ -105,7 +105,7 @@ def test_guests_of_the_transformer():
     """Whole beside it where it stays whole, else streamed through slots of their own; no guests, no difference."""
     guest = Need(5, (40, 40, 40), ((None, 0),))
     for size in (260, 549, 1049):
-        assert fit_beside(size, NEEDS, "transformer", {}) == fit(size, NEEDS)
+        assert fit_beside(size, NEEDS, "transformer", {}) == memory(size, NEEDS)
     found = [fit_beside(size, NEEDS, "transformer", {"control": guest}) for size in (1175, 700, 640, 400)]
     assert [(one.mode, dict(one.kept)) for one in found] == [
         ("resident", {}),  # 750 of the others, 125 and the VAE's 300
@@ -136,11 +136,11 @@ def test_official_sizes():
         "transformer": Need(*weights[1], ((None, transformer_work(dit, 4096 + 128, bf16)),)),
         "vae": Need(2 * 83_819_683, (), tuple(works)),
     }
-    small, large = (fit(parse_size(size), needs, RESERVE["cuda"]) for size in ("4GiB", "16GiB"))
+    small, large = (memory(parse_size(size), needs, RESERVE["cuda"]) for size in ("4GiB", "16GiB"))
     assert small.kept == {"text_encoder": 15, "transformer": 6} and small.tile is None
     assert (large.mode, large.kept, large.tile) == ("staged", {}, None) and large.peak < 12.7 * 2**30
     with pytest.raises(BackendError, match="smallest budget is 1.84 GiB"):
-        fit(1 << 30, needs, RESERVE["cuda"])
+        memory(1 << 30, needs, RESERVE["cuda"])
 
 
 class Peak(TorchDispatchMode):
@@ -303,9 +303,9 @@ def test_a_budget_draws_the_same_picture_and_keeps_to_its_plan():
     free = Pipeline.load(device="cpu", dtype="fp32")
     tight = Pipeline.load(device="cpu", dtype="fp32", vram="20MiB")
     plan = tight.plan(**options)
-    assert plan.fit.mode == "staged" and plan.fit.peak <= 20 << 20 and plan.fit.kept["transformer"] > 0
+    assert plan.memory.mode == "staged" and plan.memory.peak <= 20 << 20 and plan.memory.kept["transformer"] > 0
     a, b = (pipe(**options, output_type="latent").latents[0] for pipe in (free, tight))
-    assert torch.equal(a, b) and tight.parts["transformer"].belt.copies
+    assert torch.equal(a, b) and tight.parts["transformer"].streamer.copies
     # A larger picture leaves room for fewer blocks; a smaller one after it uses what is there.
     tight = Pipeline.load(device="cpu", dtype="fp32", vram="20MiB")
     for side in (64, 192, 64):

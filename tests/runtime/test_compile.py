@@ -111,11 +111,11 @@ def test_a_whole_request_with_guidance_and_truncation_compiles_nothing_anew(coun
 @pytest.mark.parametrize("kept", [0, 4])
 def test_streamed_blocks_compile_too(counter, kept):
     eager, compiled = load(), load()
-    belt = stream(compiled, "cpu", kept)
+    streamer = stream(compiled, "cpu", kept)
     compile_blocks(compiled, counter)
     for case in CASES[:3]:
         assert torch.equal(velocity(compiled, *case), velocity(eager, *case))
-    assert counter.frame_count == 2 and belt.copies > 0
+    assert counter.frame_count == 2 and streamer.copies > 0
 
 
 def test_narrow_weights_under_wide_arithmetic(counter):

@@ -14,14 +14,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from s3dit.errors import BackendError, CheckpointError
-from s3dit.kernels.scheme import Rows, quantize_rows
+from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import text_to_image
 from s3dit.model.linear import Linear, QuantLinear
 from s3dit.model.transformer import Transformer
 from s3dit.runtime import lora
-from s3dit.runtime.adapters import fit
+from s3dit.runtime.adapters import memory
 from s3dit.runtime.block_streaming import stream
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.weights.adapter import read_adapter
@@ -96,7 +96,7 @@ def write(tensors, tmp_path, metadata=None):
 
 
 def attach(model, path, scale=1.0, name="one", **options):
-    deltas, report = fit(read_adapter(path), {"transformer": lora.homes(model)}, name, **options)
+    deltas, report = memory(read_adapter(path), {"transformer": lora.homes(model)}, name, **options)
     lora.attach(model, name, deltas["transformer"], scale, "cpu", torch.float32)
     return report
 
@@ -416,7 +416,7 @@ def test_beside_a_quantized_layer(scheme, kind, random, tmp_path):
     assert lora.homes(model) == {"layers.0.attention.to_q": (out, in_)}
     attach(model, path)
     wrapped = model.get_submodule("layers.0.attention.to_q")
-    assert wrapped.takes is None and isinstance(wrapped, lora.Adapted)
+    assert wrapped.input_dtype is None and isinstance(wrapped, lora.Adapted)
     x = random(7, in_, size=1.0)
     added = (x.double() @ (change(decoded.double()) - decoded.double()).T).float()
     # What is computed from a product with an 8-bit x has the rounding of that: 2^-4 in e4m3, 2^-8 in int8.
@@ -424,7 +424,7 @@ def test_beside_a_quantized_layer(scheme, kind, random, tmp_path):
     assert relative(wrapped(x), layer(x) + added) < (1e-5 if exact else 5e-2)
     if SCHEMES[scheme].activation is not None:
         rows = quantize_rows(x, SCHEMES[scheme].activation)
-        assert isinstance(rows, Rows) and relative(wrapped(rows), wrapped(rows.dequantize())) < 1e-5
+        assert isinstance(rows, QuantizedRows) and relative(wrapped(rows), wrapped(rows.dequantize())) < 1e-5
     lora.detach(model, "one")
     assert model.get_submodule("layers.0.attention.to_q") is layer
     assert all(layer._buffers[name] is part for name, part in parts.items())

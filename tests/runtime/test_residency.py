@@ -66,7 +66,7 @@ class Odd(Residency):
 
     def load(self, name, component):
         self.made.append(dict(self.kept))
-        component.hang(nn.Linear(2, 2).requires_grad_(False))
+        component.set_parameters(nn.Linear(2, 2).requires_grad_(False))
         component.mark()
 
 
@@ -353,7 +353,7 @@ def test_a_module_in_anothers_place_stays(kind, drawn):
     pipe = load(kind)
     block = pipe.parts["transformer"].layers[0]
     attend, block.attention = block.attention, Nothing()
-    block.attention.takes = None
+    block.attention.input_dtype = None
     for _ in range(2):
         assert torch.equal(draw(pipe), drawn[1])
     block.attention = attend

@@ -15,7 +15,7 @@ from s3dit import Pipeline
 from s3dit.cli.command_line import main
 from s3dit.errors import CheckpointError
 from s3dit.pipeline import EMBEDDED
-from s3dit.runtime.sources import gather, look_into
+from s3dit.runtime.sources import open_model, open_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = {part: next((EMBEDDED / part).glob("*.safetensors")) for part in ("transformer", "text_encoder", "vae")}
@@ -57,15 +57,15 @@ def test_widths_that_do_not_meet(tmp_path):
 
 
 def test_a_folder_of_one_part_with_its_config():
-    found = look_into(EMBEDDED / "vae")
+    found = open_model(EMBEDDED / "vae")
     assert list(found.parts) == ["vae"] and found.configs["vae"].norm_num_groups == 2 and found.tokenizer is None
 
 
 def test_the_embedded_model_is_no_home_for_strangers():
     """Where parts are given and no model, nothing of the embedded one is mixed in."""
     with pytest.raises(CheckpointError, match="not transformer, text_encoder, tokenizer"):
-        gather(None, {"vae": EMBEDDED / "vae"}, None, EMBEDDED)
-    sources = gather("embedded", {"vae": WEIGHTS["vae"]}, None, EMBEDDED)
+        open_sources(None, {"vae": EMBEDDED / "vae"}, None, EMBEDDED)
+    sources = open_sources("embedded", {"vae": WEIGHTS["vae"]}, None, EMBEDDED)
     assert sources.mixed == ("vae",) and sources.config.variant == "tiny"
 
 

@@ -21,12 +21,14 @@ def made_up(paint, composite=True):
     """A pipeline that paints one color, and lays the kept pixels over it or not."""
 
     def draw(prompt, seed, **inputs):
-        _, canvases, _ = prepare(Request(prompt=prompt, seed=seed, composite=composite, **inputs))
+        _, start_images, _ = prepare(Request(prompt=prompt, seed=seed, composite=composite, **inputs))
         pictures = [Image.new("RGB", (128, 128), paint) for _ in prompt]
-        if composite and canvases:
+        if composite and start_images:
             drawn = [2 * np.asarray(p, np.float32) / 255 - 1 for p in pictures]
-            torch = canvases[0].pixels.new_tensor
-            pictures = [to_pil(c.over(torch(p).movedim(2, 0))[None])[0] for c, p in zip(canvases, drawn, strict=True)]
+            torch = start_images[0].pixels.new_tensor
+            pictures = [
+                to_pil(c.over(torch(p).movedim(2, 0))[None])[0] for c, p in zip(start_images, drawn, strict=True)
+            ]
         return Result(pictures, [], [])
 
     return draw
