@@ -1,10 +1,10 @@
 """Op: one meaning and several speeds.
 
-An Op is a plain-torch function, the definition of correct, plus stand-ins that give the same answer faster somewhere.
-A call takes the first stand-in registered for the device of its first tensor whose `when(...)` holds, else the
-reference. `set_backend` (or the environment variable S3DIT_BACKEND) narrows the choice; a forced backend that cannot
-run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice, and
-`op.explain` says of each stand-in why it does or does not serve a call.
+An Op is a plain-torch function, the definition of correct, plus implementations that give the same answer faster
+somewhere. A call takes the first implementation registered for the device of its first tensor whose `when(...)` holds,
+else the reference. `set_backend` (or the environment variable S3DIT_BACKEND) narrows the choice; a forced backend that
+cannot run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice, and
+`op.explain` says of each implementation why it does or does not serve a call.
 
 `use_backend` does the same inside a `with` and for the calling thread only: what a pipeline was loaded with.
 
@@ -126,7 +126,7 @@ def overridden() -> bool:
 
 
 class Op:
-    """A callable with a reference and stand-ins; made by the decorator `@op`."""
+    """A callable with a reference and implementations; made by the decorator `@op`."""
 
     def __init__(self, reference: Callable[..., Any]) -> None:
         self.reference = reference
@@ -141,7 +141,7 @@ class Op:
     def on(
         self, device: str, backend: str, when: Callable[..., bool | str] = lambda *args: True
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register a stand-in for a device type; first registered, first asked.
+        """Register an implementation for a device type; first registered, first asked.
 
         `when` gets the call's arguments and returns True, or False or a text that says what is missing.
         """
@@ -171,7 +171,7 @@ class Op:
         return self.reference
 
     def explain(self, *args: Any) -> list[tuple[str, str, str]]:
-        """Say who would serve a call: (stand-in, backend, "chosen" or why not) in the order asked, reference last."""
+        """What would serve a call: (implementation, backend, "chosen" or why not) in the order asked, the reference last."""
         device, lines, found = _device(args), [], ""
         if self._override is not None:
             return [(self._override.__name__, "override", "chosen")]
@@ -224,7 +224,7 @@ def op(reference: Callable[..., Any]) -> Op:
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    """The device type whose stand-ins are asked: that of the first argument; interpreted kernels take CPU tensors."""
+    """The device type whose implementations are asked: the first argument's; interpreted kernels take CPU tensors."""
     device = args[0].device.type
     return "cuda" if INTERPRETED and backend() == "triton" and device == "cpu" else device
 

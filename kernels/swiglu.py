@@ -18,7 +18,7 @@ WIDEST = 16384
 def swiglu(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> Tensor | QuantizedRows:
     """silu(gate) · up; gate, up (N, F) -> (N, F), dtype of gate or 8-bit as `input_dtype` says; silu is fp32 inside.
 
-    The gate is given away: a stand-in may reuse its memory.
+    The gate is given away: an implementation may reuse its memory.
     """
     product = (F.silu(gate.float()) * up.float()).to(gate.dtype)
     return product if input_dtype is None else quantize_rows(product, input_dtype)

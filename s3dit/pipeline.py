@@ -54,7 +54,7 @@ EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
 PROMPTS_KEPT = 256
 # What the model reads of so many reference pictures is kept, 2 to 3 MB each in fp32.
-LOOKS_KEPT = 64
+REFERENCES_KEPT = 64
 # Latent cells (16,384 is 1024 × 1024 pixels) above which a picture is decoded by tiles, and a tile's side in cells.
 WHOLE_CELLS, TILE = 1536 * 1536 // 64, 96
 
@@ -100,7 +100,7 @@ class Pipeline:
         self.parts = Components(sources, placement, residency, asked, compiled, disable_mmap)
         self.lora = Adapters(self.parts)
         self._features = Kept(PROMPTS_KEPT, "text_encoder")
-        self._looks = Kept(LOOKS_KEPT, "siglip", "vae")
+        self._reference_features = Kept(REFERENCES_KEPT, "siglip", "vae")
         self._computing = False
 
     @property
@@ -204,8 +204,8 @@ class Pipeline:
         if self.graphs and request.controls:
             raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
         with self._turn():
-            known, looks = self._known(self._features), self._known(self._looks)
-            return make_plan(request, self.sources, self.tokenizer, self.parts, self.vram, known, looks)
+            known, reference_features = self._known(self._features), self._known(self._reference_features)
+            return make_plan(request, self.sources, self.tokenizer, self.parts, self.vram, known, reference_features)
 
     def dry_run(self, plan: Plan) -> None:
         """Run one model call of a plan, text included, on torch's fake tensors: no memory, no arithmetic.
@@ -227,13 +227,15 @@ class Pipeline:
                 blank = torch.empty(tensor.shape, dtype=self.placement.dtype if weight else tensor.dtype)
                 shelf[name] = nn.Parameter(blank, requires_grad=False) if weight else blank
             encoder(torch.empty(sum(lengths), config.text_encoder.hidden_size, dtype=compute), lengths)
-            text = torch.empty(len(layout.text.real), config.transformer.cap_feat_dim, dtype=compute)
-            x = torch.empty(len(layout.image.real), config.transformer.patch_dim, dtype=torch.float32)
-            looks: list[Tensor] = []
+            text = torch.empty(len(layout.text.token_index), config.transformer.cap_feat_dim, dtype=compute)
+            x = torch.empty(len(layout.image.token_index), config.transformer.patch_dim, dtype=torch.float32)
+            reference_features: list[Tensor] = []
             if layout.vision is not None and layout.clean is not None:
-                looks = [x.new_empty(len(layout.clean), x.shape[1])]
-                looks += [text.new_empty(len(layout.vision.real), config.transformer.siglip_feat_dim or 0)]
-            transformer(x, torch.zeros(1, dtype=torch.float32), transformer.context(layout, text, *looks))
+                reference_features = [x.new_empty(len(layout.clean), x.shape[1])]
+                reference_features += [
+                    text.new_empty(len(layout.vision.token_index), config.transformer.siglip_feat_dim or 0)
+                ]
+            transformer(x, torch.zeros(1, dtype=torch.float32), transformer.context(layout, text, *reference_features))
 
     def encode(self, texts: list[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (n, cap_feat_dim) each, the caller's own, from the kept ones or the text encoder."""
@@ -326,10 +328,10 @@ class Pipeline:
             self._encode([ids for caption in few for ids in caption])
             for few in (plan.captions[: request.count], plan.captions[request.count :])
         )
-        looks = self._look([one for row in plan.references for one in row], tile)
+        reference_features = self._encode_references([one for row in plan.references for one in row], tile)
         sources = start_image.generators(request)
         sampled = sources if request.posterior == "sample" else None
-        start = self._encode_images([canvas.pixels for canvas in plan.start_images], sampled, tile)
+        start = self._encode_images([one.pixels for one in plan.start_images], sampled, tile)
         shown = [
             control_hints.patches(one, request, lambda one: self._encode_images([one], None, tile)[0])
             for one in plan.controls
@@ -340,7 +342,9 @@ class Pipeline:
         def context(guided: bool) -> Context:
             layout = plan.layout(self.config.transformer, guided, device)
             text = positive + negative if guided else positive
-            return transformer.context(layout, torch.cat(text), *references.joined(looks * (2 if guided else 1)))
+            return transformer.context(
+                layout, torch.cat(text), *references.joined(reference_features * (2 if guided else 1))
+            )
 
         steps = torch.tensor(plan.sigmas, dtype=torch.float32)
         x, keep = start_image.starting_noise(request, grids, sources).to(device), None
@@ -363,14 +367,19 @@ class Pipeline:
             check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step
 
-    def look(self, pictures: Sequence[references.Reference]) -> list[references.ReferenceFeatures]:
+    def encode_references(self, pictures: Sequence[references.Reference]) -> list[references.ReferenceFeatures]:
         """What the transformer reads of reference pictures, from what is kept or the tower and the autoencoder."""
         with self._turn():
-            found = self._look(pictures, None)
+            found = self._encode_references(pictures, None)
             return [references.ReferenceFeatures(one.patches.clone(), one.features.clone()) for one in found]
 
-    def _look(self, pictures: Sequence[references.Reference], tile: int | None) -> list[references.ReferenceFeatures]:
-        known = self._known(self._looks)
+    # The name of before, for one release.
+    look = encode_references
+
+    def _encode_references(
+        self, pictures: Sequence[references.Reference], tile: int | None
+    ) -> list[references.ReferenceFeatures]:
+        known = self._known(self._reference_features)
         new = list({one.key: one for one in pictures if one.key not in known}.values())
         if new:
             tower = self.parts["siglip"]
@@ -490,7 +499,7 @@ class Pipeline:
         if not plan.start_images or not plan.request.composite:
             return pictures
         differential = plan.request.mask_mode == "differential"
-        return [canvas.over(one, differential) for canvas, one in zip(plan.start_images, pictures, strict=True)]
+        return [given.over(one, differential) for given, one in zip(plan.start_images, pictures, strict=True)]
 
     def _engine(self) -> dict[str, Any]:
         """What draws, as pictures remember it."""

@@ -27,7 +27,7 @@ from s3dit.runtime.sources import SHIFT_NOTE, Sources
 from s3dit.sampling.solvers import model_calls
 
 # References of every picture.
-Seen = tuple[tuple[references.Reference, ...], ...]
+References = tuple[tuple[references.Reference, ...], ...]
 # Token ids of an item's texts: one, or the segments around its references.
 Caption = tuple[tuple[int, ...], ...]
 
@@ -51,7 +51,7 @@ class Plan:
     """A resolved request and everything prepared for it.
 
     captions: token ids of every item of a pass, the pictures' prompts and with guidance their negative ones behind ·
-    sigmas: noise levels · calls: of the model, in all passes · fit: the plan of memory where there is a budget ·
+    sigmas: noise levels · calls: of the model, in all passes · memory: the plan of memory where there is a budget ·
     canvases, controls, references: its start images, what steers it, and what it looks at, read · then: the second pass
     if there is one, whose canvases the first one draws.
     """
@@ -65,7 +65,7 @@ class Plan:
     memory: budget.MemoryPlan | None = None
     start_images: tuple[start_image.StartImage, ...] = ()
     controls: tuple[control_hints.PreparedControl, ...] = ()
-    references: Seen = ()
+    references: References = ()
     then: "Plan | None" = None
 
     @property
@@ -90,7 +90,7 @@ def make_plan(
     parts: Components,
     vram: int | None,
     features: Collection[Any],
-    looks: Collection[Any],
+    reference_features: Collection[Any],
 ) -> Plan:
     """Prepare a request; raises RequestError, CheckpointError, and BackendError where a budget is too small.
 
@@ -106,10 +106,10 @@ def make_plan(
     largest = passes[-1]
     notes += [note for one in (request, largest) for note in _notes(one, sources)]
     captions = _captions(request, tokenizer)
-    levels = [start_image.levels(one, config.scheduler) for one in passes]
-    calls = [model_calls(request.solver, few) for few in levels]
+    sigmas = [start_image.remaining_sigmas(one, config.scheduler) for one in passes]
+    calls = [model_calls(request.solver, few) for few in sigmas]
     new = [ids for ids in dict.fromkeys(ids for caption in captions for ids in caption) if ids not in features]
-    strange = {one.key for row in seen for one in row} - set(looks)
+    strange = {one.key for row in seen for one in row} - set(reference_features)
     works = [("text_encoder", f"{sum(map(len, new))} tokens")] if new else []
     read = [f"{len(strange)} references"] if strange else []
     works += [("siglip", read[0])] if strange else []
@@ -124,17 +124,17 @@ def make_plan(
         works.append(("vae", f"{request.count} pictures"))
     memory = None
     if vram is not None:
-        whole = _layout(largest, captions, seen, config.transformer, bool(request.guidance_scale), "cpu").whole
+        whole = _layout(largest, captions, seen, config.transformer, bool(request.guidance_scale), "cpu").joint
         names = tuple(dict.fromkeys(part for part, _ in works))
         memory = memory_plan(
             parts, vram, largest, seen, sum(whole.spans.lengths), sum(map(len, new)), names, len(controls)
         )
     then = None
-    for one, few in reversed(list(zip(passes, levels, strict=True))):
+    for one, few in reversed(list(zip(passes, sigmas, strict=True))):
         then = Plan(
             request=one, captions=captions, stages=_stages(parts, works, parts.kept if memory is None else memory.kept),
-            sigmas=tuple(few.tolist()), calls=sum(calls), notes=tuple(dict.fromkeys(notes)), memory=memory, start_images=start_images,
-            controls=controls, references=seen, then=then,
+            sigmas=tuple(few.tolist()), calls=sum(calls), notes=tuple(dict.fromkeys(notes)), memory=memory,
+            start_images=start_images, controls=controls, references=seen, then=then,
         )  # fmt: skip
     assert then is not None
     return then
@@ -197,7 +197,7 @@ def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:
 def _layout(
     request: Request,
     captions: Sequence[Caption],
-    seen: Seen,
+    seen: References,
     config: TransformerConfig,
     guided: bool,
     device: torch.device | str,
@@ -247,7 +247,7 @@ def memory_plan(
     parts: Components,
     size: int,
     request: Request,
-    seen: Seen,
+    seen: References,
     tokens: int,
     new: int,
     names: Sequence[str],
@@ -262,7 +262,7 @@ def memory_plan(
     # Encoding a reference takes less than decoding a picture of its size.
     sides = [(one.pixels.shape[1], one.pixels.shape[2]) for one in pictures]
     sides += zip(request.per_image("height"), request.per_image("width"), strict=True)
-    # Where SwiGLU has a stand-in; plain, it is the widest place of a pass.
+    # Where SwiGLU has an implementation; plain, it is the widest place of a pass.
     lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
     kind = {"lean": backend() in lean, "quantized": bool(parts.formats["transformer"])}
     passing = budget.transformer_work(config.transformer, tokens, compute, **kind)

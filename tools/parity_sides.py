@@ -204,12 +204,12 @@ def packed(name: str, output: Tensor, layout: Layout) -> Tensor:
     """What a reference module gave for a padded batch in this engine's form: items end to end, without padding."""
     top = re.split("[.#]", name)[0]
     if output.ndim == 2:
-        real = {"cap_embedder": layout.text.real, "all_x_embedder": layout.image.real}.get(top)
+        real = {"cap_embedder": layout.text.token_index, "all_x_embedder": layout.image.token_index}.get(top)
         # What follows from the time alone is the same for every item.
         return output[:1] if real is None else output[real]
-    pack = {"context_refiner": layout.text, "noise_refiner": layout.image}.get(top, layout.whole)
+    pack = {"context_refiner": layout.text, "noise_refiner": layout.image}.get(top, layout.joint)
     tokens = torch.cat([item[:length] for item, length in zip(output, pack.spans.lengths, strict=True)])
-    return tokens[layout.whole.real] if top == "all_final_layer" else tokens
+    return tokens[layout.joint.token_index] if top == "all_final_layer" else tokens
 
 
 class Official(nn.Module):

@@ -79,7 +79,7 @@ def _run(block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], time: Tensor 
 @lru_cache(maxsize=4)
 def _ropes(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, Tensor], ...]:
     layout = text_to_image([GRID], [CAPTION])
-    ropes = (rope_table(pack.positions, axes, theta) for pack in (layout.image, layout.text, layout.whole))
+    ropes = (rope_table(pack.positions, axes, theta) for pack in (layout.image, layout.text, layout.joint))
     return tuple((rope[:, None, :, 0].contiguous(), rope[:, None, :, 1].contiguous()) for rope in ropes)
 
 

@@ -108,4 +108,8 @@ def _quantize(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"look": _look, "convert": _convert, "quantize": _quantize}
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "look": _look,
+    "convert": _convert,
+    "quantize": _quantize,
+}

@@ -132,20 +132,20 @@ def hashes(prepared: Sequence[PreparedControl], i: int) -> dict[str, str]:
 
 
 def acting(
-    prepared: Sequence[PreparedControl], nets: Sequence[nn.Module], shown: Sequence[Tensor], levels: Tensor
+    prepared: Sequence[PreparedControl], nets: Sequence[nn.Module], shown: Sequence[Tensor], sigmas: Tensor
 ) -> Callable[[Tensor], tuple[Controls, ...]]:
     """What acts at a noise level, for `guidance.guide`.
 
     nets, shown: the weights of each control and its `patches` · levels (n + 1,) fp32, as they are walked.
     """
-    n = len(levels) - 1
+    n = len(sigmas) - 1
     branches = []
     for one, net, seen in zip(prepared, nets, shown, strict=True):
         assert isinstance(net, ControlNet)
         branches.append(Branch(net, seen, one.control.strength or 0.0, one.control.rule))
 
     def control(sigma: Tensor) -> tuple[Controls, ...]:
-        i = int((levels[:-1] > sigma).sum())
+        i = int((sigmas[:-1] > sigma).sum())
         found = tuple(b for one, b in zip(prepared, branches, strict=True) if one.control.acts(i, n))
         return (Controls(found),) if found else ()
 

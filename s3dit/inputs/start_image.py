@@ -58,9 +58,9 @@ class StartImage:
 
 
 def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Request, tuple[StartImage, ...]]:
-    """Read and check a request's start images; returns it with sizes filled in, and a canvas a picture; adds notes.
+    """Read and check a request's start images; returns it with sizes filled in, and one for each picture; adds notes.
 
-    A request without a start image has no canvases. Raises RequestError.
+    A request without a start image has none. Raises RequestError.
     """
     if request.image is None:
         return request, ()
@@ -72,7 +72,7 @@ def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Reques
         start = pictures.open(source, "image")
         mask = None if mask_source is None else pictures.open(mask_source, "mask_image")
         size = _size(start, height, width, margins, notes)
-        # Equal inputs are one canvas, and are encoded once.
+        # Equal inputs are encoded once.
         key = (id(start), id(mask), *size)
         if key not in start_images:
             start_images[key] = _canvas(request, start, mask, size, margins)
@@ -145,8 +145,8 @@ def _canvas(
             "8 bits white is 255)"
         )
     if request.mask_blur:
-        levels = Image.fromarray((paint[0] * 255).round().to(torch.uint8).numpy())
-        softened = np.array(levels.filter(ImageFilter.GaussianBlur(request.mask_blur)), dtype=np.float32)
+        gray = Image.fromarray((paint[0] * 255).round().to(torch.uint8).numpy())
+        softened = np.array(gray.filter(ImageFilter.GaussianBlur(request.mask_blur)), dtype=np.float32)
         paint = torch.from_numpy(softened / 255.0)[None]
     if not _cells(paint).any():
         raise RequestError(f"{name} is too thin: it holds no latent cell of 8×8 pixels; needed broader strokes")
@@ -158,7 +158,7 @@ def _cells(mask: Tensor) -> Tensor:
     return F.interpolate(mask[None], scale_factor=0.125, mode="nearest")[0]
 
 
-def levels(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
+def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
     """Noise levels of a resolved request: all of them, or with a strength the last ones; (steps + 1,) fp32.
 
     scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
@@ -258,15 +258,15 @@ class InpaintBlend:
 
 
 def begin(
-    start_images: Sequence[StartImage], latents: Sequence[Tensor], noise: Tensor, levels: Tensor, differential: bool
+    start_images: Sequence[StartImage], latents: Sequence[Tensor], noise: Tensor, sigmas: Tensor, differential: bool
 ) -> tuple[Tensor, InpaintBlend | None]:
-    """The state to start from, and what keeps it on course if any canvas has a mask.
+    """The state to start from, and what keeps it on course if any start image has a mask.
 
-    latents: of the canvases, one (16, H/8, W/8) fp32 each · noise (tokens, 64) on the device of the sampler · levels as
-    from `levels`.
+    latents: of the start images, one (16, H/8, W/8) fp32 each · noise (tokens, 64) on the device of the sampler ·
+    levels as from `remaining_sigmas`.
     """
     image = torch.cat([patchify(one) for one in latents]).to(noise)
-    x = noised(image, noise, levels[0])
+    x = noised(image, noise, sigmas[0])
     if all(start_image.mask is None for start_image in start_images):
         return x, None
     paint = [
@@ -274,7 +274,7 @@ def begin(
         for start_image, one in zip(start_images, latents, strict=True)
     ]
     return x, InpaintBlend(image, noise, torch.cat([patchify(one.contiguous()) for one in paint]).to(noise),
-                   len(levels) - 1, differential)  # fmt: skip
+                   len(sigmas) - 1, differential)  # fmt: skip
 
 
 def passes(request: Request, notes: list[str]) -> Iterator[Request]:
@@ -306,7 +306,7 @@ def passes(request: Request, notes: list[str]) -> Iterator[Request]:
 def enlarged(
     start_images: Sequence[StartImage], pictures: Sequence[Tensor], request: Request
 ) -> tuple[StartImage, ...]:
-    """Canvases of a second pass: what the first one drew, (3, H, W) each, and its masks, at the size of `request`."""
+    """Start images of a second pass: what the first drew, (3, H, W) each, and its masks, at the size of `request`."""
     sizes = zip(request.per_image("height"), request.per_image("width"), strict=True)
     masks = [start_image.mask for start_image in start_images] or [None] * len(pictures)
     found = []

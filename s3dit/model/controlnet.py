@@ -232,7 +232,7 @@ class ControlNet(nn.Module):
         and the hints for the base's refiner, one a block, or none (1.0).
         """
         pack = context.image
-        patches = patches.repeat(len(pack.real) // len(patches), 1)
+        patches = patches.repeat(len(pack.token_index) // len(patches), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
         place = (context.image_rope, pack.spans, time, pack.row)
         if self.config.version == "1.0":
@@ -252,12 +252,12 @@ class ControlNet(nn.Module):
         c (N_image, dim): refined control tokens · tokens (N, dim): the joined stream at the entry of the layers. One
         hint is held at a time, as the control stream does not look at the base's again.
         """
-        whole, blocks = context.whole, dict(zip(self.config.places, self.control_layers, strict=True))
+        joint, blocks = context.joint, dict(zip(self.config.places, self.control_layers, strict=True))
         c = torch.cat((c, context.text))[context.gather]
         for i in range(self.layers):
             hint = None
             if i in blocks:
-                c, hint = blocks[i](c, tokens, context.whole_rope, whole.spans, time, whole.row)
+                c, hint = blocks[i](c, tokens, context.joint_rope, joint.spans, time, joint.row)
             yield hint
 
 

@@ -72,14 +72,14 @@ class Pack:
     """One stream of several items, end to end, N tokens in all.
 
     spans: the items that have tokens in it · positions (N, 3) int64 · row (N,) int64, the row of the modulation table
-    that each token reads: its item's, or for clean tokens the one after all items' · real (n,) int64, the places that
-    tokens are put into from outside: of the image stream those that are denoised, of the others all but padding.
+    that each token reads: its item's, or for clean tokens the one after all items' · token_index (n,) int64, the places
+    that tokens are put into from outside: of the image stream those that are denoised, of the others all but padding.
     """
 
     spans: Spans
     positions: Tensor
     row: Tensor
-    real: Tensor
+    token_index: Tensor
 
     @classmethod
     def of(cls, items: Sequence[Sequence[Segment]], device: torch.device | str, slide: bool = False) -> "Pack":
@@ -87,16 +87,18 @@ class Pack:
         segments = [segment for item in items for segment in item]
         rows = [len(items) if s.clean else i for i, item in enumerate(items) for s in item]
         row = torch.repeat_interleave(torch.tensor(rows), torch.tensor([s.padded for s in segments]))
-        real = torch.cat([torch.arange(s.padded) < s.length for s in segments]).nonzero()[:, 0]
+        token_index = torch.cat([torch.arange(s.padded) < s.length for s in segments]).nonzero()[:, 0]
         positions = torch.cat([_places(item, slide) for item in items])
         spans = Spans.of(tuple(length for item in items if (length := _length(item))), device)
-        return cls(spans, positions.to(device), row.to(device), real.to(device))
+        return cls(spans, positions.to(device), row.to(device), token_index.to(device))
 
     def fill(self, tokens: Tensor, rest: Tensor) -> Tensor:
         """Put tokens (n, D) in their places -> (N, D); everywhere else is `rest`, the pad token (1, D) or (N, D)."""
         if len(tokens) == len(self.positions):
             return tokens
-        return rest.to(tokens.dtype).repeat(len(self.positions) // len(rest), 1).index_copy_(0, self.real, tokens)
+        return (
+            rest.to(tokens.dtype).repeat(len(self.positions) // len(rest), 1).index_copy_(0, self.token_index, tokens)
+        )
 
 
 def _length(segments: Sequence[Segment]) -> int:
@@ -121,14 +123,14 @@ def _places(segments: Sequence[Segment], slide: bool) -> Tensor:
 class Layout:
     """A request's tokens: the streams, and the joint sequence in which `layers` run.
 
-    gather (N,) takes the concatenation of the image, text and vision packs into joint order; `whole.real` are the
-    places, in joint order, of the image tokens that are denoised. Only where there are references: vision, the stream
-    of their features, and clean (n,), the places in the image pack of their latents' patches.
+    gather (N,) takes the concatenation of the image, text and vision packs into joint order; `joint.token_index` are
+    the places, in joint order, of the image tokens that are denoised. Only where there are references: vision, the
+    stream of their features, and clean (n,), the places in the image pack of their latents' patches.
     """
 
     image: Pack
     text: Pack
-    whole: Pack
+    joint: Pack
     gather: Tensor
     vision: Pack | None = None
     clean: Tensor | None = None
@@ -207,17 +209,17 @@ def _joined(
     gather = torch.cat([runs[name][i] for i in range(count) for name in order if name in runs])
     image, clean = packs["image"], None
     if any(segment.clean for item in streams["image"] for segment in item):
-        still = image.row[image.real] == count
-        image, clean = replace(image, real=image.real[~still]), image.real[still]
+        still = image.row[image.token_index] == count
+        image, clean = replace(image, token_index=image.token_index[~still]), image.token_index[still]
     is_target = torch.zeros(len(gather), dtype=torch.bool, device=device)
-    is_target[image.real] = True
-    whole = Pack(
+    is_target[image.token_index] = True
+    joint = Pack(
         spans=Spans.of(tuple(map(sum, zip(*lengths, strict=True))), device),
         positions=torch.cat([pack.positions for pack in packs.values()])[gather],
         row=torch.cat([pack.row for pack in packs.values()])[gather],
-        real=is_target[gather].nonzero()[:, 0],
+        token_index=is_target[gather].nonzero()[:, 0],
     )
-    return Layout(image, packs["text"], whole, gather, packs.get("vision"), clean)
+    return Layout(image, packs["text"], joint, gather, packs.get("vision"), clean)
 
 
 def released_order(features: Tensor) -> Tensor:

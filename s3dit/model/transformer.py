@@ -180,11 +180,11 @@ class Context:
     """
 
     image: Pack
-    whole: Pack
+    joint: Pack
     gather: Tensor
     text: Tensor
     image_rope: Tensor
-    whole_rope: Tensor
+    joint_rope: Tensor
     rest: Tensor
     clean: Tensor | None = None
 
@@ -245,11 +245,11 @@ class Transformer(nn.Module):
             clean = torch.ones(1, dtype=torch.float32, device=rest.device)
         return Context(
             image=layout.image,
-            whole=layout.whole,
+            joint=layout.joint,
             gather=layout.gather,
             text=tokens,
             image_rope=rope_table(layout.image.positions, config.axes_dims, config.rope_theta),
-            whole_rope=rope_table(layout.whole.positions, config.axes_dims, config.rope_theta),
+            joint_rope=rope_table(layout.joint.positions, config.axes_dims, config.rope_theta),
             rest=rest,
             clean=clean,
         )
@@ -267,10 +267,10 @@ class Transformer(nn.Module):
         x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·
         control: what adds to the streams on their way -> (n, patch_dim), dtype of the context's tokens.
         """
-        pack, whole, dtype = context.image, context.whole, context.text.dtype
+        pack, joint, dtype = context.image, context.joint, context.text.dtype
         if context.clean is not None:
             # One row an item, and after them the one that all clean tokens read.
-            t = torch.cat((t.expand(len(whole.spans.lengths)), context.clean))
+            t = torch.cat((t.expand(len(joint.spans.lengths)), context.clean))
         time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
         image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), context.rest)
         hints: Iterable[Tensor | None] = (None,) * len(self.layers)
@@ -279,9 +279,9 @@ class Transformer(nn.Module):
         else:
             tokens, hints = control(self, image, time, context)
         for block, hint in zip(self.layers, hints, strict=True):
-            tokens = block(tokens, context.whole_rope, whole.spans, time, whole.row)
+            tokens = block(tokens, context.joint_rope, joint.spans, time, joint.row)
             tokens = tokens if hint is None else tokens + hint
-        return self.all_final_layer[PATCH](tokens[whole.real], time, whole.row[whole.real])
+        return self.all_final_layer[PATCH](tokens[joint.token_index], time, joint.row[joint.token_index])
 
     def joined(self, image: Tensor, time: Tensor, context: Context, hints: Sequence[Tensor] = ()) -> Tensor:
         """Refine embedded image tokens (N_image, dim), after each block plus its hint, and join them with the caption.

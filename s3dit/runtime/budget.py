@@ -176,9 +176,9 @@ def transformer_work(
     """Bytes that a pass over `tokens` packed tokens (image and text of all items, padded) allocates at most.
 
     Attention is the widest place: the stream, its normed copy, q, k, v and two rotated (7 in dtype), four in fp32 while
-    they are rotated, and the context's tokens and rotary tables. Without lean stand-ins (`swiglu` in place or fused)
-    the feed-forward is: two hidden rows in dtype and four in fp32. One weight may be widened to fp32 on the way. A
-    quantized product adds rows of 8 bits, and sums in 32 bits and their fp32 copy for runs of CHANNELS.
+    they are rotated, and the context's tokens and rotary tables. Without lean implementations (`swiglu` in place or
+    fused) the feed-forward is: two hidden rows in dtype and four in fp32. One weight may be widened to fp32 on the way.
+    A quantized product adds rows of 8 bits, and sums in 32 bits and their fp32 copy for runs of CHANNELS.
     """
     c, dim, hidden = dtype.itemsize, config.dim, config.ffn_dim
     attention = dim * (7 * c + 16)

@@ -64,9 +64,9 @@ def split_latents(x: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
     return [unpatchify(piece, grid) for piece, grid in zip(pieces, grids, strict=True)]
 
 
-def model_calls(solver: Solver, levels: Tensor) -> int:
+def model_calls(solver: Solver, sigmas: Tensor) -> int:
     """Calls of the model that a solver makes for these levels (n + 1,)."""
-    n = len(levels) - 1
+    n = len(sigmas) - 1
     return 2 * n - 1 if solver == "heun" else n
 
 
@@ -76,33 +76,33 @@ def all_is_free(x: Tensor, i: int, sigma: Tensor) -> Tensor:
 
 
 def solve(
-    solver: Solver, velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise, keep: Keep | None = None
+    solver: Solver, velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep | None = None
 ) -> Iterator[Step]:
     """Integrate from x at levels[0] to levels[-1]; yields one Step a step."""
     keep = keep or all_is_free
     if solver == "euler_ancestral":
-        return euler_ancestral(velocity, x, levels, noise, keep)
-    return {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[solver](velocity, x, levels, keep)
+        return euler_ancestral(velocity, x, sigmas, noise, keep)
+    return {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}[solver](velocity, x, sigmas, keep)
 
 
-def _pairs(levels: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(i, sigma, sigma_next) of every step, as fp32 scalars on the CPU."""
-    return zip(range(1, len(levels)), levels[:-1], levels[1:], strict=True)
+    return zip(range(1, len(sigmas)), sigmas[:-1], sigmas[1:], strict=True)
 
 
-def euler(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
+def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """First order: x + (sigma - sigma_next)·v; the bits of FlowMatchEulerDiscreteScheduler."""
-    n = len(levels) - 1
-    for i, sigma, after in _pairs(levels):
+    n = len(sigmas) - 1
+    for i, sigma, after in _pairs(sigmas):
         v, start = velocity(x, sigma), x
         x = keep(x + (sigma - after) * v, i, after)
         yield Step(i, n, i, sigma.item(), after.item(), x, start, v)
 
 
-def heun(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
+def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """Second order: the mean of the velocities at both ends of the step; the last step, to 0, is Euler's."""
-    n, calls = len(levels) - 1, 0
-    for i, sigma, after in _pairs(levels):
+    n, calls = len(sigmas) - 1, 0
+    for i, sigma, after in _pairs(sigmas):
         v, start, calls = velocity(x, sigma), x, calls + 1
         x = keep(start + (sigma - after) * v, i, after)
         if after > 0:
@@ -111,13 +111,13 @@ def heun(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free
         yield Step(i, n, calls, sigma.item(), after.item(), x, start, v)
 
 
-def dpmpp_2m(velocity: Velocity, x: Tensor, levels: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
+def dpmpp_2m(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
     """DPM-Solver++ 2M: second order in the log-SNR, from the last two believed images; one call a step.
 
     The first step has no history and the last one (to sigma 0) infinite length in log-SNR: both are first order.
     """
-    n, old, old_h = len(levels) - 1, None, float("inf")
-    for i, sigma, after in _pairs(levels):
+    n, old, old_h = len(sigmas) - 1, None, float("inf")
+    for i, sigma, after in _pairs(sigmas):
         v, start = velocity(x, sigma), x
         image = x + sigma * v
         h = _log_snr(after) - _log_snr(sigma)
@@ -138,7 +138,7 @@ def _log_snr(sigma: Tensor) -> float:
 
 
 def euler_ancestral(
-    velocity: Velocity, x: Tensor, levels: Tensor, noise: Noise, keep: Keep = all_is_free
+    velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep = all_is_free
 ) -> Iterator[Step]:
     """Euler past the next level, then fresh noise back up to it, with the flow's own mixture.
 
@@ -146,8 +146,8 @@ def euler_ancestral(
     (1 - after)/(1 - down) and the noise that is missing to variance after² is added. (The variance-exploding form,
     which adds noise without scaling, burns flow models.)
     """
-    n = len(levels) - 1
-    for i, sigma, after in _pairs(levels):
+    n = len(sigmas) - 1
+    for i, sigma, after in _pairs(sigmas):
         v, start = velocity(x, sigma), x
         down = after * (after / sigma)
         x = x + (sigma - down) * v

@@ -12,7 +12,7 @@ from PIL import Image
 from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.inputs.images import Pictures
-from s3dit.inputs.start_image import InpaintBlend, StartImage, begin, enlarged, levels, noised, read
+from s3dit.inputs.start_image import InpaintBlend, StartImage, begin, enlarged, noised, read, remaining_sigmas
 from s3dit.model.layout import patchify
 from s3dit.request import Request
 from s3dit.sampling.schedules import sigmas
@@ -259,8 +259,10 @@ def test_a_plan_knows_the_encoder(pipe, start):
 
 def test_levels_are_the_last_ones():
     request = Request(prompt="a", image="a.png", num_inference_steps=8, shift=3.0, strength=0.6)
-    assert torch.equal(levels(request), sigmas(8)[3:])
-    assert len(levels(Request(prompt="a", image="a.png", sigmas=[1.0, 0.5, 0.25], shift=1.0, strength=0.3))) == 2
+    assert torch.equal(remaining_sigmas(request), sigmas(8)[3:])
+    assert (
+        len(remaining_sigmas(Request(prompt="a", image="a.png", sigmas=[1.0, 0.5, 0.25], shift=1.0, strength=0.3))) == 2
+    )
 
 
 def moving():

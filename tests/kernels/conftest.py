@@ -87,5 +87,5 @@ def poison(monkeypatch):
 
 @pytest.fixture
 def kernel_of():
-    """The Triton stand-in of an Op."""
+    """The Triton implementation of an Op."""
     return lambda op: next(stand_in.function for stand_in in op.stand_ins if stand_in.backend == "triton")

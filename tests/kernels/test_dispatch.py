@@ -1,4 +1,4 @@
-"""An Op takes the first stand-in that may serve, obeys a forced backend, and can be replaced in a `with`."""
+"""An Op takes the first implementation that may serve, obeys a forced backend, and can be replaced in a `with`."""
 
 import pytest
 import torch

@@ -256,7 +256,7 @@ def test_schemes_by_triton(name, rows, device, force):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_formats_without_triton(name):
-    """Of the stand-ins for GPUs those of torch alone, which run on CPUs as well."""
+    """Of the implementations for GPUs those of torch alone, which run on CPUs as well."""
     chosen = SCHEMES[name]
     parts = chosen.encode(torch.randn(80, 128))
     x, bias = torch.randn(2, 33, 128, dtype=torch.bfloat16), torch.randn(80)
@@ -292,7 +292,7 @@ def test_tile_of_the_table(device, monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("name", SCHEMES)
 def test_schemes_in_one_graph(name, device, force):
-    """Choosing a stand-in, rounding and multiplying are traced without a break, for any number of rows."""
+    """Choosing an implementation, rounding and multiplying are traced without a break, for any number of rows."""
     chosen = SCHEMES[name]
     skip_without_e4m3(FP8 if "fp8" in name else None)
     parts = {part: t.to(device) for part, t in chosen.encode(torch.randn(80, 128)).items()}

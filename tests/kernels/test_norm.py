@@ -1,4 +1,4 @@
-"""References against float64 formulas and torch.nn; stand-ins against references, over awkward shapes.
+"""References against float64 formulas and torch.nn; implementations against references, over awkward shapes.
 
 fp32 tolerance 1e-6 relative: a sum of some hundred fp32 products and one reciprocal root, a few ulp (6e-8 each).
 """

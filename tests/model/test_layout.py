@@ -12,19 +12,19 @@ def test_one_item_by_hand():
     image = [(33, r, c) for r in range(2) for c in range(3)] + [(0, 0, 0)] * 26  # pads stand at the origin
     assert layout.text.positions.tolist() == [list(p) for p in text]
     assert layout.image.positions.tolist() == [list(p) for p in image]
-    assert layout.whole.positions.tolist() == [list(p) for p in image + text]
-    assert layout.image.real.tolist() == list(range(6))
-    assert layout.text.real.tolist() == list(range(5))
-    assert layout.whole.real.tolist() == list(range(6))
+    assert layout.joint.positions.tolist() == [list(p) for p in image + text]
+    assert layout.image.token_index.tolist() == list(range(6))
+    assert layout.text.token_index.tolist() == list(range(5))
+    assert layout.joint.token_index.tolist() == list(range(6))
 
 
 def test_items_stand_end_to_end():
     one, two = text_to_image([(2, 3)], [5]), text_to_image([(4, 8)], [33])
     both = text_to_image([(2, 3), (4, 8)], [5, 33])
-    assert both.whole.spans.lengths == (64, 96)
-    assert torch.equal(both.whole.positions, torch.cat((one.whole.positions, two.whole.positions)))
-    assert torch.equal(both.whole.real, torch.cat((one.whole.real, two.whole.real + 64)))
-    assert both.whole.row.tolist() == [0] * 64 + [1] * 96
+    assert both.joint.spans.lengths == (64, 96)
+    assert torch.equal(both.joint.positions, torch.cat((one.joint.positions, two.joint.positions)))
+    assert torch.equal(both.joint.token_index, torch.cat((one.joint.token_index, two.joint.token_index + 64)))
+    assert both.joint.row.tolist() == [0] * 64 + [1] * 96
 
 
 def test_fill():
@@ -60,12 +60,12 @@ def test_an_edit_by_hand():
     assert layout.text.positions.tolist() == [list(p) for p in text]
     assert layout.image.positions.tolist() == [list(p) for p in image]
     assert layout.vision.positions.tolist() == [list(p) for p in vision]
-    assert layout.whole.positions.tolist() == [list(p) for p in text + image + vision]
+    assert layout.joint.positions.tolist() == [list(p) for p in text + image + vision]
     # row 0 is the item's time, row 1 that of clean tokens
-    assert layout.whole.row.tolist() == [1] * 32 + [0] * 64 + [1] * 32 + [0] * 32 + [1] * 32 + [0] * 32
-    assert layout.clean.tolist() == list(range(6)) and layout.image.real.tolist() == [32, 33]
-    assert layout.vision.real.tolist() == [0, 1, 2, 3]
-    assert layout.whole.real.tolist() == [96 + 32, 96 + 33]
+    assert layout.joint.row.tolist() == [1] * 32 + [0] * 64 + [1] * 32 + [0] * 32 + [1] * 32 + [0] * 32
+    assert layout.clean.tolist() == list(range(6)) and layout.image.token_index.tolist() == [32, 33]
+    assert layout.vision.token_index.tolist() == [0, 1, 2, 3]
+    assert layout.joint.token_index.tolist() == [96 + 32, 96 + 33]
 
 
 def test_captions_slide_in_the_released_code():
@@ -83,7 +83,7 @@ def test_an_edit_without_references():
     assert (layout.vision, layout.clean) == (None, None)
     # the picture stands behind the caption's real tokens, and after it in order
     assert layout.image.positions[:6].tolist() == [[6, r, c] for r in range(2) for c in range(3)]
-    assert layout.whole.real.tolist() == list(range(32, 38)) and layout.whole.row.tolist() == [0] * 64
+    assert layout.joint.token_index.tolist() == list(range(32, 38)) and layout.joint.row.tolist() == [0] * 64
 
 
 def test_edits_stand_end_to_end():
@@ -94,11 +94,11 @@ def test_edits_stand_end_to_end():
     ]
     one = [edit(*([part] for part in item)) for item in items]
     both = edit(*map(list, zip(*items, strict=True)))
-    assert both.whole.spans.lengths == tuple(n for layout in one for n in layout.whole.spans.lengths)
-    assert torch.equal(both.whole.positions, torch.cat([layout.whole.positions for layout in one]))
+    assert both.joint.spans.lengths == tuple(n for layout in one for n in layout.joint.spans.lengths)
+    assert torch.equal(both.joint.positions, torch.cat([layout.joint.positions for layout in one]))
     # an item without references has no part in the vision stream
     assert both.vision.spans.lengths == (64, 96)
-    assert set(both.whole.row.tolist()) == {0, 1, 2, 3}
+    assert set(both.joint.row.tolist()) == {0, 1, 2, 3}
 
 
 def test_segments_and_references_agree():

@@ -9,7 +9,7 @@ import torch
 from diffusers import ZImageImg2ImgPipeline
 from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_default_z_image_sigmas
 
-from s3dit.inputs.start_image import Keep, levels, noised
+from s3dit.inputs.start_image import InpaintBlend, noised, remaining_sigmas
 from s3dit.model.config import SchedulerConfig, read_model
 from s3dit.pipeline import EMBEDDED
 from s3dit.plan import resolve
@@ -55,7 +55,7 @@ def said_by(said, height, width, **fields):
         timesteps, _ = ZImageImg2ImgPipeline.get_timesteps(theirs, len(found) - 1, strength, "cpu")
         found = found[len(found) - 1 - len(timesteps) :]
     request = Request(prompt="", height=height, width=width, **fields, image=None if strength is None else "a.png")
-    return levels(resolve(request, replace(MODEL, scheduler=config)), config), found
+    return remaining_sigmas(resolve(request, replace(MODEL, scheduler=config)), config), found
 
 
 @pytest.mark.parametrize("size", [(128, 128), (512, 1024), (1024, 1024), (2048, 1536)])
@@ -102,7 +102,7 @@ def test_a_start_image_and_what_is_kept_are_the_same_bits():
     scheduler.set_begin_index(3)
     x = scheduler.scale_noise(image, timesteps[:1], noise)
     assert torch.equal(noised(image, noise, levels[0]), x)
-    keep = Keep(image, noise, paint, 5, False)
+    keep = InpaintBlend(image, noise, paint, 5, False)
     velocities = iter(torch.randn(5, *image.shape))
     for i, step in enumerate(euler(lambda x, s: next(velocities), x, levels, keep)):
         x = scheduler.step(-step.velocity, timesteps[i], x, return_dict=False)[0]

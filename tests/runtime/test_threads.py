@@ -14,7 +14,7 @@ from s3dit.errors import BackendError, RequestError
 from s3dit.kernels import dispatch
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import backend, op, use_backend
-from s3dit.pipeline import LOOKS_KEPT, PROMPTS_KEPT
+from s3dit.pipeline import PROMPTS_KEPT, REFERENCES_KEPT
 
 KINDS = {
     "resident": {"residency": "resident"},
@@ -276,7 +276,7 @@ def test_what_is_kept_is_bounded(kind, endless):
             len(one._forward_hooks) + len(one._forward_pre_hooks) for module in modules for one in module.modules()
         ]
         return (
-            len(pipe._features), len(pipe._looks), len(parts.controlnets), len(parts.adapters),
+            len(pipe._features), len(pipe._reference_features), len(parts.controlnets), len(parts.adapters),
             len(parts._components), sum(hooks), [len(vars(module)) for module in modules],
         )  # fmt: skip
 
@@ -285,7 +285,7 @@ def test_what_is_kept_is_bounded(kind, endless):
         if i == 9:
             before = sizes()
     assert sizes() == before and before[0] == 4
-    assert (PROMPTS_KEPT, LOOKS_KEPT) == (256, 64)
+    assert (PROMPTS_KEPT, REFERENCES_KEPT) == (256, 64)
 
 
 def test_a_batch_that_is_larger_than_what_is_kept(endless):
