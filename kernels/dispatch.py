@@ -171,7 +171,7 @@ class Op:
         return self.reference
 
     def explain(self, *args: Any) -> list[tuple[str, str, str]]:
-        """What would serve a call: (implementation, backend, "chosen" or why not) in the order asked, reference last."""
+        """What would serve a call: (implementation, backend, "chosen" or why not) in order, the reference last."""
         device, lines, found = _device(args), [], ""
         if self._override is not None:
             return [(self._override.__name__, "override", "chosen")]
