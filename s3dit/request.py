@@ -385,7 +385,7 @@ class Request:
         known = {f.name for f in fields(cls)} - {*UNNAMED}
         if unknown := sorted(set(data) - known):
             raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
-        if "prompt" not in data:
+        if data.get("prompt") is None:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
         for name in {*IMAGES, "reference"} & {*data}:
             if data[name] is not None and _paths(data[name]) is None:

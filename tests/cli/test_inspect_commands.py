@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from s3dit.cli.command_line import main
 from s3dit.pipeline import EMBEDDED
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from test_controlnet import network, write  # noqa: E402
 from test_tokenizer import train_sentencepiece  # noqa: E402
 

@@ -73,8 +73,8 @@ def dry_run(path, metadata, *options):
     """
     said, found = io.StringIO(), []
 
-    def stop(pipe, request, **options):
-        found.append(request)
+    def stop(pipe, plan, **options):
+        found.append(plan.request)
         raise Drawn
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.suppress(Drawn):
@@ -141,7 +141,7 @@ REFUSED = [
     ({"prompt": "a" * 200_000}, "prompt has 200,000 characters"),
     ({"prompt": ["a" * 100_000] * 5, "num_images_per_prompt": 1}, "asks for 5 pictures"),
     ({"prompt": [["a"]]}, "prompt holds a list"),
-    ({"prompt": None}, "prompt is a NoneType"),
+    ({"prompt": None}, "has no prompt"),
     ({"prompt": []}, "prompt is an empty list"),
     ({"prompt": "\ud800"}, "prompt holds what is no Unicode"),
     ({"negative_prompt": [[]]}, "negative_prompt holds a list"),

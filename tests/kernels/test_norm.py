@@ -134,7 +134,7 @@ def test_what_kernels_refuse(device):
 
 
 @pytest.mark.parametrize(
-    "found, takes, words", [((7, 5), None, "8.0, found 7.5"), ((8, 6), torch.float8_e4m3fn, "8.9")]
+    "found, input_dtype, words", [((7, 5), None, "8.0, found 7.5"), ((8, 6), torch.float8_e4m3fn, "8.9")]
 )
 def test_old_gpus_are_refused(found, input_dtype, words, monkeypatch):
     monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)

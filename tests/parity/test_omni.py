@@ -119,8 +119,8 @@ def test_large_references_are_scaled_as_theirs(omni, omni_reference, size, asked
     area = asked["height"] * asked["width"] if asked else 1024 * 1024
     scaled = processor._resize_to_target_area(image, area) if size[0] * size[1] > 1024 * 1024 else image
     height, width = scaled.height // 16 * 16, scaled.width // 16 * 16
-    asked = Request(prompt="x", reference=image, **asked)
-    request, rows = read(asked, omni.config, omni.folder, Pictures(), [])
+    wanted = Request(prompt="x", reference=image, **asked)
+    request, rows = read(wanted, omni.config, omni.folder, Pictures(), [])
     expected = processor.preprocess(scaled, height=height, width=width, resize_mode="crop")[0]
     assert torch.equal(rows[0][0].pixels, expected)
     assert (request.height[0], request.width[0]) == (asked.get("height", height), asked.get("width", width))

@@ -171,7 +171,7 @@ def test_files_that_are_no_record_are_refused(tmp_path):
     save_file({"x": X}, tmp_path / "plain")
     save_file({"x": X}, tmp_path / "other", {"s3dit.order": '["y"]'})
     for name in ("text", "plain", "other", "none"):
-        with pytest.raises(RequestError, match="s3dit.research.trace.save"):
+        with pytest.raises(RequestError, match="trace.save"):
             load(tmp_path / name)
     with pytest.raises(RequestError, match="cannot be written"):
         save({"x": X}, tmp_path / "none" / "a")

@@ -70,8 +70,10 @@ def edited(model, grids, lengths, references):
     """The velocity where there are references."""
     g = torch.Generator().manual_seed(1)
     layout = edit(grids, lengths, references)
-    text, x = torch.randn(sum(map(sum, lengths)), model.config.cap_feat_dim, generator=g), layout.image.real
-    looks = [] if layout.clean is None else [(layout.clean, 64), (layout.vision.real, model.config.siglip_feat_dim)]
+    text, x = torch.randn(sum(map(sum, lengths)), model.config.cap_feat_dim, generator=g), layout.image.token_index
+    looks = (
+        [] if layout.clean is None else [(layout.clean, 64), (layout.vision.token_index, model.config.siglip_feat_dim)]
+    )
     with torch.inference_mode():
         given = (torch.randn(len(places), width, generator=g) for places, width in looks)
         return model(torch.randn(len(x), 64, generator=g), torch.tensor([0.3]), model.context(layout, text, *given))

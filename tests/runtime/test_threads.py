@@ -261,7 +261,7 @@ def test_replacements_of_two_threads_do_not_stay():
 @pytest.fixture
 def endless(monkeypatch):
     """Many prompts, sizes and residencies' worth of pictures, quickly: one step, and small limits on what is kept."""
-    for name, most in (("PROMPTS_KEPT", 4), ("LOOKS_KEPT", 4)):
+    for name, most in (("PROMPTS_KEPT", 4), ("REFERENCES_KEPT", 4)):
         monkeypatch.setattr(f"s3dit.pipeline.{name}", most)
 
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import tiny_edit  # noqa: E402
 from tiny_world import render  # noqa: E402
 
-from s3dit.inputs.images import to_pil  # noqa: E402
-from s3dit.inputs.start_image import prepare  # noqa: E402
+from s3dit.inputs.images import Pictures, to_pil  # noqa: E402
+from s3dit.inputs.start_image import read  # noqa: E402
 from s3dit.request import Request, Result  # noqa: E402
 
 
@@ -21,7 +21,7 @@ def made_up(paint, composite=True):
     """A pipeline that paints one color, and lays the kept pixels over it or not."""
 
     def draw(prompt, seed, **inputs):
-        _, start_images, _ = prepare(Request(prompt=prompt, seed=seed, composite=composite, **inputs))
+        _, start_images = read(Request(prompt=prompt, seed=seed, composite=composite, **inputs), Pictures(), [])
         pictures = [Image.new("RGB", (128, 128), paint) for _ in prompt]
         if composite and start_images:
             drawn = [2 * np.asarray(p, np.float32) / 255 - 1 for p in pictures]
