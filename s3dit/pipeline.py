@@ -44,7 +44,7 @@ from s3dit.runtime.block_streaming import Mode, tensors
 from s3dit.runtime.components import Components
 from s3dit.runtime.devices import Placement, own_settings, place
 from s3dit.runtime.finite import check_finite
-from s3dit.runtime.graphs import Replay, check_compiler
+from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.sources import Sources, open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
@@ -353,7 +353,7 @@ class Pipeline:
         guidance = Guidance(
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
-        run = partial(_replayed, transformer) if self.graphs else transformer
+        run = self.parts.component("transformer").replay if self.graphs else transformer
         control = control_hints.acting(plan.controls, [nets[one.part] for one in plan.controls], shown, steps)
         velocity = guide(run, context, guidance, [rows * columns for rows, columns in grids], control)
         taking_part = {"transformer": transformer, **nets}
@@ -518,11 +518,3 @@ class Pipeline:
         """The model and its adapters, as pictures remember them."""
         model = "embedded" if self.folder == EMBEDDED else self.folder.name
         return {"model": model} | ({"adapters": self.lora.records()} if self.lora.names else {})
-
-
-def _replayed(transformer: Transformer, *args: Any) -> Tensor:
-    """A model call by its recording, which lives as long as the weights that it has recorded."""
-    known: Replay | None = vars(transformer).get("replay")
-    if known is None or known.stale:
-        vars(transformer)["replay"] = known = Replay(transformer)
-    return known(*args)

@@ -281,7 +281,7 @@ def memory_plan(
         works["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
     needs = {part: budget.Need(*parts.sizes(part)[1:], tuple(works.get(part, [(None, 0)]))) for part in names}
     guests = {part: needs.pop(part) for part in names if part in parts.controlnets}
-    return budget.fit_beside(size, needs, "transformer", guests, budget.RESERVE[device])
+    return budget.plan_memory_beside(size, needs, "transformer", guests, budget.RESERVE[device])
 
 
 def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[dict[str, Any]]:

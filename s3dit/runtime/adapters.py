@@ -59,7 +59,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-def fit(
+def match_layers(
     adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], name: str, allow_partial: bool = False
 ) -> tuple[dict[str, Deltas], Report]:
     """Hold an adapter to the layers of a model, by part: what of it fits, and the report.
@@ -109,7 +109,15 @@ class Loaded:
 
 
 class Host(Protocol):
-    """The parts that adapters change: `parts.Components`.
+    """A part that adapters are attached to: `residency.Component`."""
+
+    module: nn.Module
+    attachments: lora.Attachments
+    recorded: Any
+
+
+class Hosts(Protocol):
+    """The parts of a model: `components.Components`.
 
     adapters: by name, in the order in which they came · revisions: how often those of a part changed.
     """
@@ -139,7 +147,7 @@ class Host(Protocol):
 class Adapters:
     """The adapters of one pipeline, by name, in the order in which they came."""
 
-    def __init__(self, parts: Host) -> None:
+    def __init__(self, parts: Hosts) -> None:
         self._parts = parts
 
     @property
@@ -173,11 +181,11 @@ class Adapters:
             adapter = read_adapter(resolve_file(str(source)))
             name = name or self._free(adapter.path.stem)
             shapes = {part: lora.homes(self._parts.blank(part)[0]) for part in adapter.deltas}
-            deltas, report = fit(adapter, shapes, name, allow_partial)
+            deltas, report = match_layers(adapter, shapes, name, allow_partial)
             loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
             try:
-                for part, module in self._held(deltas):
-                    attach_one(loaded, name, part, module, self._parts.placement)
+                for part, component in self._held(deltas):
+                    attach_one(loaded, name, part, component, self._parts.placement)
             except BaseException:
                 # A part that comes in again has nothing half attached.
                 self._parts.free()
@@ -194,8 +202,9 @@ class Adapters:
                     raise RequestError(f"{one} is merged into the weights and cannot be detached; load the model again")
             for one in self._chosen(name):
                 gone = self._loaded[one]
-                for _, module in self._held(gone.deltas):
-                    lora.detach(module, one)
+                for _, component in self._held(gone.deltas):
+                    component.attachments.detach(one)
+                    component.recorded = None
                 del self._loaded[one]
                 self._tell(gone.deltas)
 
@@ -207,8 +216,8 @@ class Adapters:
             loaded = self._loaded[one]
             if loaded.merged:
                 raise RequestError(f"{one} is merged into the weights at scale {loaded.scale:g}; load the model again")
-            for _, module in self._held(loaded.deltas):
-                lora.rescale(module, one, value)
+            for _, component in self._held(loaded.deltas):
+                component.attachments.rescale(one, value)
             loaded.scale = float(value)
             self._tell(loaded.deltas)
 
@@ -253,9 +262,9 @@ class Adapters:
         names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, len(self._loaded) + 2))
         return next(name for name in names if name not in self._loaded)
 
-    def _held(self, deltas: Mapping[str, Deltas]) -> list[tuple[str, nn.Module]]:
+    def _held(self, deltas: Mapping[str, Deltas]) -> list[tuple[str, Host]]:
         """The parts in memory that an adapter changes."""
-        return [(part, self._parts.component(part).module) for part in deltas if part in self._parts.held]
+        return [(part, self._parts.component(part)) for part in deltas if part in self._parts.held]
 
     def _tell(self, deltas: Mapping[str, Deltas]) -> None:
         self._parts.revisions.update(deltas.keys())
@@ -268,16 +277,17 @@ def merge_into(module: nn.Module, part: str, adapters: Mapping[str, Loaded], dty
             lora.merge(module, one.deltas[part], one.scale, dtype)
 
 
-def attach_to(module: nn.Module, part: str, adapters: Mapping[str, Loaded], placement: Placement) -> None:
+def attach_to(component: Host, part: str, adapters: Mapping[str, Loaded], placement: Placement) -> None:
     """Put the adapters that are not merged beside a part that was just loaded."""
     for name, one in adapters.items():
         if not one.merged and part in one.deltas:
-            attach_one(one, name, part, module, placement)
+            attach_one(one, name, part, component, placement)
 
 
-def attach_one(one: Loaded, name: str, part: str, module: nn.Module, placement: Placement) -> None:
-    """Put one adapter beside a part."""
-    lora.attach(module, name, one.deltas[part], one.scale, placement.device, placement.compute)
+def attach_one(one: Loaded, name: str, part: str, component: Host, placement: Placement) -> None:
+    """Put one adapter beside a part, whose recorded passes no longer hold."""
+    component.attachments.attach(name, one.deltas[part], one.scale, placement.device, placement.compute)
+    component.recorded = None
 
 
 def nbytes(part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> int:

@@ -39,7 +39,7 @@ def stream(
     """Put a model that is in host memory on a device, all but `kept` of its repeated blocks, which pass through slots.
 
     dtype: what floating parameters are cast to on the way, None keeps theirs; buffers (the parts of quantized layers)
-    keep theirs always. Tensors on the meta device stay there. Returns the belt, None where no block is left to stream.
+    keep theirs always. Tensors on the meta device stay there. Returns what streams them, None where no block is left.
     Raises BackendError for a model without repeated blocks, or one that is streamed already.
     """
     device = torch.device(device)
@@ -47,7 +47,7 @@ def stream(
     name = type(model).__name__
     if not blocks:
         raise BackendError(f"{name} has no repeated blocks to stream; use residency staged")
-    if hasattr(model, "belt"):
+    if any(isinstance(hook, Own) for block in blocks for hook in block._forward_pre_hooks.values()):
         raise BackendError(f"{name} is streamed already; stream a model once")
     moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
     for shelf, leaf, tensor in tensors(model, without=moving):
@@ -56,10 +56,7 @@ def stream(
             shelf[leaf] = tensor if moved is tensor else _like(tensor, moved)
     if not moving:
         return None
-    streamer = BlockStreamer(moving, device, dtype)
-    # Where the next verb finds it.
-    model.__dict__["belt"] = streamer
-    return streamer
+    return BlockStreamer(moving, device, dtype)
 
 
 def _stays(i: int, kept: int, count: int) -> bool:
@@ -71,7 +68,7 @@ TensorDict = dict[str, Any]
 
 
 def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[TensorDict, str, Tensor]]:
-    """Where every parameter and buffer hangs, its name there, and itself."""
+    """Where every parameter and buffer stands, its name there, and itself."""
     inside = {id(one) for block in without for one in block.modules()}
     for one in module.modules():
         if id(one) not in inside:
@@ -89,18 +86,11 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
-def compute_dtype(model: nn.Module, shelf: TensorDict, leaf: str) -> torch.dtype:
-    """The dtype that a parameter of a model computes in: its own, or that of its slot where it is streamed."""
-    streamer: BlockStreamer | None = vars(model).get("belt")
-    home = None if streamer is None else next(streamer.carried(shelf, leaf), None)
-    return shelf[leaf].dtype if home is None else home.views[0].dtype
-
-
 @dataclass(slots=True)
 class StreamedTensor:
-    """One tensor of a block: where it hangs, its copy in host memory, and its views in the two slots.
+    """One tensor of a block: where it stands, its copy in host memory, and its views in the two slots.
 
-    version: of the host's tensor, when it was last copied · hung: what hangs there in its place.
+    version: of the host's tensor, when it was last copied · placed: what is there in its place.
     """
 
     shelf: TensorDict
@@ -108,10 +98,10 @@ class StreamedTensor:
     host: Tensor | None
     views: tuple[Tensor, Tensor]
     version: int = -1
-    hung: Tensor | None = None
+    placed: Tensor | None = None
 
     def changed(self) -> bool:
-        """Whether somebody has written into the host's tensor, or hung up another, which then is the host's."""
+        """Whether somebody has written into the host's tensor, or put another there, which then is the host's."""
         found = self.shelf.get(self.leaf)
         same = found is self.host and (found is None or version(found) == self.version)
         self.host = found
@@ -143,7 +133,7 @@ class BlockStreamer:
     """Blocks in host memory that pass through two slots on a device, the next one while this one computes.
 
     Outside of its own forward a block has its host tensors, so a model reads and saves as ever, and who writes into
-    them or hangs up others changes what comes next. Which block comes next is what came next the last time. On CUDA
+    them or puts others there changes what comes next. Which block comes next is what came next the last time. On CUDA
     host memory is pinned, copies run on a stream of their own, and events keep both sides apart; elsewhere a copy is
     done where it is asked for.
     """
@@ -154,11 +144,11 @@ class BlockStreamer:
         size = max(end for *_, end in layouts)
         slots = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self._side = side_stream(device)
-        self._homes: list[list[StreamedTensor]] = []
+        self._tensors: list[list[StreamedTensor]] = []
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
             found = zip(tensors(block), offsets, strict=True)
-            self._homes.append([_home(*where, offset, slots, host, dtype) for where, offset in found])
+            self._tensors.append([_streamed_tensor(*where, offset, slots, host, dtype) for where, offset in found])
         # Per slot: the block that it holds, when its copy has landed, when the device was done reading it.
         self._holds: list[int | None] = [None, None]
         self._landed: list[torch.cuda.Event | None] = [None, None]
@@ -182,18 +172,19 @@ class BlockStreamer:
         for hook in self._hooks:
             hook.remove()
 
-    def carried(self, shelf: TensorDict, leaf: str) -> Iterator[StreamedTensor]:
-        """The home of what hangs there, if a block carries it."""
-        return (home for homes in self._homes for home in homes if home.shelf is shelf and home.leaf == leaf)
+    def compute_dtype(self, shelf: TensorDict, leaf: str) -> torch.dtype:
+        """The dtype that a parameter of the model computes in: that of its slot, or its own where no block has it."""
+        streamed = (one for tensors in self._tensors for one in tensors if one.shelf is shelf and one.leaf == leaf)
+        return next((one.views[0].dtype for one in streamed), shelf[leaf].dtype)
 
     def _enter(self, i: int, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Hang block i into the slot that holds it, and send for the one that follows."""
+        """Set block i's tensors to those of the slot that holds it, and send for the one that follows."""
         self._leave()
-        changed = [home.changed() for home in self._homes[i]]
-        tensors = (*inputs, *(home.host for home in self._homes[i]))
+        changed = [one.changed() for one in self._tensors[i]]
+        tensors = (*inputs, *(one.host for one in self._tensors[i]))
         if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
             # Until it has gone back, a gradient needs every weight as it was.
-            self._hang(i, [home.onto(self._device) for home in self._homes[i]])
+            self._set(i, [one.onto(self._device) for one in self._tensors[i]])
             return
         if any(changed) and i in self._holds:
             self._holds[self._holds.index(i)] = None
@@ -202,28 +193,28 @@ class BlockStreamer:
         self._slot = self._holds.index(i)
         if (landed := self._landed[self._slot]) is not None:
             torch.cuda.current_stream(self._device).wait_event(landed)
-        self._hang(i, [home.host if home.host is None else home.views[self._slot] for home in self._homes[i]])
+        self._set(i, [one.host if one.host is None else one.views[self._slot] for one in self._tensors[i]])
         self._after[self._last], self._last = i, i
         if (following := self._after[i]) not in self._holds:
             self._bring(following, 1 - self._slot)
 
-    def _hang(self, i: int, tensors: Sequence[Tensor | None]) -> None:
+    def _set(self, i: int, tensors: Sequence[Tensor | None]) -> None:
         """Let a block have these tensors until it is left."""
-        for home, tensor in zip(self._homes[i], tensors, strict=True):
-            home.hung = tensor
+        for one, tensor in zip(self._tensors[i], tensors, strict=True):
+            one.placed = tensor
             if tensor is not None:
-                home.shelf[home.leaf] = tensor
+                one.shelf[one.leaf] = tensor
         self._running = i
 
     def _leave(self, *_: Any) -> None:
         """Give the running block its host tensors back."""
         if self._running is None:
             return
-        for home in self._homes[self._running]:
-            # What somebody has hung up meanwhile stays.
-            if home.hung is not None and home.shelf.get(home.leaf) is home.hung:
-                home.shelf[home.leaf] = home.host
-            home.hung = None
+        for one in self._tensors[self._running]:
+            # What somebody has put there meanwhile stays.
+            if one.placed is not None and one.shelf.get(one.leaf) is one.placed:
+                one.shelf[one.leaf] = one.host
+            one.placed = None
         self._running = None
         if self._side is not None:
             self._done[self._slot] = torch.cuda.current_stream(self._device).record_event()
@@ -235,8 +226,8 @@ class BlockStreamer:
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
             if (done := self._done[slot]) is not None and self._side is not None:
                 self._side.wait_event(done)
-            for home in self._homes[i]:
-                home.bring(slot)
+            for one in self._tensors[i]:
+                one.bring(slot)
             if self._side is not None:
                 self._landed[slot] = self._side.record_event()
 
@@ -275,7 +266,7 @@ def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
     return ends
 
 
-def _home(
+def _streamed_tensor(
     shelf: TensorDict, leaf: str, tensor: Tensor, offset: int, slots: Sequence[Tensor], host: Tensor | None, dtype: Any
 ) -> StreamedTensor:
     """Settle one tensor: in `host` memory at its offset (None leaves it where it is), with a view in either slot."""

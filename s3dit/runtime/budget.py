@@ -2,8 +2,8 @@
 
 What a part takes is known before a weight is read: the bytes of its weights from shapes, and the room that its
 arithmetic needs from the lengths of the request, by the formulas below, which a test holds against what is really
-allocated. `fit` then tries, from fast to slow: everything resident; parts in turn; of a part that is too large, as
-many blocks as fit while the others are streamed (`offload`); the autoencoder by smaller and smaller tiles.
+allocated. `plan_memory` then tries, from fast to slow: everything resident; parts in turn; of a part that is too large,
+as many blocks as fit while the others are streamed (`block_streaming`); the autoencoder by smaller and smaller tiles.
 
 On a GPU the budget is of its memory, with RESERVE set aside for what the allocator does not see. On a CPU it is of RAM
 for weights in use and arithmetic; the interpreter, and pages of the mapped file that the system may drop at any time,
@@ -95,7 +95,7 @@ class MemoryPlan:
         return f"memory {gib(self.budget)}: {'; '.join([how, *streamed, *tiled])}; at most {gib(self.peak)}"
 
 
-def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> MemoryPlan:
+def plan_memory(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> MemoryPlan:
     """The fastest plan for parts within a budget, all in bytes; raises BackendError naming the smallest budget."""
     together = sum(need.weights for need in needs.values()) + max(need.work[0][1] for need in needs.values()) + reserve
     if together <= budget:
@@ -116,20 +116,20 @@ def fit(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> MemoryPlan:
     return MemoryPlan(budget, "staged", peak, kept, {part: len(needs[part].blocks) for part in kept}, tile)
 
 
-def fit_beside(
+def plan_memory_beside(
     budget: int, needs: Mapping[str, Need], host: str, guests: Mapping[str, Need], reserve: int = 0
 ) -> MemoryPlan:
-    """`fit` where guests share the turn of their host: whole where it stays whole too, else all of them streamed."""
+    """`plan_memory` where guests share the turn of their host: whole where it stays whole, else all streamed."""
     whole = replace(needs[host], fixed=needs[host].fixed + sum(guest.weights for guest in guests.values()))
     try:
-        found = fit(budget, {**needs, host: whole}, reserve)
+        found = plan_memory(budget, {**needs, host: whole}, reserve)
         if not guests or host not in found.kept:
             return found
     except BackendError:
         if not guests:
             raise
     slots = replace(needs[host], fixed=needs[host].fixed + sum(guest.fixed + guest.slots for guest in guests.values()))
-    found = fit(budget, {**needs, host: slots}, reserve)
+    found = plan_memory(budget, {**needs, host: slots}, reserve)
     counts = {name: len(guest.blocks) for name, guest in guests.items()}
     return replace(found, kept={**found.kept, **dict.fromkeys(guests, 0)}, counts={**found.counts, **counts})
 

@@ -24,11 +24,11 @@ from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
 from s3dit.model.vision_encoder import VisionEncoder
-from s3dit.runtime import adapters, budget, lora
-from s3dit.runtime.block_streaming import Mode, repeated, stream
+from s3dit.runtime import adapters, budget
+from s3dit.runtime.block_streaming import Mode, repeated
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
-from s3dit.runtime.residency import Component, Residency, ids
+from s3dit.runtime.residency import Component, Residency
 from s3dit.runtime.sources import Sources
 from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
@@ -124,9 +124,9 @@ class Components(Residency):
             adapters.merge_into(filled, name, self.adapters, dtype)
             component.set_parameters(filled)
             if kept is not None:
-                stream(module, device, kept, dtype)
+                component.stream(device, kept, dtype)
             component.mark()
-            adapters.attach_to(module, name, self.adapters, self.placement)
+            adapters.attach_to(component, name, self.adapters, self.placement)
             if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
                 compile_blocks(module)
             module.eval()
@@ -134,20 +134,15 @@ class Components(Residency):
     def unload(self, name: str, component: Component) -> None:
         """Take out of a part what `load` has brought into it."""
         with own_settings(self.placement.device):
-            lora.strip(component.module)
             super().unload(name, component)
 
     def changed_by_hand(self, part: str) -> bool:
         """Whether somebody has changed parameters of a part."""
-        component = self.component(part)
-        return bool(component.touched(ids(lora.stand_ins(component.module))))
+        return bool(self.component(part).touched())
 
     def state(self, *names: str) -> tuple[object, ...]:
         """Something that is another when what these parts compute may be: adapters, parameters, modules."""
-        found = [self.component(name) for name in names]
-        places = [ids(lora.stand_ins(one.module)) for one in found]
-        states = [one.state(ours) for one, ours in zip(found, places, strict=True)]
-        return tuple(self.revisions[name] for name in names), *states
+        return tuple(self.revisions[name] for name in names), *(self.component(name).state() for name in names)
 
     def sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
         """Bytes of a part: read, held outside of its blocks, held by each block.

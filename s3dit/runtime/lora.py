@@ -14,7 +14,7 @@ them, these stay on the device. Formulas: `weights.delta`; which adapters a pipe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from s3dit.kernels.aligned import aligned
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.hooks import SHELVES
 from s3dit.model.linear import Linear, QuantLinear
-from s3dit.runtime.block_streaming import TensorDict, compute_dtype
+from s3dit.runtime.block_streaming import BlockStreamer, TensorDict
 from s3dit.weights.delta import Delta, norms
 
 
@@ -109,14 +109,6 @@ class Attached:
     vectors: dict[str, Delta]
 
 
-@dataclass(slots=True)
-class Changes:
-    """All that was done to a model, which keeps it as `adapters`; originals: the parameters that copies stand for."""
-
-    attached: dict[str, Attached] = field(default_factory=dict)
-    originals: dict[str, nn.Parameter] = field(default_factory=dict)
-
-
 def homes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Every layer that an adapter can change, by official name: (out, in) of linear ones, else a parameter's shape."""
     found: dict[str, tuple[int, ...]] = {}
@@ -137,73 +129,90 @@ def weight_of(layer: Linear | QuantLinear) -> Tensor:
     return layer.scheme.decode({name: part for name, part in layer._buffers.items() if part is not None})
 
 
-@torch.no_grad()
-def attach(
-    model: nn.Module,
-    name: str,
-    deltas: Mapping[str, Delta],
-    scale: float,
-    device: torch.device | str,
-    dtype: torch.dtype,
-) -> None:
-    """Put an adapter that fits beside a model's layers; layers without weights, which never compute, are passed by.
+class Attachments:
+    """The adapters attached to one model: what a part of a pipeline owns beside its module.
 
-    device, dtype: where the model computes, and in what. Raises BackendError where the name is taken.
+    streamer: what carries the model's blocks, if they are streamed. `originals` are the parameters that copies stand
+    for.
     """
-    changes: Changes = vars(model).setdefault("adapters", Changes())
-    if name in changes.attached:
-        raise BackendError(f"{type(model).__name__} has an adapter {name!r} already; detach it, or give another name")
-    strength = torch.tensor(float(scale), dtype=torch.float32, device=device)
-    changes.attached[name] = attached = Attached(strength, {})
-    for layer, delta in deltas.items():
-        home = _module(model, layer)
-        if home is None:
-            shelf, leaf = _parameter(model, layer)
-            if not shelf[leaf].is_meta:
-                attached.vectors[layer] = delta
-                _revise(model, layer)
-        elif not _blank(home):
-            if not isinstance(home, Adapted):
-                home = _replace(model, layer, Adapted(home))
-            home.branches[name] = Branch(delta, home.layer, strength, dtype)
-    # What was recorded of the model as it was.
-    vars(model).pop("replay", None)
 
+    def __init__(self, model: nn.Module, streamer: BlockStreamer | None = None) -> None:
+        self._model, self._streamer = model, streamer
+        self._attached: dict[str, Attached] = {}
+        self._originals: dict[str, nn.Parameter] = {}
 
-@torch.no_grad()
-def detach(model: nn.Module, name: str) -> None:
-    """Take an adapter off again: with the last one, every layer and parameter is the object that it was."""
-    changes: Changes = vars(model)["adapters"]
-    gone = changes.attached.pop(name)
-    for layer in gone.vectors:
-        _revise(model, layer)
-    for layer, home in [(layer, home) for layer, home in model.named_modules() if isinstance(home, Adapted)]:
-        home.branches.pop(name, None)
-        if not home.branches:
-            _replace(model, layer, home.layer)
-    vars(model).pop("replay", None)
+    def __len__(self) -> int:
+        return len(self._attached)
 
+    @torch.no_grad()
+    def attach(
+        self, name: str, deltas: Mapping[str, Delta], scale: float, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        """Put an adapter that fits beside the model's layers; layers without weights, which never compute, are passed.
 
-@torch.no_grad()
-def rescale(model: nn.Module, name: str, scale: float) -> None:
-    """Give an attached adapter another strength, in force from the next pass on."""
-    attached = vars(model)["adapters"].attached[name]
-    attached.strength.fill_(scale)
-    for layer in attached.vectors:
-        _revise(model, layer)
+        device, dtype: where the model computes, and in what. Raises BackendError where the name is taken.
+        """
+        if name in self._attached:
+            kind = type(self._model).__name__
+            raise BackendError(f"{kind} has an adapter {name!r} already; detach it, or give another name")
+        strength = torch.tensor(float(scale), dtype=torch.float32, device=device)
+        self._attached[name] = attached = Attached(strength, {})
+        for layer, delta in deltas.items():
+            module = _module(self._model, layer)
+            if module is None:
+                shelf, leaf = _parameter(self._model, layer)
+                if not shelf[leaf].is_meta:
+                    attached.vectors[layer] = delta
+                    self._revise(layer)
+            elif not _blank(module):
+                if not isinstance(module, Adapted):
+                    module = _replace(self._model, layer, Adapted(module))
+                module.branches[name] = Branch(delta, module.layer, strength, dtype)
 
+    @torch.no_grad()
+    def detach(self, name: str) -> None:
+        """Take an adapter off again: with the last one, every layer and parameter is the object that it was."""
+        for layer in self._attached.pop(name).vectors:
+            self._revise(layer)
+        adapted = [(layer, one) for layer, one in self._model.named_modules() if isinstance(one, Adapted)]
+        for layer, module in adapted:
+            module.branches.pop(name, None)
+            if not module.branches:
+                _replace(self._model, layer, module.layer)
 
-def stand_ins(model: nn.Module) -> list[tuple[TensorDict, str]]:
-    """Where copies hang that adapters have changed."""
-    changes: Changes | None = vars(model).get("adapters")
-    return [] if changes is None else [_parameter(model, layer) for layer in changes.originals]
+    @torch.no_grad()
+    def rescale(self, name: str, scale: float) -> None:
+        """Give an attached adapter another strength, in force from the next pass on."""
+        attached = self._attached[name]
+        attached.strength.fill_(scale)
+        for layer in attached.vectors:
+            self._revise(layer)
 
+    def strip(self) -> None:
+        """Take all adapters off."""
+        for name in list(self._attached):
+            self.detach(name)
 
-def strip(model: nn.Module) -> None:
-    """Take all adapters off a model."""
-    changes: Changes | None = vars(model).get("adapters")
-    for name in [] if changes is None else list(changes.attached):
-        detach(model, name)
+    def copies(self) -> list[tuple[TensorDict, str]]:
+        """Where copies stand for parameters that adapters have changed."""
+        return [_parameter(self._model, layer) for layer in self._originals]
+
+    def _revise(self, layer: str) -> None:
+        """Make a norm or token what its original and all attached adapters say."""
+        shelf, leaf = _parameter(self._model, layer)
+        found = [(one.strength, one.vectors[layer]) for one in self._attached.values() if layer in one.vectors]
+        if not found:
+            shelf[leaf] = self._originals.pop(layer)
+            return
+        original = self._originals.setdefault(layer, shelf[leaf])
+        value = wide = original.float()
+        for strength, delta in found:
+            value = value + strength.to(wide.device) * (delta.changed(original) - wide)
+        if shelf[leaf] is original:
+            dtype = original.dtype if self._streamer is None else self._streamer.compute_dtype(shelf, leaf)
+            shelf[leaf] = _parameter_of(original.clone(), dtype)
+        # In place, so that what was recorded or compiled reads it.
+        shelf[leaf].copy_(value)
 
 
 def check_merge(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -217,7 +226,7 @@ def check_merge(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
             )
         if home is not None and home.bias is None and delta.bias is not None:
             raise BackendError(f"{layer} has no bias to merge one into; leave the adapter beside it (attach)")
-    if "adapters" in vars(model) and vars(model)["adapters"].attached:
+    if any(isinstance(module, Adapted) for module in model.modules()):
         raise BackendError(f"{type(model).__name__} has adapters attached; merge first, then attach")
 
 
@@ -273,21 +282,3 @@ def _replace(model: nn.Module, layer: str, module: Any) -> Any:
     module._is_full_backward_hook = siblings[leaf]._is_full_backward_hook  # type: ignore[union-attr]
     siblings[leaf] = module
     return module
-
-
-def _revise(model: nn.Module, layer: str) -> None:
-    """Make a norm or token what its original and all attached adapters say."""
-    changes: Changes = vars(model)["adapters"]
-    shelf, leaf = _parameter(model, layer)
-    found = [(one.strength, one.vectors[layer]) for one in changes.attached.values() if layer in one.vectors]
-    if not found:
-        shelf[leaf] = changes.originals.pop(layer)
-        return
-    original = changes.originals.setdefault(layer, shelf[leaf])
-    value = wide = original.float()
-    for strength, delta in found:
-        value = value + strength.to(wide.device) * (delta.changed(original) - wide)
-    if shelf[leaf] is original:
-        shelf[leaf] = _parameter_of(original.clone(), compute_dtype(model, shelf, leaf))
-    # In place, so that what was recorded or compiled reads it.
-    shelf[leaf].copy_(value)

@@ -2,7 +2,7 @@
 
 *staged* (default): text encoder, transformer and VAE take turns; loading one lets the others go. *resident*: every
 part stays once loaded. *streamed*: as staged, and of a part's repeated blocks only some stay on the device (or none);
-the others live in host memory and pass through two slots (`offload`).
+the others live in host memory and pass through two slots (`block_streaming`).
 
 A part is one module for the life of a pipeline, and only its tensors come and go: while it is not in memory they are on
 the meta device. So hooks, traces and other modules that somebody has put into it stay, in every residency. Parameters
@@ -15,7 +15,7 @@ of views of the mapped file, and its turn costs no copy.
 
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,7 +26,9 @@ from torch.utils.hooks import RemovableHandle
 
 from s3dit.errors import BackendError
 from s3dit.model.hooks import Own, watched
-from s3dit.runtime.block_streaming import Mode, TensorDict, tensors, version
+from s3dit.runtime.block_streaming import BlockStreamer, Mode, TensorDict, stream, tensors, version
+from s3dit.runtime.graphs import Replay
+from s3dit.runtime.lora import Attachments
 
 # What tells a tensor that nobody has touched: itself, its version counter, its memory, whether it wants a gradient.
 Mark = tuple[weakref.ref[Tensor], int, int, bool] | None
@@ -51,11 +53,18 @@ def _refuse(name: str, *args: Any) -> None:
 
 
 class Component:
-    """One part: its module, and the places in it where tensors come and go."""
+    """One part of a model: its module, the places in it where tensors come and go, and what acts on it while loaded.
+
+    attachments: its adapters · streamer: what carries its blocks, if they are streamed · recorded: its passes as CUDA
+    graphs, once there are any.
+    """
 
     def __init__(self, module: nn.Module, name: str) -> None:
         """module: on the meta device, as the part is made · name: for messages."""
         self.module, self._name = module, name
+        self.attachments = Attachments(module)
+        self.streamer: BlockStreamer | None = None
+        self.recorded: Replay | None = None
         self._guards: list[RemovableHandle] = []
         self._guard()
         found = list(tensors(module))
@@ -78,8 +87,19 @@ class Component:
                 moved = own.detach().to(tensor.device)
                 shelf[leaf] = nn.Parameter(moved, own.requires_grad) if isinstance(own, nn.Parameter) else moved
 
+    def stream(self, device: torch.device, kept: int, dtype: torch.dtype) -> None:
+        """Stream the module's blocks, all but `kept`; see `block_streaming.stream`."""
+        self.streamer = stream(self.module, device, kept, dtype)
+        self.attachments = Attachments(self.module, self.streamer)
+
+    def replay(self, *args: Any) -> Tensor:
+        """Call the module by its recording, which lives as long as the weights that it has recorded."""
+        if self.recorded is None or self.recorded.stale:
+            self.recorded = Replay(self.module)
+        return self.recorded(*args)
+
     def mark(self) -> None:
-        """Remember what hangs here now, as nobody has touched it yet."""
+        """Remember what is here now, as nobody has touched it yet."""
         self._marks = [_mark(shelf.get(leaf)) for shelf, leaf in self._places]
 
     def empty(self) -> None:
@@ -106,8 +126,9 @@ class Component:
         for (shelf, leaf), blank in zip(*self._both, strict=True):
             shelf[leaf] = blank
 
-    def touched(self, ours: Collection[tuple[int, str]] = ()) -> set[int]:
-        """The places that somebody has changed; `ours` are (id of a shelf, name there) that the engine has."""
+    def touched(self) -> set[int]:
+        """The places that somebody has changed, which are not those that adapters have."""
+        ours = {(id(shelf), leaf) for shelf, leaf in self.attachments.copies()}
         found = set(self._theirs)
         for i, ((shelf, leaf), blank) in enumerate(zip(*self._both, strict=True)):
             tensor = shelf.get(leaf)
@@ -116,10 +137,10 @@ class Component:
                 found.add(i)
         return found
 
-    def state(self, ours: Collection[tuple[int, str]] = ()) -> tuple[Any, ...]:
+    def state(self) -> tuple[Any, ...]:
         """What changes when somebody changes the part: its modules and their forwards, and the touched tensors."""
         modules = tuple((id(one), id(vars(one).get("forward"))) for one in self.module.modules())
-        places = ((i, *self._places[i]) for i in sorted(self.touched(ours)))
+        places = ((i, *self._places[i]) for i in sorted(self.touched()))
         found = ((i, shelf.get(leaf)) for i, shelf, leaf in places)
         return modules, tuple((i, id(own), None if own is None else version(own)) for i, own in found)
 
@@ -220,9 +241,11 @@ class Residency:
 
     def unload(self, name: str, component: Component) -> None:
         """Take everything out of a part that `load` has brought into it."""
-        vars(component.module).pop("replay", None)
-        if (streamer := vars(component.module).pop("belt", None)) is not None:
-            streamer.close()
+        component.attachments.strip()
+        component.recorded = None
+        if component.streamer is not None:
+            component.streamer.close()
+            component.streamer, component.attachments = None, Attachments(component.module)
         component.empty()
 
     def _let_go(self, *names: str) -> None:
@@ -231,8 +254,3 @@ class Residency:
             self.unload(name, self._components[name])
         if names and torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def ids(places: Iterable[tuple[TensorDict, str]]) -> set[tuple[int, str]]:
-    """Places as `Component.touched` wants them."""
-    return {(id(shelf), leaf) for shelf, leaf in places}

@@ -353,3 +353,17 @@ def test_renamed_layers_are_an_error_that_says_so(files, tmp_path, case, residen
 def test_a_colon_in_the_name_of_a_file_that_exists(local):
     Path("style.safetensors").rename("a:1")
     assert run(*SMALL, "--lora", "a:1", "-o", "a.png") == 0
+
+
+def test_recorded_passes_are_forgotten_with_what_they_recorded(files):
+    pipe = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
+    component = pipe.parts.component("transformer")
+    assert pipe.parts["transformer"] is component.module
+    component.recorded = "recorded"
+    pipe.lora.attach(files / "style.safetensors")
+    assert component.recorded is None
+    component.recorded = "recorded"
+    pipe.lora.scale("style", 3.0)
+    assert component.recorded == "recorded"
+    pipe.lora.detach()
+    assert component.recorded is None

@@ -11,7 +11,7 @@ from torch import nn
 from s3dit import Pipeline
 from s3dit.errors import BackendError
 from s3dit.model.layout import text_to_image
-from s3dit.runtime.block_streaming import compute_dtype, repeated, stream
+from s3dit.runtime.block_streaming import repeated, stream
 
 
 class Odd(nn.Module):
@@ -88,20 +88,20 @@ def test_a_stop_in_the_middle_leaves_it_usable():
 
 def test_a_parameter_that_is_changed_passes_through_the_slots_too():
     resident, streamed = same(Model)
-    stream(streamed, "cpu", 2, torch.float32)
+    streamer = stream(streamed, "cpu", 2, torch.float32)
     x = torch.randn(7)
     streamed(x)
     for name in ("layers.0", "layers.2", "layers.4", "head"):
         for model in (resident, streamed):
             shelf = model.get_submodule(name)._parameters
-            assert compute_dtype(model, shelf, "weight") == torch.float32
+            assert streamer.compute_dtype(shelf, "weight") == torch.float32
             changed = nn.Parameter(shelf["weight"] + 1, requires_grad=False)
             shelf["weight"] = changed
         # Also right after a pass, when a slot holds it as it was.
         assert torch.equal(streamed(x), resident(x))
-    stream(low := Model().bfloat16(), "cpu", 0, torch.float32)
+    streamer = stream(low := Model().bfloat16(), "cpu", 0, torch.float32)
     shelf = low.layers[0]._parameters
-    assert shelf["weight"].dtype == torch.bfloat16 and compute_dtype(low, shelf, "weight") == torch.float32
+    assert shelf["weight"].dtype == torch.bfloat16 and streamer.compute_dtype(shelf, "weight") == torch.float32
 
 
 def test_parameters_are_cast_on_the_way_and_parts_are_not():
@@ -256,4 +256,4 @@ def test_streamed_on_a_gpu_is_resident_bit_for_bit(quantize):
     for side in (128, 64, 128):
         a, b = (pipe(**options, height=side, output_type="latent").latents[0] for pipe in (resident, streamed))
         assert torch.equal(a, b)
-    assert streamed.parts["transformer"].streamer.copies
+    assert streamed.parts.component("transformer").streamer.copies

@@ -27,9 +27,9 @@ from s3dit.runtime.budget import (
     control_work,
     decoder_work,
     encoder_work,
-    fit_beside,
-    memory,
     parse_size,
+    plan_memory,
+    plan_memory_beside,
     sizes,
     transformer_work,
     vision_work,
@@ -85,19 +85,19 @@ NEEDS = {
     ],
 )
 def test_plans_from_fast_to_slow(budget, mode, kept, tile, peak):
-    found = memory(budget, NEEDS, 0)
+    found = plan_memory(budget, NEEDS, 0)
     assert (found.mode, dict(found.kept), found.tile, found.peak) == (mode, kept, tile, peak)
-    assert found == replace(memory(budget + 7, NEEDS, 7), budget=budget, peak=peak)
+    assert found == replace(plan_memory(budget + 7, NEEDS, 7), budget=budget, peak=peak)
 
 
 def test_an_impossible_budget_names_the_smallest_which_is_possible():
     with pytest.raises(BackendError, match=r"smallest budget is 0\.01 MiB \(for the transformer\)"):
-        memory(259, NEEDS, 0)
-    assert memory(260, NEEDS, 0).peak == 260
+        plan_memory(259, NEEDS, 0)
+    assert plan_memory(260, NEEDS, 0).peak == 260
 
 
 def test_more_memory_is_never_slower():
-    kept = [memory(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
+    kept = [plan_memory(size, NEEDS, 0).kept.get("transformer", 99) for size in range(260, 1100)]
     assert kept == sorted(kept)
 
 
@@ -105,8 +105,8 @@ def test_guests_of_the_transformer():
     """Whole beside it where it stays whole, else streamed through slots of their own; no guests, no difference."""
     guest = Need(5, (40, 40, 40), ((None, 0),))
     for size in (260, 549, 1049):
-        assert fit_beside(size, NEEDS, "transformer", {}) == memory(size, NEEDS)
-    found = [fit_beside(size, NEEDS, "transformer", {"control": guest}) for size in (1175, 700, 640, 400)]
+        assert plan_memory_beside(size, NEEDS, "transformer", {}) == plan_memory(size, NEEDS)
+    found = [plan_memory_beside(size, NEEDS, "transformer", {"control": guest}) for size in (1175, 700, 640, 400)]
     assert [(one.mode, dict(one.kept)) for one in found] == [
         ("resident", {}),  # 750 of the others, 125 and the VAE's 300
         ("staged", {}),  # 510 + 125, and 40 for the pass
@@ -115,7 +115,7 @@ def test_guests_of_the_transformer():
     ]
     assert found[2].counts == {"control": 3} and [one.peak for one in found[:3]] == [1175, 675, 635]
     with pytest.raises(BackendError, match="smallest budget"):
-        fit_beside(300, NEEDS, "transformer", {"control": guest})
+        plan_memory_beside(300, NEEDS, "transformer", {"control": guest})
 
 
 def test_official_sizes():
@@ -136,11 +136,11 @@ def test_official_sizes():
         "transformer": Need(*weights[1], ((None, transformer_work(dit, 4096 + 128, bf16)),)),
         "vae": Need(2 * 83_819_683, (), tuple(works)),
     }
-    small, large = (memory(parse_size(size), needs, RESERVE["cuda"]) for size in ("4GiB", "16GiB"))
+    small, large = (plan_memory(parse_size(size), needs, RESERVE["cuda"]) for size in ("4GiB", "16GiB"))
     assert small.kept == {"text_encoder": 15, "transformer": 6} and small.tile is None
     assert (large.mode, large.kept, large.tile) == ("staged", {}, None) and large.peak < 12.7 * 2**30
     with pytest.raises(BackendError, match="smallest budget is 1.84 GiB"):
-        memory(1 << 30, needs, RESERVE["cuda"])
+        plan_memory(1 << 30, needs, RESERVE["cuda"])
 
 
 class Peak(TorchDispatchMode):
@@ -205,7 +205,7 @@ def test_the_transformers_formula(config, dtype, lean, scheme):
     with torch.inference_mode():
         context = model.context(layout, torch.randn(sum(lengths), config.cap_feat_dim, dtype=dtype))
     x = torch.randn(sum(r * c for r, c in grids), 64)
-    tokens, before = len(layout.whole.positions), backend()
+    tokens, before = len(layout.joint.positions), backend()
     from s3dit.kernels.swiglu import swiglu
 
     try:
@@ -237,7 +237,7 @@ def test_the_control_formula(config, version, branches, rule):
     with torch.inference_mode():
         context = model.context(layout, torch.randn(sum(lengths), config.cap_feat_dim))
     controls = Controls((Branch(net, shown, 0.5, rule),) * branches)
-    tokens, t, before = len(layout.whole.positions), torch.tensor([0.5]), backend()
+    tokens, t, before = len(layout.joint.positions), torch.tensor([0.5]), backend()
     try:
         set_backend("torch")
         plain, most = measured(lambda: model(x, t, context)), measured(lambda: model(x, t, context, controls))
@@ -305,7 +305,7 @@ def test_a_budget_draws_the_same_picture_and_keeps_to_its_plan():
     plan = tight.plan(**options)
     assert plan.memory.mode == "staged" and plan.memory.peak <= 20 << 20 and plan.memory.kept["transformer"] > 0
     a, b = (pipe(**options, output_type="latent").latents[0] for pipe in (free, tight))
-    assert torch.equal(a, b) and tight.parts["transformer"].streamer.copies
+    assert torch.equal(a, b) and tight.parts.component("transformer").streamer.copies
     # A larger picture leaves room for fewer blocks; a smaller one after it uses what is there.
     tight = Pipeline.load(device="cpu", dtype="fp32", vram="20MiB")
     for side in (64, 192, 64):

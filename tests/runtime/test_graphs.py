@@ -198,8 +198,8 @@ def test_a_recording_is_of_the_model_as_it_was():
 
 def test_a_model_goes_with_its_recordings():
     model = nn.Linear(2, 2)
-    vars(model)["replay"] = Replay(model, lambda run: (lambda: None, run()))
-    vars(model)["replay"](torch.ones(2))
+    model.kept = Replay(model, lambda run: (lambda: None, run()))
+    model.kept(torch.ones(2))
     gone = weakref.ref(model)
     gc.collect()
     gc.disable()
