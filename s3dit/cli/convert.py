@@ -23,10 +23,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from s3dit.cli.inspect import MODULES
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config
 from s3dit.model.config import OWN, TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.container import FLOATS
@@ -104,7 +104,7 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
     check_target(source, target, force=force)
     needed = SPARE
     for part, checkpoint in found.parts.items():
-        config = found.configs.get(part) or infer_config.READERS[part](checkpoint)
+        config = found.configs.get(part) or SPECS[part].infer(checkpoint)
         # A file may lack the layer that is never read, a config.json beside it may not leave that open.
         infer_config.check_layers(part, checkpoint, config, "the whole model has")
         needed += sum(_size(part, official(checkpoint), config, dtype))
@@ -116,7 +116,7 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
 def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> Iterator[int]:
     """Bytes of each tensor as it will be written; raises CheckpointError for a number format that nobody decodes."""
     with torch.device("meta"):
-        homes = MODULES[part](config).state_dict()
+        homes = SPECS[part].module(config).state_dict()
     for name in checkpoint:
         entry, (layer, _, leaf) = checkpoint.entry(name), name.rpartition(".")
         if layer in checkpoint.schemes and leaf != "bias":
@@ -189,7 +189,7 @@ def _digest(path: Path) -> str:
 
 def _config(part: str, checkpoint: Checkpoint, found: OpenedModel) -> dict[str, Any]:
     """The config.json of a part."""
-    config = found.configs.get(part) or infer_config.READERS[part](checkpoint)
+    config = found.configs.get(part) or SPECS[part].infer(checkpoint)
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     if isinstance(config, TransformerConfig):
         return TRANSFORMER | {key: value for key, value in values.items() if value is not None}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from s3dit.cli.inspect_files import described, maker
 from s3dit.cli.inspect_pictures import PICTURES, picture
@@ -26,9 +25,7 @@ from s3dit.errors import CheckpointError
 from s3dit.model import infer_config
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, read_json, variant_of
 from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
-from s3dit.model.text_encoder import TextEncoder
-from s3dit.model.transformer import Transformer
-from s3dit.model.vae import Autoencoder
+from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import OpenedModel, missing, open_model
 from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
@@ -40,7 +37,6 @@ from s3dit.weights.split_checkpoint import PARTS
 
 GROUPS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner", "embed_tokens", "encoder", "decoder")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8 e5m2"}
-MODULES: Mapping[str, type[nn.Module]] = {"transformer": Transformer, "text_encoder": TextEncoder, "vae": Autoencoder}
 # Layers that a file may lack, because nothing reads them.
 NOT_READ = re.compile(r"norm_final|model\.norm|lm_head")
 # What says the width of text features, of which all parts of a model have one.
@@ -127,7 +123,7 @@ def _base(found: OpenedModel) -> str:
     widths = set()
     for part, checkpoint in found.parts.items():
         with suppress(CheckpointError):
-            config = found.configs.get(part) or infer_config.READERS[part](checkpoint)
+            config = found.configs.get(part) or SPECS[part].infer(checkpoint)
             widths.add(getattr(config, WIDTHS[part], infer_config.TEXT_ENCODER.hidden_size))
     return HOME if widths == {infer_config.TEXT_ENCODER.hidden_size} else f"{PLACE}MODEL"
 
@@ -160,7 +156,7 @@ def _home(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tu
     """The shape of a layer's weight in the published model, () where it has no such layer."""
     if part not in known:
         with torch.device("meta"):
-            known[part] = MODULES[part](getattr(infer_config, part.upper())).state_dict()
+            known[part] = SPECS[part].module(SPECS[part].published).state_dict()
     tensor = known[part].get(f"{layer}.weight", known[part].get(layer))
     return () if tensor is None else tuple(tensor.shape)
 
@@ -200,7 +196,7 @@ def _part(part: str, checkpoint: Checkpoint, found: OpenedModel) -> Part:
     notes: list[str] = []
     config = found.configs.get(part)
     try:
-        config = config or infer_config.READERS[part](checkpoint, None, notes)
+        config = config or SPECS[part].infer(checkpoint, None, notes)
         faults = tuple(_lacks(part, config, checkpoint))
         kind = _kind(config, found)
     except CheckpointError as error:
@@ -273,7 +269,7 @@ def _kind(config: Any, found: OpenedModel) -> str:
 def _lacks(part: str, config: Any, checkpoint: Checkpoint) -> Iterable[str]:
     """Layers that the model has and the file has not, or the other way round."""
     with torch.device("meta"):
-        module = MODULES[part](config)
+        module = SPECS[part].module(config)
     # The embedding is not assigned, but read by rows.
     spare = [one for one in getattr(module, "unused", ()) if not fnmatchcase("model.embed_tokens.weight", one)]
     homes = {name: name.rpartition(".")[0] or name for name in module.state_dict()}

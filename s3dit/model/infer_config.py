@@ -142,9 +142,6 @@ def vae(checkpoint: Checkpoint, known: VAEConfig | None = None, notes: list[str]
     )
 
 
-READERS: dict[str, Any] = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
-
-
 class _Shapes:
     """Sizes by official names."""
 

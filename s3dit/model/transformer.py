@@ -201,6 +201,9 @@ class Steering(Protocol):
 class Transformer(nn.Module):
     """The velocity of the flow; see the module's docstring."""
 
+    # Patterns of official names that `assign` need not read.
+    unused = ("norm_final.weight",)
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config

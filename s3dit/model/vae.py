@@ -243,6 +243,9 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """AutoencoderKL of FLUX.1: `encode` pixels to model-space latents, `decode` them back, both by tiles if asked."""
 
+    # Patterns of official names that `assign` need not read: none.
+    unused: tuple[str, ...] = ()
+
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         self.config = config

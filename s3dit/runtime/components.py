@@ -20,16 +20,14 @@ from s3dit.control import Control
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import swap
-from s3dit.model.text_encoder import TextEncoder
-from s3dit.model.transformer import Transformer
-from s3dit.model.vae import Autoencoder
+from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.runtime import adapters, budget
 from s3dit.runtime.block_streaming import Mode, repeated
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.runtime.residency import Component, Residency
-from s3dit.runtime.sources import Sources
+from s3dit.runtime.sources import VISION_TOWER, Sources
 from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
@@ -79,19 +77,15 @@ class Components(Residency):
         module: nn.Module
         unused: tuple[str, ...]
         with torch.device("meta"):
-            if part == "transformer":
-                module, unused = Transformer(self.config.transformer), ("norm_final.weight",)
-            elif part == "vae":
-                module, unused = Autoencoder(self.config.vae), ()
-            elif part in self.controlnets:
+            if part in self.controlnets:
                 module = ControlNet(self.controlnets[part], self.config.transformer)
                 unused = self.controlnets[part].unused(self.checkpoints[part])
-            elif part == "siglip":
+            elif part == VISION_TOWER:
                 assert self.config.vision is not None
                 module, unused = VisionEncoder(self.config.vision), VisionEncoder.unused
             else:
-                module = encoder = TextEncoder(self.config.text_encoder)
-                unused = encoder.unused
+                module = SPECS[part].module(getattr(self.config, part))
+                unused = module.unused  # type: ignore[assignment]
             stored = fitted(self.checkpoints[part], module.state_dict())
             for name, kind in schemes_for(part, stored, self._quantize.get(part)).items():
                 if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):

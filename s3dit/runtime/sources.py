@@ -16,7 +16,6 @@ from typing import Any
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config, tokenizer_config
 from s3dit.model.config import (
-    KINDS,
     ModelConfig,
     SchedulerConfig,
     compose,
@@ -26,6 +25,7 @@ from s3dit.model.config import (
     read_vision,
     variant_of,
 )
+from s3dit.model.part_specs import SPECS
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import PARTS as REPOSITORY_PARTS
@@ -35,12 +35,7 @@ from s3dit.weights.split_checkpoint import PARTS, split
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 # What a GGUF file says that carries a tokenizer.
 VOCABULARY = "tokenizer.ggml.model"
-OPTIONS = {
-    "transformer": "--transformer FILE",
-    "text_encoder": "--text-encoder FILE",
-    "vae": "--vae FILE",
-    "tokenizer": "--tokenizer DIR",
-}
+OPTIONS = {part: f"{spec.option} FILE" for part, spec in SPECS.items()} | {"tokenizer": "--tokenizer DIR"}
 # The folder of an Omni model's vision tower.
 VISION_TOWER = "siglip"
 # What a file of weights cannot say, and what is taken for it.
@@ -120,7 +115,7 @@ def open_sources(
     notes = list(dict.fromkeys(note for found in places for note in found.notes)) + said_of_words
     checkpoints = {part: homes[part].parts[part] for part in PARTS}
     configs = {
-        part: homes[part].configs.get(part) or infer_config.READERS[part](checkpoints[part], known.get(part), notes)
+        part: homes[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
         for part in PARTS
     }
     sees = base is not None and configs["transformer"].siglip_feat_dim is not None
@@ -204,8 +199,8 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     data = read_json(path)
-    notes += KINDS[part].strange(data, path)
-    return {part: KINDS[part].from_json(data, path)}
+    notes += SPECS[part].config.strange(data, path)
+    return {part: SPECS[part].config.from_json(data, path)}
 
 
 def _one(part: str, path: Path) -> OpenedModel:

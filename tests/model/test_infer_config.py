@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config as infer
 from s3dit.model.config import read_model
+from s3dit.model.part_specs import SPECS
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
@@ -47,13 +48,13 @@ def blank(part, config):
 
 @pytest.mark.parametrize("part", MODULES)
 def test_the_published_form(part):
-    assert infer.READERS[part](blank(part, PUBLISHED[part])) == PUBLISHED[part]
+    assert SPECS[part].infer(blank(part, PUBLISHED[part])) == PUBLISHED[part]
 
 
 @pytest.mark.parametrize("part", MODULES)
 def test_the_embedded_model(part):
     config = getattr(read_model(EMBEDDED), part)
-    assert infer.READERS[part](open_checkpoint(EMBEDDED / part), config) == config
+    assert SPECS[part].infer(open_checkpoint(EMBEDDED / part), config) == config
 
 
 def test_other_sizes():
@@ -137,4 +138,4 @@ def test_shapes_that_are_no_models(part, change, words, tmp_path):
             tensors[name] = torch.zeros(shape)
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=words):
-        infer.READERS[part](open_checkpoint(tmp_path / "x.safetensors"))
+        SPECS[part].infer(open_checkpoint(tmp_path / "x.safetensors"))
