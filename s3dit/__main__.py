@@ -11,7 +11,7 @@ def run() -> int:
     ends = [number for number in ends if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)]
     for number in ends:
         signal.signal(number, _end)
-    from s3dit.cli.command_line import main
+    from s3dit.cli.main import main
 
     for number in ends:
         signal.signal(number, signal.SIG_DFL)

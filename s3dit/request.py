@@ -44,16 +44,29 @@ IMAGES = ("image", "mask_image")
 UNNAMED = ("generator", "latents", "output_type")
 
 
+# Groups of options, as --help shows them.
+PROMPT, SAMPLING, GUIDANCE = "prompt and size", "sampling", "guidance"
+START, STEERING = "start image", "control and references"
+
+
 def _field(
-    default: Any, kind: Kind, *bounds: Any, each: bool = False, holes: bool = False, flag: str = "", says: str = ""
+    default: Any,
+    kind: Kind,
+    *bounds: Any,
+    each: bool = False,
+    holes: bool = False,
+    group: str = "",
+    flag: str = "",
+    says: str = "",
 ) -> Any:
     """A field of a Request: its default, which values it takes besides a default of None, its option and help text.
 
-    each: it may hold one value a prompt or picture · holes: of which some may be None · flag: a shorter spelling of the
-    option on the command line, beside the field's own name.
+    each: it may hold one value a prompt or picture · holes: of which some may be None · group: of options, under which
+    the command line's help shows it; without one it has no option · flag: a shorter spelling of the option, beside the
+    field's own name.
     """
-    metadata = {"kind": kind, "bounds": bounds, "each": each, "holes": holes, "flag": flag, "help": says}
-    return field(default=default, metadata=metadata)
+    shape = {"kind": kind, "bounds": bounds, "each": each, "holes": holes}
+    return field(default=default, metadata=shape | {"group": group, "flag": flag, "help": says})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,103 +76,121 @@ class Request:
     Checked when it is made; raises RequestError. latents: the noise to start from; a start image is mixed with it.
     """
 
-    prompt: str | Sequence[str] | None = _field(None, values.TEXT, says="what to draw (default: the model's example)")
+    prompt: str | Sequence[str] | None = _field(
+        None, values.TEXT, group=PROMPT,
+        says="what to draw (default: the model's example)",
+    )  # fmt: skip
     negative_prompt: str | Sequence[str] | None = _field(
-        None, values.TEXT, says="what to avoid; used when guidance is on (default: the empty prompt)"
-    )
+        None, values.TEXT, group=PROMPT,
+        says="what to avoid; used when guidance is on (default: the empty prompt)",
+    )  # fmt: skip
     height: int | Sequence[int] | None = _field(
-        None, values.SIDE, each=True, holes=True,
+        None, values.SIDE, each=True, holes=True, group=PROMPT,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
     )  # fmt: skip
     width: int | Sequence[int] | None = _field(
-        None, values.SIDE, each=True, holes=True,
+        None, values.SIDE, each=True, holes=True, group=PROMPT,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
     )  # fmt: skip
     num_inference_steps: int | None = _field(
-        None, values.INTEGER, 1, values.MOST_STEPS, flag="--steps",
+        None, values.INTEGER, 1, values.MOST_STEPS, group=SAMPLING, flag="--steps",
         says="steps of the solver (default: Turbo 8, Z-Image 28)",
     )  # fmt: skip
     guidance_scale: float | None = _field(
-        None, values.NUMBER, 0, 1000, flag="--guidance",
+        None, values.NUMBER, 0, 1000, group=GUIDANCE, flag="--guidance",
         says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
     )  # fmt: skip
     cfg: float | None = _field(
-        None, values.NUMBER, 1, 1001, says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1"
-    )
+        None, values.NUMBER, 1, 1001, group=GUIDANCE,
+        says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1",
+    )  # fmt: skip
     cfg_normalization: bool | float = _field(
-        False, values.LIMIT, 0, 1000,
+        False, values.LIMIT, 0, 1000, group=GUIDANCE,
         says="limit the guided velocity's norm to this multiple of the unguided one; 0 is off",
     )  # fmt: skip
     cfg_truncation: float = _field(
-        1.0, values.NUMBER, 0, 1000, says="no guidance once t (0 noise, 1 image) is above this"
-    )
+        1.0, values.NUMBER, 0, 1000, group=GUIDANCE,
+        says="no guidance once t (0 noise, 1 image) is above this",
+    )  # fmt: skip
     num_images_per_prompt: int = _field(
-        1, values.INTEGER, 1, MOST_PICTURES, flag="--count", says="pictures a prompt; seeds count up"
-    )
+        1, values.INTEGER, 1, MOST_PICTURES, group=PROMPT, flag="--count",
+        says="pictures a prompt; seeds count up",
+    )  # fmt: skip
     seed: int | Sequence[int] | None = _field(
-        None, values.INTEGER, -(2**63), LARGEST_SEED, each=True,
+        None, values.INTEGER, -(2**63), LARGEST_SEED, each=True, group=PROMPT,
         says="seed of the first picture; the next ones take seed + 1, … (default: random)",
     )  # fmt: skip
     generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.GENERATORS)
     latents: "torch.Tensor | None" = _field(None, values.LATENTS)
     sigmas: Sequence[float] | None = _field(
-        None, values.LEVELS, says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)"
-    )
+        None, values.LEVELS, group=SAMPLING,
+        says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)",
+    )  # fmt: skip
     shift: float | None = _field(
-        None, values.NUMBER, 1e-3, 1e3, says="shift of the schedule (default: the model's file)"
-    )
-    schedule: Schedule = _field("official", values.CHOICE, Schedule, says="spacing of the noise levels")
-    solver: Solver = _field("euler", values.CHOICE, Solver, says="how the flow is integrated")
+        None, values.NUMBER, 1e-3, 1e3, group=SAMPLING,
+        says="shift of the schedule (default: the model's file)",
+    )  # fmt: skip
+    schedule: Schedule = _field("official", values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels")
+    solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
     max_sequence_length: int = _field(
-        512, values.INTEGER, 1, values.MOST_TOKENS, says="tokens of the prompt that are read; the rest is cut"
-    )
+        512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
+        says="tokens of the prompt that are read; the rest is cut",
+    )  # fmt: skip
     image: "ImageSource | Sequence[ImageSource] | None" = _field(
-        None, values.IMAGE, each=True,
+        None, values.IMAGE, each=True, group=START,
         says="start image, to be redrawn; its size, cut to multiples of 16, is the default",
     )  # fmt: skip
     mask_image: "ImageSource | Sequence[ImageSource | None] | None" = _field(
-        None, values.IMAGE, each=True, holes=True, flag="--mask",
+        None, values.IMAGE, each=True, holes=True, group=START, flag="--mask",
         says="mask of the start image's size: white is painted anew, black is kept",
     )  # fmt: skip
     strength: float | None = _field(
-        None, values.NUMBER, 0, 1,
+        None, values.NUMBER, 0, 1, group=START,
         says="how much of the start image is redrawn, up to 1 (default: 0.6; 1 with a mask or margins)",
     )  # fmt: skip
     extend: Sequence[int] | None = _field(
-        None, values.MARGINS, says="margins in pixels to paint around the start image: left,top,right,bottom"
-    )
+        None, values.MARGINS, group=START,
+        says="margins in pixels to paint around the start image: left,top,right,bottom",
+    )  # fmt: skip
     mask_mode: MaskMode = _field(
-        "inpaint", values.CHOICE, MaskMode,
+        "inpaint", values.CHOICE, MaskMode, group=START,
         says="inpaint cuts the mask at one half; differential reads gray as how much is to change",
     )  # fmt: skip
-    mask_blur: float = _field(0.0, values.NUMBER, 0, 512, says="soften the mask's edges by this many pixels")
+    mask_blur: float = _field(
+        0.0, values.NUMBER, 0, 512, group=START,
+        says="soften the mask's edges by this many pixels",
+    )  # fmt: skip
     composite: bool = _field(
-        True, values.SWITCH, says="lay the start image's own pixels over what the mask keeps (default: yes)"
-    )
+        True, values.SWITCH, group=START,
+        says="lay the start image's own pixels over what the mask keeps (default: yes)",
+    )  # fmt: skip
     posterior: Posterior = _field(
-        "mode", values.CHOICE, Posterior,
+        "mode", values.CHOICE, Posterior, group=START,
         says="start image in latents: mode is certain, sample is drawn from the seed as diffusers does",
     )  # fmt: skip
     upscale: float | None = _field(
-        None, values.NUMBER, 1, 8, says="draw a second pass, this many times as large, over the first one's picture"
-    )
+        None, values.NUMBER, 1, 8, group=START,
+        says="draw a second pass, this many times as large, over the first one's picture",
+    )  # fmt: skip
     upscale_strength: float | None = _field(
-        None, values.NUMBER, 0, 1, says="how much the second pass redraws, up to 1 (default: 0.35)"
-    )
+        None, values.NUMBER, 0, 1, group=START,
+        says="how much the second pass redraws, up to 1 (default: 0.35)",
+    )  # fmt: skip
     control: Control | Sequence[Control] | None = _field(
-        None, values.CONTROLS, says="steer with a ControlNet and a control image; may be repeated"
-    )
+        None, values.CONTROLS, group=STEERING,
+        says="steer with a ControlNet and a control image; may be repeated",
+    )  # fmt: skip
     reference: "ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None" = _field(
-        None, values.REFERENCES,
+        None, values.REFERENCES, group=STEERING,
         says="picture for an Omni or Edit model to look at, once for each; the last one's size is the default",
     )  # fmt: skip
     reference_area: int | Sequence[int | None] | None = _field(
-        None, values.INTEGER, 64 * 64, LARGEST_SIDE**2, each=True, holes=True,
-        says="pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both are "
-        "given, else 1024 × 1024)",
+        None, values.INTEGER, 64 * 64, LARGEST_SIDE**2, each=True, holes=True, group=STEERING,
+        says="pixels that references of more than 1024 × 1024 are scaled to (default: height × width where both "
+        "are given, else 1024 × 1024)",
     )  # fmt: skip
     reference_positions: Positions = _field(
-        "released", values.CHOICE, Positions,
+        "released", values.CHOICE, Positions, group=STEERING,
         says="where captions between references stand: as in the released code, or as it was meant",
     )  # fmt: skip
     output_type: OutputType = _field("pil", Kind(values.choice), OutputType)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, get_args
 
-from s3dit.control import FORM, LONGEST_PATH, Control, shown
+from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
@@ -193,26 +193,27 @@ class Kind:
 
     check(name, value, *bounds) raises RequestError · parse: a value from the command line's text (ValueError), None
     where a field cannot be given there · metavar: what stands for the value in --help · several: whether the option may
-    be repeated, each time one value more.
+    be repeated, each time one value more · name: what a text is not that cannot be read.
     """
 
     check: Callable[..., None]
     parse: Callable[[str], Any] | None = None
     metavar: str = ""
     several: bool = False
+    name: str = ""
 
 
 TEXT = Kind(texts, str, "TEXT")
-SIDE = Kind(side, int, "N")
-INTEGER = Kind(integer, int, "N")
-NUMBER = Kind(number, float, "X")
-LIMIT = Kind(number_or_bool, float, "X")
+SIDE = Kind(side, int, "N", name="an integer")
+INTEGER = Kind(integer, int, "N", name="an integer")
+NUMBER = Kind(number, float, "X", name="a number")
+LIMIT = Kind(number_or_bool, float, "X", name="a number")
 CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
-LEVELS = Kind(levels, floats_of, "A,B,…")
-MARGINS = Kind(margins, integers_of, "L,T,R,B")
+LEVELS = Kind(levels, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
+MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
 IMAGE = Kind(image, str, "FILE")
 REFERENCES = Kind(references, str, "FILE", several=True)
-CONTROLS = Kind(controls, Control.parse, FORM, several=True)
+CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)

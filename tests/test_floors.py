@@ -150,7 +150,7 @@ def test_tools_run_in_no_circle():
         ("sampling.solvers", "from s3dit.runtime.residency import Residency", "floor 5 imports floor 7"),
         ("runtime.lora", "from s3dit.plan import Plan", "floor 7 imports floor 8"),
         ("pipeline", "from s3dit.research.trace import trace", "floor 9 imports floor 10"),
-        ("pipeline", "from s3dit.cli.command_line import main", "floor 9 imports floor 11"),
+        ("pipeline", "from s3dit.cli.main import main", "floor 9 imports floor 11"),
         ("pipeline", "from s3dit import Pipeline", "the door"),
         ("pipeline", "from s3dit.weights import Checkpoint", "the door"),
         ("pipeline", "from .vae import Autoencoder", "relative"),
@@ -206,7 +206,7 @@ def test_tools_shadow_nothing():
     assert not [path for path in (ROOT / "tools").glob("*.py") if path.stem in taken]
 
 
-@pytest.mark.parametrize("module", ["s3dit", "s3dit.cli.command_line", "s3dit.request"])
+@pytest.mark.parametrize("module", ["s3dit", "s3dit.cli.main", "s3dit.request"])
 def test_import_is_light(module):
     """`--help` and a refused request answer at once: torch comes when there is something to compute."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

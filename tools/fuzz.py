@@ -26,7 +26,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
-from s3dit.cli import command_line
+from s3dit.cli import generate
+from s3dit.cli import main as command_line
 from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.inputs.images import Picture
 from s3dit.model.config import read_model
@@ -140,11 +141,11 @@ def _replay(path: Path, picture: Any, pipe: Pipeline) -> None:
     argv = ["generate", "--replay", str(path.with_suffix(".png")), "-o", str(path.with_suffix(".out.png"))]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         before, Pipeline.load = Pipeline.load, lambda *args, **options: pipe  # type: ignore[method-assign]
-        command_line._generate, after = (lambda *args: 0), command_line._generate
+        generate._generate, after = (lambda *args: 0), generate._generate
         try:
             code = command_line.main(argv)
         finally:
-            Pipeline.load, command_line._generate = before, after  # type: ignore[method-assign]
+            Pipeline.load, generate._generate = before, after  # type: ignore[method-assign]
     if code:
         raise RequestError(said.getvalue())
 

@@ -1,4 +1,4 @@
-"""The commands that deal with files instead of pictures: `s3dit look`, `s3dit convert` and `s3dit quantize`."""
+"""The commands that deal with files instead of pictures: `s3dit inspect`, `s3dit convert` and `s3dit quantize`."""
 
 import argparse
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from s3dit.terminal import bar, event, say, tell
 def add(commands: Any) -> None:
     """Give a parser's commands those of this room."""
     text = "say what is in a file or folder, what is missing to draw with it, and the command that does"
-    command = commands.add_parser("look", help=text, description=text)
+    command = commands.add_parser("inspect", aliases=["look"], help=text, description=text)
     command.add_argument(
         "path", metavar="FILE",
         help="a file or folder of weights or settings, a tokenizer, an adapter, a picture, embedded, or a hub name, of "
@@ -47,7 +47,9 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
-def _look(args: argparse.Namespace) -> int:
+def _inspect(args: argparse.Namespace) -> int:
+    if args.command == "look":
+        say("look is called inspect now: s3dit inspect FILE")
     from s3dit.cli.inspect import absent, look
     from s3dit.pipeline import EMBEDDED
     from s3dit.weights.hub import peek
@@ -109,7 +111,8 @@ def _quantize(args: argparse.Namespace) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "look": _look,
+    "inspect": _inspect,
+    "look": _inspect,
     "convert": _convert,
     "quantize": _quantize,
 }

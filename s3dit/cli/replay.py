@@ -66,7 +66,7 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
         _check_given(args, record)
         request = Request.from_json(data)
         request = _alone(request, args, prompt)
-        controls = [Control.parse(text) for text in args.control or ()]
+        controls: list[Control] = args.control or []
         if request.controls and not controls:
             words = " ".join(f"--control {shown(spoken(one))}" for one in request.controls)
             raise RequestError(f"it was drawn with a ControlNet; give it, and what it is to follow, with {words}")

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,18 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.memory is None else str(plan.memory))
     return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
+
+
+def to_json(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:
+    """The plan as JSON values."""
+    return {
+        "model": pipe.folder.name, "variant": pipe.config.variant, "placement": str(pipe.placement),
+        "residency": pipe.parts.mode, "quantized": {part: name for part, name in pipe.parts.formats.items() if name},
+        "adapters": pipe.lora.records(), "request": plan.request.to_json(), "sigmas": plan.sigmas,
+        "then_sigmas": None if plan.then is None else plan.then.sigmas, "model_calls": plan.calls,
+        "stages": [asdict(stage) for stage in plan.stages], "memory": None if plan.memory is None else str(plan.memory),
+        "notes": plan.notes,
+    }  # fmt: skip
 
 
 def explain(pipe: "Pipeline", plan: "Plan") -> str:

@@ -39,7 +39,9 @@ TILES = (None, 96, 64, 48, 32)
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024) or a plain number; raises RequestError."""
+    """Bytes of a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024), or a number of bytes; raises RequestError."""
+    if isinstance(size, str) and size.strip().isdigit():
+        raise RequestError(f"vram is {size}; needed a size with its unit, such as {size.strip()}GiB")
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", str(size).strip().lower())
     if isinstance(size, bool) or match is None or match[2] not in UNITS or float(match[1]) == 0:
         raise RequestError(f"vram is {size!r}; needed a size such as 4GiB, 4GB, 4096MiB or a number of bytes")

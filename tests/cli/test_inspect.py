@@ -14,8 +14,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from s3dit.cli.command_line import main
 from s3dit.cli.inspect import _command, look
+from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config
 from s3dit.model.text_encoder import TextEncoder
@@ -47,7 +47,7 @@ def full():
 
 
 def test_a_whole_directory(capsys):
-    assert main(["look", str(EMBEDDED)]) == 0
+    assert main(["inspect", str(EMBEDDED)]) == 0
     out = capsys.readouterr().out
     assert "transformer: Z-Image (tiny), 6 layers of width 192" in out and "nothing, it is a whole model" in out
     assert f"--model {EMBEDDED}" in out and "fault" not in out
@@ -125,13 +125,13 @@ def test_what_is_no_model_is_one_line(tmp_path, capsys):
     save_file({"x.lora_A.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     torch.save({"x": torch.ones(1)}, tmp_path / "b.ckpt")
     for name, words in (("a.safetensors", "--lora FILE"), ("b.ckpt", "never opened"), ("c", "no such file")):
-        assert main(["look", str(tmp_path / name)]) == 2
+        assert main(["inspect", str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert words in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
 
 
 def test_json(capsys, tmp_path):
-    assert main(["look", str(WEIGHTS["transformer"]), "--json"]) == 0
+    assert main(["inspect", str(WEIGHTS["transformer"]), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["parts"][0]["spelling"] == "official" and "--transformer" in report["command"]
 
@@ -151,7 +151,7 @@ def test_an_adapter_is_named_and_its_command_parses(tmp_path, capsys):
     path = tmp_path / "my style.safetensors"
     tensors = {"lora_A.weight": torch.zeros(4, 96), "lora_B.weight": torch.zeros(96, 4), "alpha": torch.tensor(2.0)}
     save_file({f"diffusion_model.layers.0.attention.to_q.{leaf}": tensor for leaf, tensor in tensors.items()}, path)
-    assert main(["look", str(path)]) == 0
+    assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
     for words in ("an adapter", "lora", "rank                 4", "alpha                2"):
         assert words in said
@@ -163,7 +163,7 @@ def test_a_picture_says_what_made_it_and_draws_again(tmp_path, capsys, monkeypat
     options = ["--steps", "1", "--seed", "3", "--dtype", "fp32", "--device", "cpu"]
     assert main(["generate", "a red star", *options, "-o", "a b.png"]) == 0
     capsys.readouterr()
-    assert main(["look", "a b.png"]) == 0
+    assert main(["inspect", "a b.png"]) == 0
     said = capsys.readouterr().out
     assert "a red star" in said and "seed                 3" in said
     command = shlex.split(said.splitlines()[-1].removeprefix("use it: "))
@@ -172,7 +172,7 @@ def test_a_picture_says_what_made_it_and_draws_again(tmp_path, capsys, monkeypat
 
 
 def test_the_embedded_model_has_a_name(tmp_path, capsys):
-    assert main(["look", "embedded"]) == 0
+    assert main(["inspect", "embedded"]) == 0
     assert "nothing, it is a whole model" in capsys.readouterr().out
     assert main(["convert", "embedded", str(tmp_path / "out")]) == 0
 
@@ -299,7 +299,7 @@ def test_an_index_without_its_shards_says_which(tmp_path):
 
 def test_json_of_no_kind_is_one_line(tmp_path, capsys):
     (tmp_path / "x.json").write_text('{"a": [1], "b": 2}')
-    assert main(["look", str(tmp_path / "x.json")]) == 2
+    assert main(["inspect", str(tmp_path / "x.json")]) == 2
     assert "needed settings, an index or a tokenizer" in capsys.readouterr().err
 
 

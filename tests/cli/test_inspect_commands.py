@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.pipeline import EMBEDDED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -228,7 +228,7 @@ def command(said, **places):
 def test_every_command_works(kind, shelf, monkeypatch, capsys):
     monkeypatch.chdir(shelf)
     capsys.readouterr()
-    assert main(["look", kind]) == 0
+    assert main(["inspect", kind]) == 0
     said = capsys.readouterr().out
     for words in KINDS[kind]:
         assert words in said

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.inputs.images import Picture, read_metadata
 from s3dit.pipeline import Pipeline
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Control, Pipeline
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.cli.show import describe
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.images import read_metadata

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.images import read_metadata, save_png
 from s3dit.model.config import read_model

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 from s3dit import Pipeline
-from s3dit.cli.command_line import main
 from s3dit.cli.convert import convert
+from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
 from s3dit.kernels.int8 import int8
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from s3dit import Pipeline
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime import lora

@@ -1,8 +1,6 @@
 """Mixing parts from the command line: the right picture, and one line for what does not go together."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.sources import open_model, open_sources
@@ -67,17 +65,6 @@ def test_the_embedded_model_is_no_home_for_strangers():
         open_sources(None, {"vae": EMBEDDED / "vae"}, None, EMBEDDED)
     sources = open_sources("embedded", {"vae": WEIGHTS["vae"]}, None, EMBEDDED)
     assert sources.mixed == ("vae",) and sources.config.variant == "tiny"
-
-
-def test_the_program_beside_the_command(tmp_path):
-    save_file({"double_blocks.0.img_attn.qkv.weight": torch.ones(1)}, tmp_path / "x.safetensors")
-    for path, code in ((WEIGHTS["vae"].parent, 0), (tmp_path / "x.safetensors", 2)):
-        done = subprocess.run(
-            [sys.executable, ROOT / "tools" / "look.py", path], capture_output=True, text=True, cwd=ROOT,
-            env={"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == code and len((done.stdout + done.stderr).splitlines()) >= 1
-    assert "is a FLUX model" in done.stderr
 
 
 def test_convert_takes_adapters(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import METADATA, read_adapter
 from s3dit.weights.convert_adapter import convert_adapter

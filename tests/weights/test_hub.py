@@ -463,17 +463,17 @@ def test_an_adapter_given_where_a_model_may_be(hub):
 
 def looked(capsys, *argv):
     """What `look` says, and the words of its command."""
-    from s3dit.cli.command_line import main
+    from s3dit.cli.main import main
 
     capsys.readouterr()
-    assert main(["look", *argv]) == 0
+    assert main(["inspect", *argv]) == 0
     said = capsys.readouterr().out
     last = said.splitlines()[-1]
     return said, shlex.split(last.removeprefix("use it: s3dit ")) if last.startswith("use it") else []
 
 
 def drawn(words, tmp_path):
-    from s3dit.cli.command_line import main
+    from s3dit.cli.main import main
 
     small = ["--height", "64", "--width", "64", "--steps", "1", "--device", "cpu", "--dtype", "fp32"]
     words = [
@@ -509,10 +509,10 @@ def test_look_leaves_the_revision_that_is_there(hub, tmp_path, capsys, monkeypat
 
 
 def test_look_offline_at_what_is_not_there(hub, monkeypatch, capsys):
-    from s3dit.cli.command_line import main
+    from s3dit.cli.main import main
 
     offline(hub, monkeypatch)
-    assert main(["look", "org/name"]) == 2
+    assert main(["inspect", "org/name"]) == 2
     assert "HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
@@ -537,7 +537,7 @@ def test_look_at_parts_files_and_adapters_of_the_hub(hub, tmp_path, capsys):
 
 
 def test_convert_takes_one_file_of_a_repository(hub, tmp_path, monkeypatch):
-    from s3dit.cli.command_line import main
+    from s3dit.cli.main import main
 
     hub.repositories["org/one"] = {"deep/x.safetensors": MODEL["transformer/diffusion_pytorch_model.safetensors"]}
     assert main(["convert", "org/one/deep/x.safetensors", str(tmp_path / "a")]) == 0

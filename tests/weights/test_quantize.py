@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
 from s3dit.errors import BackendError, CheckpointError
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED

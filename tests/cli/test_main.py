@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from subprocess import PIPE
 
@@ -18,14 +19,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from s3dit.cli.command_line import main
+from s3dit.cli.main import main
+from s3dit.cli.options import SPELLINGS, UNCLEAR, parse
 from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.model.config import TransformerConfig
 from s3dit.model.transformer import Transformer
 from s3dit.pipeline import EMBEDDED
+from s3dit.request import Request
 
 PROMPT = "a red star above a blue ring on a white background"
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*args):
@@ -68,10 +73,16 @@ def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["generate", "a", "--steps", "few"], "invalid int value: 'few'"),
+        (["generate", "a", "--steps", "few"], "'few' is not an integer"),
         (["generate", "a", "--mask-mode", "soft"], "invalid choice: 'soft'"),
         (["generate", "a", "--image", "a.png", "--extend", "1,x"], "not four margins in pixels"),
-        (["generate", "a", "--nothing"], "unrecognized arguments: --nothing"),
+        (["generate", "a", "--nothing"], "there is no option --nothing"),
+        (["generate", "a", "--stpes", "2"], "there is no option --stpes; did you mean --steps?"),
+        (["generate", "a", "--step", "2"], "did you mean --steps?"),
+        (["generate", "a", "-n", "2"], "-n is not clear; say --count"),
+        (["generate", "a", "red", "star"], "unexpected 'red'; put a prompt of several words in quotation marks"),
+        (["generate", "a", "--size", "big"], "not a width and a height such as 1024x768"),
+        (["plan", "a", "--sampler", "dpm"], "invalid choice: 'dpm'"),
         (["draw"], "invalid choice: 'draw'"),
         (["quantize", "a"], "the following arguments are required: DST, --to"),
     ],
@@ -121,7 +132,8 @@ def test_prompt_file_and_json_lines(tmp_path, capsys):
     prompts.write_text("a red circle\n\na blue square\n")
     assert run("generate", "--prompt-file", prompts, "--steps", 2, "--json", "-o", tmp_path / "a.png") == 0
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [e["event"] for e in events] == ["step", "step", "saved", "saved"]
+    assert [e["event"] for e in events] == ["start", "step", "step", "saved", "saved"]
+    assert [one["seed"] for one in events[0]["pictures"]] == [one["seed"] for one in events[3:]]
     assert sorted(p.name for p in tmp_path.glob("*.png")) == ["a-1.png", "a-2.png"]
 
 
@@ -179,12 +191,16 @@ def test_plan_kernels(capsys):
         (["generate", "x", "--quality", "101", "-o", "a.jpg"], "--quality is 101"),
         (["generate", "a\udcff"], "prompt holds what is no Unicode text"),
         (["generate", "x", "--negative-prompt", "a\udcff"], "--negative-prompt holds what is no Unicode text"),
-        (["generate", "x", "--prompt-file", "none.txt"], "both a prompt"),
+        (["generate", "x", "--prompt-file", "none.txt"], "a prompt is given twice"),
+        (["generate", "x", "-p", "y"], "a prompt is given twice"),
+        (["generate", "x", "--size", "64x64", "--width", "64"], "both --size and --width"),
+        (["generate", "x", "--model", "./none"], "--model ./none: not found"),
+        (["generate", "x", "--lora", "none.safetensors"], "--lora none.safetensors: not found"),
         (["generate", "--prompt-file", "none.txt"], "none.txt: not found"),
         (["generate", "--replay", "none.png"], "none.png"),
         (["generate", "x", "--strength", "1.5"], "strength is 1.5"),
-        (["plan", "x", "--residency", "half"], "residency is 'half'; needed staged, resident or streamed"),
-        (["plan", "x", "--vram", "some"], "vram is 'some'; needed a size such as 4GiB"),
+        (["plan", "x", "--residency", "half"], "--residency is 'half'; needed staged, resident or streamed"),
+        (["plan", "x", "--vram", "some"], "--vram is 'some'; needed a size such as 4GiB"),
         (["plan", "x", "--vram", "64KiB", "--device", "cpu"], "the smallest budget is"),
         (["plan", "x", "--vram", "1GiB", "--residency", "streamed"], "vram chooses the residency by itself"),
         (["plan", "x", "--device", "cpu", "--graphs"], "graphs need a CUDA device, found cpu"),
@@ -237,7 +253,49 @@ def test_help_names_the_environment(capsys):
     with pytest.raises(SystemExit):
         main(["plan", "--help"])
     out = capsys.readouterr().out
-    assert "S3DIT_BACKEND=auto|reference|torch|triton" in out and "--kernels" in out and "--vram" in out
+    assert "--kernels" in out and "--vram" in out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert "S3DIT_BACKEND=auto|reference|torch|triton" in out
+    assert all(f"  s3dit {command} " in out for command in ("generate", "plan", "inspect", "convert", "quantize"))
+
+
+def test_every_field_has_its_option():
+    """Options are made of the fields: one more field has one more option, and nothing here knows its name."""
+    args = vars(parse(["generate", "a"]))
+    for one in fields(Request):
+        assert (one.name in args) == bool(one.metadata["group"]), one.name
+        assert one.metadata["help"] or not one.metadata["group"]
+    assert {one.name for one in fields(Request) if not one.metadata["group"]} == {"generator", "latents", "output_type"}
+
+
+def test_spellings_of_other_programs_are_taken():
+    words = ["-H", "64", "-W", "80", "--sampler", "heun", "--cfg-scale=3", "--num-inference-steps", "4", "-s", "7"]
+    args = parse(["generate", "-p", "a fox", *words, "--batch-count", "2", "--init-img", "a.png"])
+    found = {name: getattr(args, name) for name in ("height", "width", "solver", "cfg", "num_inference_steps", "seed")}
+    assert found == {"height": 64, "width": 80, "solver": "heun", "cfg": 3.0, "num_inference_steps": 4, "seed": 7}
+    assert (args.named_prompt, args.num_images_per_prompt, args.image) == ("a fox", 2, "a.png")
+    assert parse(["plan", "a", "--size", "1024x768"]).size == (1024, 768)
+    assert not set(SPELLINGS) & set(UNCLEAR)
+
+
+def test_a_missing_file_is_said_before_torch_is_there():
+    code = (
+        "import sys; from s3dit.cli.main import main; code = main(['generate', 'x', '--model', './none']); "
+        "sys.exit(code != 2 or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "--model ./none: not found" in done.stderr
+
+
+def test_a_plan_as_json(capsys):
+    assert main(["plan", "--json", "--size", "64x80", "--device", "cpu"]) == 0
+    out, said = capsys.readouterr()
+    data = json.loads(out)
+    assert (data["request"]["width"], data["request"]["height"]) == (64, 80) and data["model_calls"] == 8
+    assert [stage["part"] for stage in data["stages"]] == ["text_encoder", "transformer", "vae"]
+    assert f"this is the model's own example: {data['request']['prompt'][0]}" in said
 
 
 def test_what_nobody_named_is_not_overwritten(tmp_path, monkeypatch, capsys):
@@ -387,7 +445,7 @@ def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
     command = f"{sys.executable} -m s3dit generate x --steps 1 -o"
     cases = {"a.png 2>&-": "0", "b.png >&-": "2", "c\udcff.png >/dev/full --preview": "2"}
     script = "".join(f"({command} {case}; echo $? >&9) 9>{i} & " for i, case in enumerate(cases))
-    root = str(Path(__file__).resolve().parents[2])
+    root = str(ROOT)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     done = subprocess.run(["bash", "-c", script + "wait"], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert [(tmp_path / str(i)).read_text().strip() for i in range(len(cases))] == list(cases.values())
@@ -403,8 +461,8 @@ def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
 def test_a_signal_ends_it_in_one_line_with_nothing_left(tmp_path, number, moment):
     draw = process("generate", PROMPT, "--steps", 900, "--preview", "--json", "-o", tmp_path / "a.png")
     if moment == "drawing":
-        for _ in range(3):
-            assert json.loads(draw.stdout.readline())["event"] == "step"
+        for event in ("start", "step", "step", "step"):
+            assert json.loads(draw.stdout.readline())["event"] == event
         assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png"] == ["a.preview.png"]
     else:
         time.sleep({"start": 0.1, "import": 0.6}[moment])
@@ -466,7 +524,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("args", [["plan", PROMPT], ["look", EMBEDDED]])
+@pytest.mark.parametrize("args", [["plan", PROMPT], ["inspect", EMBEDDED]])
 def test_a_reader_that_goes_away_ends_it_quietly(args):
     run = subprocess.Popen([sys.executable, "-m", "s3dit", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.close()
@@ -474,7 +532,7 @@ def test_a_reader_that_goes_away_ends_it_quietly(args):
 
 
 def test_help_does_not_import_torch():
-    code = "import sys; from s3dit.cli.command_line import main; main(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from s3dit.cli.main import main; main(['--help']); assert 'torch' not in sys.modules"
     with pytest.raises(SystemExit):
         main(["generate", "--help"])
     code = f"import sys\ntry:\n exec({code!r})\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
