@@ -25,7 +25,12 @@ DTYPE = torch.int8
 # Output channels of one integer product on a CPU, so that its sums are still in the cache when they are scaled.
 COLUMNS = 1024
 _ABLE = torch.cpu.get_capabilities()
-INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+# Without 8-bit dot products oneDNN adds pairs in 16 bits, which saturate; ONEDNN_MAX_CPU_ISA may forbid them to a CPU
+# that has them, so an extreme product is looked at, too.
+_EXTREME = torch.full((32, 64), 127, dtype=DTYPE)
+INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) and bool(
+    (torch._int_mm(_EXTREME, _EXTREME.T) == 64 * 127**2).all()
+)
 
 
 @op

@@ -25,8 +25,6 @@ from s3dit.errors import RequestError
 # The form of a picture, by the ending of its name.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DEFAULT = "s3dit.png"
-# Endings of files of weights.
-WEIGHTS = (".safetensors", ".gguf")
 # Prompts are a few kilobytes each; a request holds at most so many pictures.
 LARGEST_PROMPTS = 1 << 24
 MOST_PROMPTS = 1024
@@ -52,11 +50,11 @@ def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[
 def check_named(given: Iterable[tuple[str, str]]) -> None:
     """Raise RequestError for the first (option, name) that is a path by its look and leads to nothing.
 
-    By its look: it begins as a path does, ends as a file of weights does, or has no slash, as names of the Hub have.
+    By its look: it begins as a path does, or has no slash, as all names of the Hub have.
     """
     for option, name in given:
-        hub = "/" in name and not name.startswith(("/", "./", "../", "~")) and not name.endswith(WEIGHTS)
-        if not hub and not os.path.exists(os.path.expanduser(name)) and name.count("/") != 2:
+        hub = "/" in name and not name.startswith(("/", "./", "../", "~"))
+        if not hub and not os.path.exists(os.path.expanduser(name)):
             raise RequestError(f"{option} {name}: not found; needed a file or folder that is here, or a Hub name")
 
 

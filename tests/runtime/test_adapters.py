@@ -293,9 +293,9 @@ def test_command_line_and_what_fits_in_part(local, capsys):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("none.safetensors", "no such file or folder; needed the path of a file of weights"),
+        ("none.safetensors", "--lora none.safetensors: not found; needed a file or folder that is here"),
         ("style.safetensors:nan", "the scale of an adapter is nan"),
-        ("style.safetensors:strong", "'style.safetensors:strong': no such file"),
+        ("style.safetensors:strong", "--lora style.safetensors:strong: not found"),
         (str(EMBEDDED / "transformer"), "is no adapter"),
     ],
 )
