@@ -1,4 +1,4 @@
-"""Request and Result: the one schema behind Python, the command line and replay.
+"""Request: the one schema behind Python, the command line and replay.
 
 A Request says what is wanted, in the names that diffusers' users know; None means "as this model is meant to be run"
 and is replaced by the plan. Everything that can be wrong with a request without looking at weights or files is found
@@ -7,7 +7,8 @@ together. What the engine fills in later (`filled`) is not checked again. The co
 made from the same fields. Values are never changed in silence: 0.0 is a value, lists given by the caller are copied
 and not written to.
 
-Importing this module does not import torch, so that the command line's `--help` is quick.
+Importing this module does not import torch, so that the command line's `--help` is quick. It is one file, though long,
+because a field, what is checked of it and how JSON says it are to be read together.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     # Whatever `images.Picture` opens.
     ImageSource = str | PathLike[str] | Image.Image | np.ndarray | torch.Tensor
+    # Features of prompts: (tokens, width), a list of them, a batch, or a padded batch and the lengths in it.
+    Embeds = torch.Tensor | Sequence[torch.Tensor] | tuple[torch.Tensor, Sequence[int] | torch.Tensor]
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
 Schedule = Literal["official", "simple", "beta", "karras", "exponential"]
@@ -41,7 +44,7 @@ LARGEST_SEED = 2**63 - 1
 # Fields that hold images; what goes into JSON of them is their paths.
 IMAGES = ("image", "mask_image")
 # Fields that JSON does not say.
-UNNAMED = ("generator", "latents", "output_type")
+UNNAMED = ("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type")
 
 
 # Groups of options, as --help shows them.
@@ -73,7 +76,13 @@ def _field(
 class Request:
     """What to draw. Sequences (prompts, sizes, seeds, images) give one picture an entry; a single value serves all.
 
-    Checked when it is made; raises RequestError. latents: the noise to start from; a start image is mixed with it.
+    Checked when it is made; raises RequestError. One rule for all lists: they have one entry a prompt, or one a
+    picture; where seeds have one a prompt (or one in all), they count up over the pictures that share it. Numbers may
+    be numpy's or torch's.
+
+    latents: the noise to start from, (pictures, 16, H/8, W/8) or a list of (16, H/8, W/8), such as a result's; a start
+    image is mixed with it · prompt_embeds, negative_prompt_embeds: features instead of a prompt, as `Pipeline.encode`
+    gives them: (tokens, 2560), a list of such, or a padded batch with its lengths, (batch, lengths).
     """
 
     prompt: str | Sequence[str] | None = _field(
@@ -121,7 +130,9 @@ class Request:
         says="seed of the first picture; the next ones take seed + 1, … (default: random)",
     )  # fmt: skip
     generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.GENERATORS)
-    latents: "torch.Tensor | None" = _field(None, values.LATENTS)
+    latents: "torch.Tensor | Sequence[torch.Tensor] | None" = _field(None, values.LATENTS)
+    prompt_embeds: "Embeds | None" = _field(None, values.EMBEDS)
+    negative_prompt_embeds: "Embeds | None" = _field(None, values.EMBEDS)
     sigmas: Sequence[float] | None = _field(
         None, values.LEVELS, group=SAMPLING,
         says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)",
@@ -196,9 +207,15 @@ class Request:
     output_type: OutputType = _field("pil", Kind(values.choice), OutputType)
 
     def __post_init__(self) -> None:
-        """Make lists of image batches, and check."""
-        for name in (*IMAGES, "reference"):
+        """Bring values into one form: lists of batches, Python's numbers, features by prompt; and check them."""
+        for name in (*IMAGES, "reference", "latents"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.metadata["kind"] in values.NUMERIC:
+                object.__setattr__(self, one.name, values.plain(value))
+            elif one.metadata["kind"] is values.EMBEDS and value is not None:
+                object.__setattr__(self, one.name, values.embeds_of(one.name, value))
         self.check()
 
     @classmethod
@@ -235,8 +252,16 @@ class Request:
 
     @property
     def prompts(self) -> list[str]:
-        """The prompts as a list of their own."""
-        return [self.prompt or ""] if self.prompt is None or isinstance(self.prompt, str) else list(self.prompt)
+        """The prompts as a list of their own; empty ones where they are given as features."""
+        if self.prompt is None:
+            return [""] * max(1, len(self.embeds))
+        return [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+
+    @property
+    def embeds(self) -> "list[torch.Tensor]":
+        """The features of the prompts, (tokens, width) each; none where the prompts are text."""
+        given: Any = self.prompt_embeds
+        return [] if given is None else list(given) if isinstance(given, tuple) else [given]
 
     @property
     def count(self) -> int:
@@ -279,6 +304,8 @@ class Request:
             return [value] * self.count
         if len(value) == self.count:
             return list(value)
+        if len(value) == 1:
+            return list(value) * self.count
         if len(value) == len(self.prompts):
             return [item for item in value for _ in range(self.num_images_per_prompt)]
         raise RequestError(
@@ -287,10 +314,17 @@ class Request:
         )
 
     def seeds(self) -> list[int]:
-        """One seed a picture: seed, seed + 1, …"""
-        if isinstance(self.seed, int):
-            return [self.seed + i for i in range(self.count)]
-        return self.per_image("seed")
+        """One seed a picture: as given, or counted up over the pictures of each seed: seed, seed + 1, …"""
+        given, count = values.as_list(self.seed), self.count
+        each = count // len(given) if len(given) in (1, len(self.prompts)) else 1
+        if len(given) * each != count:
+            self.spread("seed", given)
+        return [seed + i for seed in given for i in range(each)]
+
+    @property
+    def from_data(self) -> bool:
+        """Whether a seed and files say all: no noise, features or generators that only Python has."""
+        return all(getattr(self, name) is None for name in UNNAMED if name != "output_type")
 
     def check(self) -> None:
         """Find what is wrong without any model; raises RequestError."""
@@ -302,12 +336,17 @@ class Request:
             for item in self.spread(one.name, value) if one.metadata["each"] else [value]:
                 if item is not None or not one.metadata["holes"]:
                     kind.check(one.name, item, *bounds)
-        if isinstance(self.seed, int):
-            values.integer("seed of the last picture", self.seed + self.count - 1, -(2**63), LARGEST_SEED)
+        if self.seed is not None:
+            values.integer("seed of the last picture", max(self.seeds()), -(2**63), LARGEST_SEED)
+        if self.seed is not None and self.generator is not None:
+            raise RequestError("both seed and generator are given; needed one source of noise; leave one of them out")
         if self.cfg is not None and self.guidance_scale is not None:
             raise RequestError(
                 "both cfg and guidance_scale are given; they are the same knob (cfg = guidance_scale + 1)"
             )
+        if self.latents is not None and len(self.latents) != self.count:
+            raise RequestError(f"latents has {len(self.latents)} entries; needed {self.count}, one a picture")
+        self._check_embeds()
         self.check_pixels()
         self._check_start()
         self._check_control()
@@ -324,11 +363,27 @@ class Request:
                 f"{len(self.prompts)} prompts and num_images_per_prompt {self.num_images_per_prompt} are "
                 f"{self.count:,} pictures; needed at most {MOST_PICTURES}; draw fewer at once (--count)"
             )
-        negatives = self.negative_prompt
-        if values.several(negatives) and len(negatives or ()) not in (0, len(self.prompts)):
+
+    def _check_embeds(self) -> None:
+        for text, features in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
+            if getattr(self, features) is not None and getattr(self, text) is not None:
+                raise RequestError(f"both {text} and {features} are given; needed one of them")
+        for name in ("negative_prompt", "negative_prompt_embeds"):
+            self.per_image(name)
+        if self.reference is not None and (self.embeds or self.negative_prompt_embeds is not None):
             raise RequestError(
-                f"{len(negatives or ())} negative prompts for {len(self.prompts)} prompts; needed one, or one each"
+                "reference is given with prompt_embeds; needed prompts as text, which are cut around the references"
             )
+
+    def check_embeds(self, width: int) -> None:
+        """Hold features of prompts to the model's width; raises RequestError."""
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            for features in self.per_image(name):
+                if features is not None and features.shape[1] != width:
+                    raise RequestError(
+                        f"{name} has features of {features.shape[1]} numbers; needed {width} for this model, as its "
+                        "pipe.encode gives them"
+                    )
 
     def check_pixels(self) -> None:
         """Pixels of all pictures together, as far as their sizes are known."""
@@ -341,7 +396,7 @@ class Request:
             )
 
     def _check_start(self) -> None:
-        """What belongs to a start image; the images themselves are read later, by `conditioning`."""
+        """What belongs to a start image; the images themselves are read later, by `inputs.start_image`."""
         if self.image is None:
             for name in ("strength", "mask_image", "extend"):
                 if getattr(self, name) is not None:
@@ -364,7 +419,7 @@ class Request:
                         values.image(f"control {name}", image)
 
     def _check_references(self) -> None:
-        """What belongs to reference images; the images themselves are read later, by `references`."""
+        """What belongs to reference images; the images themselves are read later, by `inputs.references`."""
         found = self.references()
         if (most := max(map(len, found))) > MOST_REFERENCES:
             raise RequestError(f"a picture has {most} references; needed at most {MOST_REFERENCES}; leave some out")
@@ -381,37 +436,36 @@ class Request:
             )
 
     def check_latents(self) -> None:
+        """Hold latents to the number and sizes of the pictures; raises RequestError."""
         if self.latents is None:
             return
-        sizes = set(zip(self.per_image("height"), self.per_image("width"), strict=True))
-        if len(sizes) > 1:
-            raise RequestError("latents is one tensor but the pictures have several sizes; needed one size")
-        height, width = sizes.pop()
-        found, needed = tuple(self.latents.shape), (self.count, 16, height // 8, width // 8)
-        if found != needed:
-            raise RequestError(
-                f"latents has shape {found}; needed {needed} for {self.count} pictures of {width}×{height}"
-            )
-        if not self.latents.isfinite().all():
-            raise RequestError("latents holds NaN or infinity; needed the starting noise, finite numbers")
+        sizes = zip(self.per_image("height"), self.per_image("width"), strict=True)
+        for latent, (height, width) in zip(self.latents, sizes, strict=True):
+            if tuple(latent.shape) != (needed := (16, height // 8, width // 8)):
+                raise RequestError(
+                    f"latents has shape {tuple(latent.shape)} a picture; needed {needed} for one of {width}×{height}"
+                )
 
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {k: v for k, v in values.items() if k not in UNNAMED and v is not None}
-        values = {k: list(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in values.items()}
-        values |= {"control": [one.to_json() for one in self.controls]} if self.controls else {}
-        for name in {*IMAGES, "reference"} & set(values):
-            values[name] = _paths(values[name])
-            if values[name] is None:
-                del values[name]
-        return values
+        data: dict[str, Any] = {}
+        for name in (one.name for one in fields(self) if one.name not in UNNAMED):
+            value = getattr(self, name)
+            if name == "control" and value is not None:
+                value = [control.to_json() for control in self.controls]
+            elif name in (*IMAGES, "reference"):
+                value = _paths(value)
+            elif values.several(value):
+                value = list(value)
+            if value is not None:
+                data[name] = value
+        return data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Read back `to_json`; RequestError on unknown or missing keys, and where an image is no path.
 
-        Drawing it opens the files that it names: what a stranger wrote goes through `cli_replay`.
+        Drawing it opens the files that it names: what a stranger wrote goes through `cli.replay`.
         """
         known = {f.name for f in fields(cls)} - {*UNNAMED}
         if unknown := sorted(set(data) - known):
@@ -442,15 +496,3 @@ def _paths(given: Any, deep: int = 2) -> Any:
         return None
     paths = [_paths(one, deep - 1) for one in given]
     return None if None in paths else paths
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What came out: pictures (PIL, or a list of tensors (3, H, W) in [-1, 1]), latents, and how to repeat each.
-
-    latents: a list of fp32 (16, H/8, W/8), as the VAE takes them · metadata: one dict a picture, JSON values only.
-    """
-
-    images: "list[Image.Image] | list[torch.Tensor]"
-    latents: "list[torch.Tensor]"
-    metadata: list[dict[str, Any]]

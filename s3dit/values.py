@@ -32,9 +32,23 @@ def several(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
 
 
+def as_list(value: Any) -> list[Any]:
+    """The entries of a value that may be several; none of None."""
+    return [] if value is None else list(value) if several(value) else [value]
+
+
 def one_by_one(given: Any) -> Any:
     """Make a list of what is several images in one: a batch of an array or tensor; anything else stays as it is."""
     return list(given) if getattr(given, "ndim", None) == 4 else given
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy or torch, single or in a row or in a list, as Python's own; anything else as it is."""
+    if getattr(value, "ndim", None) in (0, 1) and hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, list | tuple) and any(hasattr(number, "tolist") for number in value):
+        return [number.tolist() if getattr(number, "ndim", None) == 0 else number for number in value]
+    return value
 
 
 def _number(value: Any, kind: Any = int) -> bool:
@@ -169,12 +183,63 @@ def generators(name: str, value: Any) -> None:
 
 
 def latents(name: str, value: Any) -> None:
+    """A list of tensors, one a picture (`one_by_one` has made one of a batch)."""
     import torch
 
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise RequestError(f"{name} is {shown(value)}; needed a tensor of floats (pictures, 16, height/8, width/8)")
-    if value.ndim != 4:
-        raise RequestError(f"{name} has shape {tuple(value.shape)}; needed (pictures, 16, height/8, width/8)")
+    given = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(latent, torch.Tensor) and latent.is_floating_point() for latent in given) or not given:
+        raise RequestError(
+            f"{name} is {shown(value)}; needed a tensor of floats (pictures, 16, height/8, width/8), or a list of them"
+        )
+    for latent in given:
+        if latent.ndim != 3 or latent.shape[0] != 16:
+            raise RequestError(
+                f"{name} has shape {tuple(latent.shape)} a picture; needed (16, height/8, width/8), in a list or batch"
+            )
+    if not all(latent.isfinite().all() for latent in given):
+        raise RequestError(f"{name} holds NaN or infinity; needed the starting noise, finite numbers")
+
+
+def embeds_of(name: str, value: Any) -> Any:
+    """Features of prompts in one form: one tensor (tokens, width), or a tuple of such, one a prompt.
+
+    value: that, or a batch (prompts, tokens, width), or one padded on the right with the lengths of its prompts: a pair
+    (batch, lengths). Raises RequestError.
+    """
+    import torch
+
+    def fail(what: str) -> RequestError:
+        return RequestError(
+            f"{name} {what}; needed features (tokens, width) as pipe.encode gives them, a list of them, or a padded "
+            "batch (prompts, tokens, width) with its lengths: (batch, lengths)"
+        )
+
+    lengths = None
+    if isinstance(value, tuple) and len(value) == 2 and getattr(value[0], "ndim", None) == 3:
+        value, lengths = value[0], plain(value[1])
+    if isinstance(value, torch.Tensor) and value.ndim == 3:
+        lengths = [value.shape[1]] * len(value) if lengths is None else lengths
+        if not isinstance(lengths, list | tuple) or len(lengths) != len(value):
+            raise fail(f"has {len(value)} prompts and lengths {shown(lengths)}")
+        if not all(_number(n) and 1 <= n <= value.shape[1] for n in lengths):
+            raise fail(f"has {value.shape[1]} tokens a prompt and lengths {shown(lengths)}")
+        value = [features[:n] for features, n in zip(value, lengths, strict=True)]
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or len(given) > MOST_PICTURES:
+        raise fail(f"has {len(given):,} prompts")
+    for features in given:
+        if not isinstance(features, torch.Tensor) or not features.is_floating_point():
+            raise fail(f"is {shown(features)}")
+        if features.ndim != 2 or not 1 <= len(features) <= MOST_TOKENS:
+            raise fail(f"has shape {tuple(features.shape)}")
+        if not features.isfinite().all():
+            raise RequestError(f"{name} holds NaN or infinity; needed finite numbers, as pipe.encode gives them")
+    return value if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def embeds(name: str, value: Any) -> None:
+    """What `embeds_of` can read."""
+    embeds_of(name, value)
 
 
 def floats_of(text: str) -> list[float]:
@@ -217,3 +282,6 @@ REFERENCES = Kind(references, str, "FILE", several=True)
 CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
+EMBEDS = Kind(embeds)
+# Whose values are numbers, or rows of them: also numpy's and torch's.
+NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, LEVELS, MARGINS)

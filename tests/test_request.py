@@ -1,6 +1,8 @@
 """Every wrong request is one clear RequestError; None becomes the model's setting, 0.0 stays a value."""
 
+import ast
 import collections
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,15 +15,17 @@ from s3dit.control import Control
 from s3dit.errors import RequestError
 from s3dit.model.config import read_model
 from s3dit.pipeline import EMBEDDED, Pipeline
-from s3dit.plan import resolve
 from s3dit.request import Request
+from s3dit.resolve import resolve
+
+ROOT = Path(__file__).resolve().parents[1]
 
 WRONG = [
     ({"prompt": 5}, "prompt is a int"),
     ({"prompt": b"x"}, "prompt is a bytes"),
     ({"prompt": ["a", 3]}, "prompt holds a int"),
     ({"prompt": []}, "empty list"),
-    ({"prompt": ["a", "b"], "negative_prompt": ["c"]}, "negative prompts for 2"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "negative_prompt has 3 entries; needed 1, 2"),
     ({"height": 0}, "height is 0"),
     ({"height": -16}, "height is -16"),
     ({"width": 100}, "nearest that work are 96 or 112"),
@@ -184,7 +188,9 @@ def test_the_caller_s_list_is_left_alone(config):
 
 def test_seeds_count_up_and_spread():
     assert Request(prompt=["a", "b"], seed=7, num_images_per_prompt=2).seeds() == [7, 8, 9, 10]
-    assert Request(prompt=["a", "b"], seed=[3, 5], num_images_per_prompt=2).seeds() == [3, 3, 5, 5]
+    assert Request(prompt=["a", "b"], seed=[3, 5], num_images_per_prompt=2).seeds() == [3, 4, 5, 6]
+    assert Request(prompt=["a", "b"], seed=[3], num_images_per_prompt=2).seeds() == [3, 4, 5, 6]
+    assert Request(prompt=["a", "b"], seed=[9, 8, 7, 6], num_images_per_prompt=2).seeds() == [9, 8, 7, 6]
 
 
 def test_json_round_trip():
@@ -192,3 +198,54 @@ def test_json_round_trip():
     assert Request.from_json(request.to_json()) == request
     with pytest.raises(RequestError, match="unknown keys"):
         Request.from_json({"prompt": "a", "nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"seed": np.int64(3)}, {"seed": 3}),
+        ({"seed": np.array([3, 4]), "prompt": ["a", "b"]}, {"seed": [3, 4], "prompt": ["a", "b"]}),
+        ({"seed": torch.tensor([3, 4]), "prompt": ["a", "b"]}, {"seed": [3, 4], "prompt": ["a", "b"]}),
+        ({"height": [np.int32(64), 80], "prompt": ["a", "b"]}, {"height": [64, 80], "prompt": ["a", "b"]}),
+        ({"guidance_scale": np.float64(2.5)}, {"guidance_scale": 2.5}),
+        ({"shift": torch.tensor(3.0)}, {"shift": 3.0}),
+        ({"num_inference_steps": np.uint8(4)}, {"num_inference_steps": 4}),
+        ({"sigmas": np.linspace(1, 0.25, 4)}, {"sigmas": [1.0, 0.75, 0.5, 0.25]}),
+        ({"composite": np.bool_(False)}, {"composite": False}),
+    ],
+)
+def test_numbers_of_numpy_and_torch_are_numbers(given, plain):
+    ours, theirs = Request(**{"prompt": "a"} | given), Request(**{"prompt": "a"} | plain)
+    assert json.dumps(ours.to_json()) == json.dumps(theirs.to_json())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"seed": np.float64(1.5)}, {"seed": np.zeros((2, 2), int)}, {"height": np.float32(64)}, {"sigmas": np.zeros(0)},
+     {"guidance_scale": np.array([[1.0]])}, {"shift": np.complex64(1)}, {"seed": np.bool_(True)}],
+)  # fmt: skip
+def test_numbers_of_the_wrong_kind_are_refused(fields):
+    with pytest.raises(RequestError):
+        Request(**{"prompt": "a"} | fields)
+
+
+def test_one_source_of_noise():
+    with pytest.raises(RequestError, match="both seed and generator"):
+        Request(prompt="a", seed=1, generator=torch.Generator())
+
+
+def test_a_list_of_one_serves_all():
+    request = Request(prompt=["a", "b"], height=[64], seed=[3])
+    assert request.per_image("height") == [64, 64] and request.seeds() == [3, 4]
+
+
+def test_the_keywords_of_a_call_are_the_fields():
+    """What a type checker knows of `pipe(...)`; both files spell the types out, for readers."""
+
+    def annotations(room, name):
+        tree = ast.parse((ROOT / "s3dit" / f"{room}.py").read_text(encoding="utf-8"))
+        (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+        found = {node.target.id: ast.unparse(node.annotation) for node in body if isinstance(node, ast.AnnAssign)}
+        return {field: kind.strip("'") for field, kind in found.items()}
+
+    assert annotations("request_fields", "RequestFields") == annotations("request", "Request")

@@ -1,9 +1,10 @@
 """Draw thousands of small pictures of changing prompts and sizes, and watch the memory of the process: does it grow?
 
 `python tools/soak.py [--count 2000] [RESIDENCY ...]` runs each residency (staged, resident, streamed, vram) in a
-process of its own and prints one JSON line: anonymous memory in kB at twenty moments, and its slope over the second
-half, in bytes a picture, as a line through the points. By then every bounded cache is full (the prompt features take
-256 pictures). Ends with 1 where a slope is above 4 kB a picture. Linux only (/proc).
+process of its own and prints one JSON line: anonymous memory in kB at twenty moments, and how much the lowest of the
+last five lies above the lowest of the five before them, in bytes a picture (the lowest, because a moment may find a
+part more or less in memory). By then every bounded cache is full (the prompt features take 256 pictures). Ends with 1
+where that is above 4 kB a picture. Linux only (/proc).
 
 In fp32, unless `--dtype bf16`: oneDNN keeps the programs of the last 1,024 shapes that it multiplied in bf16, some
 100 kB each, which takes thousands of pictures of random sizes and lengths to fill.
@@ -16,8 +17,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 MODES = {
     "staged": {},
@@ -41,17 +40,17 @@ def soak(mode: str, count: int, dtype: str) -> dict[str, object]:
     from s3dit import Pipeline
 
     pipe, chance, start = Pipeline.load(device="cpu", dtype=dtype, **MODES[mode]), random.Random(1), time.perf_counter()  # type: ignore[arg-type]
-    points = []
+    sizes: list[int] = []
     for i in range(count):
         prompt = " ".join(chance.choices(WORDS, k=chance.randint(1, 60))) + f" {i}"
         height, width = (16 * chance.randint(1, 8) for _ in range(2))
         pipe(prompt=prompt, height=height, width=width, seed=i, num_inference_steps=1)
         if (i + 1) * 20 // count > i * 20 // count:
-            points.append((i + 1, anonymous()))
-    at, size = np.array(points[len(points) // 2 :]).T
+            sizes.append(anonymous())
+    growth = (min(sizes[-5:]) - min(sizes[-10:-5])) / (count / 4)
     return {
         "residency": mode, "dtype": dtype, "count": count, "seconds": round(time.perf_counter() - start),
-        "kB": [size // 1024 for _, size in points], "bytes_a_picture": round(float(np.polyfit(at, size, 1)[0])),
+        "kB": [size // 1024 for size in sizes], "bytes_a_picture": round(growth),
     }  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def _generate(pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> int:
         else:
             tell(found)
     if args.preview and not args.json:
-        show(result.images[0])  # type: ignore[arg-type]
+        show(result.images[0])
     return code
 
 

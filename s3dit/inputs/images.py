@@ -353,7 +353,8 @@ def save_picture(
     with whole(path) as file:
         # Encoded in memory first: an encoder that writes to a full disk does not say so.
         data = io.BytesIO()
-        image.save(data, form, **options)
+        # Pillow's own, also of a picture that carries metadata by itself: what is written was decided above.
+        Image.Image.save(image, data, form, **options)
         file.write(data.getbuffer())
 
 

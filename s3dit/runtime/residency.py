@@ -163,6 +163,7 @@ class Residency:
         self.lock = threading.RLock()
         self._components: dict[str, Component] = {}
         self._held: dict[str, int | None] = {}
+        self._handles: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
     def make(self, name: str) -> nn.Module:
         """A part's module on the meta device."""
@@ -206,6 +207,25 @@ class Residency:
                 self._held[name] = wanted
             return component.module
 
+    def handle(self, name: str) -> nn.Module:
+        """A part's module, in memory, as an object that keeps it there: it is let go only when nobody has it any more.
+
+        It shares every attribute with the module that the engine computes with, so that hooks, parameters and methods
+        that are put into one are in both. Everybody who asks is given the same object.
+        """
+        with self.lock:
+            module, handle = self[name], self._handles.get(name)
+            if handle is None:
+                handle = object.__new__(type(module))
+                object.__setattr__(handle, "__dict__", vars(module))
+                self._handles[name] = handle
+            return handle
+
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Names of the parts that stay in memory because somebody has a `handle` of them."""
+        return tuple(self._handles)
+
     @contextmanager
     def beside(self) -> Iterator[None]:
         """Inside the `with`, parts come in beside those that are held (for previews)."""
@@ -222,12 +242,12 @@ class Residency:
             self.mode, self.kept = mode, kept
             if mode != "resident" and len(self._held) > 1:
                 self.free()
-            self._let_go(*(name for name in self.held if name not in parts))
+            self._let_go(*(name for name in self.held if name not in parts and name not in self._handles))
 
     def free(self) -> None:
-        """Let every part go."""
+        """Let every part go but those that somebody has a `handle` of."""
         with self.lock:
-            self._let_go(*self._held)
+            self._let_go(*(name for name in self.held if name not in self._handles))
 
     def restore(self, name: str) -> None:
         """Let a part go with all that somebody has changed of its parameters: it comes back as it is in its file."""

@@ -316,10 +316,10 @@ def test_what_nobody_named_is_not_overwritten(tmp_path, monkeypatch, capsys):
 
 
 def test_a_name_taken_while_it_was_drawn_is_not_overwritten(tmp_path, monkeypatch, capsys):
-    from s3dit.pipeline import Pipeline
+    from s3dit.runtime.encoders import Encoders
 
-    decode = Pipeline._decode
-    monkeypatch.setattr(Pipeline, "_decode", lambda *args: (tmp_path / "s3dit.png").write_bytes(b"x") and decode(*args))
+    decode = Encoders.decode
+    monkeypatch.setattr(Encoders, "decode", lambda *args: (tmp_path / "s3dit.png").write_bytes(b"x") and decode(*args))
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path) == 0
     assert capsys.readouterr().out == f"{tmp_path / 's3dit-2.png'}\n" and (tmp_path / "s3dit.png").read_bytes() == b"x"
 

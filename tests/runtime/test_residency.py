@@ -431,7 +431,7 @@ def test_nothing_that_was_loaded_is_an_inference_tensor(kind, style):
         pipe(**REQUEST)
         transformer = pipe.parts["transformer"]
     branches = transformer.layers[0].attention.to_out[0].branches["style"]
-    found = [*transformer.parameters(), branches.strength, branches.term.up, *pipe._features.values()]
+    found = [*transformer.parameters(), branches.strength, branches.term.up, *pipe.encoders._prompts.values()]
     assert not any(one.is_inference() for one in found)
 
 

@@ -170,7 +170,7 @@ def test_nothing_changes_from_the_load_on(files, expected, case):
 def test_nothing_changes_in_a_call(files, expected, setting):
     pipe = expected["text"][0]
     pipe.parts.free()
-    pipe._features.clear()
+    pipe.encoders._prompts.clear()
     check(files, expected, "text", [setting], pipe)
 
 

@@ -14,7 +14,7 @@ from s3dit.errors import BackendError, RequestError
 from s3dit.kernels import dispatch
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import backend, op, use_backend
-from s3dit.pipeline import PROMPTS_KEPT, REFERENCES_KEPT
+from s3dit.runtime.encoders import PROMPTS_KEPT, REFERENCES_KEPT
 
 KINDS = {
     "resident": {"residency": "resident"},
@@ -262,7 +262,7 @@ def test_replacements_of_two_threads_do_not_stay():
 def endless(monkeypatch):
     """Many prompts, sizes and residencies' worth of pictures, quickly: one step, and small limits on what is kept."""
     for name, most in (("PROMPTS_KEPT", 4), ("REFERENCES_KEPT", 4)):
-        monkeypatch.setattr(f"s3dit.pipeline.{name}", most)
+        monkeypatch.setattr(f"s3dit.runtime.encoders.{name}", most)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +276,7 @@ def test_what_is_kept_is_bounded(kind, endless):
             len(one._forward_hooks) + len(one._forward_pre_hooks) for module in modules for one in module.modules()
         ]
         return (
-            len(pipe._features), len(pipe._reference_features), len(parts.controlnets), len(parts.adapters),
+            len(pipe.encoders._prompts), len(pipe.encoders._references), len(parts.controlnets), len(parts.adapters),
             len(parts._components), sum(hooks), [len(vars(module)) for module in modules],
         )  # fmt: skip
 
@@ -296,4 +296,4 @@ def test_a_batch_that_is_larger_than_what_is_kept(endless):
     last = pipe(prompt=prompts[-1], **options | {"seed": 9}).latents[0]
     # 1e-5: products of other heights sum in another order.
     assert (together[-1] - last).norm() < 1e-5 * last.norm()
-    assert len(pipe._features) == 4
+    assert len(pipe.encoders._prompts) == 4

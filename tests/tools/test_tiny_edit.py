@@ -14,7 +14,8 @@ from tiny_world import render  # noqa: E402
 
 from s3dit.inputs.images import Pictures, to_pil  # noqa: E402
 from s3dit.inputs.start_image import read  # noqa: E402
-from s3dit.request import Request, Result  # noqa: E402
+from s3dit.request import Request  # noqa: E402
+from s3dit.result import Result  # noqa: E402
 
 
 def made_up(paint, composite=True):

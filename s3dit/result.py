@@ -1,0 +1,109 @@
+"""What a call gives back: pictures that remember what drew them, latents, and a record of each.
+
+A record is a request that draws its picture again alone, and what drew it; `save` writes it into the file, and so does
+the `save` of each picture.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from s3dit.errors import RequestError
+from s3dit.files import ENDINGS
+from s3dit.inputs import control_hints
+from s3dit.inputs.images import carried, save_picture, to_pil
+from s3dit.plan import Plan
+from s3dit.request import IMAGES
+
+
+class DrawnImage(Image.Image):
+    """A Pillow image whose `save` writes what drew it into a PNG, JPEG or WebP file, as `s3dit generate` does.
+
+    metadata: what is written. What `resize`, `crop` and the like give back is another picture, without it.
+    """
+
+    metadata: Mapping[str, Any]
+
+    def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
+        """Pillow's `save`, with the metadata where the caller gives none; RequestError where it does not fit."""
+        form = format or ENDINGS.get(Path(str(getattr(fp, "name", fp))).suffix.lower(), "")
+        form = {"JPG": "JPEG"}.get(form.upper(), form.upper())
+        if form in ENDINGS.values() and not {"pnginfo", "exif"} & set(params):
+            params |= carried(self.metadata, self.size, form)
+        super().save(fp, format, **params)
+
+
+def with_metadata(image: Image.Image, metadata: Mapping[str, Any]) -> DrawnImage:
+    """The same image as a DrawnImage."""
+    drawn = DrawnImage()
+    vars(drawn).update(vars(image))
+    drawn.metadata = metadata
+    return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What came out: pictures (PIL, or a list of tensors (3, H, W) in [-1, 1]), latents, and how to repeat each.
+
+    latents: a list of fp32 (16, H/8, W/8), as the VAE takes them · metadata: one dict a picture, JSON values only.
+    """
+
+    images: list[Any]
+    latents: list[torch.Tensor]
+    metadata: list[dict[str, Any]]
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write every picture with its metadata and return the files; those that exist are replaced.
+
+        path: of a .png, .jpg or .webp; several pictures get -1, -2, … before the suffix. Raises RequestError where
+        there are latents alone, and where the place cannot be written.
+        """
+        if not self.images:
+            raise RequestError("there are latents and no pictures; needed output_type pil or tensor; see pipe.decode")
+        path, n = Path(path), len(self.images)
+        paths = [path] if n == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, n + 1)]
+        for image, where, metadata in zip(self.images, paths, self.metadata, strict=True):
+            picture = to_pil(image[None])[0] if isinstance(image, torch.Tensor) else image
+            save_picture(picture, where, metadata)
+        return paths
+
+
+def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[dict[str, Any]]:
+    """For each picture of a plan, a request that draws it alone, and what drew it.
+
+    engine: what is true of the pipeline · beside: what stands beside the request in each record.
+    """
+    request = plan.request
+    engine = {**engine, "levels": list(plan.sigmas), "model_calls": plan.calls}
+    shared = request.filled(
+        num_images_per_prompt=1, generator=None, latents=None, prompt_embeds=None, negative_prompt_embeds=None
+    )
+    names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
+    columns = [request.per_image(name) for name in names]
+    found = []
+    for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
+        own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
+        if own["reference"] is None:
+            own["reference_positions"] = "released"
+        controls = request.controls_of(i)
+        data = shared.filled(seed=seed, control=controls or None, **own).to_json()
+        # Without these the request alone does not say where noise, prompts and images came from.
+        whole = request.from_data
+        whole = whole and all(name in data for name, value in own.items() if value is not None)
+        whole = whole and all(control.named for control in controls)
+        inputs = {"inputs": hashes} if (hashes := _hashes(plan, i)) else {}
+        found.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
+    return found
+
+
+def _hashes(plan: Plan, i: int) -> dict[str, Any]:
+    """Hashes of what picture i was drawn from, by the name of the request's field."""
+    hashes: dict[str, Any] = dict(plan.start_images[i].hashes) if plan.start_images else {}
+    hashes |= control_hints.hashes(plan.controls, i)
+    if plan.references[i]:
+        hashes["reference"] = [reference.sha256 for reference in plan.references[i]]
+    return hashes

@@ -1,0 +1,125 @@
+"""The stages of a plan: which part of a model has its turn when, how many bytes that takes, what a budget allows."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from s3dit.inputs.control_hints import PreparedControl
+from s3dit.inputs.references import Reference
+from s3dit.kernels.dispatch import backend
+from s3dit.request import Request
+from s3dit.runtime import budget
+from s3dit.runtime.components import Components
+from s3dit.runtime.encoders import PromptEmbeds, Text
+
+# The references of every picture.
+References = tuple[tuple[Reference, ...], ...]
+# A part, and what it has to do in a turn.
+Turn = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One turn of a part: what is read from disk and what is then held in memory, in bytes.
+
+    beside: held in the same turn by other parts (ControlNets beside the transformer).
+    """
+
+    part: str
+    reads: int
+    holds: int
+    work: str
+    beside: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a plan's request, the last and largest of its passes, has to compute.
+
+    request: of the last pass · items: pictures of a model call, twice as many with guidance · calls: of the model, in
+    each pass · new_tokens: of prompts that are to be encoded · new_references: pictures that are · has_start_images:
+    whether start images are.
+    """
+
+    request: Request
+    items: int
+    calls: tuple[int, ...]
+    new_tokens: int
+    new_references: int
+    has_start_images: bool
+    controls: tuple[PreparedControl, ...]
+    references: References
+
+    def turns(self) -> Iterator[Turn]:
+        """The turns of the parts, in their order."""
+        count = self.request.count
+        if self.new_tokens:
+            yield "text_encoder", f"{self.new_tokens} tokens"
+        references = [f"{self.new_references} references"] if self.new_references else []
+        if references:
+            yield "siglip", references[0]
+        read = references + [f"{count} start images"] * self.has_start_images + ["control images"] * bool(self.controls)
+        if read:
+            yield "vae", " and ".join(read)
+        for i, calls in enumerate(self.calls, 1):
+            yield "transformer", f"{calls} model calls, {self.items} items each"
+            yield from ((part, "beside the transformer") for part in dict.fromkeys(c.part for c in self.controls))
+            if i < len(self.calls):
+                yield "vae", f"{count} pictures, enlarged, and start images again"
+        if self.request.output_type != "latent":
+            yield "vae", f"{count} pictures"
+
+
+def new_tokens(captions: Sequence[Sequence[Text]], kept: Collection[Any]) -> int:
+    """Tokens of the distinct texts that are to be encoded: not given as features, and not among the kept ones."""
+    texts = dict.fromkeys(text for caption in captions for text in caption)
+    return sum(len(ids) for ids in texts if not isinstance(ids, PromptEmbeds) and ids not in kept)
+
+
+def stages_of(components: Components, turns: Sequence[Turn], kept: Mapping[str, int]) -> tuple[Stage, ...]:
+    """Turns with their bytes; kept: how many blocks of each streamed part stay on the device."""
+    stages = [stage_of(components, part, work, kept) for part, work in turns]
+    held = sum({stage.part: stage.holds for stage in stages if stage.part in components.controlnets}.values())
+    return tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
+
+
+def stage_of(components: Components, part: str, work: str, kept: Mapping[str, int]) -> Stage:
+    """A part's turn; kept: how many blocks of each streamed part stay on the device."""
+    read, fixed, blocks = components.sizes(part)
+    whole = fixed + sum(blocks)
+    streamed = fixed + (kept[part] + 2) * max(blocks) if part in kept else whole
+    return Stage(part, read, min(whole, streamed), work)
+
+
+def memory_plan(components: Components, size: int, work: Work, turns: Sequence[Turn], tokens: int) -> budget.MemoryPlan:
+    """How a plan's work is done within `size` bytes; BackendError where it cannot be. tokens: of a model call."""
+    config, compute = components.config, components.placement.compute
+    device, request = components.placement.device.type, work.request
+    pictures = [reference for of_picture in work.references for reference in of_picture]
+    # Encoding a reference takes less than decoding a picture of its size.
+    sides = [(reference.pixels.shape[1], reference.pixels.shape[2]) for reference in pictures]
+    sides += zip(request.per_image("height"), request.per_image("width"), strict=True)
+    # Where SwiGLU has an implementation; plain, it is the widest place of a pass.
+    lean = {"cpu": ("auto", "torch"), "cuda": ("auto", "triton")}.get(device, ())
+    kind = {"lean": backend() in lean, "quantized": bool(components.formats["transformer"])}
+    passing = budget.transformer_work(config.transformer, tokens, compute, **kind)
+    passing += budget.control_work(config.transformer, tokens, compute, len(work.controls))
+    tiles = [tile for tile in budget.TILES if tile is None or 8 * tile < max(map(max, sides))]
+    # Of each part: bytes beside its weights, by the side of a tile.
+    activations: dict[str, list[tuple[int | None, int]]] = {
+        "text_encoder": [(None, budget.encoder_work(config.text_encoder, work.new_tokens, compute))],
+        "transformer": [(None, passing)],
+        "vae": [
+            (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
+            for tile in tiles
+        ],
+    }
+    if config.vision is not None:
+        patches = sum(len(reference.patches) for reference in pictures)
+        activations["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
+    parts = tuple(dict.fromkeys(part for part, _ in turns))
+    needs = {
+        part: budget.Need(*components.sizes(part)[1:], tuple(activations.get(part, [(None, 0)]))) for part in parts
+    }
+    guests = {part: needs.pop(part) for part in parts if part in components.controlnets}
+    return budget.plan_memory_beside(size, needs, "transformer", guests, budget.RESERVE[device])
