@@ -352,7 +352,7 @@ def _errors() -> tuple[type[Exception], ...]:
     # ValueError is a name or an answer that is none of the Hub's, and so are KeyError and TypeError; RuntimeError is
     # the transfer's.
     more = (getattr(errors, name, OSError) for name in ("EntryNotFoundError", "XetDownloadError"))
-    return (errors.HTTPError, OSError, ValueError, KeyError, TypeError, RuntimeError, *more)
+    return (errors.HTTPError, OSError, ValueError, KeyError, TypeError, RuntimeError, *more)  # type: ignore[attr-defined]
 
 
 def _fault(error: Exception) -> str:
@@ -382,7 +382,7 @@ def _fault(error: Exception) -> str:
         return "no room is left on the disk of the Hugging Face cache; free some, or set HF_HOME to another place"
     if isinstance(error, errors.HfHubHTTPError) or status is not None:
         return f"the Hub did not give it ({_first_line(error)}); {again}"
-    kinds = (errors.HTTPError, ConnectionError, TimeoutError)
+    kinds = (errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
     verb = "was not reached" if isinstance(error, kinds) else "did not give it"
     return f"the Hub {verb} ({_first_line(error)}); run again online, or give the path of a folder"
 

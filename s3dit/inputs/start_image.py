@@ -27,8 +27,9 @@ from s3dit.errors import RequestError
 from s3dit.inputs.images import Picture, Pictures, resized
 from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
-from s3dit.request import IMAGES, LARGEST_SIDE, Request
+from s3dit.request import IMAGES, Request
 from s3dit.sampling.schedules import sigmas
+from s3dit.values import LARGEST_SIDE
 
 # Pixels along the side of a patch; sizes are multiples of it.
 PATCH = 16
