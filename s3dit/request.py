@@ -129,10 +129,21 @@ class Request:
         None, values.INTEGER, -(2**63), LARGEST_SEED, each=True, group=PROMPT,
         says="seed of the first picture; the next ones take seed + 1, … (default: random)",
     )  # fmt: skip
-    generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(None, values.GENERATORS)
-    latents: "torch.Tensor | Sequence[torch.Tensor] | None" = _field(None, values.LATENTS)
-    prompt_embeds: "Embeds | None" = _field(None, values.EMBEDS)
-    negative_prompt_embeds: "Embeds | None" = _field(None, values.EMBEDS)
+    generator: "torch.Generator | Sequence[torch.Generator] | None" = _field(
+        None, values.GENERATORS,
+        says="instead of a seed: one for all pictures in their order, or one a picture",
+    )  # fmt: skip
+    latents: "torch.Tensor | Sequence[torch.Tensor] | None" = _field(
+        None, values.LATENTS,
+        says="the noise to start from: (pictures, 16, H/8, W/8), or a list of (16, H/8, W/8)",
+    )  # fmt: skip
+    prompt_embeds: "Embeds | None" = _field(
+        None, values.EMBEDS,
+        says="features instead of a prompt: (tokens, width), a list of them, or (padded batch, lengths)",
+    )  # fmt: skip
+    negative_prompt_embeds: "Embeds | None" = _field(
+        None, values.EMBEDS, says="the same instead of a negative prompt"
+    )  # fmt: skip
     sigmas: Sequence[float] | None = _field(
         None, values.LEVELS, group=SAMPLING,
         says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)",
@@ -204,7 +215,10 @@ class Request:
         "released", values.CHOICE, Positions, group=STEERING,
         says="where captions between references stand: as in the released code, or as it was meant",
     )  # fmt: skip
-    output_type: OutputType = _field("pil", Kind(values.choice), OutputType)
+    output_type: OutputType = _field(
+        "pil", Kind(values.choice), OutputType,
+        says="pictures as Pillow's, as tensors (3, H, W) in [-1, 1], or latents alone",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Bring values into one form: lists of batches, Python's numbers, features by prompt; and check them."""

@@ -1,4 +1,4 @@
-"""The README's examples run, on the embedded model in place of the official one, and are typed as strictly as can be."""
+"""The README's examples run, on the embedded model in place of the official one, and are typed under --strict."""
 
 import os
 import re
