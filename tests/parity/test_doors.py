@@ -28,3 +28,11 @@ def test_prompt_embeds_as_diffusers_pipeline(ours, reference):
     mine = ours(prompt_embeds=features, latents=noise, num_inference_steps=3, guidance_scale=0, output_type="latent")
     for a, b in zip(mine.latents, theirs, strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
+
+
+def test_guidance_on_a_distilled_model_is_remarked_on(ours):
+    assert ours.config.variant == "turbo"
+    wanted = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
+    plan = ours.plan("a fox", guidance_scale=2.5, **wanted)
+    assert plan.unused and plan.unused[0].startswith("guidance_scale 2.5: Turbo is distilled")
+    assert not ours.plan("a fox", **wanted).unused
