@@ -236,12 +236,7 @@ class Pipeline(LoadedModel):
     def _begin(self, plan: Plan) -> Iterator[Step]:
         """Prepare what no step changes -> the solver's steps, to be taken with the `_models` in memory."""
         request, device, encoders = plan.request, self.placement.device, self.encoders
-        positive, negative = (
-            encoders.encode_texts([text for caption in captions for text in caption])
-            for captions in (plan.captions[: request.count], plan.captions[request.count :])
-        )
-        looked_at = [reference for of_picture in plan.references for reference in of_picture]
-        features = encoders.encode_references(looked_at, plan.tile)
+        positive, negative, features = self._features(plan)
         generators = start_image.generators(request)
         sampled = generators if request.posterior == "sample" else None
         start = encoders.encode_images([image.pixels for image in plan.start_images], sampled, plan.tile)
@@ -276,6 +271,15 @@ class Pipeline(LoadedModel):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step
+
+    def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[references.ReferenceFeatures]]:
+        """What the transformer reads beside the pictures: prompts, negative prompts, references."""
+        positive, negative = (
+            self.encoders.encode_texts([text for caption in captions for text in caption])
+            for captions in (plan.captions[: plan.request.count], plan.captions[plan.request.count :])
+        )
+        pictures = [reference for of_picture in plan.references for reference in of_picture]
+        return positive, negative, self.encoders.encode_references(pictures, plan.tile)
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""

@@ -102,13 +102,10 @@ def make_plan(
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,
     )  # fmt: skip
-    turns, memory = list(work.turns()), None
-    if vram is not None:
-        layout = _layout(passes[-1], captions, seen, config.transformer, bool(request.guidance_scale), "cpu")
-        memory = memory_plan(components, vram, work, turns, sum(layout.joint.spans.lengths))
-        if components.pinned:
-            notes.append(f"{', '.join(components.pinned)}: in use by the caller, so kept in memory beside the budget")
-    stages = stages_of(components, turns, components.kept if memory is None else memory.kept)
+    memory = None if vram is None else _memory(work, captions, components, vram)
+    if memory is not None and components.pinned:
+        notes.append(f"{', '.join(components.pinned)}: in use by the caller, so kept in memory beside the budget")
+    stages = stages_of(components, work, components.kept if memory is None else memory.kept)
     plan = None
     for each, levels in reversed(list(zip(passes, sigmas, strict=True))):
         plan = Plan(
@@ -118,6 +115,13 @@ def make_plan(
         )  # fmt: skip
     assert plan is not None
     return plan
+
+
+def _memory(work: Work, captions: Sequence[Caption], components: Components, vram: int) -> MemoryPlan:
+    """How a plan's work is done within `vram` bytes; BackendError where it cannot be."""
+    guided = bool(work.request.guidance_scale)
+    layout = _layout(work.request, captions, work.references, components.config.transformer, guided, "cpu")
+    return memory_plan(components, vram, work, sum(layout.joint.spans.lengths))
 
 
 def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:

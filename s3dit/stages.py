@@ -76,9 +76,9 @@ def new_tokens(captions: Sequence[Sequence[Text]], kept: Collection[Any]) -> int
     return sum(len(ids) for ids in texts if not isinstance(ids, PromptEmbeds) and ids not in kept)
 
 
-def stages_of(components: Components, turns: Sequence[Turn], kept: Mapping[str, int]) -> tuple[Stage, ...]:
-    """Turns with their bytes; kept: how many blocks of each streamed part stay on the device."""
-    stages = [stage_of(components, part, work, kept) for part, work in turns]
+def stages_of(components: Components, work: Work, kept: Mapping[str, int]) -> tuple[Stage, ...]:
+    """The turns of a plan's work with their bytes; kept: how many blocks of each streamed part stay on the device."""
+    stages = [stage_of(components, part, todo, kept) for part, todo in work.turns()]
     held = sum({stage.part: stage.holds for stage in stages if stage.part in components.controlnets}.values())
     return tuple(replace(stage, beside=held if stage.part == "transformer" else 0) for stage in stages)
 
@@ -91,7 +91,7 @@ def stage_of(components: Components, part: str, work: str, kept: Mapping[str, in
     return Stage(part, read, min(whole, streamed), work)
 
 
-def memory_plan(components: Components, size: int, work: Work, turns: Sequence[Turn], tokens: int) -> budget.MemoryPlan:
+def memory_plan(components: Components, size: int, work: Work, tokens: int) -> budget.MemoryPlan:
     """How a plan's work is done within `size` bytes; BackendError where it cannot be. tokens: of a model call."""
     config, compute = components.config, components.placement.compute
     device, request = components.placement.device.type, work.request
@@ -117,7 +117,7 @@ def memory_plan(components: Components, size: int, work: Work, turns: Sequence[T
     if config.vision is not None:
         patches = sum(len(reference.patches) for reference in pictures)
         activations["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
-    parts = tuple(dict.fromkeys(part for part, _ in turns))
+    parts = tuple(dict.fromkeys(part for part, _ in work.turns()))
     needs = {
         part: budget.Need(*components.sizes(part)[1:], tuple(activations.get(part, [(None, 0)]))) for part in parts
     }
