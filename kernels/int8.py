@@ -27,7 +27,7 @@ COLUMNS = 1024
 _ABLE = torch.cpu.get_capabilities()
 # Without 8-bit dot products oneDNN adds pairs in 16 bits, which saturate; ONEDNN_MAX_CPU_ISA may forbid them to a CPU
 # that has them, so an extreme product is looked at, too.
-_EXTREME = torch.full((32, 64), 127, dtype=DTYPE)
+_EXTREME = torch.full((32, 64), 127, dtype=DTYPE, device="cpu")
 INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) and bool(
     (torch._int_mm(_EXTREME, _EXTREME.T) == 64 * 127**2).all()
 )

@@ -10,7 +10,8 @@ that a file may be larger than memory and swap. It goes with the last tensor tha
 What a map cannot do: a file that is cut short in place while tensors look at it ends the process (SIGBUS) at the first
 missing page, since the system has nothing to give. Replace model files by renaming a new one over them, as downloaders
 do, and never write into one that is in use; weights that are cast on their way in (bf16 to fp32) or on a GPU are safe.
-Where files cannot be trusted to stay (a network share), `mapped = False` reads each tensor into memory of its own.
+Where files cannot be trusted to stay (a network share), `mapped = False` reads each tensor into memory of its own; the
+header of a GGUF file, vocabulary included, is still read through a map, when the file is opened.
 """
 
 import mmap

@@ -266,8 +266,9 @@ def test_every_field_has_its_option():
     args = vars(parse(["generate", "a"]))
     for one in fields(Request):
         assert (one.name in args) == bool(one.metadata["group"]), one.name
-        assert one.metadata["help"] or not one.metadata["group"]
-    assert {one.name for one in fields(Request) if not one.metadata["group"]} == {"generator", "latents", "output_type"}
+        assert one.metadata["help"]
+    python_only = {"generator", "latents", "prompt_embeds", "negative_prompt_embeds", "output_type"}
+    assert {one.name for one in fields(Request) if not one.metadata["group"]} == python_only
 
 
 def test_spellings_of_other_programs_are_taken():
@@ -514,12 +515,12 @@ def test_a_signal_while_a_model_is_written_leaves_the_old_one(large, tmp_path, c
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
-    from s3dit.pipeline import Pipeline
+    from s3dit.runtime.encoders import Encoders
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "_decode", stop)
+    monkeypatch.setattr(Encoders, "decode", stop)
     assert run("generate", PROMPT, "--steps", 1, "-o", tmp_path / "a.png") == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from s3dit.errors import BackendError
-from s3dit.kernels import dispatch, matmul, scheme, tune
+from s3dit.kernels import dispatch, int8, matmul, scheme, tune
 from s3dit.kernels.dispatch import INTERPRETED, set_backend
 from s3dit.kernels.matmul import (
     Tile,
@@ -264,6 +264,8 @@ def test_formats_without_triton(name):
     stand_ins = [s for s in chosen.linear.stand_ins if (s.device, s.backend) == ("cuda", "torch")]
     assert stand_ins
     for stand_in in stand_ins:
+        if stand_in.function.__name__ == "_int_mm" and not int8.INTEGER_DOT:
+            continue  # This CPU's integer product saturates, so it cannot play the GPU's.
         # Wide x: bf16 rounds the weight and the result.
         assert relative(stand_in.function(x, parts, bias), expected) < 2**-7
 

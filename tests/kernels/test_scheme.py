@@ -1,5 +1,10 @@
 """What every number format promises: its parts, its error, encoding twice, NaN, awkward shapes on a CPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -131,3 +136,24 @@ def test_int8_without_integer_products(monkeypatch):
     monkeypatch.setattr(int8, "INTEGER_DOT", False)
     assert int8.int8_linear.choose(x, parts, None) is int8._widened
     assert relative(linear(x, SCHEMES["int8"], parts), expected) < 1e-6
+
+
+@pytest.mark.parametrize("oddity", ["ONEDNN_MAX_CPU_ISA", "default device"])
+def test_int8_sums_are_exact_whatever_the_process_was_started_with(oddity):
+    """oneDNN kept from dot products adds pairs in 16 bits, which saturate; a default device says nothing of the CPU."""
+    code = f"""
+import torch
+if {oddity!r} == "default device":
+    torch.set_default_device("meta")
+from s3dit.kernels.schemes import SCHEMES, linear
+torch.set_default_device("cpu")
+parts = SCHEMES["int8"].encode(torch.full((64, 256), 3.0))
+x = torch.full((40, 256), 2.0)
+out = linear(x, SCHEMES["int8"], parts)
+# Every code is ±127, so that all sums are the largest: 256 · 127² steps of each side.
+assert (out - 256 * 6.0).abs().max() < 256 * 6.0 * 1e-6, out
+"""
+    environment = os.environ | ({oddity: "AVX2"} if oddity == "ONEDNN_MAX_CPU_ISA" else {})
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
