@@ -15,7 +15,9 @@ from PIL import Image
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
 from s3dit.inputs import control_hints
-from s3dit.inputs.images import carried, save_picture, to_pil
+from s3dit.inputs.image_metadata import carried
+from s3dit.inputs.images import to_pil
+from s3dit.inputs.save_image import save_picture
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 

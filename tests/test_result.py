@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from s3dit import Pipeline, Request, RequestError
-from s3dit.inputs.images import read_metadata, save_picture
+from s3dit.inputs.image_metadata import read_metadata
+from s3dit.inputs.save_image import save_picture
 
 WANTED = {"prompt": "a red star", "seed": 7, "height": 64, "width": 64, "num_inference_steps": 1}
 

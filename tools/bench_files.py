@@ -21,7 +21,7 @@ import torch
 from bench_machine import machine, watched
 from safetensors.torch import save_file
 
-from s3dit.model.infer_config import TEXT_ENCODER, TRANSFORMER, VAE
+from s3dit.configs.infer_config import TEXT_ENCODER, TRANSFORMER, VAE
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder

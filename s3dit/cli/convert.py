@@ -23,9 +23,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from s3dit.configs import infer_config
+from s3dit.configs.model_files import OWN
 from s3dit.errors import CheckpointError
-from s3dit.model import infer_config
-from s3dit.model.config import OWN, TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
 from s3dit.weights.checkpoint import Checkpoint

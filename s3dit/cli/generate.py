@@ -113,7 +113,7 @@ def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:
 
 
 def _generate(pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> int:
-    from s3dit.inputs.images import carried
+    from s3dit.inputs.image_metadata import carried
 
     last = plan if plan.then is None else plan.then
     for record, path, *size in zip(
@@ -158,7 +158,7 @@ def _prompts(plan: "Plan") -> list[str]:
 
 def _save(picture: Any, path: Path, metadata: Any, args: argparse.Namespace) -> Path:
     """Save one picture -> the file, another one than was meant if somebody took the name meanwhile."""
-    from s3dit.inputs.images import save_picture
+    from s3dit.inputs.save_image import save_picture
 
     if args.replace:
         save_picture(picture, path, metadata, quality=args.quality)

@@ -21,9 +21,10 @@ from s3dit.cli.inspect_files import described, maker
 from s3dit.cli.inspect_pictures import PICTURES, picture
 from s3dit.cli.record import PLACE
 from s3dit.cli.report import HOME, Facts, Part, Report, draw, size
+from s3dit.configs import infer_config
+from s3dit.configs.model_files import read_json
 from s3dit.errors import CheckpointError
-from s3dit.model import infer_config
-from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, read_json, variant_of
+from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
 from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import OpenedModel, missing, open_model

@@ -10,9 +10,10 @@ from typing import Any
 
 from s3dit.cli.record import PLACE
 from s3dit.cli.report import HOME, PROMPT, Facts, draw, size
+from s3dit.configs import tokenizer_config
+from s3dit.configs.model_files import KINDS, OWN, read_json, read_own
 from s3dit.errors import CheckpointError
-from s3dit.model import tokenizer_config
-from s3dit.model.config import KINDS, OWN, SchedulerConfig, read_json, read_own
+from s3dit.model.config import SchedulerConfig
 from s3dit.runtime.sources import WEIGHTS
 from s3dit.weights.checkpoint import INDEX
 from s3dit.weights.hub import BESIDE, TOKENIZERS
@@ -114,7 +115,7 @@ def _doubts(kind: Any, said: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         kind.from_json(said, path)
     except CheckpointError as error:
         return (f"not usable: {error}",)
-    return tuple(kind.strange(said, path))
+    return tuple(kind.note_unknown(said, path))
 
 
 def _index(path: Path, said: Mapping[str, Any]) -> Facts:

@@ -19,7 +19,7 @@ from s3dit.cli.record import PLACE, needed, own_name, read_record
 from s3dit.cli.report import HOME, Facts, draw
 from s3dit.errors import RequestError
 from s3dit.files import taken
-from s3dit.inputs.images import read_metadata, read_texts
+from s3dit.inputs.image_metadata import read_metadata, read_texts
 from s3dit.request import Request
 
 # How pictures that carry what made them begin.

@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
         """Exit with 2."""
         self.exit(2, line(f"s3dit: {message}; see {self.prog} --help") + "\n")
 
-    def strange(self, word: str) -> NoReturn:
+    def note_unknown(self, word: str) -> NoReturn:
         """Exit with 2 because of an option, or a word, that there is not."""
         if not word.startswith("-"):
             self.error(f"unexpected {word!r}; put a prompt of several words in quotation marks")
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         argv = [_usual(word, commands[command]) for word in argv]
     args, rest = parser.parse_known_args(argv)
     if rest:
-        commands.get(str(args.command), parser).strange(rest[0])
+        commands.get(str(args.command), parser).note_unknown(rest[0])
     if args.command is None:
         parser.print_help()
     return args

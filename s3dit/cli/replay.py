@@ -56,7 +56,7 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
     "others" of the latter: what the user gave that is not what it was. Raises RequestError, of one line that names the
     picture.
     """
-    from s3dit.inputs.images import read_metadata
+    from s3dit.inputs.image_metadata import read_metadata
 
     data = read_metadata(args.replay)
     with _naming(args.replay):

@@ -95,7 +95,7 @@ def _size(count: int) -> str:
 
 def show(picture: "Image.Image") -> None:
     """Draw a picture in the terminal, if there is one."""
-    from s3dit.inputs.images import ansi
+    from s3dit.inputs.ansi import ansi
 
     paint(ansi(picture, 48))
 
@@ -143,7 +143,8 @@ class Progress:
             event(event="step", step=step.i, of=step.n, model_calls=step.calls, sigma=step.sigma_next)
         self.bar.update(step.calls - self.bar.n)
         if self.preview is not None:
-            from s3dit.inputs.images import save_png, to_pil
+            from s3dit.inputs.images import to_pil
+            from s3dit.inputs.save_image import save_png
 
             # The transformer stays: a small autoencoder beside it is worth less than loading it again.
             with self.pipe.parts.beside():

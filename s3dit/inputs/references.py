@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.inputs.images import Picture, Pictures, resized, to_pil
+from s3dit.inputs.images import Picture, Pictures, to_pil
+from s3dit.inputs.resize import resized
 from s3dit.model.config import ModelConfig, VisionInputConfig
 from s3dit.model.layout import Grid, patchify, released_order
 from s3dit.model.vision_encoder import patches_of

@@ -24,7 +24,8 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from s3dit.errors import RequestError
-from s3dit.inputs.images import Picture, Pictures, resized
+from s3dit.inputs.images import Picture, Pictures
+from s3dit.inputs.resize import resized
 from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
 from s3dit.request import IMAGES, Request

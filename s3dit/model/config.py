@@ -1,19 +1,18 @@
-"""What a model is made of: the configurations of its parts, its variant, and how it wants to be run.
+"""What a model is made of: the configurations of its parts, its variant, and the settings it is meant to be run with.
 
-`VARIANTS` holds what the files do not say: the settings a variant is meant to be run with. Which variant a directory
-holds is told from its files (SigLIP width, the shift of the schedule where it is exactly one of the published ones),
-never from its name. A directory may say more in `s3dit.json` (variant, size, steps, the words it knows); the embedded
-tiny model does. How each part reads its file is in `config_parts`.
+`VARIANTS` holds what the files do not say: a variant's settings. Which variant a directory holds is detected from its
+files (SigLIP width, the shift of the schedule where it is exactly one of the published ones), never from its name. A
+directory may say more in `s3dit.json` (variant, size, steps, the words it knows); the embedded tiny model does. How
+the files are read and checked is in `s3dit/configs/`; the dataclasses of the parts are re-exported here.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from s3dit.errors import CheckpointError
-from s3dit.model import config_keys
-from s3dit.model.config_parts import (
+from s3dit.configs.model_files import KINDS, read_json, read_own, read_vision
+from s3dit.configs.part_configs import (
     LARGEST,
     MOST_LAYERS,
     SchedulerConfig,
@@ -24,7 +23,7 @@ from s3dit.model.config_parts import (
     VisionInputConfig,
     need,
 )
-from s3dit.weights import container
+from s3dit.errors import CheckpointError
 
 __all__ = [
     "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
@@ -32,11 +31,6 @@ __all__ = [
 ]  # fmt: skip
 
 Variant = Literal["turbo", "base", "omni", "tiny"]
-
-# By the folder that holds it.
-KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
-# What a directory may say of its own world.
-OWN = "s3dit.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +70,6 @@ class ModelConfig:
     prompt: str = ""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse one small JSON object from disk; CheckpointError when it is missing, huge or not an object."""
-    try:
-        data = container.read_json(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: holds a {type(data).__name__}; needed a JSON object")
-    return data
-
-
 def read_model(folder: Path) -> ModelConfig:
     """Read every config of a model in the official directory layout; raises CheckpointError."""
     if not folder.is_dir():
@@ -113,38 +96,6 @@ def read_model(folder: Path) -> ModelConfig:
     if configs["transformer"].siglip_feat_dim is not None:
         configs |= read_vision(folder)
     return compose(configs, scheduler, read_own(folder), folder)
-
-
-def read_own(folder: Path) -> dict[str, Any]:
-    """What a directory says in its `s3dit.json`, checked; empty where it has none. Raises CheckpointError."""
-    path = folder / OWN
-    own = read_json(path) if path.is_file() else {}
-    config_keys.check_own(own, path)
-    return own
-
-
-def read_index(folder: Path, skip: Collection[str] = ()) -> list[str]:
-    """Hold a directory's `model_index.json`, where it has one, to what is built here (`config_keys.check_index`)."""
-    path = folder / "model_index.json"
-    return config_keys.check_index(read_json(path), path, skip) if path.is_file() else []
-
-
-def read_vision(folder: Path, notes: list[str] | None = None) -> dict[str, Any]:
-    """The configs of a directory's vision tower and of its input, by folder; none where there is no siglip/.
-
-    notes: gets what they say that nobody knows.
-    """
-    if not (folder / "siglip").is_dir():
-        return {}
-    found = {}
-    for kind, path in (
-        (VisionConfig, folder / "siglip" / "config.json"),
-        (VisionInputConfig, folder / "siglip_processor" / "preprocessor_config.json"),
-    ):
-        found[path.parent.name] = kind.from_json(data := read_json(path), path)
-        if notes is not None:
-            notes += kind.strange(data, path)
-    return found
 
 
 def compose(

@@ -25,11 +25,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from s3dit.configs import config_keys
+from s3dit.configs.model_files import read_json
 from s3dit.control import Rule, Version
 from s3dit.errors import CheckpointError
 from s3dit.kernels.attention import Spans
-from s3dit.model import config_keys
-from s3dit.model.config import TransformerConfig, read_json
+from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import patchify
 from s3dit.model.linear import Linear
 from s3dit.model.transformer import PATCH, Block, Context, Transformer
@@ -110,7 +111,7 @@ class ControlNetConfig:
                 f"{checkpoint.path}: its tensors are those of version {told}, asked for is {version}; only 2.0 and 2.1 "
                 "have the same tensors; leave the version out"
             )
-        notes = config_keys.CONTROLNET.strange(said, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
+        notes = config_keys.CONTROLNET.note_unknown(said, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
         return cls(version or told, channels, _places(checkpoint, base, said), tuple(notes))
 
     def unused(self, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from s3dit.model import infer_config
+from s3dit.configs import infer_config
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer

@@ -5,33 +5,18 @@ in the model's folder is not executed. Where there are reference pictures (Omni,
 around them, and each is encoded by itself: no text knows of another. Special tokens typed by a user are parsed as
 special, and a prompt that is too long is cut from the right, closing tags and all: both as the official pipeline does.
 
-Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same
-BPE is built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces. A GGUF file of
-the text encoder carries vocabulary and merges in its metadata.
-
 Nothing is padded: the text encoder is causal, so padding changes no feature of a real token.
 
-Source: the official repository's prompt format; Qwen2's tokenizer files (regex, NFC, byte-level alphabet, the 26
-added tokens of Qwen3).
+Source: the official repository's prompt format. Not here: the files (`configs.tokenizer_files`).
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-
-from s3dit.errors import CheckpointError
-from s3dit.model import tokenizer_json
-from s3dit.model.tokenizer_config import FILE, check_added
-from s3dit.model.tokenizer_json import PIECES
-from s3dit.weights.container import parse_json, read_json, read_regular
+from s3dit.configs.tokenizer_files import open_tokenizer
 from s3dit.weights.gguf_file import GGUFFile
 
 TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-TURN = ("<|im_start|>", "<|im_end|>")
 # The turn around pictures: a text before the first, one between each two, the prompt between the last and the picture
 # that is to be drawn, and one after that.
 BEFORE, BETWEEN = "<|im_start|>user\n<|vision_start|>", "<|vision_end|><|vision_start|>"
@@ -39,29 +24,6 @@ PROMPT, AFTER = (
     "<|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n<|vision_start|>",
     "<|vision_end|><|im_end|>",
 )
-
-# Qwen3's added tokens have the ids 151643 to 151668 in this order; the first fourteen are special.
-ADDED = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|{kind}_{end}|>" for kind in ("object_ref", "box", "quad", "vision") for end in ("start", "end")),
-    *(f"<|{kind}_pad|>" for kind in ("vision", "image", "video")),
-    "<tool_call>",
-    "</tool_call>",
-    *(f"<|fim_{part}|>" for part in ("prefix", "middle", "suffix", "pad")),
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-)
-FIRST_ADDED, SPECIAL = 151643, 14
-# Bytes of a tokenizer's file; the official tokenizer.json has 11 MB.
-LARGEST = 1 << 27
-# Kinds of tokens in GGUF; a fifth fills the vocabulary up and never occurs in text.
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 class Tokenizer:
@@ -72,23 +34,7 @@ class Tokenizer:
 
         Raises CheckpointError when they are missing, broken or not of this family.
         """
-        if isinstance(source, GGUFFile):
-            self._ids = _ggml(source)
-            return
-        folder = Path(source)
-        readers: dict[str, Callable[[Path], Callable[[str], list[int]]]] = {
-            "tokenizer.json": _json,
-            "vocab.json": _vocabulary,
-            "tokenizer.model": _sentencepiece,
-        }
-        for file, reader in readers.items():
-            if (folder / file).is_file():
-                self._ids = reader(folder)
-                return
-        raise CheckpointError(
-            f"{folder}: no tokenizer in it; needed tokenizer.json, or vocab.json with merges.txt, or tokenizer.model; "
-            "download the tokenizer folder of the model"
-        )
+        self._ids = open_tokenizer(source)
 
     def encode(self, prompt: str, max_length: int = 512) -> list[int]:
         """Ids of one prompt in the chat template, at most `max_length` of them; no padding.
@@ -129,154 +75,3 @@ def _check(prompt: str, max_length: int) -> None:
         raise ValueError(f"max_length is {max_length}; needed at least 1; 512 is usual")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
         raise ValueError("prompt holds half of a surrogate pair; needed Unicode text; decode it as UTF-8 or UTF-16")
-
-
-def _json(folder: Path) -> Callable[[str], list[int]]:
-    """From tokenizer.json, without the padding and truncation that somebody may have saved in it."""
-    path = folder / "tokenizer.json"
-
-    def read() -> tuple[tokenizers.Tokenizer, dict[int, str]]:
-        text = read_regular(path, LARGEST).decode("utf-8")
-        tokenizer_json.check(data := parse_json(text))
-        return tokenizers.Tokenizer.from_str(text), tokenizer_json.added(data)
-
-    tokenizer, added = _sound(path, read)
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    _check_added(tokenizer, added, path)
-    check_added(folder / FILE, tokenizer.get_added_tokens_decoder())
-    return _checked(tokenizer, path)
-
-
-def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
-    """The same BPE as tokenizer.json describes, from vocab.json and merges.txt."""
-    path, merges = folder / "vocab.json", folder / "merges.txt"
-    if not merges.is_file():
-        raise CheckpointError(f"{merges}: missing; needed beside vocab.json; download it")
-
-    def read() -> models.BPE:
-        # A line ends with a line feed only: other separators of lines are letters of the byte-level alphabet.
-        lines = read_regular(merges, LARGEST).decode("utf-8").removesuffix("\n").split("\n")
-        rules = (line.removesuffix("\r") for line in lines if not line.startswith("#version"))
-        return _bpe(parse_json(read_regular(path, LARGEST)), tokenizer_json.pairs(rules))
-
-    return _qwen(_sound(path, read), _added(folder / "tokenizer_config.json"), path)
-
-
-def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
-    """The same BPE from the metadata of a GGUF file, as llama.cpp's converter writes it."""
-    kind = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "qwen2")
-    if kind != ("gpt2", "qwen2"):
-        raise CheckpointError(
-            f"{file.path}: its tokenizer is of the kind {' '.join(map(str, kind))[:60]}; needed gpt2 qwen2, as every "
-            "Qwen3 has it; give the model's own with --tokenizer DIR"
-        )
-    tokens, types = file.items("tokenizer.ggml.tokens"), file.items("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in file.items("tokenizer.ggml.merges")]
-    if len(types) != len(tokens) or any(len(merge) != 2 for merge in merges):
-        raise CheckpointError(f"{file.path}: its tokenizer is broken; give the model's own with --tokenizer DIR")
-    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == NORMAL}
-    added = {
-        i: AddedToken(token, normalized=False, special=kind == CONTROL)
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
-    }
-    return _qwen(_sound(file.path, lambda: _bpe(vocabulary, merges)), added, file.path)
-
-
-def _bpe(vocabulary: dict[str, int], merges: Iterable[Any]) -> models.BPE:
-    """A BPE of a vocabulary and merges that fit; ValueError where they do not."""
-    rules = [tuple(pair) for pair in merges]
-    tokenizer_json.check_bpe(vocabulary, rules)
-    return models.BPE(vocabulary, rules)
-
-
-def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable[[str], list[int]]:
-    """Qwen2's tokenizer around a BPE; added tokens must get the ids that they are listed with."""
-    tokenizer = tokenizers.Tokenizer(bpe)
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PIECES), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(list(added.values()))
-    _check_added(tokenizer, {number: token.content for number, token in added.items()}, path)
-    return _checked(tokenizer, path)
-
-
-def _check_added(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str], path: Path) -> None:
-    """Raise CheckpointError where an added token gets another id than it is listed with."""
-    for number, content in added.items():
-        found = tokenizer.token_to_id(content)
-        if found != number:
-            raise CheckpointError(
-                f"{path}: {content} gets id {found}, needed {number}; the vocabulary is not the one its added "
-                "tokens belong to; download the tokenizer folder again"
-            )
-
-
-def _added(path: Path) -> dict[int, AddedToken]:
-    """Added tokens by id, in order: of tokenizer_config.json where it lists them, else the official ones."""
-    listed: Any = None
-    if path.is_file():
-        config = read_json(path, LARGEST)
-        listed = config.get("added_tokens_decoder") if isinstance(config, dict) else None
-    if listed is None:
-        return {
-            FIRST_ADDED + i: AddedToken(token, normalized=False, special=i < SPECIAL) for i, token in enumerate(ADDED)
-        }
-    flags = ("lstrip", "rstrip", "normalized", "single_word", "special")
-    try:
-        tokens = {
-            int(number): AddedToken(token["content"], **{flag: bool(token.get(flag, False)) for flag in flags})
-            for number, token in listed.items()
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(
-            f"{path}: added_tokens_decoder is broken; needed id -> {{content, …}}; download the file again"
-        ) from None
-    return dict(sorted(tokens.items()))
-
-
-def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
-    """From a SentencePiece model; imported here because few models have one."""
-    import sentencepiece
-
-    path = folder / "tokenizer.model"
-    processor = _sound(path, lambda: sentencepiece.SentencePieceProcessor(model_file=str(path)))
-    # A user-defined piece is one that text can hold; a control piece of this name would be spelled out.
-    absent = [token for token in TURN if token not in processor.encode(token, out_type=str)]
-    if absent:
-        raise CheckpointError(
-            f"{path}: {' and '.join(absent)} are not user-defined pieces; needed the tokenizer of a Qwen chat model"
-        )
-    return lambda text: list(processor.encode(text))
-
-
-def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
-    """Text to ids, after making sure that the vocabulary knows the template's special tokens."""
-    absent = [token for token in TURN if tokenizer.token_to_id(token) is None]
-    if absent:
-        raise CheckpointError(
-            f"{path}: it has no {' and no '.join(absent)}; needed the tokenizer of a Qwen chat model; take the folder "
-            "from the model's official place"
-        )
-    # parity: what the file adds around every text is added; Qwen's adds nothing.
-    return lambda text: list(tokenizer.encode(text).ids)
-
-
-def _sound(path: Path, read: Callable[[], Any]) -> Any:
-    """What a library reads from a file, its complaint turned into a CheckpointError."""
-    if path.stat().st_size > LARGEST and path.suffix != ".gguf":
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; needed at most {LARGEST:,}; download it again")
-    try:
-        return read()
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    # The tokenizers library raises the bare class, and where it panics a PanicException, which is no Exception.
-    except BaseException as error:
-        said = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: not a readable tokenizer file ({said}); download it again") from None

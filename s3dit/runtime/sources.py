@@ -13,18 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from s3dit.configs import infer_config, tokenizer_config
+from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
-from s3dit.model import infer_config, tokenizer_config
-from s3dit.model.config import (
-    ModelConfig,
-    SchedulerConfig,
-    compose,
-    read_index,
-    read_json,
-    read_own,
-    read_vision,
-    variant_of,
-)
+from s3dit.model.config import ModelConfig, SchedulerConfig, compose, variant_of
 from s3dit.model.part_specs import SPECS
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
@@ -161,7 +153,7 @@ def open_model(path: Path, skip: Collection[str] = ()) -> OpenedModel:
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.parent.is_dir():
         found.scheduler = SchedulerConfig.from_json(data := read_json(scheduler), scheduler)
-        found.notes += SchedulerConfig.strange(data, scheduler)
+        found.notes += SchedulerConfig.note_unknown(data, scheduler)
     if (path / "tokenizer").is_dir():
         found.tokenizer = path / "tokenizer"
     found.own = read_own(path)
@@ -199,7 +191,7 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     data = read_json(path)
-    notes += SPECS[part].config.strange(data, path)
+    notes += SPECS[part].config.note_unknown(data, path)
     return {part: SPECS[part].config.from_json(data, path)}
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from s3dit.cli.inspect import _command, look
 from s3dit.cli.main import main
+from s3dit.configs import infer_config
 from s3dit.errors import CheckpointError
-from s3dit.model import infer_config
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.pipeline import EMBEDDED

@@ -326,16 +326,16 @@ def test_a_name_taken_while_it_was_drawn_is_not_overwritten(tmp_path, monkeypatc
 
 
 def test_a_picture_that_cannot_be_saved_does_not_take_the_others(tmp_path, monkeypatch, capsys):
-    from s3dit.inputs import images
+    from s3dit.inputs import save_image
 
-    save = images.save_picture
+    save = save_image.save_picture
 
     def full(image, path, *args, **options):
         if path.name == "a-2.png":
             raise RequestError(f"{path}: cannot be written (No space left on device); needed room")
         save(image, path, *args, **options)
 
-    monkeypatch.setattr(images, "save_picture", full)
+    monkeypatch.setattr(save_image, "save_picture", full)
     assert run("generate", PROMPT, "--steps", 1, "--count", 3, "-o", tmp_path / "a.png") == 2
     captured = capsys.readouterr()
     assert captured.err.endswith(f"s3dit: {tmp_path / 'a-2.png'}: cannot be written (No space left on device); "
@@ -362,7 +362,7 @@ def test_what_a_form_cannot_hold_is_refused_before_it_is_drawn(tmp_path, monkeyp
     long = ("generate", "x " * 20_000, "--steps", 1)
     assert run(*long, "-o", tmp_path / "a.jpg") == 2
     assert "needed at most 65,533 for JPEG; save it as .png or .webp" in capsys.readouterr().err
-    monkeypatch.setattr("s3dit.inputs.images.LARGEST_TEXT", 30_000)
+    monkeypatch.setattr("s3dit.inputs.image_metadata.LARGEST_TEXT", 30_000)
     assert run(*long, "-o", tmp_path / "a.png") == 2 and "needed at most 30,000" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 

@@ -23,7 +23,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from s3dit.cli.main import main
-from s3dit.inputs.images import Picture, read_metadata
+from s3dit.inputs.image_metadata import read_metadata
+from s3dit.inputs.images import Picture
 from s3dit.pipeline import Pipeline
 
 PROMPT = "a red star above a blue ring on a white background"

@@ -15,7 +15,7 @@ from s3dit import Control, Pipeline
 from s3dit.cli.main import main
 from s3dit.cli.show import describe
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.inputs.images import read_metadata
+from s3dit.inputs.image_metadata import read_metadata
 from s3dit.model.config import read_model
 from s3dit.model.controlnet import ControlNet, ControlNetConfig
 from s3dit.model.layout import text_to_image

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from s3dit import Pipeline
 from s3dit.cli.main import main
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.inputs.images import read_metadata, save_png
+from s3dit.inputs.image_metadata import read_metadata
+from s3dit.inputs.save_image import save_png
 from s3dit.model.config import read_model
 from s3dit.model.layout import edit
 from s3dit.model.transformer import Transformer

@@ -14,8 +14,9 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from s3dit.configs.tokenizer_files import ADDED, PIECES, SPECIAL
 from s3dit.errors import CheckpointError
-from s3dit.model.tokenizer import ADDED, PIECES, SPECIAL, Tokenizer
+from s3dit.model.tokenizer import Tokenizer
 
 REAL = os.environ.get("S3DIT_QWEN_TOKENIZER")
 real = pytest.mark.skipif(not REAL, reason="S3DIT_QWEN_TOKENIZER does not name a folder with Qwen3's tokenizer")

@@ -269,7 +269,7 @@ def test_every_name_of_the_vae_as_diffusers_converts_it():
     """All 244 names at full size: to LDM's by the restated rule, back by diffusers' converter and by ours."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    from s3dit.model.infer_config import VAE
+    from s3dit.configs.infer_config import VAE
     from s3dit.model.vae import Autoencoder
     from s3dit.weights.keymap import detect
 
@@ -285,7 +285,7 @@ def test_every_name_of_the_vae_as_diffusers_converts_it():
 
 def test_every_name_of_the_transformer(tmp_path):
     """All 453 names of Comfy-Org's file at full size become the official 521."""
-    from s3dit.model.infer_config import TRANSFORMER
+    from s3dit.configs.infer_config import TRANSFORMER
     from s3dit.model.transformer import Transformer
 
     with torch.device("meta"):

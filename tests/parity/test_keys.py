@@ -12,9 +12,10 @@ import torch
 import transformers
 
 from s3dit import Pipeline
+from s3dit.configs import config_keys
+from s3dit.configs.model_files import KINDS
 from s3dit.errors import CheckpointError
-from s3dit.model import config_keys
-from s3dit.model.config import KINDS, SchedulerConfig, VisionConfig, VisionInputConfig
+from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.sources import open_sources
@@ -51,7 +52,7 @@ def defaults(kind):
 @pytest.mark.parametrize("kind", [*KINDS.values(), SchedulerConfig, VisionConfig, VisionInputConfig])
 def test_every_key_of_a_class_is_in_a_table(kind):
     said = defaults(kind)
-    assert kind.strange(said, "FILE") == []
+    assert kind.note_unknown(said, "FILE") == []
     for key in set(kind.keys.runs) & set(said) - OTHERWISE - {"_class_name"}:
         default = list(said[key]) if isinstance(said[key], tuple) else said[key]
         assert default in kind.keys.runs[key], key

@@ -58,7 +58,7 @@ def reference(folder):
 @pytest.fixture(scope="module")
 def ours(folder):
     """The encoder, and the embeddings of ids."""
-    from s3dit.model.config import read_json
+    from s3dit.configs.model_files import read_json
 
     with torch.device("meta"):
         encoder = TextEncoder(TextEncoderConfig.from_json(read_json(folder / "config.json"), "config.json"))

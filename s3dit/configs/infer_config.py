@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from s3dit.configs.part_configs import LARGEST, MOST_LAYERS, TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.errors import CheckpointError
-from s3dit.model.config import LARGEST, MOST_LAYERS, TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.weights.container import Checkpoint
 from s3dit.weights.keymap import official
 

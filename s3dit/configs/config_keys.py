@@ -39,7 +39,7 @@ class Keys:
         without_effect = {key for keys in self.inert.values() for key in keys}
         return sorted(set(data) - set(read) - set(self.runs) - without_effect)
 
-    def strange(self, data: Mapping[str, Any], read: Collection[str], source: object) -> list[str]:
+    def note_unknown(self, data: Mapping[str, Any], read: Collection[str], source: object) -> list[str]:
         """A note on the keys of a file that are `unknown`; no note where there are none."""
         names = self.unknown(data, read)
         few = ", ".join(repr(name[:40]) for name in names[:5]) + (", …" if len(names) > 5 else "")

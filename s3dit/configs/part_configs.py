@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from s3dit.configs import config_keys
+from s3dit.configs.config_keys import Keys
 from s3dit.errors import CheckpointError
-from s3dit.model import config_keys
-from s3dit.model.config_keys import Keys
 
 # Above this a number in a config is an accident or an attack: the official model's largest is vocab_size, 151,936.
 LARGEST = 1 << 20
@@ -34,7 +34,7 @@ MOST = {
 SIGNED = ("shift_factor", "image_mean", "base_shift", "max_shift")
 
 
-class Part:
+class PartConfig:
     """Reading of one part's JSON: every field present, of its type, of a sane size, the other keys as `keys` says."""
 
     __slots__ = ()
@@ -57,9 +57,9 @@ class Part:
         return cls(**values)
 
     @classmethod
-    def strange(cls, data: Mapping[str, Any], source: str | Path) -> list[str]:
+    def note_unknown(cls, data: Mapping[str, Any], source: str | Path) -> list[str]:
         """A note on keys that nobody knows; no note where there are none."""
-        return cls.keys.strange(data, [field.name for field in fields(cls)], source)  # type: ignore[arg-type]
+        return cls.keys.note_unknown(data, [field.name for field in fields(cls)], source)  # type: ignore[arg-type]
 
 
 def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
@@ -94,7 +94,7 @@ def need(holds: bool, source: str | Path, found: str, needed: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class TransformerConfig(Part):
+class TransformerConfig(PartConfig):
     """The S3-DiT, `transformer/config.json`. `siglip_feat_dim` is None except for Omni and Edit."""
 
     keys: ClassVar[Keys] = config_keys.TRANSFORMER
@@ -151,7 +151,7 @@ class TransformerConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class TextEncoderConfig(Part):
+class TextEncoderConfig(PartConfig):
     """Qwen3, `text_encoder/config.json`."""
 
     keys: ClassVar[Keys] = config_keys.TEXT_ENCODER
@@ -206,7 +206,7 @@ def _check_attention(data: Mapping[str, Any], layers: int, source: str | Path) -
 
 
 @dataclass(frozen=True, slots=True)
-class VAEConfig(Part):
+class VAEConfig(PartConfig):
     """AutoencoderKL of FLUX.1, `vae/config.json`."""
 
     keys: ClassVar[Keys] = config_keys.VAE
@@ -234,7 +234,7 @@ class VAEConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class VisionConfig(Part):
+class VisionConfig(PartConfig):
     """SigLIP2 (NaFlex), `siglip/config.json`; only Omni and Edit have one."""
 
     keys: ClassVar[Keys] = config_keys.VISION
@@ -260,7 +260,7 @@ class VisionConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class VisionInputConfig(Part):
+class VisionInputConfig(PartConfig):
     """How a picture becomes SigLIP2's patches, `siglip_processor/preprocessor_config.json`."""
 
     keys: ClassVar[Keys] = config_keys.VISION_INPUT
@@ -282,7 +282,7 @@ class VisionInputConfig(Part):
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig(Part):
+class SchedulerConfig(PartConfig):
     """Flow schedule, `scheduler/scheduler_config.json`: shift 3.0 is Turbo's, 6.0 Z-Image's.
 
     With `use_dynamic_shifting` the shift follows from the size of the picture (`shift_at`), and `shift` is not used;

@@ -11,20 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
 from s3dit.cli.convert import convert
+from s3dit.configs import config_keys, tokenizer_config
+from s3dit.configs.model_files import KINDS, read_index, read_json, read_own
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.model import config_keys, tokenizer_config
-from s3dit.model.config import (
-    KINDS,
-    SchedulerConfig,
-    VisionConfig,
-    VisionInputConfig,
-    compose,
-    read_index,
-    read_json,
-    read_model,
-    read_own,
-    variant_of,
-)
+from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig, compose, read_model, variant_of
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
@@ -81,7 +71,7 @@ def write(folder, name, change, without=()):
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_in_these_files_is_unknown(name):
     kind, data = FILES[name]
-    assert kind.from_json(data, "FILE") and kind.strange(data, "FILE") == []
+    assert kind.from_json(data, "FILE") and kind.note_unknown(data, "FILE") == []
 
 
 @pytest.mark.parametrize("name, key", each(lambda kind: kind.keys.runs))
@@ -103,7 +93,9 @@ def test_what_cannot_matter_changes_nothing(name, key):
     kind, data = FILES[name]
     for value in (None, True, "x", [1, 2], 10**9):
         changed = data | {key: value}
-        assert kind.from_json(changed, "FILE") == kind.from_json(data, "FILE") and not kind.strange(changed, "FILE")
+        assert kind.from_json(changed, "FILE") == kind.from_json(data, "FILE") and not kind.note_unknown(
+            changed, "FILE"
+        )
 
 
 @pytest.mark.parametrize("name", FILES)

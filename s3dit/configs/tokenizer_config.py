@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s3dit.configs import config_keys
+from s3dit.configs.model_files import read_json
 from s3dit.errors import CheckpointError
-from s3dit.model import config_keys
-from s3dit.model.config import read_json
 
 FILE = "tokenizer_config.json"
 # SHA-256 of the templates, white space around them cut, that write one user's turn as `tokenizer.TEMPLATE` does.
@@ -42,7 +42,7 @@ def check(folder: Path) -> list[str]:
     notes = []
     if template is not None and digest not in TEMPLATES:
         notes.append(f"{path}: its chat template is not Qwen3's own; it is not executed, prompts stand in Qwen3's turn")
-    return notes + config_keys.TOKENIZER.strange(said, ("added_tokens_decoder", "chat_template"), folder / FILE)
+    return notes + config_keys.TOKENIZER.note_unknown(said, ("added_tokens_decoder", "chat_template"), folder / FILE)
 
 
 def check_added(path: Path, tokens: Mapping[int, Any]) -> None:

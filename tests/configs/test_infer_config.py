@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from s3dit.configs import infer_config as infer
 from s3dit.errors import CheckpointError
-from s3dit.model import infer_config as infer
 from s3dit.model.config import read_model
 from s3dit.model.part_specs import SPECS
 from s3dit.model.text_encoder import TextEncoder
