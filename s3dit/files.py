@@ -25,6 +25,8 @@ from s3dit.errors import RequestError
 # The form of a picture, by the ending of its name.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DEFAULT = "s3dit.png"
+# Endings of files of weights.
+WEIGHTS = (".safetensors", ".gguf")
 # Prompts are a few kilobytes each; a request holds at most so many pictures.
 LARGEST_PROMPTS = 1 << 24
 MOST_PROMPTS = 1024
@@ -47,15 +49,30 @@ def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[
         yield file
 
 
-def check_named(given: Iterable[tuple[str, str]]) -> None:
+def check_file(option: str, path: str, needed: str) -> None:
+    """Raise RequestError where the path that an option gives is not that of a regular file with something in it.
+
+    The file is not opened. needed: what it should be, for the message.
+    """
+    named = f"{option} {path}"
+    with _finding(named, needed):
+        status = os.stat(path)
+    _check_regular(named, status, needed, sys.maxsize)
+
+
+def check_models(given: Iterable[tuple[str, str]]) -> None:
     """Raise RequestError for the first (option, name) that is a path by its look and leads to nothing.
 
-    By its look: it begins as a path does, or has no slash, as all names of the Hub have.
+    A name of the Hub may be anything else: it has a slash and does not begin as a path does, nor is it a file of
+    weights in a folder that is here. option: "" for what is given without one.
     """
     for option, name in given:
-        hub = "/" in name and not name.startswith(("/", "./", "../", "~"))
-        if not hub and not os.path.exists(os.path.expanduser(name)):
-            raise RequestError(f"{option} {name}: not found; needed a file or folder that is here, or a Hub name")
+        begins = name.startswith(("/", "./", "../", "~")) or "/" not in name
+        if not begins and not (name.endswith(WEIGHTS) and os.path.isdir(os.path.dirname(name))):
+            continue
+        if not os.path.exists(os.path.expanduser(name)):
+            named = f"{option} {name}".lstrip()
+            raise RequestError(f"{named}: not found; needed a file or folder that is here, or a Hub name")
 
 
 @contextmanager

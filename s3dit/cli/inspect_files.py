@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from s3dit.cli.inspect_report import HOME, PROMPT, Facts, draw, size
 from s3dit.cli.record import PLACE
-from s3dit.cli.report import HOME, PROMPT, Facts, draw, size
 from s3dit.errors import CheckpointError
 from s3dit.model import tokenizer_config
 from s3dit.model.config import KINDS, OWN, SchedulerConfig, read_json, read_own

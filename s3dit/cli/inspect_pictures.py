@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s3dit.cli.inspect_report import HOME, Facts, draw
 from s3dit.cli.record import PLACE, needed, own_name, read_record
-from s3dit.cli.report import HOME, Facts, draw
 from s3dit.errors import RequestError
 from s3dit.files import taken
 from s3dit.inputs.images import read_metadata, read_texts
