@@ -27,6 +27,9 @@ ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DEFAULT = "s3dit.png"
 # Endings of files of weights.
 WEIGHTS = (".safetensors", ".gguf")
+# The names of the Hub for what other programs call by a short one.
+PUBLISHED = {"z-image-turbo": "Tongyi-MAI/Z-Image-Turbo", "z-image": "Tongyi-MAI/Z-Image"}
+ADDRESS = re.compile(r"[a-zA-Z][\w+.-]+://")
 # Prompts are a few kilobytes each; a request holds at most so many pictures.
 LARGEST_PROMPTS = 1 << 24
 MOST_PROMPTS = 1024
@@ -54,7 +57,9 @@ def check_file(option: str, path: str, needed: str) -> None:
 
     The file is not opened. needed: what it should be, for the message.
     """
-    named = f"{option} {path}"
+    named = f"{option} {path or repr(path)}"
+    if ADDRESS.match(path):
+        raise RequestError(f"{named}: is an address; needed {needed} in a file; download it first")
     with _finding(named, needed):
         status = os.stat(path)
     _check_regular(named, status, needed, sys.maxsize)
@@ -71,8 +76,11 @@ def check_models(given: Iterable[tuple[str, str]]) -> None:
         if not begins and not (name.endswith(WEIGHTS) and os.path.isdir(os.path.dirname(name))):
             continue
         if not os.path.exists(os.path.expanduser(name)):
-            named = f"{option} {name}".lstrip()
-            raise RequestError(f"{named}: not found; needed a file or folder that is here, or a Hub name")
+            named = f"{option} {name or repr(name)}".lstrip()
+            hint = f"; did you mean {PUBLISHED[name.lower()]}?" if name.lower() in PUBLISHED else ""
+            raise RequestError(
+                f"{named}: not found; needed a file or folder that is here, or a Hub name (org/name){hint}"
+            )
 
 
 @contextmanager
@@ -153,7 +161,8 @@ def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Pat
     if first.suffix.lower() not in ENDINGS:
         *others, last = ENDINGS
         raise RequestError(
-            f"output is {first.name!r}; needed a name that ends in {', '.join(others)} or {last}, or a folder"
+            f"output is {first.name!r}; needed a name that ends in {', '.join(others)} or {last}, or a folder (with a "
+            "slash at its end)"
         )
     _check_folder(first)
     names = (first if n == pictures == 1 else first.with_stem(f"{first.stem}-{n}") for n in count(1))

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from s3dit import __version__
-from s3dit.cli.source import check_source, located
+from s3dit.cli.source import check_directory, check_source, located
 from s3dit.errors import RequestError
 from s3dit.terminal import bar, say, tell
 
@@ -39,11 +39,18 @@ def run(args: argparse.Namespace) -> int:
     if args.dtype not in (None, *DTYPES):
         raise RequestError(f"--dtype is {args.dtype!r}; needed {' or '.join(DTYPES)}, or none to keep what is stored")
     check_source(args.source)
+    if not adapter:
+        check_directory(args.target)
     from s3dit.cli.convert_model import check, convert
     from s3dit.weights.convert_adapter import convert_adapter
+    from s3dit.weights.split_checkpoint import PARTS
 
     source = located(args.source)
     if adapter:
+        if any((source / part).is_dir() for part in PARTS):
+            raise RequestError(
+                f"{args.target}: *.safetensors is for an adapter, {args.source} is a model; name a folder"
+            )
         for note in convert_adapter(source, args.target, version=__version__, force=args.force).notes:
             say(note)
         tell(args.target)

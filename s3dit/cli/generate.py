@@ -1,10 +1,12 @@
 """`s3dit generate`: draw what the options ask for, and write each picture into a file."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s3dit import files
+from s3dit.cli.option_names import speaking_of_options
 from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.cli.show import Progress, show
@@ -96,7 +98,8 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
 
 def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:
     """The files of all pictures, and whether they may be replaced."""
-    paths, replace = files.outputs(args.output, count, args.overwrite)
+    with speaking_of_options():
+        paths, replace = files.outputs(args.output, count, args.overwrite)
     if args.quality is not None and not 1 <= args.quality <= 100:
         raise RequestError(f"--quality is {args.quality}; needed 1 to 100")
     if args.quality is not None and paths[0].suffix.lower() == ".png":
@@ -117,7 +120,7 @@ def _check_metadata(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: arg
 def _introduce(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: argparse.Namespace) -> None:
     """Say what will be drawn, where it goes and what takes long; with --json also the first event."""
     say(f"{pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}")
-    for note in (*plan.notes, *([] if plan.memory is None else [plan.memory])):
+    for note in (*plan.notes, *_surprises(plan), *([] if plan.memory is None else [plan.memory])):
         say(note)
     if args.output is None and len(paths) == 1 and paths[0].name != files.DEFAULT:
         say(f"{files.DEFAULT} exists; this picture goes to {paths[0]}")
@@ -127,6 +130,15 @@ def _introduce(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: argparse
         prompts = [prompt for prompt in plan.request.prompts for _ in range(plan.request.num_images_per_prompt)]
         rows = zip(plan.request.seeds(), prompts, map(str, paths), strict=True)
         event(event="start", pictures=[dict(zip(("seed", "prompt", "path"), row, strict=True)) for row in rows])
+
+
+def _surprises(plan: "Plan") -> Iterator[str]:
+    """What is without effect, or another thing than in other programs."""
+    request = plan.request
+    if request.seed == -1:
+        yield "seed -1 is a seed like any other; leave --seed out for a random one"
+    if any(request.per_image("negative_prompt")) and not request.guidance_scale:
+        yield "the negative prompt has no effect without guidance; turn it on with --cfg 3 or --guidance 2"
 
 
 def _save(picture: Any, path: Path, metadata: Any, quality: int | None, replace: bool) -> Path:

@@ -68,11 +68,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     `command` of the result is None where there are no words; the help was printed then.
     """
     parser, commands = _parsers()
+    argv = ["--help"] if list(argv) == ["help"] else argv
     if argv and argv[0] not in commands and argv[0] not in parser.options:
         _refuse_command(parser, argv[0])
     args, rest = parser.parse_known_args(argv)
     if rest:
-        commands.get(str(args.command), parser).refuse(rest[0])
+        commands[args.command].refuse(rest[0], commands)
     if args.command is None:
         parser.print_help()
     return args

@@ -5,6 +5,7 @@ the option in its place, where it is certain that the field is meant.
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
@@ -29,30 +30,40 @@ def _dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# Option by the name of a field of Request that has one, and by the name of a parameter of `Pipeline.load`.
+# Option by the name of a field of Request that has one; and of a parameter of `Pipeline.load` and `files.outputs`.
 FIELDS = {field.name: flag(field) for field in fields(Request) if field.metadata["group"]}
-NAMES = {name: _dashed(name) for name in LOAD} | FIELDS
+NAMES = {name: _dashed(name) for name in (*LOAD, "output")} | FIELDS
 # Names of two words and more are no words of a sentence, unless they stand in a path.
 UNMISTAKABLE = "|".join(name for name in FIELDS | {"quantize_text": ""} if "_" in name)
 ANYWHERE = re.compile(rf"(?<![\w./\\-])({UNMISTAKABLE})(?![\w./\\-])")
-# A name of one word is the subject of a message: "shift is -1", "both vram and …", "dtype fp16 overflows", "seed of …".
+# A name of one word is the subject of a message: "shift is -1", "dtype fp16 overflows", "seed of …".
 VERBS = "is|are|has|holds|needs?|mixes|makes|acts|overflows|does|and|of"
-SUBJECT = re.compile(rf"^(both )?({'|'.join(NAMES)})(?=(?: [\w.:']+)? (?:{VERBS})\b)|^()(control)(?= )")
+SUBJECT = re.compile(rf"^({'|'.join(NAMES)})(?=(?: [\w.:']+)? (?:{VERBS})\b)|^(control)(?= )")
+PAIR = re.compile(rf"^both ({'|'.join(NAMES)}) and ({'|'.join(NAMES)})\b")
 # Or what its last part asks for: "give image too, or leave strength out".
 ADVICE = re.compile(rf"\b(give|leave|without) ({'|'.join(FIELDS)})(?= too\b| out\b| or\b| and\b|[,;]|$)")
 
 
 def in_options(message: str) -> str:
     """Put the options of the command line in the place of names of fields and parameters in a message."""
+    message = PAIR.sub(lambda match: f"both {NAMES[match[1]]} and {NAMES[match[2]]}", message)
     message = ANYWHERE.sub(lambda match: NAMES[match[1]], message)
-    message = SUBJECT.sub(lambda match: (match[1] or match[3] or "") + NAMES[match[2] or match[4]], message)
+    message = SUBJECT.sub(lambda match: NAMES[match[0]], message)
     return ADVICE.sub(lambda match: f"{match[1]} {NAMES[match[2]]}", message)
 
 
 @contextmanager
 def speaking_of_options() -> Iterator[None]:
-    """Raise the RequestError and BackendError of what runs inside with the names of the options in their messages."""
+    """While inside, messages name options: of RequestError and BackendError that are raised, and of warnings."""
+    show = warnings.showwarning
+
+    def translated(message: Warning | str, *rest: Any, **more: Any) -> None:
+        show(in_options(str(message)), *rest, **more)
+
+    warnings.showwarning = translated
     try:
         yield
     except (RequestError, BackendError) as error:
         raise type(error)(in_options(str(error))) from None
+    finally:
+        warnings.showwarning = show

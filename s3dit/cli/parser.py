@@ -80,16 +80,22 @@ class Parser(argparse.ArgumentParser):
                     default=known.default, metavar=known.metavar, help=argparse.SUPPRESS,
                 )  # fmt: skip
 
-    def refuse(self, word: str) -> NoReturn:
-        """Exit with 2 because of a word that is neither an option of this parser nor an expected argument."""
+    def refuse(self, word: str, others: Mapping[str, "Parser"]) -> NoReturn:
+        """Exit with 2 because of a word that is neither an option of this parser nor an expected argument.
+
+        others: the parsers of all commands by name, whose option it may be.
+        """
         if not word.startswith("-"):
-            self.error(f"unexpected {word!r}; put a prompt of several words in quotation marks")
+            hint = "; put a prompt of several words in quotation marks" if "--prompt" in self.options else ""
+            self.error(f"unexpected {word!r}{hint}")
         name = word.partition("=")[0]
         for known in (name, name[:2]):
             if known in UNCLEAR:
                 self.error(f"{known} is not clear; say {UNCLEAR[known]}")
         if name in ANSWERS:
             self.error(f"there is no option {name}; {ANSWERS[name]}")
+        if owners := [command for command, parser in others.items() if name in parser.options]:
+            self.error(f"there is no option {name} here; s3dit {owners[0]} has it")
         nearest = get_close_matches(name, self.options, 1, 0.6)
         self.error(f"there is no option {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from s3dit import __version__
 from s3dit.cli.options import OWN_FORMATS, check_format
-from s3dit.cli.source import check_source, located
+from s3dit.cli.source import check_directory, check_source, located
 from s3dit.terminal import bar, tell
 
 SUMMARY = "write a model directory in a number format"
@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
     check_format("--to", args.to)
     check_format("--text", args.text)
     check_source(args.source)
+    check_directory(args.target)
     from s3dit.weights.quantize import check, quantize, scheme_named
 
     named = {"transformer": args.to, "text_encoder": args.text}

@@ -1,5 +1,6 @@
 """The options themselves: other programs' spellings, --help, examples, and messages that name options."""
 
+import contextlib
 import json
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from s3dit.cli.main import COMMANDS, _parsers, main, parse
 from s3dit.cli.option_names import FIELDS, in_options
 from s3dit.cli.parser import ANSWERS, SPELLINGS, UNCLEAR, Parser
+from s3dit.pipeline import Pipeline
 from s3dit.request import Request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +71,7 @@ def test_words_behind_two_dashes_are_the_prompt():
         ("--lora-scales=0.8", "there is no option --lora-scales; write the strength behind the file"),
         ("--vae-tiling", "large pictures are decoded by tiles"),
         ("--lowvram", "--vram 4GiB"),
+        ("--kernels", "there is no option --kernels here; s3dit plan has it"),
     ],
 )
 def test_what_other_programs_do_otherwise_is_answered(word, answer, capsys):
@@ -83,6 +86,7 @@ def test_what_other_programs_do_otherwise_is_answered(word, answer, capsys):
         (["a fox"], "to draw it: s3dit generate 'a fox'"),
         (["generat", "a fox"], "did you mean generate?"),
         (["--prompt", "a fox"], "name a command first"),
+        (["inspect", "a", "b"], "unexpected 'b'; see s3dit inspect --help"),
     ],
 )
 def test_without_a_command(words, answer, capsys):
@@ -161,6 +165,8 @@ def test_a_message_about_a_field_names_its_option(name, capsys):
         ("strength is given without a start image; give image too, or leave strength out",
          "--strength is given without a start image; give --image too, or leave --strength out"),
         ("both cfg and guidance_scale are given", "both --cfg and --guidance are given"),
+        ("both vram and residency streamed are given", "both --vram and --residency streamed are given"),
+        ("output is 'a'; needed a name", "--output is 'a'; needed a name"),
         ("seed of the last picture is 9", "--seed of the last picture is 9"),
         ("3 sigmas but num_inference_steps 2; leave one out", "3 sigmas but --steps 2; leave one out"),
         ("a reference scaled to 9; raise reference_area", "a reference scaled to 9; raise --reference-area"),
@@ -182,6 +188,61 @@ def test_only_what_is_a_field_becomes_an_option(message, shown):
 
 def test_the_table_of_bad_values_knows_every_option():
     assert set(BAD) == {field.name for field in fields(Request) if field.metadata["group"]} == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "note"),
+    [
+        (["--seed", "-1"], "seed -1 is a seed like any other; leave --seed out"),
+        (["--negative-prompt", "blur"], "the negative prompt has no effect without guidance"),
+        (["--max-sequence-length", "10"], "raise --max-sequence-length above 10"),
+        (["--compile"], "compiles the transformer's blocks, which takes a minute"),
+    ],
+)
+def test_what_is_done_in_silence_elsewhere_is_told(words, note, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("s3dit.pipeline.check_compiler", lambda device: None)
+    monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda module: None)
+    assert main(["generate", "a red star", "--steps", "1", *words, "-o", str(tmp_path / "a.png")]) == 0
+    assert note in capsys.readouterr().err
+
+
+def test_kernels_are_part_of_the_plan_as_json(capsys):
+    assert main(["plan", "a red star", "--size", "64x64", "--device", "cpu", "--json", "--kernels"]) == 0
+    kernels = json.loads(capsys.readouterr().out)["kernels"]
+    assert kernels["backend"] == "auto" and kernels["device"].startswith("cpu")
+    attention = [row for row in kernels["operations"] if row["name"] == "attention"]
+    assert attention and all(row["count"] > 0 and row["chosen"] and len(row["shape"]) == 3 for row in attention)
+    assert attention[0]["others"]["cudnn (torch)"] == "needs cuda tensors, found cpu"
+
+
+def test_a_callback_of_reading_ends_with_its_block():
+    pipe, seen = Pipeline.load(device="cpu", dtype="fp32"), []
+    with contextlib.suppress(KeyError), pipe.parts.reading(lambda part, count: seen.append((part, count))):
+        assert pipe.parts["vae"] is not None
+        raise KeyError
+    total = sum(count for _, count in seen)
+    assert {part for part, _ in seen} == {"vae"} and total == pipe.parts.sizes("vae")[0]
+    pipe.parts.free()
+    assert pipe.parts["vae"] is not None and total == sum(count for _, count in seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["convert", "embedded", "out.gguf"], "a model is written as a folder"),
+        (["quantize", "embedded", "out.safetensors", "--to", "int8"], "a model is written as a folder"),
+        (["convert", "embedded", "out.safetensors"], "is for an adapter, embedded is a model; name a folder"),
+        (["generate", "x", "--model", "Z-Image-Turbo"], "did you mean Tongyi-MAI/Z-Image-Turbo?"),
+        (["generate", "x", "--image", "https://a.org/b.png"], "is an address; needed a picture in a file"),
+        (["generate", "x", "--lora", ""], "--lora '': not found"),
+        (["generate", "x", "-o", "out.tif"], "--output is 'out.tif'; needed a name that ends in .png"),
+    ],
+)
+def test_files_that_other_programs_would_take(words, answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert answer in err and err.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
 MISSING = {
