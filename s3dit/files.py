@@ -43,8 +43,8 @@ def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[
     """
     # Before it is opened, because opening a device may set it going; and after, because it may be another by now.
     with _finding(path, needed):
-        found = os.stat(path)
-    _check_regular(path, found, needed, largest)
+        status = os.stat(path)
+    _check_regular(path, status, needed, largest)
     with _finding(path, needed):
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(number, "rb") as file:
@@ -95,20 +95,20 @@ def _finding(path: object, needed: str) -> Iterator[None]:
 
 
 def _unreadable(path: object, error: Exception, needed: str) -> RequestError:
-    said = getattr(error, "strerror", None) or error
-    return RequestError(f"{path}: cannot be read ({said}); needed {needed}; check the file")
+    reason = getattr(error, "strerror", None) or error
+    return RequestError(f"{path}: cannot be read ({reason}); needed {needed}; check the file")
 
 
-def _check_regular(path: object, found: os.stat_result, needed: str, largest: int) -> None:
-    kind = _kind(found.st_mode)
+def _check_regular(path: object, status: os.stat_result, needed: str, largest: int) -> None:
+    kind = _kind(status.st_mode)
     if kind != "a file":
         raise RequestError(f"{path}: cannot be read (it is {kind}); needed {needed}; name a regular file")
     # Empty are, too, the files of /proc that hold something, and never end.
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise RequestError(f"{path}: cannot be read (it is empty); needed {needed}; check the file")
-    if found.st_size > largest:
+    if status.st_size > largest:
         raise RequestError(
-            f"{path}: holds {found.st_size:,} bytes; needed {needed} of at most {largest:,}; check the file"
+            f"{path}: holds {status.st_size:,} bytes; needed {needed} of at most {largest:,}; check the file"
         )
 
 
@@ -195,7 +195,7 @@ def taken(path: Path) -> bool:
 
 def _check_folder(path: Path) -> None:
     """A file can be made in the folder of this path, or in the nearest above it that exists."""
-    folder = next((one for one in path.parents if os.path.lexists(one)), Path("."))
+    folder = next((parent for parent in path.parents if os.path.lexists(parent)), Path("."))
     try:
         # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
         tempfile.TemporaryFile(dir=folder).close()

@@ -81,14 +81,14 @@ def convert(
     tensor. Raises CheckpointError before anything is written where source or target are unfit or the disk too
     small, and leaves nothing behind when it is interrupted.
     """
-    found, target = check(source, target, dtype, force=force), target.resolve()
+    opened, target = check(source, target, dtype, force=force), target.resolve()
     with building(target) as built:
         built.mkdir()
         try:
-            for part, checkpoint in found.parts.items():
+            for part, checkpoint in opened.parts.items():
                 _write(checkpoint, part, built / part, dtype, version, progress or (lambda count: None))
-                _write_json(built / part / "config.json", _config(part, checkpoint, found))
-            notes = tuple(_write_rest(found, built))
+                _write_json(built / part / "config.json", _config(part, checkpoint, opened))
+            notes = tuple(_write_rest(opened, built))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
                 f"{target}: could not be written ({error}); nothing was left there; make room and try again"
@@ -100,17 +100,17 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
     """Raise the CheckpointError that `convert` would raise before it writes; what the source holds."""
     if dtype not in (None, *DTYPES):
         raise CheckpointError(f"dtype is {dtype!r}; needed {' or '.join(DTYPES)}, or none to keep what is stored")
-    found = open_model(source)
+    opened = open_model(source)
     check_target(source, target, force=force)
     needed = SPARE
-    for part, checkpoint in found.parts.items():
-        config = found.configs.get(part) or SPECS[part].infer(checkpoint)
+    for part, checkpoint in opened.parts.items():
+        config = opened.configs.get(part) or SPECS[part].infer(checkpoint)
         # A file may lack the layer that is never read, a config.json beside it may not leave that open.
         infer_config.check_layers(part, checkpoint, config, "the whole model has")
         needed += sum(_size(part, official(checkpoint), config, dtype))
-    needed += sum(file.stat().st_size for folder in _eyes(found) for file in folder.iterdir())
+    needed += sum(file.stat().st_size for folder in _vision_folders(opened) for file in folder.iterdir())
     check_room(target, needed)
-    return found
+    return opened
 
 
 def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> Iterator[int]:
@@ -181,15 +181,15 @@ def _digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as opened:
-            while run := opened.read(1 << 24):
+        with file.open("rb") as stream:
+            while run := stream.read(1 << 24):
                 digest.update(run)
     return digest.hexdigest()
 
 
-def _config(part: str, checkpoint: Checkpoint, found: OpenedModel) -> dict[str, Any]:
+def _config(part: str, checkpoint: Checkpoint, opened: OpenedModel) -> dict[str, Any]:
     """The config.json of a part."""
-    config = found.configs.get(part) or SPECS[part].infer(checkpoint)
+    config = opened.configs.get(part) or SPECS[part].infer(checkpoint)
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     if isinstance(config, TransformerConfig):
         return TRANSFORMER | {key: value for key, value in values.items() if value is not None}
@@ -201,30 +201,30 @@ def _config(part: str, checkpoint: Checkpoint, found: OpenedModel) -> dict[str, 
     return VAE | blocks | values
 
 
-def _write_rest(found: OpenedModel, built: Path) -> Iterator[str]:
+def _write_rest(opened: OpenedModel, built: Path) -> Iterator[str]:
     """What a whole model has besides its parts: schedule, tokenizer, index; gives notes on what is not the source's."""
-    own = found.path / OWN
-    if own.is_file() and found.own:
-        copy_file(own, built / own.name, found.path)
-    if isinstance(found.tokenizer, Path):
-        shutil.copytree(found.tokenizer, built / "tokenizer", ignore=left_out(found.tokenizer))
-    if set(found.parts) != set(PARTS):
+    own = opened.path / OWN
+    if own.is_file() and opened.own:
+        copy_file(own, built / own.name, opened.path)
+    if isinstance(opened.tokenizer, Path):
+        shutil.copytree(opened.tokenizer, built / "tokenizer", ignore=left_out(opened.tokenizer))
+    if set(opened.parts) != set(PARTS):
         return
-    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | asdict(found.scheduler)
+    scheduler = SCHEDULER if opened.scheduler is None else SCHEDULER | asdict(opened.scheduler)
     (built / "scheduler").mkdir()
     _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
-    for folder in _eyes(found):
+    for folder in _vision_folders(opened):
         shutil.copytree(folder, built / folder.name, ignore=left_out(folder))
-    _write_json(built / "model_index.json", INDEX | (OMNI if _eyes(found) else {}))
-    if found.scheduler is None:
+    _write_json(built / "model_index.json", INDEX | (OMNI if _vision_folders(opened) else {}))
+    if opened.scheduler is None:
         yield f"the source does not say the shift of its schedule: {SHIFT:g}, Turbo's, was written"
-    if not isinstance(found.tokenizer, Path):
+    if not isinstance(opened.tokenizer, Path):
         yield "the source has no tokenizer folder: copy the one of Z-Image to tokenizer/ to make it a whole model"
 
 
-def _eyes(found: OpenedModel) -> list[Path]:
+def _vision_folders(opened: OpenedModel) -> list[Path]:
     """The folders of the vision tower, which only a directory has and which are copied as they are."""
-    return [folder for name in ("siglip", "siglip_processor") if (folder := found.path / name).is_dir()]
+    return [folder for name in ("siglip", "siglip_processor") if (folder := opened.path / name).is_dir()]
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

@@ -58,6 +58,7 @@ def speaking_of_options() -> Iterator[None]:
     show = warnings.showwarning
 
     def translated(message: Warning | str, *rest: Any, **more: Any) -> None:
+        """Show a warning with the names of the options."""
         show(in_options(str(message)), *rest, **more)
 
     warnings.showwarning = translated
