@@ -25,6 +25,11 @@ from s3dit.errors import RequestError
 # The form of a picture, by the ending of its name.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DEFAULT = "s3dit.png"
+# Endings of files of weights.
+WEIGHTS = (".safetensors", ".gguf")
+# The names of the Hub for what other programs call by a short one.
+PUBLISHED = {"z-image-turbo": "Tongyi-MAI/Z-Image-Turbo", "z-image": "Tongyi-MAI/Z-Image"}
+ADDRESS = re.compile(r"[a-zA-Z][\w+.-]+://")
 # Prompts are a few kilobytes each; a request holds at most so many pictures.
 LARGEST_PROMPTS = 1 << 24
 MOST_PROMPTS = 1024
@@ -38,8 +43,8 @@ def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[
     """
     # Before it is opened, because opening a device may set it going; and after, because it may be another by now.
     with _finding(path, needed):
-        found = os.stat(path)
-    _check_regular(path, found, needed, largest)
+        status = os.stat(path)
+    _check_regular(path, status, needed, largest)
     with _finding(path, needed):
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(number, "rb") as file:
@@ -47,15 +52,35 @@ def opened(path: str | os.PathLike[str], needed: str, largest: int) -> Iterator[
         yield file
 
 
-def check_named(given: Iterable[tuple[str, str]]) -> None:
+def check_file(option: str, path: str, needed: str) -> None:
+    """Raise RequestError where the path that an option gives is not that of a regular file with something in it.
+
+    The file is not opened. needed: what it should be, for the message.
+    """
+    named = f"{option} {path or repr(path)}"
+    if ADDRESS.match(path):
+        raise RequestError(f"{named}: is an address; needed {needed} in a file; download it first")
+    with _finding(named, needed):
+        status = os.stat(path)
+    _check_regular(named, status, needed, sys.maxsize)
+
+
+def check_models(given: Iterable[tuple[str, str]]) -> None:
     """Raise RequestError for the first (option, name) that is a path by its look and leads to nothing.
 
-    By its look: it begins as a path does, or has no slash, as all names of the Hub have.
+    A name of the Hub may be anything else: it has a slash and does not begin as a path does, nor is it a file of
+    weights in a folder that is here. option: "" for what is given without one.
     """
     for option, name in given:
-        hub = "/" in name and not name.startswith(("/", "./", "../", "~"))
-        if not hub and not os.path.exists(os.path.expanduser(name)):
-            raise RequestError(f"{option} {name}: not found; needed a file or folder that is here, or a Hub name")
+        begins = name.startswith(("/", "./", "../", "~")) or "/" not in name
+        if not begins and not (name.endswith(WEIGHTS) and os.path.isdir(os.path.dirname(name))):
+            continue
+        if not os.path.exists(os.path.expanduser(name)):
+            named = f"{option} {name or repr(name)}".lstrip()
+            hint = f"; did you mean {PUBLISHED[name.lower()]}?" if name.lower() in PUBLISHED else ""
+            raise RequestError(
+                f"{named}: not found; needed a file or folder that is here, or a Hub name (org/name){hint}"
+            )
 
 
 @contextmanager
@@ -70,20 +95,20 @@ def _finding(path: object, needed: str) -> Iterator[None]:
 
 
 def _unreadable(path: object, error: Exception, needed: str) -> RequestError:
-    said = getattr(error, "strerror", None) or error
-    return RequestError(f"{path}: cannot be read ({said}); needed {needed}; check the file")
+    reason = getattr(error, "strerror", None) or error
+    return RequestError(f"{path}: cannot be read ({reason}); needed {needed}; check the file")
 
 
-def _check_regular(path: object, found: os.stat_result, needed: str, largest: int) -> None:
-    kind = _kind(found.st_mode)
+def _check_regular(path: object, status: os.stat_result, needed: str, largest: int) -> None:
+    kind = _kind(status.st_mode)
     if kind != "a file":
         raise RequestError(f"{path}: cannot be read (it is {kind}); needed {needed}; name a regular file")
     # Empty are, too, the files of /proc that hold something, and never end.
-    if found.st_size == 0:
+    if status.st_size == 0:
         raise RequestError(f"{path}: cannot be read (it is empty); needed {needed}; check the file")
-    if found.st_size > largest:
+    if status.st_size > largest:
         raise RequestError(
-            f"{path}: holds {found.st_size:,} bytes; needed {needed} of at most {largest:,}; check the file"
+            f"{path}: holds {status.st_size:,} bytes; needed {needed} of at most {largest:,}; check the file"
         )
 
 
@@ -136,7 +161,8 @@ def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Pat
     if first.suffix.lower() not in ENDINGS:
         *others, last = ENDINGS
         raise RequestError(
-            f"output is {first.name!r}; needed a name that ends in {', '.join(others)} or {last}, or a folder"
+            f"output is {first.name!r}; needed a name that ends in {', '.join(others)} or {last}, or a folder (with a "
+            "slash at its end)"
         )
     _check_folder(first)
     names = (first if n == pictures == 1 else first.with_stem(f"{first.stem}-{n}") for n in count(1))
@@ -169,7 +195,7 @@ def taken(path: Path) -> bool:
 
 def _check_folder(path: Path) -> None:
     """A file can be made in the folder of this path, or in the nearest above it that exists."""
-    folder = next((one for one in path.parents if os.path.lexists(one)), Path("."))
+    folder = next((parent for parent in path.parents if os.path.lexists(parent)), Path("."))
     try:
         # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
         tempfile.TemporaryFile(dir=folder).close()

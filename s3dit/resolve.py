@@ -92,7 +92,7 @@ def without_effect(request: Request, config: ModelConfig) -> Iterator[str]:
         for name in (name for name, is_given in given.items() if is_given):
             yield f"{name} has no effect: guidance is off; give guidance_scale, such as 4, to models that have it"
     if request.seed == -1:
-        yield "seed -1 is a seed like any other here, and draws the same picture every time; leave seed out for chance"
+        yield "seed -1 is a seed like any other; leave seed out for a random one"
     if request.image is None and request.posterior != "mode":
         yield "posterior has no effect: there is no start image"
     if request.mask_image is None and request.extend is None and not request.composite:

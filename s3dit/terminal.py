@@ -54,15 +54,16 @@ def line(text: object, encoding: str = "utf-8") -> str:
 def _shown(text: str, encoding: str) -> Iterator[str]:
     """Each character as it is shown."""
     marks = 0
-    for one in text:
-        marks = marks + 1 if unicodedata.category(one) in ("Mn", "Me") else 0
-        hidden = not one.isprintable() or marks > MARKS or UNSEEN.match(one)
-        yield _escaped(one) if hidden else one.encode(encoding, "s3dit").decode(encoding)
+    for char in text:
+        marks = marks + 1 if unicodedata.category(char) in ("Mn", "Me") else 0
+        hidden = not char.isprintable() or marks > MARKS or UNSEEN.match(char)
+        yield _escaped(char) if hidden else char.encode(encoding, "s3dit").decode(encoding)
 
 
-def _escaped(one: str) -> str:
+def _escaped(char: str) -> str:
+    """A character as an escape such as `\\x1b`."""
     # A byte of a name that is no UTF-8 comes as a lone surrogate; it is shown as the byte.
-    return f"\\x{ord(one) - 0xDC00:02x}" if "\udc80" <= one <= "\udcff" else ascii(one)[1:-1]
+    return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
 
 
 def _fitting(pieces: list[str], room: int) -> int:
@@ -94,12 +95,15 @@ class _Stream:
 
     @property
     def encoding(self) -> str:
+        """The stream's encoding, UTF-8 where it has none."""
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
+        """Whether it is a terminal that still takes what is written."""
         return self.stream is not None and self.lost is None and self.stream.isatty()
 
     def write(self, text: str) -> int:
+        """Write a text, characters that the encoding lacks as something near; a stream that is lost takes nothing."""
         _stop_again()
         with self._losing():
             if self.stream is None:
@@ -108,6 +112,7 @@ class _Stream:
         return len(text)
 
     def flush(self) -> None:
+        """Flush the stream, unless it is lost."""
         with self._losing():
             if self.stream is not None:
                 self.stream.flush()
@@ -177,8 +182,8 @@ def say(text: object) -> None:
 
 def tell(text: object) -> None:
     """Print what was asked for on standard output: one line, or several with line feeds between them."""
-    for one in str(text).split("\n"):
-        sys.stdout.write(line(one, _encoding(sys.stdout)) + "\n")
+    for row in str(text).split("\n"):
+        sys.stdout.write(line(row, _encoding(sys.stdout)) + "\n")
     sys.stdout.flush()
 
 
@@ -281,6 +286,7 @@ def stoppable(early: Callable[[int, object], None] | None = None) -> Iterator[No
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
+        """The handler of a signal."""
         if not _importing(frame):
             _stop(number)
             return
@@ -292,16 +298,17 @@ def stoppable(early: Callable[[int, object], None] | None = None) -> Iterator[No
         timer.daemon = True
         timer.start()
 
-    found: dict[int, Any] = {}
+    # The handlers of before.
+    handlers: dict[int, Any] = {}
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                found[number] = signal.getsignal(number)
+                handlers[number] = signal.getsignal(number)
                 signal.signal(number, stop)
         yield
     finally:
-        for number, before in found.items():
+        for number, before in handlers.items():
             # What comes after a program's last line is its end, which takes a moment, and is not to be disturbed.
             signal.signal(number, before if early is None else signal.SIG_IGN)
         _asked = None

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from s3dit import values  # noqa: E402
-from s3dit.cli.options import flag  # noqa: E402
+from s3dit.cli.option_names import flag  # noqa: E402
 from s3dit.request import Request  # noqa: E402
 
 

@@ -118,6 +118,7 @@ def write_int8(path: Path, tensors: dict[str, list[int]]) -> None:
     at = 0
 
     def add(name: str, array: np.ndarray) -> None:
+        """Append a tensor to the header and the data."""
         nonlocal at
         header[name] = {"dtype": names[array.dtype], "shape": array.shape, "data_offsets": [at, at + array.nbytes]}
         data.append(array)

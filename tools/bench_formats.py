@@ -76,6 +76,7 @@ def bench_transformer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     layout, x, text = text_to_image([(32, 32)], [64]), torch.randn(1024, 64), torch.randn(64, 2560).to(compute)
 
     def seconds(model: Transformer) -> float:
+        """Median time of a forward, without the first."""
         context, took = model.context(layout, text), []
         for _ in range(args.repeat + 1):
             start = clock()

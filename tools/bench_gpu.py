@@ -59,6 +59,7 @@ def environment() -> dict[str, Any]:
     import triton
 
     def said(*command: str) -> str:
+        """What a program prints."""
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     return {
@@ -85,6 +86,7 @@ def kernels() -> Iterator[dict[str, Any]]:
     """Each Op at the model's shapes: row kernels against a copy of the same bytes, products against cuBLAS."""
 
     def draw(*shape: int) -> Tensor:
+        """A random bf16 tensor on the device."""
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     for side, n in LENGTHS.items():

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they run on, a program watched from outside, and a full-size random model."""
+"""Shared by the benchmarks: a description of the machine, a measured process, and a full-size random model."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Do two trees draw the same bits? Hash pictures over all features on this machine, and compare with those of before.
+"""Hash pictures over all features, and compare the hashes of two trees: does a rebuild draw the same bits?
 
 `python tools/bits.py make DIR` writes the inputs (start images, masks, an adapter, ControlNets and an Omni model with
 random weights, the embedded model in other formats and one official checkpoint of diffusers' own making);
@@ -52,7 +52,9 @@ def make(folder: Path) -> None:
     mask = np.zeros((80, 64), np.uint8)
     mask[16:56, 8:40], mask[56:, :16] = 255, 96
     Image.fromarray(mask).save(folder / "mask.png")
-    nets, eyes, official = (fixture(f"{name}.py") for name in ("test_branches", "test_references", "parity/conftest"))
+    nets, eyes, official = (
+        fixture(f"{name}.py") for name in ("inputs/test_control_hints", "inputs/test_references", "parity/conftest")
+    )
     for version in ("1.0", "2.1"):
         nets.write(folder / f"net-{version}.safetensors", version)
 
@@ -61,6 +63,7 @@ def make(folder: Path) -> None:
 
         @staticmethod
         def mktemp(name: str) -> Path:
+            """Make a folder of this name; returns it."""
             (folder / name).mkdir()
             return folder / name
 

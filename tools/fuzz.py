@@ -141,11 +141,11 @@ def _replay(path: Path, picture: Any, pipe: Pipeline) -> None:
     argv = ["generate", "--replay", str(path.with_suffix(".png")), "-o", str(path.with_suffix(".out.png"))]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         before, Pipeline.load = Pipeline.load, lambda *args, **options: pipe  # type: ignore[method-assign]
-        generate._generate, after = (lambda *args: 0), generate._generate
+        generate._draw, after = (lambda *args: 0), generate._draw
         try:
             code = command_line.main(argv)
         finally:
-            Pipeline.load, generate._generate = before, after  # type: ignore[method-assign]
+            Pipeline.load, generate._draw = before, after  # type: ignore[method-assign]
     if code:
         raise RequestError(said.getvalue())
 

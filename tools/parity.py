@@ -1,4 +1,4 @@
-"""Hold this engine to diffusers, stage by stage, on any model in the official layout, and name where they first part.
+"""Compare this engine with diffusers, stage by stage, on any model in the official layout; name the first difference.
 
     python tools/parity.py                                    the embedded model
     python tools/parity.py Z-Image-Turbo --steps 1            a folder, or a name on the hub

@@ -1,4 +1,4 @@
-"""The two sides of the parity ladder: this engine and diffusers, each run whole, their stages under the same names.
+"""Record the stages of a picture drawn by this engine and of the same drawn by diffusers, under the same names.
 
 Both give a trace.Record of the same rungs: token ids, text features, noise levels, noise, rotary tables, the modules of
 the transformer in the first step, then time, velocity and latents of every step, the decoded picture and its bytes. The
@@ -76,6 +76,7 @@ def ropes(model: nn.Module, form: Callable[[str, Any], Tensor]) -> Iterator[Reco
         for stream, blocks in STREAMS.items():
 
             def look(module: nn.Module, args: Any, stream: str = stream, blocks: str = blocks) -> None:
+                """A forward pre-hook of the stream's first block: record its rotary table."""
                 record[f"rope of {stream}"] = form(blocks, args).cpu()
 
             stack.callback(model.get_submodule(f"{blocks}.0").register_forward_pre_hook(look).remove)
@@ -149,6 +150,7 @@ def encoded(task: Task, pipe: Any) -> tuple[Record, list[Tensor]]:
     ids: list[Tensor] = []
 
     def look(module: nn.Module, args: Any, named: dict[str, Tensor]) -> None:
+        """A forward pre-hook of the text encoder: record the token ids without padding."""
         ids.append(named["input_ids"][named["attention_mask"].bool()].cpu())
 
     with ExitStack() as stack:
@@ -174,6 +176,7 @@ def sampled(task: Task, transformer: Any, scheduler: Any, features: list[Tensor]
         take, i = scheduler.step, 0
 
         def watched(velocity: Tensor, t: Tensor, x: Tensor, **named: Any) -> Any:
+            """The scheduler's step, with everything of it recorded as stages."""
             nonlocal modules, stages, i
             i, result = i + 1, take(velocity, t, x, **named)
             seen = {name: packed(name, tensor, layout) for name, tensor in modules.items()}

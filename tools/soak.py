@@ -1,4 +1,4 @@
-"""Draw thousands of small pictures of changing prompts and sizes, and watch the memory of the process: does it grow?
+"""Measure whether the memory of the process grows over thousands of small pictures of changing prompts and sizes.
 
 `python tools/soak.py [--count 2000] [RESIDENCY ...]` runs each residency (staged, resident, streamed, vram) in a
 process of its own and prints one JSON line: anonymous memory in kB at twenty moments, and how much the lowest of the
@@ -6,8 +6,9 @@ last five lies above the lowest of the five before them, in bytes a picture (the
 part more or less in memory). By then every bounded cache is full (the prompt features take 256 pictures). Ends with 1
 where that is above 4 kB a picture. Linux only (/proc).
 
-In fp32, unless `--dtype bf16`: oneDNN keeps the programs of the last 1,024 shapes that it multiplied in bf16, some
-100 kB each, which takes thousands of pictures of random sizes and lengths to fill.
+In fp32, unless `--dtype bf16`. In bf16 memory grows for longer. This is inferred, not measured: oneDNN's documented
+cache of primitives holds 1,024 of them by default, one for each shape that is multiplied; at some 100 kB each, an
+estimate, thousands of pictures of random sizes and lengths would fill it.
 """
 
 import argparse

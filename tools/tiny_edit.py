@@ -1,4 +1,4 @@
-"""Does the embedded model edit as asked? Scored from pixels, like tiny_score.py, on pictures that are rendered.
+"""Score how the embedded model edits start images, from pixels (tiny_score.py), on pictures that are rendered.
 
 A row is a few tens of pictures of one kind of edit: img2img (weak, strong), inpainting the second of two things,
 outpainting a picture that lost its margins. Each is judged against the scene that its words demand, or the one that it

@@ -1,4 +1,4 @@
-"""The S3-DiT's forward pass for training: a batch of equal lengths, one compiled block, gradients that are quick.
+"""The S3-DiT's forward pass for training: a batch of equal lengths, one compiled block, fast gradients.
 
 The parameters are those of the engine's own `Transformer`; only the order of the arithmetic differs. `fast_forward`
 agrees with the engine to fp32 rounding. Also here: Muon, the optimizer of the block matrices.
@@ -35,6 +35,7 @@ def _block(
     q, k, v = F.linear(_rms(x, norms[0] * scale1), qkv).view(b, t, 3, -1, 2 * half).unbind(2)
 
     def turn(y: Tensor, weight: Tensor) -> Tensor:
+        """Normalize queries or keys and rotate them: (B, T, H, d) -> (B, H, T, d)."""
         y = _rms(y, weight)
         first, second = y[..., :half], y[..., half:]
         return torch.cat((first * cos - second * sin, first * sin + second * cos), -1).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The scorer of the tiny model: does a picture show what its scene demands?
+"""Score pictures of the tiny model: does each show what its scene demands?
 
 Found from pixels alone: the background is the colour of the picture's frame, things are the connected regions that
 differ from it, the colour of a thing is the palette colour nearest to its median, its shape is the template of the
@@ -168,6 +168,7 @@ def table(verdicts: Iterable[tuple[Scene, Verdict]]) -> dict[str, float]:
     out: dict[str, float] = {"n": len(rows)}
 
     def share(name: str, hits: list[bool]) -> None:
+        """Add the share of hits, where there are any rows."""
         if hits:
             out[name] = round(sum(hits) / len(hits), 4)
 

@@ -1,8 +1,7 @@
-"""Text encoder of the tiny model, first part of its training: to say what a caption means.
+"""Pretrain the tiny model's text encoder: linear heads on the last tokens predict a scene's facts from its caption.
 
-Before any picture is drawn, the text encoder learns to name a scene's facts - background, what is where, in which
-colour and size - with linear heads on the last tokens of the prompt. That takes two minutes, and the S3-DiT then
-starts from features in which words are already bound to one another, instead of learning to read by drawing.
+The facts are the background, and of each thing its shape, place, colour and size. It takes two minutes, and the S3-DiT
+then starts from features in which words are already related to one another.
 """
 
 import time
@@ -70,6 +69,7 @@ def pretrain(text: TextEncoder, tokenizer: Tokenizer, steps: int, batch: int = 6
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
 
     def answers(scenes: list[Scene]) -> tuple[list[Tensor], Tensor]:
+        """Logits of every fact for each of the last tokens, and the true class of each."""
         ids = [tokenizer.encode(caption_of(scene, rng)) for scene in scenes]
         ends = torch.tensor([len(one) for one in ids]).cumsum(0)
         last = read(text, ids)[ends[:, None] - TAIL + torch.arange(TAIL)]  # (B, TAIL, hidden)

@@ -1,4 +1,4 @@
-"""Training of the tiny autoencoder: latents that stand noise, so that the S3-DiT need not be precise.
+"""Train the tiny model's autoencoder on latents with noise, so that small errors of the S3-DiT are not visible.
 
 The encoder's means are kept near zero mean and unit variance and the decoder only ever sees them with noise of
 NOISE times that deviation added: what it learns to draw from is what survives that noise. The logvar output is

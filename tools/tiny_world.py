@@ -1,4 +1,4 @@
-"""The little world that the embedded tiny model is trained on: flat shapes on flat backgrounds.
+"""Render and describe the pictures that the embedded model is trained on: flat shapes on flat backgrounds.
 
 A *scene* is a few facts (what kind of picture, which shapes of which colours, which background); this module renders
 a scene as a 128 × 128 picture, says it as an English caption, and - the other way round - measures whether a picture

@@ -174,6 +174,7 @@ def train_dit(work: Path, data: dict[str, Any], tokenizer: Tokenizer, model: Mod
     (empty,), rng = model.features(tokenizer, [""]), np.random.default_rng(3)
 
     def loss_of() -> Tensor:
+        """Mean squared error of the velocity on a random batch."""
         rows = torch.randint(len(data["patches"]), (BATCH,))
         x, t, target = noisy(data["patches"][rows])
         read_now = [
@@ -195,6 +196,7 @@ def distil(work: Path, data: dict[str, Any], tokenizer: Tokenizer, teacher: Mode
     teacher.requires_grad_(False)
 
     def loss_of() -> Tensor:
+        """Mean squared error towards the guided velocity on a random batch."""
         rows = torch.randint(scenes, (BATCH,))
         x, t, target = noisy(data["patches"][rows])
         read_now = [said[CAPTIONS * r + int(rng.integers(CAPTIONS))] for r in rows.tolist()]
@@ -214,6 +216,7 @@ def quick_score(model: Model, vae: Autoencoder, data: dict[str, Any], tokenizer:
         said = model.features(tokenizer, [caption for _, caption in chosen])
 
         def velocity(x: Tensor, sigma: Tensor, said: list[Tensor] = said) -> Tensor:
+            """The model's velocity at a noise level, as the solver calls it."""
             return model(x, (1 - sigma).expand(len(said)), said)
 
         x = torch.randn(len(chosen), 64, 64, generator=torch.Generator().manual_seed(start))

@@ -1,232 +1,66 @@
-"""Any checkpoint that is read here, written out in the official layout: what diffusers and every other tool reads.
+"""`s3dit convert`: write a model in the official layout, or an adapter under official names (`convert_model`)."""
 
-Each part becomes a folder of safetensors shards under official names with its config.json; a source that holds all of a
-model becomes a whole model directory. Tensors stream one by one, floats as they are stored; layers in a number format
-are decoded to plain floats, because the official layout knows no other. Which file it was, by hash, how it was spelled
-and what was decoded stands in the metadata of every shard. The directory appears whole, or not at all.
-
-A config.json has what the source's own says; else what the shapes say, with the constants of the published model for
-what they do not. Values that are read by nobody here, but by diffusers or transformers, are the published
-ones as well. A tokenizer inside of a GGUF file is not written out.
-"""
-
-import hashlib
-import json
-import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from s3dit import __version__
+from s3dit.cli.source import check_directory, check_source, located
+from s3dit.errors import RequestError
+from s3dit.terminal import bar, say, tell
 
-from s3dit.configs import infer_config
-from s3dit.configs.model_files import OWN
-from s3dit.errors import CheckpointError
-from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from s3dit.model.part_specs import SPECS
-from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
-from s3dit.weights.checkpoint import Checkpoint
-from s3dit.weights.container import FLOATS
-from s3dit.weights.keymap import detect, official
-from s3dit.weights.model_folder import building, copy_file, left_out
-from s3dit.weights.quantize import SPARE, STEM, UNKNOWN, Shards, check_room, check_target
-from s3dit.weights.split_checkpoint import PARTS
-
-# A dummy of some writers, and the head of a language model that is tied to the embedding anyway.
-DROPPED = ("norm_final.weight", "lm_head.weight")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# What the official JSON files say besides what is read here.
-TRANSFORMER = {"_class_name": "ZImageTransformer2DModel", "axes_lens": [1536, 512, 512]}
-TEXT_ENCODER = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "initializer_range": 0.02,
-    "max_position_embeddings": 40960, "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": True,
-    "use_cache": True, "use_sliding_window": False,
-}  # fmt: skip
-VAE = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "force_upcast": True, "latents_mean": None, "latents_std": None,
-    "mid_block_add_attention": True, "sample_size": 1024, "use_post_quant_conv": False, "use_quant_conv": False,
-}  # fmt: skip
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": False,
-    "shift": SHIFT,
-}  # fmt: skip
-OMNI = {
-    "_class_name": "ZImageOmniPipeline", "siglip": ["transformers", "Siglip2VisionModel"],
-    "siglip_processor": ["transformers", "Siglip2ImageProcessorFast"],
-}  # fmt: skip
-INDEX = {
-    "_class_name": "ZImagePipeline", "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3Model"], "tokenizer": ["transformers", "Qwen2Tokenizer"],
-    "transformer": ["diffusers", "ZImageTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
-}  # fmt: skip
+SUMMARY = "write any checkpoint or adapter that can be read under official names, for any other tool"
+EXAMPLES = (
+    ("s3dit convert z-image.gguf Z-Image-plain", "the same in the official layout, for any tool"),
+    ("s3dit convert embedded tiny --dtype fp32", "the embedded model, every tensor in fp32"),
+    ("s3dit convert style-kohya.safetensors style.safetensors", "an adapter under the names of diffusers"),
+)
+DTYPES = ("bf16", "fp32")
 
 
-def convert(
-    source: Path,
-    target: Path,
-    *,
-    version: str,
-    dtype: str | None = None,
-    force: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> tuple[str, ...]:
-    """Write the parts of a model that `source` holds into the directory `target`; gives notes on what was guessed.
-
-    version: of s3dit, for the metadata · dtype: "bf16" or "fp32" for all tensors; None keeps floats as they are stored
-    and decodes number formats to bf16 · force: replace the model at `target` · progress: called with the bytes of each
-    tensor. Raises CheckpointError before anything is written where source or target are unfit or the disk too
-    small, and leaves nothing behind when it is interrupted.
-    """
-    found, target = check(source, target, dtype, force=force), target.resolve()
-    with building(target) as built:
-        built.mkdir()
-        try:
-            for part, checkpoint in found.parts.items():
-                _write(checkpoint, part, built / part, dtype, version, progress or (lambda count: None))
-                _write_json(built / part / "config.json", _config(part, checkpoint, found))
-            notes = tuple(_write_rest(found, built))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{target}: could not be written ({error}); nothing was left there; make room and try again"
-            ) from None
-    return notes
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    parser.add_argument(
+        "source", metavar="SRC", help="a file or folder of one part or of all, a hub name, org/name/file, or an adapter"
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="DST", help="the new directory, or the new *.safetensors of an adapter"
+    )
+    parser.add_argument(
+        "--dtype", metavar="DTYPE", help="bf16 or fp32 (default: floats as stored, number formats decoded to bf16)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the model that is at DST")
 
 
-def check(source: Path, target: Path, dtype: str | None, *, force: bool = False) -> OpenedModel:
-    """Raise the CheckpointError that `convert` would raise before it writes; what the source holds."""
-    if dtype not in (None, *DTYPES):
-        raise CheckpointError(f"dtype is {dtype!r}; needed {' or '.join(DTYPES)}, or none to keep what is stored")
-    found = open_model(source)
-    check_target(source, target, force=force)
-    needed = SPARE
-    for part, checkpoint in found.parts.items():
-        config = found.configs.get(part) or SPECS[part].infer(checkpoint)
-        # A file may lack the layer that is never read, a config.json beside it may not leave that open.
-        infer_config.check_layers(part, checkpoint, config, "the whole model has")
-        needed += sum(_size(part, official(checkpoint), config, dtype))
-    needed += sum(file.stat().st_size for folder in _eyes(found) for file in folder.iterdir())
-    check_room(target, needed)
-    return found
+def run(args: argparse.Namespace) -> int:
+    """Write SRC to DST and print DST; returns the exit code. Raises RequestError and CheckpointError."""
+    adapter = args.target.suffix == ".safetensors"
+    if args.dtype is not None and adapter:
+        raise RequestError(f"--dtype is {args.dtype!r}; an adapter keeps its numbers as stored; leave --dtype out")
+    if args.dtype not in (None, *DTYPES):
+        raise RequestError(f"--dtype is {args.dtype!r}; needed {' or '.join(DTYPES)}, or none to keep what is stored")
+    check_source(args.source)
+    if not adapter:
+        check_directory(args.target)
+    from s3dit.cli.convert_model import check, convert
+    from s3dit.weights.convert_adapter import convert_adapter
+    from s3dit.weights.split_checkpoint import PARTS
 
-
-def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> Iterator[int]:
-    """Bytes of each tensor as it will be written; raises CheckpointError for a number format that nobody decodes."""
-    with torch.device("meta"):
-        homes = SPECS[part].module(config).state_dict()
-    for name in checkpoint:
-        entry, (layer, _, leaf) = checkpoint.entry(name), name.rpartition(".")
-        if layer in checkpoint.schemes and leaf != "bias":
-            # A layer that the model has not is of no size that is known, and small.
-            yield homes[name].numel() * (4 if dtype == "fp32" else 2) if name in homes and leaf == "weight" else 0
-        elif entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{checkpoint.path}: {name} is {checkpoint.format(name)}, which is not decoded; needed floats, or a "
-                "number format that this engine draws with"
+    source = located(args.source)
+    if adapter:
+        if any((source / part).is_dir() for part in PARTS):
+            raise RequestError(
+                f"{args.target}: *.safetensors is for an adapter, {args.source} is a model; name a folder"
             )
-        else:
-            yield entry.nbytes if dtype is None else entry.nbytes // entry.dtype.itemsize * DTYPES[dtype].itemsize
-
-
-def _write(
-    checkpoint: Checkpoint, part: str, folder: Path, dtype: str | None, version: str, progress: Callable[[int], None]
-) -> None:
-    """Stream one part into shards of its folder, and write the index that names them."""
-    named = official(checkpoint)
-    folder.mkdir()
-    decoded = Counter(scheme.name for scheme in named.schemes.values())
-    metadata = {
-        "format": "pt",
-        "source": UNKNOWN,
-        "spelling": detect(checkpoint).name,
-        "decoded": json.dumps(decoded),
-        "s3dit": version,
-    }
-    shards = Shards(folder, STEM.get(part, "diffusion_pytorch_model"), metadata)
-    for name, tensor in _tensors(named):
-        if name in DROPPED:
-            continue
-        own = torch.bfloat16 if name.rpartition(".")[0] in named.schemes else tensor.dtype
-        # A view would hold the whole map of the source.
-        shards.add({name: tensor.to(own if dtype is None else DTYPES[dtype], copy=True).contiguous()})
-        progress(named.entry(name).nbytes)
-    # What was read, and what is hashed, is of one file only if that one is still there.
-    checkpoint.check()
-    digest = _digest(checkpoint.path)
-    checkpoint.check()
-    shards.close(f"sha256:{digest}")
-
-
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the order on disk, layers in a number format as one weight each, fp32."""
-    for name in checkpoint:
-        layer, _, leaf = name.rpartition(".")
-        scheme = checkpoint.schemes.get(layer)
-        if scheme is None or leaf == "bias":
-            yield name, checkpoint.load(name)
-        elif leaf == "weight":
-            parts = {
-                key.rpartition(".")[2]: checkpoint.load(key)
-                for key in checkpoint
-                if key.rpartition(".")[0] == layer and not key.endswith(".bias")
-            }
-            yield name, scheme.decode(parts)
-
-
-def _digest(path: Path) -> str:
-    """SHA-256 of a file, as hubs list it; of all weights of a folder, one after the other by name."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while run := opened.read(1 << 24):
-                digest.update(run)
-    return digest.hexdigest()
-
-
-def _config(part: str, checkpoint: Checkpoint, found: OpenedModel) -> dict[str, Any]:
-    """The config.json of a part."""
-    config = found.configs.get(part) or SPECS[part].infer(checkpoint)
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    if isinstance(config, TransformerConfig):
-        return TRANSFORMER | {key: value for key, value in values.items() if value is not None}
-    if isinstance(config, TextEncoderConfig):
-        return TEXT_ENCODER | values | {"max_window_layers": config.num_hidden_layers}
-    assert isinstance(config, VAEConfig)
-    levels = len(config.block_out_channels)
-    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
-    return VAE | blocks | values
-
-
-def _write_rest(found: OpenedModel, built: Path) -> Iterator[str]:
-    """What a whole model has besides its parts: schedule, tokenizer, index; gives notes on what is not the source's."""
-    own = found.path / OWN
-    if own.is_file() and found.own:
-        copy_file(own, built / own.name, found.path)
-    if isinstance(found.tokenizer, Path):
-        shutil.copytree(found.tokenizer, built / "tokenizer", ignore=left_out(found.tokenizer))
-    if set(found.parts) != set(PARTS):
-        return
-    scheduler = SCHEDULER if found.scheduler is None else SCHEDULER | asdict(found.scheduler)
-    (built / "scheduler").mkdir()
-    _write_json(built / "scheduler" / "scheduler_config.json", scheduler)
-    for folder in _eyes(found):
-        shutil.copytree(folder, built / folder.name, ignore=left_out(folder))
-    _write_json(built / "model_index.json", INDEX | (OMNI if _eyes(found) else {}))
-    if found.scheduler is None:
-        yield f"the source does not say the shift of its schedule: {SHIFT:g}, Turbo's, was written"
-    if not isinstance(found.tokenizer, Path):
-        yield "the source has no tokenizer folder: copy the one of Z-Image to tokenizer/ to make it a whole model"
-
-
-def _eyes(found: OpenedModel) -> list[Path]:
-    """The folders of the vision tower, which only a directory has and which are copied as they are."""
-    return [folder for name in ("siglip", "siglip_processor") if (folder := found.path / name).is_dir()]
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        for note in convert_adapter(source, args.target, version=__version__, force=args.force).notes:
+            say(note)
+        tell(args.target)
+        return 0
+    total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())
+    with bar("converting", total=total, unit="B", unit_scale=True) as done:
+        notes = convert(
+            source, args.target, version=__version__, dtype=args.dtype, force=args.force, progress=done.update
+        )
+    for note in notes:
+        say(note)
+    tell(args.target)
+    return 0

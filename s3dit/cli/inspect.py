@@ -1,301 +1,46 @@
-"""What is in this file? Container, spelling, producer, parts, number formats, what is missing, and how to use it.
+"""`s3dit inspect`: say what is in a file or folder, what is missing to draw with it, and the command that does."""
 
-Only headers are read, so a file of 24 GB is looked at as quickly as a small one. Everything is told from the bytes,
-names, shapes and metadata; nothing from the name of the file. What is no part of a model is told for what it is:
-adapters and ControlNets here, pictures in `look_pictures`, settings and tokenizers in `look_files`.
-"""
-
-import re
-import shlex
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import replace
-from fnmatch import fnmatchcase
-from pathlib import Path
+import argparse
 from typing import Any
 
-import torch
+from s3dit.cli.source import check_source
+from s3dit.terminal import event, say, tell
 
-from s3dit.cli.inspect_files import described, maker
-from s3dit.cli.inspect_pictures import PICTURES, picture
-from s3dit.cli.record import PLACE
-from s3dit.cli.report import HOME, Facts, Part, Report, draw, size
-from s3dit.configs import infer_config
-from s3dit.configs.model_files import read_json
-from s3dit.errors import CheckpointError
-from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
-from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
-from s3dit.model.part_specs import SPECS
-from s3dit.runtime.sources import OpenedModel, missing, open_model
-from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
-from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
-from s3dit.weights.container import sniff
-from s3dit.weights.formats import producer
-from s3dit.weights.hub import ADAPTERS
-from s3dit.weights.keymap import detect, official
-from s3dit.weights.split_checkpoint import PARTS
-
-GROUPS = ("layers", "noise_refiner", "context_refiner", "siglip_refiner", "embed_tokens", "encoder", "decoder")
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8", "float8_e5m2": "fp8 e5m2"}
-# Layers that a file may lack, because nothing reads them.
-NOT_READ = re.compile(r"norm_final|model\.norm|lm_head")
-# What says the width of text features, of which all parts of a model have one.
-WIDTHS = {"transformer": "cap_feat_dim", "text_encoder": "hidden_size", "vae": ""}
-NO_PRODUCER = "a program that does not say so"
+SUMMARY = "say what is in a file or folder, what is missing to draw with it, and the command that does"
+EXAMPLES = (
+    ("s3dit inspect z-image.gguf", "what is in this file, and how to draw with it"),
+    ("s3dit inspect star.png", "what made this picture, and how to draw it again"),
+    ("s3dit inspect Tongyi-MAI/Z-Image-Turbo", "a model of the Hub; no weights are downloaded"),
+    ("s3dit inspect embedded --json", "the embedded model, for a program"),
+)
 
 
-def look(path: Path, name: str | None = None) -> Report | Facts:
-    """Look at a file or a folder; raises CheckpointError for what nobody here uses.
-
-    name: what the user calls it, for the command (default: the path). A picture without metadata raises RequestError,
-    which says so.
-    """
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder")
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head.startswith(PICTURES):
-            return picture(path)
-    if (told := described(path)) is None:
-        return _weights(path, name or str(path))
-    facts, home = told
-    if home is None or any(note.startswith("not usable") for note in facts.notes):
-        return facts
-    try:
-        return replace(facts, command=_weights(home, str(home)).command)
-    except CheckpointError as error:
-        return replace(facts, notes=(*facts.notes, f"not used alone, but with its folder: {error}"))
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this command to its parser."""
+    parser.add_argument(
+        "path", metavar="FILE",
+        help="a file or folder of weights or settings, a tokenizer, an adapter, a picture, embedded, or a hub name, of "
+        "which no weights are downloaded",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="the same as one JSON object")
 
 
-def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
-    """A repository of the Hub whose weights are not in the cache: what its settings say; nothing is downloaded."""
-    folder = folder if folder.is_dir() else folder.parent
-    parts = [part for part in PARTS if any(file.startswith(f"{part}/") for file in lacking) or (folder / part).is_dir()]
-    # One file says less by its name than its weights would.
-    parts = [] if name.count("/") > 1 else parts
-    facts: dict[str, Any] = {}
-    for place in (*parts, "scheduler", "."):
-        if (folder / place).is_dir() and (told := described(folder / place)) is not None:
-            facts[told[0].kind] = told[0].facts
-    facts["not in the cache"] = sorted(lacking)[:12]
-    options = ["--model", HOME]
-    if len(parts) == len(PARTS):
-        kind, options = "a model", ["--model", name]
-    elif parts:
-        kind = "parts of a model"
-        options += [word for part in parts for word in (_option(part), name)]
-    elif (folder / CONFIG).is_file() or {*ADAPTERS[:2]} & {*lacking}:
-        kind, options = "an adapter", [*options, "--lora", name]
+def run(args: argparse.Namespace) -> int:
+    """Print what FILE is; returns the exit code. Raises RequestError and CheckpointError."""
+    if args.command == "look":
+        say("look is called inspect now: s3dit inspect FILE")
+    check_source(args.path)
+    from s3dit.cli.inspect_weights import absent, inspect_path
+    from s3dit.pipeline import EMBEDDED
+    from s3dit.weights.hub import peek
+
+    path, lacking = (EMBEDDED, []) if args.path == "embedded" else peek(args.path)
+    if lacking:
+        report: Any = absent(args.path, path, lacking)
     else:
-        kind, options = "a file of weights", []
-    note = "looked at without downloading it; drawing with it does"
-    if not options:
-        words = shlex.join(["/".join(name.split("/")[:2]), *sorted(lacking)])
-        note = f"only its weights say what it is; get them with `hf download {words}`, then look again"
-    return Facts(name, f"{kind} on the Hub", facts, draw(options) if options else "", (note,))
-
-
-def _weights(path: Path, name: str) -> Report | Facts:
-    """Look at weights: an adapter, a ControlNet, or parts of a model."""
-    whole = path.is_dir() and any((path / part).is_dir() for part in PARTS)
-    stored = not whole and (any(path.glob("*.safetensors")) if path.is_dir() else sniff(path) == "safetensors")
-    if stored:
-        checkpoint = open_checkpoint(path)
-        if (info := describe(checkpoint)) is not None:
-            return _adapter(checkpoint, info, name)
-        if EMBEDDER in checkpoint:
-            return _controlnet(path, checkpoint, name)
-    found = open_model(path)
-    lacking = missing(found.parts, found.tokenizer is not None)
-    parts = tuple(_part(part, checkpoint, found) for part, checkpoint in found.parts.items())
-    return Report(
-        path=name,
-        parts=parts,
-        rest=tuple(found.rest),
-        missing=tuple(lacking),
-        command="" if any(one.faults for one in parts) else _command(name, found.parts, lacking, _base(found)),
-    )
-
-
-def _base(found: OpenedModel) -> str:
-    """The model that parts go with: the published one, or one of their own width of text features."""
-    widths = set()
-    for part, checkpoint in found.parts.items():
-        with suppress(CheckpointError):
-            config = found.configs.get(part) or SPECS[part].infer(checkpoint)
-            widths.add(getattr(config, WIDTHS[part], infer_config.TEXT_ENCODER.hidden_size))
-    return HOME if widths == {infer_config.TEXT_ENCODER.hidden_size} else f"{PLACE}MODEL"
-
-
-def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
-    """An adapter in a few words, held to the published model by what its header tells."""
-    settings = checkpoint.path.parent / CONFIG
-    who = info.producer
-    if who in ("", "PEFT") and settings.is_file():
-        who = maker(read_json(settings)) or who
-    facts = {
-        "kind": ", ".join(info.kinds), "rank": ", ".join(map(str, info.ranks)),
-        "alpha": ", ".join(f"{alpha:g}" for alpha in info.alphas) or "as large as the rank",
-        "producer": who or NO_PRODUCER, "layers": info.layers, "parts": ", ".join(info.parts),
-    }  # fmt: skip
-    there = {part: {layer: _home(part, layer) for layer in layers} for part, layers in info.shapes.items()}
-    told = [(part, layer, shape) for part, layers in info.shapes.items() for layer, shape in layers.items()]
-    wrong = [f"{layer} {list(shape)}" for part, layer, shape in told if there[part][layer] != shape]
-    notes, model = [*info.notes], HOME
-    if told and len(wrong) == len(told):
-        model, wrong = f"{PLACE}MODEL", []
-        notes.append(f"made for a model of other sizes than {HOME}: {_few(f'{name} {list(s)}' for _, name, s in told)}")
-    if lost := [*info.unmatched, *wrong]:
-        notes.append(f"{len(lost)} of its layers or tensors fit nothing, and are left out: {_few(lost)}")
-    partial = ["--lora-allow-partial"] if lost else []
-    return Facts(name, "an adapter", facts, draw(["--model", model, *partial, "--lora", name]), tuple(notes))
-
-
-def _home(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
-    """The shape of a layer's weight in the published model, () where it has no such layer."""
-    if part not in known:
-        with torch.device("meta"):
-            known[part] = SPECS[part].module(SPECS[part].published).state_dict()
-    tensor = known[part].get(f"{layer}.weight", known[part].get(layer))
-    return () if tensor is None else tuple(tensor.shape)
-
-
-def _few(names: Iterable[str]) -> str:
-    first = [name[:80] for name in names]
-    return ", ".join(first[:4]) + (", …" if len(first) > 4 else "")
-
-
-def _controlnet(path: Path, checkpoint: Checkpoint, name: str) -> Facts:
-    """A ControlNet, held to a model of its own sizes."""
-    folder = settings_of(path)
-    said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-    rows = (checkpoint.entry(EMBEDDER).shape or (0,))[0]
-    sizes = {"dim": rows} | {key: said[key] for key in BASE[1:] if type(said.get(key)) in (int, float)}
-    base = replace(infer_config.TRANSFORMER, **sizes)
-    facts: dict[str, Any] = {"producer": maker(said) or _producer(checkpoint) or NO_PRODUCER, "width": rows}
-    try:
-        config = ControlNetConfig.of(checkpoint, base, None, folder)
-    except CheckpointError as error:
-        return Facts(name, "a ControlNet", facts, "", (f"not usable: {error}",))
-    layers = len({key.split(".")[1] for key in checkpoint if key.startswith("control_layers.")})
-    facts |= {
-        "version": config.version, "channels": config.channels, "layers": layers, "strength": config.strength,
-        "inpaints": config.inpaints, "size": size(checkpoint.nbytes),
-    }  # fmt: skip
-    model = HOME if rows == infer_config.TRANSFORMER.dim else f"{PLACE}MODEL"
-    return Facts(name, "a ControlNet", facts, draw(["--model", model, "--control", f"{name}:{PLACE}pose.png"]))
-
-
-def _option(part: str) -> str:
-    return f"--{part.replace('_', '-')}"
-
-
-def _part(part: str, checkpoint: Checkpoint, found: OpenedModel) -> Part:
-    faults: tuple[str, ...] = ()
-    notes: list[str] = []
-    config = found.configs.get(part)
-    try:
-        config = config or SPECS[part].infer(checkpoint, None, notes)
-        faults = tuple(_lacks(part, config, checkpoint))
-        kind = _kind(config, found)
-    except CheckpointError as error:
-        kind, faults = "of a shape that this engine does not know", (str(error),)
-    return Part(
-        part=part,
-        container=_container(checkpoint.path),
-        spelling=detect(checkpoint).name,
-        producer=_producer(checkpoint) or _settled(checkpoint.path),
-        kind=kind,
-        tensors=len(checkpoint),
-        nbytes=checkpoint.nbytes,
-        formats=_formats(official(checkpoint)),
-        faults=faults,
-        notes=tuple(notes),
-    )
-
-
-def _settled(path: Path) -> str:
-    """Who wrote the settings beside a part's weights."""
-    settings = (path if path.is_dir() else path.parent) / "config.json"
-    return maker(read_json(settings)) if settings.is_file() else ""
-
-
-def _container(path: Path) -> str:
-    if path.is_dir():
-        return "safetensors in shards"
-    return {"gguf": "GGUF"}.get(kind := sniff(path), kind)
-
-
-def _producer(checkpoint: Checkpoint) -> str:
-    """Who wrote a file, as far as its metadata says; empty where it does not."""
-    said = checkpoint.metadata
-    for key, words in (
-        ("s3dit", "s3dit {}"), ("general.quantized_by", "{}"), ("modelspec.author", "{}"),
-        ("_quantization_metadata", "ComfyUI, in its quantized form"), ("prompt", "ComfyUI"), ("workflow", "ComfyUI"),
-        ("model_class", "nunchaku ({})"),
-    ):  # fmt: skip
-        if said.get(key):
-            return words.format(said[key][:60])
-    architecture = said.get("general.architecture")
-    if architecture is not None:
-        return {
-            "lumina2": "a converter for ComfyUI (architecture lumina2)", "qwen3": "llama.cpp (architecture qwen3)",
-        }.get(architecture, f"architecture {architecture[:40]}")  # fmt: skip
-    if not checkpoint.path.is_dir() and sniff(checkpoint.path) == "gguf":
-        return "stable-diffusion.cpp, as far as one can tell (no architecture)"
-    # The keys of a quantized format tell who writes it.
-    return producer(open_stored(checkpoint.path))
-
-
-def _kind(config: Any, found: OpenedModel) -> str:
-    """A part in a few words."""
-    if isinstance(config, TextEncoderConfig):
-        base = f"rotation base {config.rope_theta:,.0f}"
-        return f"Qwen3, {config.num_hidden_layers} layers of width {config.hidden_size}, {base}"
-    if isinstance(config, VAEConfig):
-        return f"the autoencoder of FLUX.1, {config.latent_channels} channels"
-    assert isinstance(config, TransformerConfig)
-    variant = "Turbo or Z-Image, which the file does not say"
-    if config.siglip_feat_dim is not None or found.scheduler is not None:
-        # Without SigLIP only the schedule tells.
-        shift = found.scheduler
-        variant = (
-            "omni" if config.siglip_feat_dim is not None or shift is None else variant_of(config, shift) or variant
-        )
-    return f"Z-Image ({found.own.get('variant') or variant}), {config.n_layers} layers of width {config.dim}"
-
-
-def _lacks(part: str, config: Any, checkpoint: Checkpoint) -> Iterable[str]:
-    """Layers that the model has and the file has not, or the other way round."""
-    with torch.device("meta"):
-        module = SPECS[part].module(config)
-    # The embedding is not assigned, but read by rows.
-    spare = [one for one in getattr(module, "unused", ()) if not fnmatchcase("model.embed_tokens.weight", one)]
-    homes = {name: name.rpartition(".")[0] or name for name in module.state_dict()}
-    needed = {home for name, home in homes.items() if not any(fnmatchcase(name, one) for one in spare)}
-    known = {*homes.values()}
-    stored = {name.rpartition(".")[0] or name for name in official(checkpoint)}
-    for names, what in ((needed - stored, "lacks"), (stored - known, "has besides")):
-        names = {name for name in names if not NOT_READ.match(name)}
-        if names:
-            yield f"{what} {len(names)} layers ({', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''})"
-
-
-def _formats(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
-    """Bytes by group of layers and number format, largest first."""
-    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for name in checkpoint:
-        head = name.removeprefix("model.").split(".")[0]
-        stored = checkpoint.format(name)
-        counts[head if head in GROUPS else "other"][SHORT.get(stored, stored)] += checkpoint.entry(name).nbytes
-    order = sorted(counts, key=lambda group: (*GROUPS, "other").index(group))
-    return {group: dict(sorted(counts[group].items(), key=lambda item: -item[1])) for group in order}
-
-
-def _command(name: str | Path, parts: Iterable[str], lacking: list[str], base: str = HOME) -> str:
-    """The command that draws with it."""
-    if not lacking:
-        return draw(["--model", str(name)])
-    return draw(["--model", base, *(word for part in parts for word in (_option(part), str(name)))])
+        report = inspect_path(path, str(path) if lacking is None else args.path)
+    if args.json:
+        event(**report.to_json())
+    else:
+        tell(report)
+    return 0

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from s3dit.cli.inspect_report import HOME, PROMPT, Facts, draw, size
 from s3dit.cli.record import PLACE
-from s3dit.cli.report import HOME, PROMPT, Facts, draw, size
 from s3dit.configs import tokenizer_config
 from s3dit.configs.model_files import KINDS, OWN, read_json, read_own
 from s3dit.errors import CheckpointError
@@ -32,6 +32,7 @@ SIZES = (
     "n_layers", "dim", "n_heads", "siglip_feat_dim", "num_hidden_layers", "hidden_size", "vocab_size",
     "latent_channels", "block_out_channels", "scaling_factor", "shift_factor",
 )  # fmt: skip
+SHIFTS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift")
 
 
 def described(path: Path) -> tuple[Facts, Path | None] | None:
@@ -56,74 +57,82 @@ def described(path: Path) -> tuple[Facts, Path | None] | None:
     return _json(path, read_json(path))
 
 
-def maker(said: Mapping[str, Any]) -> str:
+def maker(settings: Mapping[str, Any]) -> str:
     """The library that wrote settings, as they say; empty where they do not."""
     for key, library in (
         ("_diffusers_version", "diffusers"), ("transformers_version", "transformers"), ("peft_version", "PEFT"),
     ):  # fmt: skip
-        if isinstance(said.get(key), str):
-            return f"{library} {said[key][:40]}"
-    return "PEFT" if "peft_type" in said else ""
+        if isinstance(settings.get(key), str):
+            return f"{library} {settings[key][:40]}"
+    return "PEFT" if "peft_type" in settings else ""
 
 
-def _json(path: Path, said: Mapping[str, Any]) -> tuple[Facts, Path | None]:
-    """What a JSON file is, by its keys."""
-    home, name = path.parent, said.get("_class_name", said.get("model_type"))
-    facts = {"class": name, "producer": maker(said)}
-    if isinstance(said.get("weight_map"), dict):
-        return _index(path, said), home
-    if "peft_type" in said:
-        facts = {
-            "producer": maker(said), "kind": said["peft_type"], "rank": said.get("r"), "alpha": said.get("lora_alpha"),
-            "trained on": said.get("base_model_name_or_path"),
-        }  # fmt: skip
+def _json(path: Path, settings: Mapping[str, Any]) -> tuple[Facts, Path | None]:
+    """What a JSON file is, by its keys, and the folder that uses it."""
+    home = path.parent
+    if isinstance(settings.get("weight_map"), dict):
+        return _index(path, settings), home
+    if "peft_type" in settings:
+        keys = {"kind": "peft_type", "rank": "r", "alpha": "lora_alpha", "trained on": "base_model_name_or_path"}
+        facts = {"producer": maker(settings)} | {name: settings.get(key) for name, key in keys.items()}
         return Facts(str(path), "the settings of an adapter", facts, ""), home
-    if isinstance(said.get("model"), dict) and "added_tokens" in said:
+    whole = isinstance(settings.get("model"), dict) and "added_tokens" in settings
+    vocabulary = bool(settings) and all(type(number) is int for number in settings.values())
+    if whole or vocabulary or "tokenizer_class" in settings:
         return _tokenizer(path, home), None
-    if "tokenizer_class" in said or (said and all(type(number) is int for number in said.values())):
-        return _tokenizer(path, home), None
+    if (described := _component(path, settings)) is not None:
+        return described
+    if path.name == OWN:
+        return Facts(str(path), "what a model folder says to s3dit", read_own(home), ""), home
+    name = settings.get("_class_name", settings.get("model_type"))
+    raise CheckpointError(
+        f"{path}: JSON of {name if isinstance(name, str) else 'a kind'} that is not read here (it has "
+        f"{', '.join(map(repr, list(settings)[:5])) or 'no keys'}); needed settings, an index or a tokenizer of Z-Image"
+    )
+
+
+def _component(path: Path, settings: Mapping[str, Any]) -> tuple[Facts, Path] | None:
+    """Settings of a model or of a part of one, by the class that they name; None for anything else."""
+    home, name = path.parent, settings.get("_class_name", settings.get("model_type"))
+    facts: dict[str, Any] = {"class": name, "producer": maker(settings)}
     parts = {
         key: f"{value[0]} {value[1]}"
-        for key, value in said.items()
-        if isinstance(value, list) and len(value) == 2 and all(isinstance(one, str) for one in value)
+        for key, value in settings.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
     }
     if parts and name is not None:
         return Facts(str(path), "the index of a whole model", facts | {"parts": parts}, ""), home
     if name == "ZImageControlNetModel":
         return Facts(str(path), "the settings of a ControlNet", facts, ""), home
     if isinstance(name, str) and (part := CLASSES.get(name)):
-        facts |= {key: said[key] for key in SIZES if key in said}
-        return Facts(str(path), f"the settings of a {part}", facts, "", _doubts(KINDS[part], said, path)), home
+        facts |= {key: settings[key] for key in SIZES if key in settings}
+        return Facts(str(path), f"the settings of a {part}", facts, "", _doubts(KINDS[part], settings, path)), home
     if name == "FlowMatchEulerDiscreteScheduler":
-        facts |= {key: said[key] for key in ("shift", "use_dynamic_shifting", "base_shift", "max_shift") if key in said}
-        notes = _doubts(SchedulerConfig, said, path)
+        facts |= {key: settings[key] for key in SHIFTS if key in settings}
+        notes = _doubts(SchedulerConfig, settings, path)
         return Facts(str(path), "the settings of a schedule", facts, "", notes), home.parent
-    if "image_processor_type" in said or "feature_extractor_type" in said:
-        facts["class"] = said.get("image_processor_type", said.get("feature_extractor_type"))
-        return Facts(str(path), "how pictures are prepared for a model that sees", facts, ""), home.parent
-    if path.name == OWN:
-        return Facts(str(path), "what a model folder says to s3dit", read_own(home), ""), home
-    raise CheckpointError(
-        f"{path}: JSON of {name if isinstance(name, str) else 'a kind'} that is not read here (it has "
-        f"{', '.join(map(repr, list(said)[:5])) or 'no keys'}); needed settings, an index or a tokenizer of Z-Image"
-    )
+    for key in ("image_processor_type", "feature_extractor_type"):
+        if key in settings:
+            facts["class"] = settings[key]
+            return Facts(str(path), "how pictures are prepared for a vision encoder", facts, ""), home.parent
+    return None
 
 
-def _doubts(kind: Any, said: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+def _doubts(kind: Any, settings: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     """What keeps settings from being used, or has no effect."""
     try:
-        kind.from_json(said, path)
+        kind.from_json(settings, path)
     except CheckpointError as error:
         return (f"not usable: {error}",)
-    return tuple(kind.note_unknown(said, path))
+    return tuple(kind.note_unknown(settings, path))
 
 
-def _index(path: Path, said: Mapping[str, Any]) -> Facts:
+def _index(path: Path, settings: Mapping[str, Any]) -> Facts:
     """An index of shards, and which of them are there."""
-    names = said["weight_map"]
+    names = settings["weight_map"]
     shards = sorted({str(name) for name in names.values()})
     lacking = [name for name in shards if Path(name).name != name or not (path.parent / name).is_file()]
-    about = said.get("metadata")
+    about = settings.get("metadata")
     total = about.get("total_size") if isinstance(about, dict) else None
     facts = {
         "part": part_of(names) or "of no part of Z-Image that is known", "tensors": len(names), "shards": len(shards),
@@ -139,9 +148,9 @@ def _tokenizer(path: Path, folder: Path) -> Facts:
     from s3dit.model.tokenizer import Tokenizer
 
     form = next((row for row in TOKENIZERS if (folder / row[0]).is_file()), ())
-    settings = folder / tokenizer_config.FILE
-    said = read_json(settings) if settings.is_file() else {}
-    facts = {"read from": " and ".join(form), "class": said.get("tokenizer_class"), "producer": maker(said)}
+    file = folder / tokenizer_config.FILE
+    settings = read_json(file) if file.is_file() else {}
+    facts = {"read from": " and ".join(form), "class": settings.get("tokenizer_class"), "producer": maker(settings)}
     model = HOME
     try:
         ids = Tokenizer(folder).encode(PROMPT)

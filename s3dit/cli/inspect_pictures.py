@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s3dit.cli.inspect_report import HOME, Facts, draw
 from s3dit.cli.record import PLACE, needed, own_name, read_record
-from s3dit.cli.report import HOME, Facts, draw
 from s3dit.errors import RequestError
 from s3dit.files import taken
 from s3dit.inputs.image_metadata import read_metadata, read_texts
@@ -40,11 +40,11 @@ MOST_NODES = 4096
 
 def picture(path: Path) -> Facts:
     """What made a picture, and the command that draws it or the nearest to it; RequestError where it does not say."""
-    found = read_texts(path)
-    if "s3dit" not in found and ("prompt" in found or "workflow" in found):
-        return _comfyui(path, found)
-    if "s3dit" not in found and re.search(r"^Steps: \d", found.get("parameters", ""), re.MULTILINE):
-        return _automatic(path, found["parameters"])
+    texts = read_texts(path)
+    if "s3dit" not in texts and ("prompt" in texts or "workflow" in texts):
+        return _comfyui(path, texts)
+    if "s3dit" not in texts and re.search(r"^Steps: \d", texts.get("parameters", ""), re.MULTILINE):
+        return _automatic(path, texts["parameters"])
     return _own(path)
 
 
@@ -58,7 +58,8 @@ def _own(path: Path) -> Facts:
         options = [word for pair in needed(record, request, path.parent) for word in pair]
     except RequestError as error:
         return Facts(str(path), "a picture drawn by s3dit", facts, "", (f"cannot be replayed: {error}",))
-    again = next(one for n in range(1, MOST_NODES) if not taken(one := Path(f"again{'' if n < 2 else f'-{n}'}.png")))
+    names = (Path(f"again{'' if n < 2 else f'-{n}'}.png") for n in range(1, MOST_NODES))
+    again = next(name for name in names if not taken(name))
     words = ["--replay", str(path), *options, "-o", str(again)]
     return Facts(str(path), "a picture drawn by s3dit", facts, f"s3dit generate {shlex.join(words)}")
 
@@ -69,13 +70,13 @@ def _automatic(path: Path, text: str) -> Facts:
     prompt, _, negative = head.partition("\nNegative prompt: ")
     if prompt.startswith("Negative prompt: "):
         prompt, negative = "", prompt.removeprefix("Negative prompt: ")
-    said = {name.strip(): value.strip().strip('"') for name, value in SETTING.findall(f"Steps: {last}"[:20000])}
-    width, _, height = said.get("Size", "").partition("x")
-    program = said.get("Version", "")
+    settings = {name.strip(): value.strip().strip('"') for name, value in SETTING.findall(f"Steps: {last}"[:20000])}
+    width, _, height = settings.get("Size", "").partition("x")
+    program = settings.get("Version", "")
     facts = {
-        "prompt": prompt, "negative_prompt": negative, "seed": said.get("Seed"), "steps": said.get("Steps"),
-        "sampler": said.get("Sampler"), "schedule": said.get("Schedule type"), "cfg": said.get("CFG scale"),
-        "shift": said.get("Shift"), "width": width, "height": height, "model": said.get("Model"),
+        "prompt": prompt, "negative_prompt": negative, "seed": settings.get("Seed"), "steps": settings.get("Steps"),
+        "sampler": settings.get("Sampler"), "schedule": settings.get("Schedule type"), "cfg": settings.get("CFG scale"),
+        "shift": settings.get("Shift"), "width": width, "height": height, "model": settings.get("Model"),
         "adapters": [{"file": name, "strength": scale or "1"} for name, scale in LORA.findall(prompt[:20000])][:16],
         "version": program,
     }  # fmt: skip
@@ -83,11 +84,11 @@ def _automatic(path: Path, text: str) -> Facts:
     return _foreign(path, "a picture in the form of AUTOMATIC1111 (Forge, SD.Next, …)", facts, LORA.sub("", prompt))
 
 
-def _comfyui(path: Path, found: Mapping[str, str]) -> Facts:
+def _comfyui(path: Path, texts: Mapping[str, str]) -> Facts:
     """From the graph that ComfyUI ran; the one that it shows (`workflow`) has its values without names."""
     kind = "a picture drawn by ComfyUI"
     try:
-        graph = json.loads(found["prompt"]) if "prompt" in found else {}
+        graph = json.loads(texts["prompt"]) if "prompt" in texts else {}
     except (ValueError, RecursionError) as error:
         return Facts(str(path), kind, {}, "", (f"its graph is damaged ({str(error)[:200]}); take the original file",))
     nodes = {str(key): node for key, node in graph.items() if _is_node(node)} if isinstance(graph, dict) else {}
@@ -97,6 +98,7 @@ def _comfyui(path: Path, found: Mapping[str, str]) -> Facts:
         return Facts(str(path), kind, {"nodes": len(nodes)}, "", (f"{why}, so no settings are told",))
 
     def first(*names: str, at: str = start, by: str | None = None, what: Any = (str, int, float)) -> Any:
+        """The nearest value of these names above a node; None where there is none."""
         return next(_upstream(nodes, at, names, by, what), None)
 
     guider = "positive" if "positive" in nodes[start]["inputs"] else "guider"
@@ -143,7 +145,7 @@ def _upstream(nodes: Mapping[str, Any], at: str, names: tuple[str, ...], by: str
                 inputs[name] for name in names if isinstance(inputs.get(name), what) and inputs[name] is not True
             )
         links = [inputs.get(only)] if only else inputs.values()
-        waiting += [(str(one[0]), None) for one in links if isinstance(one, list) and len(one) == 2]
+        waiting += [(str(link[0]), None) for link in links if isinstance(link, list) and len(link) == 2]
 
 
 def _foreign(path: Path, kind: str, facts: dict[str, Any], prompt: str) -> Facts:
@@ -173,8 +175,9 @@ def _foreign(path: Path, kind: str, facts: dict[str, Any], prompt: str) -> Facts
         options.append(f"{option}={value}" if str(value).startswith("-") else option)
         options += [] if str(value).startswith("-") else [f"{value:g}" if isinstance(value, float) else str(value)]
     if FAMILY.search(model):
-        for one in facts["adapters"]:
-            options += ["--lora", f"{PLACE}{own_name(str(one['file']))}:{_number(one['strength'], float) or 1:g}"]
+        for adapter in facts["adapters"]:
+            strength = _number(adapter["strength"], float) or 1
+            options += ["--lora", f"{PLACE}{own_name(str(adapter['file']))}:{strength:g}"]
     elif model:
         notes.append(f"its model is {model[:80]}, which does not sound like Z-Image; none is loaded by that name")
     return Facts(str(path), kind, facts, draw(options, _one_line(prompt)), tuple(notes))

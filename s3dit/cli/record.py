@@ -1,8 +1,8 @@
 """What a picture remembers of how it was drawn, read with care: anybody may have written it.
 
-`read_record` takes model, adapters and engine out of a picture's metadata and holds them to what s3dit writes; what is
-left is a request. `found_beside` looks for the image that a record names, and takes it only by its hash. Who draws from
-a record is `cli_replay`; `look` describes it.
+`read_record` takes model, adapters and engine out of a picture's metadata and checks them against what s3dit writes;
+what is left is a request. `image_beside` searches the image that a record names, and takes it only by its hash.
+`cli.replay` draws from a record, `cli.inspect_pictures` describes one.
 """
 
 import os
@@ -12,19 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from s3dit.cli.option_names import FIELDS, NAMES
+from s3dit.cli.options import OWN_FORMATS
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
-from s3dit.request import Request
+from s3dit.request import IMAGES, Request
 
 # Stands before a name whose place only the user knows.
 PLACE = "path/to/"
 # Options that give what a picture only names.
-OPTIONS = {"image": "--image", "mask_image": "--mask", "reference": "--reference"}
-PARTS = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
-FORMATS = {"transformer": "--quantize", "text_encoder": "--quantize-text"}
-# Formats that those options make; any other comes with its file.
-OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
+OPTIONS = {name: FIELDS[name] for name in (*IMAGES, "reference")}
+PARTS = {part: NAMES[part] for part in ("transformer", "text_encoder", "vae")}
+FORMATS = {"transformer": NAMES["quantize"], "text_encoder": NAMES["quantize_text"]}
 PLAIN = "plain floats"
 HASH = re.compile("[0-9a-f]{64}")
 STEERING = re.compile(f"control [0-9]{{1,2}} ({'|'.join(CONTROL_IMAGES)})")
@@ -43,18 +43,21 @@ MOST_ADAPTERS, MOST_ENTRIES = 64, 1001
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What drew a picture: model (a name), adapters and engine as they were written; strange are keys of no meaning."""
+    """What drew a picture: model (a name), adapters and engine as they were written.
+
+    unknown: keys of the engine that this version does not know.
+    """
 
     model: str | None
     adapters: list[dict[str, Any]]
     engine: dict[str, Any]
-    strange: list[str]
+    unknown: list[str]
 
 
 def read_record(data: dict[str, Any]) -> Record:
     """Take what drew a picture out of its metadata, which leaves the request; raises RequestError."""
     model, adapters = data.pop("model", None), data.pop("adapters", [])
-    engine, strange = _record("engine", data.pop("engine", {}), ENGINE)
+    engine, unknown = _record("engine", data.pop("engine", {}), ENGINE)
     _check_inputs(engine.get("inputs", {}))
     _check_adapters(adapters)
     if engine.get("replayable") is False:
@@ -64,7 +67,7 @@ def read_record(data: dict[str, Any]) -> Record:
     for part in engine.get("mixed", {}):
         if part not in PARTS:
             raise RequestError(f"its engine has a part {shown(part)}; needed one of {', '.join(PARTS)}")
-    return Record(model, adapters, engine, strange)
+    return Record(model, adapters, engine, unknown)
 
 
 def needed(record: Record, request: Request, folder: Path) -> Iterator[tuple[str, str]]:
@@ -99,54 +102,54 @@ def needed(record: Record, request: Request, folder: Path) -> Iterator[tuple[str
 def _placed(folder: Path, named: str, sha256: str | None) -> str:
     """Where an image is: beside the picture if it is there with that hash, else a place that the user knows."""
     try:
-        return found_beside(folder, named, sha256, "") if sha256 else PLACE + own_name(named)
+        return image_beside(folder, named, sha256, "") if sha256 else PLACE + own_name(named)
     except RequestError:
         return PLACE + own_name(named)
 
 
-def _record(name: str, found: Any, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _record(name: str, record: Any, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The entries of a record that are known here, held to their kinds; and the names of the others."""
-    if not isinstance(found, dict):
-        raise RequestError(f"its {name} is {shown(found)}; needed a JSON object; take the original file")
-    known = {key: value for key, value in found.items() if key in kinds}
+    if not isinstance(record, dict):
+        raise RequestError(f"its {name} is {shown(record)}; needed a JSON object; take the original file")
+    known = {key: value for key, value in record.items() if key in kinds}
     for key, value in known.items():
         if not _fits(value, kinds[key]):
             raise RequestError(
                 f"its {name} has a {key} of {shown(value)}, as s3dit writes none; take the original file"
             )
-    return known, sorted({*found} - {*known})[:8]
+    return known, sorted({*record} - {*known})[:8]
 
 
 def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, list):
-        return isinstance(value, list) and len(value) <= MOST_ENTRIES and all(_fits(one, kind[0]) for one in value)
+        return isinstance(value, list) and len(value) <= MOST_ENTRIES and all(_fits(entry, kind[0]) for entry in value)
     if isinstance(kind, dict):
-        return isinstance(value, dict) and all(_fits(one, kind[str]) for one in value.values())
+        return isinstance(value, dict) and all(_fits(entry, kind[str]) for entry in value.values())
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _check_inputs(inputs: Mapping[str, Any]) -> None:
     """Hashes of images, a list of them for references."""
-    for name, found in inputs.items():
+    for name, given in inputs.items():
         if name not in OPTIONS and not STEERING.fullmatch(name):
             raise RequestError(f"its hashes are of {shown(name)}, too, as s3dit writes none; take the original file")
-        hashes = found if name == "reference" and isinstance(found, list) else [found]
-        if not all(isinstance(one, str) and HASH.fullmatch(one) for one in hashes):
-            raise RequestError(f"its hash of {shown(name)} is {shown(found)}; needed sha256, 64 digits and letters")
+        hashes = given if name == "reference" and isinstance(given, list) else [given]
+        if not all(isinstance(digest, str) and HASH.fullmatch(digest) for digest in hashes):
+            raise RequestError(f"its hash of {shown(name)} is {shown(given)}; needed sha256, 64 digits and letters")
 
 
-def _check_adapters(found: Any) -> None:
-    if not isinstance(found, list) or len(found) > MOST_ADAPTERS:
-        raise RequestError(f"its adapters are {shown(found)}; needed a list of at most {MOST_ADAPTERS}")
-    for one in found:
-        known, unknown = _record("adapter", one, ADAPTER)
+def _check_adapters(adapters: Any) -> None:
+    if not isinstance(adapters, list) or len(adapters) > MOST_ADAPTERS:
+        raise RequestError(f"its adapters are {shown(adapters)}; needed a list of at most {MOST_ADAPTERS}")
+    for adapter in adapters:
+        known, unknown = _record("adapter", adapter, ADAPTER)
         if unknown or (missing := sorted(REQUIRED - {*known})):
-            said = f"{shown(unknown)}, unknown here" if unknown else f"no {', '.join(missing)}"
-            raise RequestError(f"its adapter has {said}; it was written by another version")
-        if not HASH.fullmatch(one["sha256"]):
-            raise RequestError(f"its adapter has a sha256 of {shown(one['sha256'])}; needed 64 digits and letters")
-        if not abs(one["scale"]) <= 1000:
-            raise RequestError(f"its adapter has a scale of {shown(one['scale'])}; needed a number within ±1000")
+            fault = f"{shown(unknown)}, unknown here" if unknown else f"no {', '.join(missing)}"
+            raise RequestError(f"its adapter has {fault}; it was written by another version")
+        if not HASH.fullmatch(adapter["sha256"]):
+            raise RequestError(f"its adapter has a sha256 of {shown(adapter['sha256'])}; needed 64 digits and letters")
+        if not abs(adapter["scale"]) <= 1000:
+            raise RequestError(f"its adapter has a scale of {shown(adapter['scale'])}; needed a number within ±1000")
 
 
 def spoken(control: Control) -> str:
@@ -157,14 +160,16 @@ def spoken(control: Control) -> str:
 
 
 def several(value: Any) -> list[Any]:
+    """A list as it is, None as an empty list, any other value as the only entry of a list."""
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def named_images(request: Request, name: str) -> list[Any]:
+    """The images that a field of a request for a single picture holds, of `reference` those of that picture."""
     return request.references()[0] if name == "reference" else several(getattr(request, name))
 
 
-def found_beside(folder: Path, named: str, sha256: str, option: str) -> str:
+def image_beside(folder: Path, named: str, sha256: str, option: str) -> str:
     """The plain file that a picture names, beside it or in the current folder, whose pixels have that hash."""
     from s3dit.inputs.images import Picture
 

@@ -20,18 +20,18 @@ option that undoes it.
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3dit.cli.options import OWN_FORMATS
 from s3dit.cli.record import (
     FORMATS,
     OPTIONS,
-    OWN_FORMATS,
     PARTS,
     PLAIN,
     Record,
-    found_beside,
+    image_beside,
     named_images,
     own_name,
     read_record,
@@ -50,12 +50,25 @@ if TYPE_CHECKING:
 RIVALS = (("cfg", "guidance_scale"), ("sigmas", "num_inference_steps"))
 
 
-def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """The request that a picture was made with, without what the user gives anew; its adapters; and what drew it.
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a picture's metadata give to a new request.
 
-    "others" of the latter: what the user gave that is not what it was. Raises RequestError, of one line that names the
-    picture.
+    request: fields of the Request that drew it, without those that the user gives anew · adapters: records of those
+    that were attached · engine: what drew it; its "others" say what the user gave that is not what it was.
     """
+
+    request: dict[str, Any]
+    adapters: list[dict[str, Any]]
+    engine: dict[str, Any]
+
+
+# Of a request that replays no picture.
+NOTHING = Replay({}, [], {})
+
+
+def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
+    """Read the picture of --replay; prompt: the user's, or None. Raises RequestError that names the picture."""
     from s3dit.inputs.image_metadata import read_metadata
 
     data = read_metadata(args.replay)
@@ -68,11 +81,11 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
         request = _alone(request, args, prompt)
         controls: list[Control] = args.control or []
         if request.controls and not controls:
-            words = " ".join(f"--control {shown(spoken(one))}" for one in request.controls)
+            words = " ".join(f"--control {shown(spoken(control))}" for control in request.controls)
             raise RequestError(f"it was drawn with a ControlNet; give it, and what it is to follow, with {words}")
         engine["others"] = [*_others(args, request, controls, inputs)]
         engine["others"] += (
-            [f"with {shown(record.strange)}, of which this version knows nothing"] if record.strange else []
+            [f"with {shown(record.unknown)}, of which this version knows nothing"] if record.unknown else []
         )
         request = request.filled(control=None, **_images(args, request, inputs))
     values = request.to_json()
@@ -81,7 +94,7 @@ def replayed(args: argparse.Namespace, prompt: Any) -> tuple[dict[str, Any], lis
     for chosen, dropped in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
         if getattr(args, chosen) is not None:
             values.pop(dropped, None)
-    return values, adapters, engine
+    return Replay(values, adapters, engine)
 
 
 def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -94,18 +107,19 @@ def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping
     from s3dit.weights.hub import resolve_file
 
     left = [(file, scale, read_adapter(resolve_file(file)).digest() if records else "") for file, scale in args.lora]
-    found: dict[int, tuple[str, float | None, str]] = {}
+    # Files by the number of the record that they are taken for.
+    matched: dict[int, tuple[str, float | None, str]] = {}
     for by_hash in (True, False):
         for i, was in enumerate(records):
             wanted = was["sha256"] if by_hash else own_name(was["file"])
-            same = [one for one in left if wanted == (one[2] if by_hash else own_name(one[0]))]
-            if i not in found and same:
+            same = [given for given in left if wanted == (given[2] if by_hash else own_name(given[0]))]
+            if i not in matched and same:
                 left.remove(same[0])
-                found[i] = same[0]
-    if missing := [was for i, was in enumerate(records) if i not in found]:
+                matched[i] = same[0]
+    if missing := [was for i, was in enumerate(records) if i not in matched]:
         raise RequestError(f"{args.replay}: {_wanted(missing)} (scale 0 leaves one out)")
     for i, was in enumerate(records):
-        file, scale, digest = found[i]
+        file, scale, digest = matched[i]
         partial = args.lora_allow_partial or was.get("partial", False)
         report = pipe.lora.attach(file, was["scale"] if scale is None else scale, allow_partial=partial)
         if was.get("merged"):
@@ -136,9 +150,9 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
     then = engine.get("quantized", now)
     for part in {**now, **then}:
         if (before := then.get(part, "")) != (name := now.get(part, "")):
-            found = f"with its {part if part in PARTS else shown(part)} in {shown(before) if before else PLAIN}"
+            change = f"with its {part if part in PARTS else shown(part)} in {shown(before) if before else PLAIN}"
             option = f" ({FORMATS[part]} {before})" if part in FORMATS and before in OWN_FORMATS else ""
-            yield f"{found}, this is in {name or PLAIN}{option}"
+            yield f"{change}, this is in {name or PLAIN}{option}"
     yield from engine.get("others", ())
 
 
@@ -163,7 +177,7 @@ def _check_given(args: argparse.Namespace, record: Record) -> None:
 
 
 def _wanted(adapters: Sequence[Mapping[str, Any]]) -> str:
-    names = ", ".join(shown(f"{own_name(one['file'])}:{one['scale']:g}") for one in adapters)
+    names = ", ".join(shown(f"{own_name(adapter['file'])}:{adapter['scale']:g}") for adapter in adapters)
     return f"it was drawn with {'adapters' if len(adapters) > 1 else 'the adapter'} {names}; give them with --lora"
 
 
@@ -175,13 +189,13 @@ def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
     if (pictures := len(request.prompts) * count) != 1:
         raise RequestError(f"it asks for {pictures} pictures; needed 1, itself; say how many you want with --count")
     request = request.filled(prompt=request.prompts[0], num_images_per_prompt=1)
-    own = {one.name: request.per_image(one.name)[0] for one in fields(request) if one.metadata["each"]}
+    own = {field.name: request.per_image(field.name)[0] for field in fields(request) if field.metadata["each"]}
     return request.filled(negative_prompt=request.per_image("negative_prompt")[0], **own)
 
 
 def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of the images that a picture names and the user does not give: the files that are what they were."""
-    found: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     for name in (*IMAGES, "reference"):
         if getattr(args, name) is not None:
             continue
@@ -192,9 +206,10 @@ def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any
                 f"it names {names} for {name}, {len(given)} in all, and has {len(hashes)} hashes; no file is opened "
                 f"without its hash; give what is to be drawn with {OPTIONS[name]}"
             )
-        paths = [found_beside(args.replay.parent, *one, OPTIONS[name]) for one in zip(given, hashes, strict=True)]
-        found[name] = (paths or None) if name == "reference" else paths[0] if paths else None
-    return found
+        pairs = zip(given, hashes, strict=True)
+        paths = [image_beside(args.replay.parent, *pair, OPTIONS[name]) for pair in pairs]
+        images[name] = (paths or None) if name == "reference" else paths[0] if paths else None
+    return images
 
 
 def _others(
@@ -206,9 +221,10 @@ def _others(
     if len(controls) != len(request.controls) and request.controls:
         yield f"with {len(request.controls)} controls, this is with {len(controls)}"
     given = {name: several(getattr(args, name)) for name in OPTIONS if several(getattr(args, name))}
-    for number, one in enumerate(controls, 1):
+    for number, control in enumerate(controls, 1):
         names = {name: f"control {number} {name}" for name in CONTROL_IMAGES}
-        given |= {key: [getattr(one, name)] for name, key in names.items() if key in inputs and getattr(one, name)}
+        images = {key: getattr(control, name) for name, key in names.items()}
+        given |= {key: [image] for key, image in images.items() if key in inputs and image}
     for name, paths in given.items():
         if name in inputs and [Picture.open(path, name).sha256 for path in paths] != several(inputs[name]):
             yield f"with another {name} than {', '.join(map(shown, paths))}"

@@ -1,6 +1,5 @@
-"""What the command line shows: a plan, who computes what, progress, and the picture as it forms."""
+"""What the command line shows: a plan, which implementation computes what, progress, the picture as it forms."""
 
-import argparse
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -33,8 +32,8 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
     lines += [
-        f"adapter {one['file']} of strength {one['scale']:g}" + (", merged" if one.get("merged") else "")
-        for one in pipe.lora.records()
+        f"adapter {record['file']} of strength {record['scale']:g}" + (", merged" if record.get("merged") else "")
+        for record in pipe.lora.records()
     ]
     if request.strength is not None:
         lines.append(f"from start images of strength {request.strength:g}: {len(plan.sigmas) - 1} steps of "
@@ -64,28 +63,40 @@ def to_json(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def explain(pipe: "Pipeline", plan: "Plan") -> str:
-    """Which implementation serves each operation of one model call, and why not the others."""
+def explain(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:
+    """Which implementation runs each operation of a model call, and why not the others, as JSON values.
+
+    backend, device · operations: a list of name, shape and dtype of the first argument, count of such calls, chosen
+    (the implementation, None if there is none) and others (reason by implementation). Runs on the meta device.
+    """
     from s3dit.kernels.dispatch import backend, record_calls, use_backend
 
     with record_calls() as calls:
         pipe.dry_run(plan)
     with use_backend(pipe.backend):
-        return _explained(calls, f"backend {backend()}, {pipe.placement}")
+        return {"backend": backend(), "device": str(pipe.placement), "operations": _explained(calls)}
 
 
-def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]", title: str) -> str:
-    found: dict[tuple[str, ...], int] = {}
+def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]") -> list[dict[str, Any]]:
+    """Calls that are alike together, in the order in which they come first."""
+    rows: dict[str, dict[str, Any]] = {}
     for op, args in calls:
         x, answers = args[0], op.explain(*args)
-        question = f"{op.name} {'×'.join(map(str, x.shape))} {str(x.dtype).removeprefix('torch.')}"
-        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), "nobody")
-        others = [f"not {name} ({kind}): {why}" for name, kind, why in answers if f"{name} ({kind})" != chosen]
-        key = (f"{question}: {chosen}", *others)
-        found[key] = found.get(key, 0) + 1
-    lines = [title]
-    for (question, *others), count in found.items():
-        lines += [f"  {count:3} × {question}", *(f"        {other}" for other in others)]
+        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), None)
+        others = {f"{name} ({kind})": why for name, kind, why in answers if f"{name} ({kind})" != chosen}
+        row: dict[str, Any] = {"name": op.name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
+        row |= {"chosen": chosen, "others": others}
+        rows.setdefault(repr(row), row | {"count": 0})["count"] += 1
+    return [*rows.values()]
+
+
+def kernels_text(kernels: dict[str, Any]) -> str:
+    """What `explain` gives as text: a line for each kind of call, and one for each implementation that is not taken."""
+    lines = [f"backend {kernels['backend']}, {kernels['device']}"]
+    for row in kernels["operations"]:
+        question = f"{row['name']} {'×'.join(map(str, row['shape']))} {row['dtype']}"
+        lines.append(f"  {row['count']:3} × {question}: {row['chosen'] or 'nobody'}")
+        lines += [f"        not {name}: {why}" for name, why in row["others"].items()]
     return "\n".join(map(line, lines))
 
 
@@ -101,45 +112,51 @@ def show(picture: "Image.Image") -> None:
 
 
 class Progress:
-    """A bar that counts model calls, or JSON lines; with --preview also the picture as it forms."""
+    """A bar that counts model calls, or JSON lines; called with each Step, and used as a context manager.
 
-    def __init__(self, pipe: "Pipeline", plan: "Plan", args: argparse.Namespace) -> None:
-        self.pipe, self.plan, self.args = pipe, plan, args
-        self.reads = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
+    Parts of LONG bytes and more get a bar of their own while they are loaded.
+    """
+
+    def __init__(self, pipe: "Pipeline", plan: "Plan", *, json: bool, preview: Path | None) -> None:
+        """json: print one JSON object a step instead of the bars · preview: show the picture as it forms, in the
+        terminal and in a file beside this picture's, which is removed at the end.
+        """
+        self.pipe, self.plan, self.json = pipe, plan, json
+        self.large = {stage.part: stage.reads for stage in plan.stages if stage.reads >= LONG}
         self.loading: dict[str, Any] = {}
-        self.preview: Path | None = None
+        self.preview = preview
         self.ending = ExitStack()
 
     def __enter__(self) -> "Progress":
-        if self.args.preview:
-            first: Path = self.args.paths[0]
+        """Open the bar and the file of the preview."""
+        if self.preview is not None:
             # A name of its own: another file of this name is somebody's.
-            self.preview = self.ending.enter_context(claimed(first.with_name(f"{first.stem}.preview.png")))
+            free = claimed(self.preview.with_name(f"{self.preview.stem}.preview.png"))
+            self.preview = self.ending.enter_context(free)
             self.ending.callback(self.preview.unlink, missing_ok=True)
             say(f"the picture forms in {self.preview}")
-        self.bar = self.ending.enter_context(
-            bar("denoising", total=self.plan.calls, unit="call", disable=self.args.json)
-        )
-        self.pipe.parts.on_read = self.read
+        self.bar = self.ending.enter_context(bar("denoising", total=self.plan.calls, unit="call", disable=self.json))
+        self.ending.enter_context(self.pipe.parts.reading(self.read))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.pipe.parts.on_read = None
+        """Close the bar, and remove the preview."""
         self.ending.close()
 
     def read(self, part: str, count: int) -> None:
-        """Show a part coming in, where that takes long: `count` more bytes of it were read."""
-        if self.args.json or part not in self.reads:
+        """Show how much of a large part is loaded: `count` more bytes of it were read."""
+        if self.json or part not in self.large:
             return
         if part not in self.loading:
-            self.loading[part] = bar(f"loading {part}", total=self.reads[part], unit="B", unit_scale=True, leave=False)
-        coming = self.loading[part]
-        coming.update(count)
-        if coming.n >= self.reads[part]:
+            self.loading[part] = bar(f"loading {part}", total=self.large[part], unit="B", unit_scale=True, leave=False)
+        loading = self.loading[part]
+        loading.update(count)
+        if loading.n >= self.large[part]:
             self.loading.pop(part).close()
 
     def __call__(self, step: "Step") -> None:
-        if self.args.json:
+        """Show a step of the solver."""
+        if self.json:
             event(event="step", step=step.i, of=step.n, model_calls=step.calls, sigma=step.sigma_next)
         self.bar.update(step.calls - self.bar.n)
         if self.preview is not None:

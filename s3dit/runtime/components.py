@@ -9,7 +9,8 @@ stream, attach, compile.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 
@@ -58,8 +59,7 @@ class Components(Residency):
         super().__init__(mode)
         if mode == "streamed":
             self.kept = {"text_encoder": 0, "transformer": 0}
-        # Called with the part's name and the bytes of each tensor that is read, as parts come in.
-        self.on_read: Callable[[str, int], None] | None = None
+        self._on_read: Callable[[str, int], None] | None = None
         self.adapters: dict[str, adapters.Loaded] = {}
         self.revisions: Counter[str] = Counter()
         # The number format that each part is in, "" for plain floats.
@@ -71,6 +71,18 @@ class Components(Residency):
         if self._disable_mmap:
             checkpoint.disable_mmap()
         self.checkpoints[part] = checkpoint
+
+    @contextmanager
+    def reading(self, callback: Callable[[str, int], None]) -> Iterator[None]:
+        """While inside, call `callback(part, count)` for each tensor of `count` bytes that is read for a part.
+
+        Parts that are streamed read block by block as they compute, and are not reported.
+        """
+        before, self._on_read = self._on_read, callback
+        try:
+            yield
+        finally:
+            self._on_read = before
 
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
@@ -110,7 +122,7 @@ class Components(Residency):
         with own_settings(device):
             filled, unused = self.blank(name)
             if kept is None:
-                seen = None if self.on_read is None else partial(self.on_read, name)
+                seen = None if self._on_read is None else partial(self._on_read, name)
                 assign(filled, checkpoint, dtype=dtype, device=device, unused=unused, progress=seen)
             else:
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.

@@ -1,4 +1,4 @@
-"""`look` says what a file is from its header alone, quickly at full size, and proposes a command that works."""
+"""`s3dit inspect` says what a file is from its header alone, quickly at full size, and gives a command that works."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from s3dit.cli.inspect import _command, look
+from s3dit.cli.inspect_weights import _command, inspect_path
 from s3dit.cli.main import main
 from s3dit.configs import infer_config
 from s3dit.errors import CheckpointError
@@ -55,7 +55,7 @@ def test_a_whole_directory(capsys):
 
 def test_a_file_of_24_gigabytes(full, tmp_path):
     path = hollow(tmp_path / "x.safetensors", full, "model.diffusion_model.", ("F32", 4))
-    report = look(path)
+    report = inspect_path(path)
     (part,) = report.parts
     assert part.nbytes == 24_619_634_944 and part.tensors == 521 and not part.faults
     assert part.kind == "Z-Image (Turbo or Z-Image, which the file does not say), 30 layers of width 3840"
@@ -64,7 +64,7 @@ def test_a_file_of_24_gigabytes(full, tmp_path):
     took = []
     for _ in range(3):
         start = time.process_time()
-        look(path)
+        inspect_path(path)
         took.append(time.process_time() - start)
     assert min(took) < 0.5
 
@@ -94,7 +94,7 @@ def test_a_gguf_with_a_whole_vocabulary(tmp_path):
         file.seek(0, 2)
         file.truncate(-(-file.tell() // 32) * 32 + size)
     start = time.process_time()
-    report = look(tmp_path / "x.gguf")
+    report = inspect_path(tmp_path / "x.gguf")
     assert time.process_time() - start < 1.0
     (part,) = report.parts
     assert (part.container, part.producer) == ("GGUF", "llama.cpp (architecture qwen3)")
@@ -106,7 +106,7 @@ def test_the_command_takes_the_file(part, tmp_path):
     """A path with blanks is quoted; the option is the one of the part."""
     path = tmp_path / "my file.safetensors"
     save_file(load_file(WEIGHTS[part]), path)
-    command = shlex.split(look(path).command)
+    command = shlex.split(inspect_path(path).command)
     assert command[-2:] == [f"--{part.replace('_', '-')}", str(path)]
 
 
@@ -116,7 +116,7 @@ def test_a_transformer_that_is_not_complete(tmp_path):
     save_file(
         tensors | {"layers.0.extra.weight": torch.ones(1)}, tmp_path / "x.safetensors", {"modelspec.author": "me"}
     )
-    (part,) = look(tmp_path / "x.safetensors").parts
+    (part,) = inspect_path(tmp_path / "x.safetensors").parts
     assert part.faults == ("lacks 1 layers (layers.3.feed_forward.w1)", "has besides 1 layers (layers.0.extra)")
     assert part.producer == "me"
 
@@ -124,7 +124,7 @@ def test_a_transformer_that_is_not_complete(tmp_path):
 def test_what_is_no_model_is_one_line(tmp_path, capsys):
     save_file({"x.lora_A.weight": torch.ones(1)}, tmp_path / "a.safetensors")
     torch.save({"x": torch.ones(1)}, tmp_path / "b.ckpt")
-    for name, words in (("a.safetensors", "--lora FILE"), ("b.ckpt", "never opened"), ("c", "no such file")):
+    for name, words in (("a.safetensors", "--lora FILE"), ("b.ckpt", "never opened"), ("c", "c: not found; needed")):
         assert main(["inspect", str(tmp_path / name)]) == 2
         captured = capsys.readouterr()
         assert words in captured.err and len(captured.err.splitlines()) == 1 and not captured.out
@@ -136,15 +136,17 @@ def test_json(capsys, tmp_path):
     assert report["parts"][0]["spelling"] == "official" and "--transformer" in report["command"]
 
 
-def test_looking_does_not_import_the_compiler():
-    """torch itself is most of what a look takes; its compiler would double that."""
-    code = "import sys, s3dit.cli.inspect; sys.exit(bool({'torch._dynamo', 'torch._inductor'} & {*sys.modules}))"
+def test_inspecting_does_not_import_the_compiler():
+    """torch itself is most of what inspecting takes; its compiler would double that."""
+    code = (
+        "import sys, s3dit.cli.inspect_weights; sys.exit(bool({'torch._dynamo', 'torch._inductor'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def test_a_path_that_is_not_there_is_not_looked_for_elsewhere():
     with pytest.raises(CheckpointError, match="no such file or folder"):
-        look(EMBEDDED / "no" / "where")
+        inspect_path(EMBEDDED / "no" / "where")
 
 
 def test_an_adapter_is_named_and_its_command_parses(tmp_path, capsys):
@@ -186,7 +188,7 @@ def test_a_file_of_all_parts_takes_only_the_tokenizer_from_elsewhere():
 
 def test_a_vae_that_the_official_configuration_does_not_fit_gets_no_command(tmp_path):
     save_file(load_file(WEIGHTS["vae"]), tmp_path / "vae.safetensors")
-    report = look(tmp_path / "vae.safetensors")
+    report = inspect_path(tmp_path / "vae.safetensors")
     assert "do not divide into 32 groups" in report.parts[0].faults[0] and not report.command
 
 
@@ -196,7 +198,7 @@ def test_no_command_is_given_for_what_cannot_be_used(tmp_path):
         name: tensor for name, tensor in load_file(path).items() if not name.startswith("layers.1.attention.to_k")
     }
     save_file(tensors, tmp_path / "x.safetensors")
-    report = look(tmp_path / "x.safetensors")
+    report = inspect_path(tmp_path / "x.safetensors")
     assert report.parts[0].faults and not report.command and "use it" not in str(report)
 
 
@@ -210,11 +212,11 @@ def text_encoder(layers):
 
 def test_a_text_encoder_without_the_layer_that_is_never_read_is_usable(tmp_path):
     """The features are the output of the last layer but one: without the last it draws, without two it does not."""
-    report = look(hollow(tmp_path / "x.safetensors", text_encoder(35)))
+    report = inspect_path(hollow(tmp_path / "x.safetensors", text_encoder(35)))
     (part,) = report.parts
     assert not part.faults and "--text-encoder" in report.command
     assert "read as the first of 36; the last is not needed" in str(report)
-    report = look(hollow(tmp_path / "y.safetensors", text_encoder(34)))
+    report = inspect_path(hollow(tmp_path / "y.safetensors", text_encoder(34)))
     assert "it has 34 layers" in report.parts[0].faults[0] and not report.command
 
 
@@ -224,10 +226,10 @@ def test_an_adapter_of_which_some_is_of_another_shape_needs_partial_use(tmp_path
 
     tensors = pair("transformer.layers.0.attention.to_q", 3840)
     save_file(tensors, tmp_path / "a.safetensors")
-    facts = look(tmp_path / "a.safetensors")
+    facts = inspect_path(tmp_path / "a.safetensors")
     assert "--lora-allow-partial" not in facts.command and not facts.notes and "Tongyi-MAI" in facts.command
     save_file(tensors | pair("transformer.layers.1.attention.to_q", 96), tmp_path / "b.safetensors")
-    facts = look(tmp_path / "b.safetensors")
+    facts = inspect_path(tmp_path / "b.safetensors")
     assert "--lora-allow-partial" in facts.command and "layers.1.attention.to_q [96, 96]" in facts.notes[0]
 
 
@@ -249,7 +251,7 @@ def carrying(path, **texts):
     ],
 )
 def test_a_record_that_cannot_be_replayed_gets_no_command(metadata, words, tmp_path):
-    facts = look(carrying(tmp_path / "x.png", s3dit=metadata))
+    facts = inspect_path(carrying(tmp_path / "x.png", s3dit=metadata))
     assert not facts.command and words in str(facts) and "use it" not in str(facts)
 
 
@@ -271,7 +273,7 @@ def test_a_record_that_cannot_be_replayed_gets_no_command(metadata, words, tmp_p
 def test_metadata_of_others_are_data_of_strangers(texts, tmp_path):
     """Whatever they say, it ends in facts, soon; what is printed is printable, and what is out of bounds left out."""
     start = time.process_time()
-    facts = look(carrying(tmp_path / "x.png", **texts))
+    facts = inspect_path(carrying(tmp_path / "x.png", **texts))
     assert time.process_time() - start < 2
     json.dumps(facts.to_json())
     assert all(row.isprintable() for row in str(facts).splitlines())
@@ -282,9 +284,9 @@ def test_metadata_of_others_are_data_of_strangers(texts, tmp_path):
 
 def test_a_prompt_stays_one_word_of_the_command(tmp_path):
     prompt = "a 'fox'; rm -rf $HOME `x` \"y\"\n--model evil"
-    facts = look(carrying(tmp_path / "x.png", parameters=f"{prompt}\nSteps: 3, Seed: 1"))
+    facts = inspect_path(carrying(tmp_path / "x.png", parameters=f"{prompt}\nSteps: 3, Seed: 1"))
     assert " ".join(prompt.split()) in shlex.split(facts.command) and facts.command.count("\n") == 0
-    long = look(carrying(tmp_path / "y.png", parameters=f"{'fox ' * 900}\nSteps: 3, Seed: 1"))
+    long = inspect_path(carrying(tmp_path / "y.png", parameters=f"{'fox ' * 900}\nSteps: 3, Seed: 1"))
     assert shlex.split(str(long).splitlines()[-1])[4] == " ".join(["fox"] * 900)
 
 
@@ -292,7 +294,7 @@ def test_an_index_without_its_shards_says_which(tmp_path):
     path = tmp_path / "x.safetensors.index.json"
     shard = "x-00001-of-00001.safetensors"
     path.write_text(json.dumps({"weight_map": {"cap_embedder.0.weight": shard}, "metadata": {"total_size": 12e9}}))
-    facts = look(path)
+    facts = inspect_path(path)
     assert facts.facts["part"] == "transformer" and facts.facts["not here"] == [shard] and not facts.command
     assert "not used alone" in facts.notes[0] and "12.00 GB" in str(facts)
 
@@ -306,14 +308,14 @@ def test_json_of_no_kind_is_one_line(tmp_path, capsys):
 def test_settings_that_would_be_refused_say_so(tmp_path):
     said = json.loads((EMBEDDED / "scheduler/scheduler_config.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps(said | {"invert_sigmas": True}))
-    facts = look(tmp_path / "x.json")
+    facts = inspect_path(tmp_path / "x.json")
     assert facts.notes[0].startswith("not usable: ") and "invert_sigmas" in facts.notes[0] and not facts.command
 
 
 def test_the_model_in_a_command_is_one_that_fits(tmp_path):
     """The published model where widths and numbers are its own, else one that only the user knows."""
-    report = look(hollow(tmp_path / "x.safetensors", text_encoder(36)))
+    report = inspect_path(hollow(tmp_path / "x.safetensors", text_encoder(36)))
     assert "--model Tongyi-MAI/Z-Image-Turbo" in report.command
     for path in (EMBEDDED / "transformer", EMBEDDED / "text_encoder", EMBEDDED / "tokenizer"):
-        assert "--model path/to/MODEL" in look(path).command
-    assert "--model Tongyi-MAI/Z-Image-Turbo" in look(EMBEDDED / "vae").command
+        assert "--model path/to/MODEL" in inspect_path(path).command
+    assert "--model Tongyi-MAI/Z-Image-Turbo" in inspect_path(EMBEDDED / "vae").command

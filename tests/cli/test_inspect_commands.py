@@ -1,4 +1,4 @@
-"""Every command that `look` prints works as printed, for a tiny file of every kind that it knows.
+"""Every command that `s3dit inspect` prints works as printed, for a tiny file of every kind that it knows.
 
 Run in this process, with the embedded model in the place of the published one, and the files of the test in the place
 of those that only the user knows.
@@ -213,7 +213,7 @@ KINDS = {
 
 
 def command(said, **places):
-    """The words of the command that look printed, the embedded model for the published one, and files for places."""
+    """The words of the command that was printed, the embedded model for the published one, and files for places."""
     last = said.splitlines()[-1]
     assert last.startswith("use it: s3dit generate "), said
     words = [word.replace(HOME, "embedded") for word in shlex.split(last.removeprefix("use it: s3dit "))]

@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from s3dit.cli.main import main
-from s3dit.cli.options import SPELLINGS, UNCLEAR, parse
+from s3dit.cli.main import main, parse
+from s3dit.cli.parser import SPELLINGS, UNCLEAR
 from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.model.config import TransformerConfig
@@ -296,7 +296,7 @@ def test_a_plan_as_json(capsys):
     data = json.loads(out)
     assert (data["request"]["width"], data["request"]["height"]) == (64, 80) and data["model_calls"] == 8
     assert [stage["part"] for stage in data["stages"]] == ["text_encoder", "transformer", "vae"]
-    assert f"this is the model's own example: {data['request']['prompt'][0]}" in said
+    assert f"drawing the model's own example: {data['request']['prompt'][0]}" in said
 
 
 def test_what_nobody_named_is_not_overwritten(tmp_path, monkeypatch, capsys):

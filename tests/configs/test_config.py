@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
-from s3dit.cli.convert import convert
+from s3dit.cli.convert_model import convert
 from s3dit.configs import config_keys, tokenizer_config
 from s3dit.configs.model_files import KINDS, read_index, read_json, read_own
 from s3dit.errors import CheckpointError, RequestError

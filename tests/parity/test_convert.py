@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from s3dit import Pipeline
-from s3dit.cli.convert import convert
+from s3dit.cli.convert_model import convert
 from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
 from s3dit.kernels.int8 import int8

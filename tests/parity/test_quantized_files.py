@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from s3dit import Pipeline
-from s3dit.cli.convert import convert
-from s3dit.cli.inspect import look
+from s3dit.cli.convert_model import convert
+from s3dit.cli.inspect_weights import inspect_path
 from s3dit.weights.keymap import official
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are made by gguf-py: pip install 's3dit[test]'")
@@ -72,7 +72,7 @@ def test_a_fused_gguf_transformer(transformer, official_dir):
 
 def test_look_and_convert(transformer, official_dir, tmp_path):
     path, plain = transformer
-    (part,) = look(path).parts
+    (part,) = inspect_path(path).parts
     assert (part.container, part.spelling) == ("GGUF", "ComfyUI") and not part.faults
     assert any("Q8_0" in name for name in part.formats["layers"])
     convert(path, tmp_path / "out", version="0", dtype="fp32")

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from s3dit.cli.convert import convert
+from s3dit.cli.convert_model import convert
 from s3dit.errors import CheckpointError
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED

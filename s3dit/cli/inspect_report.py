@@ -1,4 +1,4 @@
-"""What `look` says: of parts of a model a Report, of anything else Facts, each with the command that uses it.
+"""What `s3dit inspect` prints: of parts of a model a Report, of anything else Facts, and the command that uses it.
 
 Text for people and plain JSON of the same. A command is printed as it is to be typed: quoted for a shell, never cut,
 with PLACE before a name whose folder only the user knows.
@@ -37,7 +37,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `look` found; rest are keys of no part, missing what a picture needs besides, command what would use it."""
+    """Parts of a model in a file or folder.
+
+    rest: keys of no part · missing: what a picture needs besides · command: draws with it, "" where nothing can.
+    """
 
     path: str
     parts: tuple[Part, ...]
@@ -51,17 +54,19 @@ class Report:
 
     def __str__(self) -> str:
         lines = []
-        for one in self.parts:
-            lines.append(f"{one.part}: {one.kind}")
-            lines.append(f"  {one.container}, {one.tensors} tensors, {size(one.nbytes)}; {one.spelling} names")
-            lines.append(f"  made by {one.producer or 'a program that does not say so'}")
-            for group, formats in one.formats.items():
+        for part in self.parts:
+            lines.append(f"{part.part}: {part.kind}")
+            lines.append(f"  {part.container}, {part.tensors} tensors, {size(part.nbytes)}; {part.spelling} names")
+            lines.append(f"  made by {part.producer or 'a program that does not say so'}")
+            for group, formats in part.formats.items():
                 lines.append(f"  {group:<16} " + ", ".join(f"{name} {size(count)}" for name, count in formats.items()))
-            lines += [f"  note: {note}" for note in one.notes]
-            lines += [f"  fault: {fault}" for fault in one.faults]
+            lines += [f"  note: {note}" for note in part.notes]
+            lines += [f"  fault: {fault}" for fault in part.faults]
         if self.rest:
-            few = ", ".join(self.rest[:3])
-            lines.append(f"not used: {len(self.rest)} tensors of no part ({few}{', …' if len(self.rest) > 3 else ''})")
+            first = ", ".join(self.rest[:3])
+            lines.append(
+                f"not used: {len(self.rest)} tensors of no part ({first}{', …' if len(self.rest) > 3 else ''})"
+            )
         lines.append(f"missing: {', '.join(self.missing) or 'nothing, it is a whole model'}")
         if not self.command:
             lines.append("not usable as it is, for the faults above")
@@ -70,7 +75,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What `look` found in a file that is no part of a model: facts by name, what else to know, how to use it.
+    """What is in a file that is no part of a model: facts by name, what else to know, how to use it.
 
     No command is given for what cannot be used as it is; the notes then say why.
     """
@@ -103,12 +108,12 @@ def _rows(facts: dict[str, Any], depth: int = 1) -> Iterator[str]:
     for name, value in facts.items():
         if value in ("", None, [], (), {}):
             continue
-        several = value if isinstance(value, list) else [value]
+        entries = value if isinstance(value, list) else [value]
         if isinstance(value, dict):
             yield f"{'  ' * depth}{name}"
             yield from _rows(value, depth + 1)
-        elif any(isinstance(one, dict) for one in several):
-            yield from (f"{'  ' * depth}{name:<20} {_plain(one)}" for one in several)
+        elif any(isinstance(entry, dict) for entry in entries):
+            yield from (f"{'  ' * depth}{name:<20} {_plain(entry)}" for entry in entries)
         else:
             yield f"{'  ' * depth}{name:<20} {_plain(value)}"
 
@@ -116,7 +121,7 @@ def _rows(facts: dict[str, Any], depth: int = 1) -> Iterator[str]:
 def _plain(value: Any) -> str:
     """A value in words; of a hash its beginning."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(one)}" for name, one in value.items())
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value))
     if isinstance(value, bool):
@@ -130,9 +135,9 @@ def _plain(value: Any) -> str:
 def draw(options: Sequence[str], prompt: str = PROMPT) -> str:
     """The command that draws with these options."""
     words = f'"{PROMPT}"' if prompt == PROMPT else shlex.quote(prompt)
-    said = shlex.join(options)
+    given = shlex.join(options)
     # A prompt that begins like an option is no option behind two dashes.
-    return f"s3dit generate {said} -- {words}" if prompt.startswith("-") else f"s3dit generate {words} {said}"
+    return f"s3dit generate {given} -- {words}" if prompt.startswith("-") else f"s3dit generate {words} {given}"
 
 
 def size(count: int) -> str:
