@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,7 @@ def text(folder):
     return (ROOT / folder / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["kernels", "weights"])
+@pytest.mark.parametrize("folder", ["s3dit", "kernels", "weights"])
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
@@ -61,3 +63,9 @@ def test_files_that_are_named_are_there(readme):
     folders = [readme.parent, ROOT, *(path for path in readme.parent.iterdir() if path.is_dir())]
     missing = [name for name in {*links, *names} - own if not any((folder / name).exists() for folder in folders)]
     assert not missing
+
+
+def test_the_table_of_fields_is_made_from_the_fields():
+    command = [sys.executable, ROOT / "tools" / "api_table.py"]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert made in text("s3dit"), "run tools/api_table.py and put what it prints between the marks in s3dit/README.md"
