@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +52,9 @@ class Components(Residency):
         self._disable_mmap = disable_mmap
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
+        self.controlnets: dict[str, ControlNetConfig] = {}
         for part, checkpoint in sources.checkpoints.items():
             self._open(part, checkpoint)
-        self.controlnets: dict[str, ControlNetConfig] = {}
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         super().__init__(mode)
@@ -67,10 +68,11 @@ class Components(Residency):
         for part in self.checkpoints:
             self.sizes(part)
 
-    def _open(self, part: str, checkpoint: Checkpoint) -> None:
+    def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
+        """Take in a checkpoint: from here on it has official names, and no padding."""
         if self._disable_mmap:
             checkpoint.disable_mmap()
-        self.checkpoints[part] = checkpoint
+        self.checkpoints[part] = fitted(checkpoint, self._module(part, config).state_dict())
 
     @contextmanager
     def reading(self, callback: Callable[[str, int], None]) -> Iterator[None]:
@@ -84,22 +86,23 @@ class Components(Residency):
         finally:
             self._on_read = before
 
+    def _module(self, part: str, controlnet: ControlNetConfig | None) -> nn.Module:
+        """A part's module as its config says, on the meta device, every layer a plain one."""
+        with torch.device("meta"):
+            if controlnet is not None:
+                return ControlNet(controlnet, self.config.transformer)
+            if part == VISION_TOWER:
+                assert self.config.vision is not None
+                return VisionEncoder(self.config.vision)
+            return SPECS[part].module(getattr(self.config, part))
+
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """A part's module on the meta device, and the names that are never read."""
-        module: nn.Module
-        unused: tuple[str, ...]
+        checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
+        module = self._module(part, controlnet)
+        unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
         with torch.device("meta"):
-            if part in self.controlnets:
-                module = ControlNet(self.controlnets[part], self.config.transformer)
-                unused = self.controlnets[part].unused(self.checkpoints[part])
-            elif part == VISION_TOWER:
-                assert self.config.vision is not None
-                module, unused = VisionEncoder(self.config.vision), VisionEncoder.unused
-            else:
-                module = SPECS[part].module(getattr(self.config, part))
-                unused = module.unused  # type: ignore[assignment]
-            stored = fitted(self.checkpoints[part], module.state_dict())
-            for name, kind in schemes_for(part, stored, self._quantize.get(part)).items():
+            for name, kind in schemes_for(part, checkpoint, self._quantize.get(part)).items():
                 if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
                     swap(module, kind, name.__eq__)
         return module, unused
@@ -176,7 +179,7 @@ class Components(Residency):
         part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
         if part not in self.controlnets:
             checkpoint, config = open_controlnet(path, self.config.transformer, control.version)
-            self._open(part, checkpoint)
+            self._open(part, checkpoint, config)
             self.controlnets[part] = config
             if self.mode == "streamed":
                 self.kept = {**self.kept, part: 0}

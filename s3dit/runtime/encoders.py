@@ -24,7 +24,6 @@ from s3dit.model.vae import Autoencoder
 from s3dit.runtime import budget
 from s3dit.runtime.components import Components
 from s3dit.runtime.finite import check_finite
-from s3dit.weights import keymap
 
 # Features of this many prompts are kept; one of 100 tokens is 1 MB in fp32.
 PROMPTS_KEPT = 256
@@ -120,7 +119,7 @@ class Encoders:
             encoder = self.components["text_encoder"]
             flat = torch.tensor([token for ids in new for token in ids])
             stored = self.components.checkpoints["text_encoder"]
-            rows = keymap.official(stored, encoder.state_dict()).rows(EMBEDDING, flat)
+            rows = stored.rows(EMBEDDING, flat)
             stored.release()
             # parity: the embedding is rounded to the dtype that the weights are kept in.
             x = rows.to(placement.dtype).to(placement.device, placement.compute)
