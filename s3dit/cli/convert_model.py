@@ -23,13 +23,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from s3dit.cli.show import LONG
 from s3dit.errors import CheckpointError
 from s3dit.model import infer_config
 from s3dit.model.config import OWN, TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
-from s3dit.terminal import say
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.keymap import detect, official
@@ -157,8 +155,6 @@ def _write(
         progress(named.entry(name).nbytes)
     # What was read, and what is hashed, is of one file only if that one is still there.
     checkpoint.check()
-    if checkpoint.nbytes >= LONG:
-        say(f"hashing {checkpoint.path.name}, whose hash the new files carry")
     digest = _digest(checkpoint.path)
     checkpoint.check()
     shards.close(f"sha256:{digest}")

@@ -118,7 +118,7 @@ def _check_metadata(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: arg
 
 
 def _introduce(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: argparse.Namespace) -> None:
-    """Print what will be drawn, where it goes and what takes long; with --json also the first event."""
+    """Say what will be drawn, where it goes and what takes long; with --json also the first event."""
     say(f"{pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}")
     for note in (*plan.notes, *_surprises(plan), *([] if plan.memory is None else [plan.memory])):
         say(note)
@@ -133,7 +133,7 @@ def _introduce(pipe: "Pipeline", plan: "Plan", paths: list[Path], args: argparse
 
 
 def _surprises(plan: "Plan") -> Iterator[str]:
-    """Yield notes on options without effect, or with another meaning than in other programs."""
+    """What is without effect, or another thing than in other programs."""
     request = plan.request
     if request.seed == -1:
         yield "seed -1 is a seed like any other; leave --seed out for a random one"
@@ -142,7 +142,7 @@ def _surprises(plan: "Plan") -> Iterator[str]:
 
 
 def _save(picture: Any, path: Path, metadata: Any, quality: int | None, replace: bool) -> Path:
-    """Save a picture; returns its file, under the next free name if `path` was taken while it was drawn."""
+    """Save one picture -> the file, another one than was meant if somebody took the name meanwhile."""
     from s3dit.inputs.images import save_picture
 
     if replace:

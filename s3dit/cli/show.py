@@ -105,7 +105,7 @@ def _size(count: int) -> str:
 
 
 def show(picture: "Image.Image") -> None:
-    """Draw a picture in the terminal, if standard error is one."""
+    """Draw a picture in the terminal, if there is one."""
     from s3dit.inputs.images import ansi
 
     paint(ansi(picture, 48))
