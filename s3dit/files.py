@@ -1,11 +1,11 @@
-"""Files of people: those of strangers are opened with care, names of pictures are taken without loss.
+"""Open files that a user, a request or a picture's metadata names, and reserve names for new ones.
 
-Whatever path a request, a command line or the metadata of a picture names is opened by `opened`: regular files of a
-bounded size alone, because a pipe or a device may wait forever or never end. Pictures go to the files that `outputs`
-names; a file that exists is replaced only where the user named it (`-o FILE`, or `--overwrite`), else a name that is
-free is taken by `claimed`. `whole` writes a file whole or not at all.
+`opened` opens regular files of a bounded size alone: a pipe or a device may block, or never end. `check_file` and
+`check_models` find a path that leads to nothing without opening it. Pictures are written to the files that `outputs`
+names: a file that exists is replaced only where the user named it (`-o FILE`, or `--overwrite`), else `claimed` takes a
+free name. `whole` writes a file completely or not at all.
 
-Weights are not opened here (weights/). Importing this room does not import torch, so mistakes are found at once.
+Errors are RequestError. Importing this module does not import torch. Weights are opened in weights/.
 """
 
 import os
@@ -66,7 +66,7 @@ def check_file(option: str, path: str, needed: str) -> None:
 
 
 def check_models(given: Iterable[tuple[str, str]]) -> None:
-    """Raise RequestError for the first (option, name) that is a path by its look and leads to nothing.
+    """Raise RequestError for the first (option, name) that can only be a path and does not exist.
 
     A name of the Hub may be anything else: it has a slash and does not begin as a path does, nor is it a file of
     weights in a folder that is here. option: "" for what is given without one.
@@ -150,7 +150,7 @@ def prompts(path: str) -> list[str]:
 
 
 def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Path], bool]:
-    """The files of a request's pictures, and whether they may be replaced; RequestError before anything is drawn.
+    """The files of a request's pictures, and whether they may be replaced; raises RequestError.
 
     given: what -o says. A file takes one picture, several are FILE-1, FILE-2, …, which must not exist; a folder, or
     nothing, takes s3dit.png, s3dit-2.png, … as they are free. `overwrite` takes what exists.
@@ -183,7 +183,7 @@ def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Pat
 
 
 def taken(path: Path) -> bool:
-    """Whether something has this name; RequestError where nothing can."""
+    """Whether a file of any kind has this name, a broken link too; RequestError where none can have it."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -194,7 +194,7 @@ def taken(path: Path) -> bool:
 
 
 def _check_folder(path: Path) -> None:
-    """A file can be made in the folder of this path, or in the nearest above it that exists."""
+    """Raise RequestError unless a file can be made in the folder of a path, or in the nearest existing one above it."""
     folder = next((parent for parent in path.parents if os.path.lexists(parent)), Path("."))
     try:
         # The surest way to know; permissions alone do not tell of a read-only disk, nor root of anything.
@@ -212,7 +212,7 @@ def _unwritable(path: Path, error: Exception) -> RequestError:
 
 @contextmanager
 def claimed(path: Path) -> Iterator[Path]:
-    """Take a name that nothing has, this or the next free one: an empty file holds it, removed if an error ends it.
+    """Reserve a free name, this or the next: an empty file holds it, and is removed if an error ends the block.
 
     Missing folders are made. Raises RequestError.
     """
@@ -230,7 +230,7 @@ def claimed(path: Path) -> Iterator[Path]:
 
 
 def _made(path: Path) -> bool:
-    """Whether an empty file could be made under a name that nothing had."""
+    """Make an empty file; whether the name was free."""
     try:
         open(path, "xb").close()
     except FileExistsError:
@@ -240,7 +240,7 @@ def _made(path: Path) -> bool:
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: under a hidden name beside it first, then renamed over what is there.
+    """Write a file completely or not at all: under a hidden name beside it, then renamed over what is there.
 
     Missing folders are made. Raises RequestError.
     """

@@ -1,13 +1,13 @@
-"""What the command line shares with the world around it: its standard streams, and the signals that end it.
+"""Standard streams and signals of the command line.
 
-Every word that this program prints leaves through here. A line stays one line whatever names and texts of others it
-holds: what is not printable (control characters, escape sequences, line separators, what turns the direction of
-writing, what is not seen at all) is shown as an escape such as `\\x1b`, and what a stream's encoding lacks by something
-near or by an escape. A line is at most LONGEST characters, cut in its middle: what was found stands at the start of an
-error, what to do at its end.
+Everything that is printed goes through `say` (standard error), `tell`, `event` (standard output) or `bar`. A line stays
+one line whatever it holds: characters that are not printable (control characters, escape sequences, line separators,
+marks that change the direction of writing, invisible ones) are shown as escapes such as `\\x1b`, and characters that
+a stream's encoding lacks as something near or as an escape. A line has at most LONGEST characters and is cut in its
+middle: an error begins with what was found and ends with what to do.
 
-A stream that is closed, full or without a reader never ends the work: pictures are drawn and saved, then the exit code
-says it. Nothing here knows of models or pictures, and nothing imports torch.
+A stream that is closed, full or without a reader does not end the work: pictures are drawn and saved, then the exit
+code says it (`finish`). This module knows nothing of models or pictures, and does not import torch.
 """
 
 import codecs

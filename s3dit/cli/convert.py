@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from s3dit import __version__
+from s3dit.cli.show import LONG
 from s3dit.cli.source import check_directory, check_source, located
 from s3dit.errors import RequestError
 from s3dit.terminal import bar, say, tell
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         tell(args.target)
         return 0
     total = sum(part.nbytes for part in check(source, args.target, args.dtype, force=args.force).parts.values())
+    if total >= LONG:
+        say("each part is read a second time after it was written: the new files carry the source's hash")
     with bar("converting", total=total, unit="B", unit_scale=True) as done:
         notes = convert(
             source, args.target, version=__version__, dtype=args.dtype, force=args.force, progress=done.update

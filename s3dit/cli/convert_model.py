@@ -1,13 +1,13 @@
-"""Any checkpoint that is read here, written out in the official layout: what diffusers and every other tool reads.
+"""Write a checkpoint that this engine reads in the official layout, which diffusers and other tools read.
 
-Each part becomes a folder of safetensors shards under official names with its config.json; a source that holds all of a
-model becomes a whole model directory. Tensors stream one by one, floats as they are stored; layers in a number format
-are decoded to plain floats, because the official layout knows no other. Which file it was, by hash, how it was spelled
-and what was decoded stands in the metadata of every shard. The directory appears whole, or not at all.
+Each part becomes a folder of safetensors shards under official names with its config.json; a source that holds all
+parts becomes a whole model directory. Tensors are streamed singly, floats as they are stored; layers in a number format
+are dequantized, because the official layout has none. The metadata of every shard holds the source's hash, its spelling
+of names and the number formats that were decoded. The directory appears complete, or not at all.
 
-A config.json has what the source's own says; else what the shapes say, with the constants of the published model for
-what they do not. Values that are read by nobody here, but by diffusers or transformers, are the published
-ones as well. A tokenizer inside of a GGUF file is not written out.
+A config.json has the values of the source's own; else those that follow from the shapes, and constants of the published
+model for the rest, also for keys that only diffusers or transformers read. A tokenizer inside a GGUF file is not
+written.
 """
 
 import hashlib

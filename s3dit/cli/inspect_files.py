@@ -1,7 +1,7 @@
-"""Small files of a model: settings in JSON, indexes of shards, tokenizers; what they are, who wrote them, their use.
+"""Describe the small files of a model: settings in JSON, indexes of shards, tokenizers; their kind, writer and use.
 
-They are told by their keys, except where the engine itself reads a file by its name (merges.txt, tokenizer.model). None
-is used alone: each belongs to a folder, which the command names.
+They are detected by their keys, except where the engine itself reads a file by its name (merges.txt, tokenizer.model).
+None is used alone: each belongs to a folder, which the command names.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,7 @@
-"""What made a picture, as its metadata tell: s3dit, AUTOMATIC1111 and its kin, or ComfyUI; and how to draw it here.
+"""Describe what drew a picture, by metadata of s3dit, AUTOMATIC1111 and its forks, or ComfyUI; and how to repeat it.
 
-Metadata are what anybody wrote: they are read as data, nothing that they name is opened but the images of a replay, by
-their hashes. The command for a picture of another program is the nearest that there is: another engine draws another
-noise for the same seed.
+Metadata are untrusted data: no file that they name is opened, except images of a replay that have the recorded hash.
+The command for a picture of another program is the nearest one: another engine draws other noise for the same seed.
 
 Source: the `parameters` of AUTOMATIC1111's `infotext_utils`; ComfyUI's API graph (`prompt`), nodes by number with
 inputs that are values or links, a node's number and an output of it.
@@ -39,7 +38,7 @@ MOST_NODES = 4096
 
 
 def picture(path: Path) -> Facts:
-    """What made a picture, and the command that draws it or the nearest to it; RequestError where it does not say."""
+    """Describe what drew a picture, with the command that repeats it or the nearest; RequestError without metadata."""
     texts = read_texts(path)
     if "s3dit" not in texts and ("prompt" in texts or "workflow" in texts):
         return _comfyui(path, texts)

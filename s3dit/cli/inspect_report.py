@@ -1,6 +1,6 @@
-"""What `s3dit inspect` prints: of parts of a model a Report, of anything else Facts, and the command that uses it.
+"""The output of `s3dit inspect`: a Report of parts of a model, or Facts of anything else, and how to use it.
 
-Text for people and plain JSON of the same. A command is printed as it is to be typed: quoted for a shell, never cut,
+Each is text for people and plain JSON values. A command is printed as it is to be typed: quoted for a shell, never cut,
 with PLACE before a name whose folder only the user knows.
 """
 

@@ -70,7 +70,7 @@ def inspect_path(path: Path, name: str | None = None) -> Report | Facts:
 
 
 def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
-    """A repository of the Hub whose weights are not in the cache: what its settings say; nothing is downloaded."""
+    """Describe a repository of the Hub whose weights are not in the cache, by its settings; nothing is downloaded."""
     folder = folder if folder.is_dir() else folder.parent
     parts = [part for part in PARTS if any(file.startswith(f"{part}/") for file in lacking) or (folder / part).is_dir()]
     # One file says less by its name than its weights would.
@@ -141,7 +141,7 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
         "producer": who or NO_PRODUCER, "layers": info.layers, "parts": ", ".join(info.parts),
     }  # fmt: skip
     layers = [(part, layer, shape) for part, layers in info.shapes.items() for layer, shape in layers.items()]
-    wrong = [f"{layer} {list(shape)}" for part, layer, shape in layers if _home(part, layer) != shape]
+    wrong = [f"{layer} {list(shape)}" for part, layer, shape in layers if _shape_of(part, layer) != shape]
     notes, model = [*info.notes], HOME
     if layers and len(wrong) == len(layers):
         model, wrong = f"{PLACE}MODEL", []
@@ -154,7 +154,7 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
     return Facts(name, "an adapter", facts, draw(["--model", model, *partial, "--lora", name]), tuple(notes))
 
 
-def _home(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
+def _shape_of(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
     """The shape of a layer's weight in the published model, () where it has no such layer."""
     if part not in known:
         with torch.device("meta"):
@@ -219,7 +219,7 @@ def _part(part: str, checkpoint: Checkpoint, opened: OpenedModel) -> Part:
 
 
 def _settled(path: Path) -> str:
-    """Who wrote the settings beside a part's weights."""
+    """The library that wrote the settings beside a part's weights; "" if they do not say."""
     settings = (path if path.is_dir() else path.parent) / "config.json"
     return maker(read_json(settings)) if settings.is_file() else ""
 
@@ -231,7 +231,7 @@ def _container(path: Path) -> str:
 
 
 def _producer(checkpoint: Checkpoint) -> str:
-    """Who wrote a file, as far as its metadata says; empty where it does not."""
+    """The program that wrote a file, by its metadata or its keys; "" if neither says."""
     metadata = checkpoint.metadata
     for key, words in (
         ("s3dit", "s3dit {}"), ("general.quantized_by", "{}"), ("modelspec.author", "{}"),
@@ -252,7 +252,7 @@ def _producer(checkpoint: Checkpoint) -> str:
 
 
 def _kind(config: Any, opened: OpenedModel) -> str:
-    """A part in a few words."""
+    """A part of a model in a phrase."""
     if isinstance(config, TextEncoderConfig):
         base = f"rotation base {config.rope_theta:,.0f}"
         return f"Qwen3, {config.num_hidden_layers} layers of width {config.hidden_size}, {base}"

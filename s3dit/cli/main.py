@@ -1,10 +1,9 @@
 """The command line: `s3dit generate`, `plan`, `inspect`, `convert`, `quantize`.
 
-A command is a module with SUMMARY, EXAMPLES, add_options(parser) and run(args). Everything the user may get wrong ends
-in one line on stderr and exit code 2, without a traceback; Ctrl-C ends with 130, SIGTERM with 143, SIGHUP with 129, and
-nothing half-written is left; where standard output is lost, the pictures are written all the same, and the exit code is
-141 if its reader went away, in silence, else 2. torch is imported only when there is something to compute, so `--help`
-is quick.
+A command is a module with SUMMARY, EXAMPLES, add_options(parser) and run(args). An error of the user's ends in a line
+on standard error and exit code 2, without a traceback. Ctrl-C ends with 130, SIGTERM with 143, SIGHUP with 129, and no
+incomplete file is left. If standard output is lost, the pictures are written all the same, and the exit code is 141 if
+its reader closed it, else 2. torch is imported only when there is something to compute, so `--help` is quick.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def _command(argv: Sequence[str] | None) -> int:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether an error is one of the three that speak to the user, told by its home: its module may not import."""
+    """Whether an error is one of this package, whose message is for the user."""
     return type(error).__module__.startswith("s3dit.")
 
 

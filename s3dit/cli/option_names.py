@@ -41,7 +41,7 @@ VERBS = "is|are|has|holds|needs?|mixes|makes|acts|overflows|does|and|of"
 SUBJECT = re.compile(rf"^({'|'.join(NAMES)})(?=(?: [\w.:']+)? (?:{VERBS})\b)|^(control)(?= )")
 PAIR = re.compile(rf"^both ({'|'.join(NAMES)}) and ({'|'.join(NAMES)})\b")
 # Or what its last part asks for: "give image too, or leave strength out".
-ADVICE = re.compile(rf"\b(give|leave|without) ({'|'.join(FIELDS)})(?= too\b| out\b| or\b| and\b|[,;]|$)")
+ADVICE = re.compile(rf"\b(give|leave|without) ({'|'.join(NAMES)})(?= too\b| out\b| or\b| and\b|[,;]|$)")
 
 
 def in_options(message: str) -> str:

@@ -51,6 +51,11 @@ ANSWERS = {
     "-v": "progress is always shown; s3dit plan says what will be loaded and computed",
     "--base-model": "say --model",
 }  # fmt: skip
+# What other programs call a solver that there is here by another name.
+VALUES = {
+    "euler_a": "euler_ancestral", "euler a": "euler_ancestral", "k_euler": "euler", "dpm++2m": "dpmpp_2m",
+    "dpm++ 2m": "dpmpp_2m", "k_dpmpp_2m": "dpmpp_2m", "flowmatcheulerdiscretescheduler": "euler", "flow_euler": "euler",
+}  # fmt: skip
 # A command line and what it does.
 Examples = Sequence[tuple[str, str]]
 
@@ -65,6 +70,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print a message on standard error and exit with 2."""
         self.exit(2, line(f"s3dit: {message}; see {self.prog} --help") + "\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise argparse's error of a value that is none of an option's, with the one that was perhaps meant."""
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        meant = VALUES.get(str(value).lower()) or next(iter(get_close_matches(str(value), choices, 1, 0.6)), None)
+        hint = f"; did you mean {meant}?" if meant in choices else ""
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}; needed one of {', '.join(choices)}{hint}")
 
     @property
     def options(self) -> Mapping[str, argparse.Action]:

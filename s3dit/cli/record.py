@@ -1,8 +1,8 @@
-"""What a picture remembers of how it was drawn, read with care: anybody may have written it.
+"""Read and check what a picture's metadata say of how it was drawn; they are untrusted.
 
-`read_record` takes model, adapters and engine out of a picture's metadata and checks them against what s3dit writes;
-what is left is a request. `image_beside` searches the image that a record names, and takes it only by its hash.
-`cli.replay` draws from a record, `cli.inspect_pictures` describes one.
+`read_record` takes model, adapters and engine out of the metadata and checks them against what s3dit writes; the rest
+is a request. `image_beside` searches the image that a record names, and takes it only by its hash. `cli.replay` draws
+from a record, `cli.inspect_pictures` describes one.
 """
 
 import os
@@ -37,7 +37,7 @@ ENGINE: dict[str, Any] = {
 }  # fmt: skip
 ADAPTER: dict[str, Any] = {"file": str, "sha256": str, "scale": NUMBER, "partial": bool, "merged": bool}
 REQUIRED = {"file", "sha256", "scale"}
-# Adapters and entries of a list: more is no honest record.
+# Adapters and entries of a list at most: s3dit writes fewer.
 MOST_ADAPTERS, MOST_ENTRIES = 64, 1001
 
 
@@ -108,7 +108,7 @@ def _placed(folder: Path, named: str, sha256: str | None) -> str:
 
 
 def _record(name: str, record: Any, kinds: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The entries of a record that are known here, held to their kinds; and the names of the others."""
+    """The entries of a record that are known here, checked against their kinds; and the names of the others."""
     if not isinstance(record, dict):
         raise RequestError(f"its {name} is {shown(record)}; needed a JSON object; take the original file")
     known = {key: value for key, value in record.items() if key in kinds}
@@ -153,7 +153,7 @@ def _check_adapters(adapters: Any) -> None:
 
 
 def spoken(control: Control) -> str:
-    """A control as the command line says it, without the folders of whoever drew with it."""
+    """A control in the form of the command line, its files by their last names alone."""
     paths = {name: getattr(control, name) for name in ("model", *CONTROL_IMAGES)}
     own: dict[str, Any] = {name: own_name(path) for name, path in paths.items() if isinstance(path, str)}
     return str(replace(control, **own))
@@ -170,7 +170,10 @@ def named_images(request: Request, name: str) -> list[Any]:
 
 
 def image_beside(folder: Path, named: str, sha256: str, option: str) -> str:
-    """The plain file that a picture names, beside it or in the current folder, whose pixels have that hash."""
+    """The regular file of an image that a picture names, beside it or in the current folder; RequestError if none is.
+
+    sha256: of its pixels · option: gives the file instead, for the message.
+    """
     from s3dit.inputs.images import Picture
 
     # os.path: a name that is too long, or in a folder that may not be read, is no file.
@@ -191,7 +194,7 @@ def image_beside(folder: Path, named: str, sha256: str, option: str) -> str:
 
 
 def _places(folder: Path, named: str) -> Iterator[Path]:
-    """Where a file may be that a picture names: never outside of its folder and the current one."""
+    """Paths where a file that a picture names is searched: never outside of its folder and the current folder."""
     # A share or a drive of Windows is a network or a device elsewhere, too, and an absolute path in any case.
     inside = not PureWindowsPath(named).anchor and ".." not in re.split(r"[/\\]", named)
     for name in dict.fromkeys([named, own_name(named)] if inside else [own_name(named)]):

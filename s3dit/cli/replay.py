@@ -1,20 +1,19 @@
-"""`s3dit generate --replay`: a request out of the picture that it made, and what may be another than it was then.
+"""`s3dit generate --replay`: make a request from the metadata of a picture, and report what differs from then.
 
-Metadata are what somebody else wrote. What a replay takes from them is one request: prompt, sizes, seed, steps, noise
-levels, guidance, held to the same types and bounds as the user's own (`Request.check`), for one picture, because a
-picture says what made it alone; `--count` asks for more. The user's own options change any of it.
+Metadata are untrusted. A replay takes a request from them (prompt, sizes, seed, steps, noise levels, guidance), checked
+against the same types and bounds as the user's own (`Request.check`), for a single picture, because a picture records
+itself alone; `--count` asks for more. The user's own options replace any of it.
 
-What a replay never does with them: ask the network; load a model, a part, an adapter or a ControlNet that they name;
-choose a device or a number format; open an image whose hash they do not carry. Models, parts, adapters and controls are
-named in an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given
-take the strengths and the order that they had. Start images, masks and references are looked for as plain files beside
-the picture and in the current folder, under the name that they had (or below these folders, where that was a relative
-path without `..`), and used only if their pixels have the hash that the picture carries; else the user gives them with
-`--image`, `--mask` or `--reference`.
+A replay never does this because of metadata: use the network; load a model, a part, an adapter or a ControlNet; choose
+a device or a number format; open an image without its recorded hash. Models, parts, adapters and controls are named in
+an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given take the
+strengths and the order of then. Start images, masks and references are searched as regular files beside the picture
+and in the current folder, under their recorded name (or below these folders, where that was a relative path without
+`..`), and used only if their pixels have the recorded hash; else the user gives them with `--image`, `--mask` or
+`--reference`.
 
-The picture is the same to the bit where model, adapters, images, number formats, device, dtype, versions, number of
-threads and kind of CPU are the same. What differs, as far as the picture remembers it, is told (`changes`), with the
-option that undoes it.
+The picture has the same bits where model, adapters, images, number formats, device, dtype, versions, number of threads
+and kind of CPU are the same. `changes` gives what differs, as far as it is recorded, with the option that undoes it.
 """
 
 import argparse
@@ -98,10 +97,11 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
 
 
 def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Attach the adapters of the command line, and say of each what became of it.
+    """Attach the adapters of the command line, and yield a report of each.
 
-    records: of a replayed picture, or none. Each must be among those given, known by its hash or else by its name; it
-    takes its place and, unless another is given, its strength. Raises RequestError, CheckpointError.
+    records: of the adapters of a replayed picture, or none. Each must be among those given, matched by its hash, else
+    by its file's name; adapters are attached in the order of the records, with the recorded strength unless another is
+    given. Raises RequestError, CheckpointError.
     """
     from s3dit.weights.adapter import read_adapter
     from s3dit.weights.hub import resolve_file
@@ -132,7 +132,7 @@ def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping
 
 
 def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
-    """In what a pipeline differs from the one that drew a picture, as far as that remembers it."""
+    """Yield in what a pipeline differs from the one that drew a picture, as far as `engine` records it."""
     import torch
 
     if (variant := engine.get("variant", pipe.config.variant)) != pipe.config.variant:
@@ -158,7 +158,7 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def _naming(picture: Path) -> Iterator[None]:
-    """Whatever is wrong with a picture's metadata is said of it."""
+    """Raise the RequestError of what runs inside with the name of the picture before its message."""
     try:
         yield
     except RequestError as error:
@@ -166,7 +166,7 @@ def _naming(picture: Path) -> Iterator[None]:
 
 
 def _check_given(args: argparse.Namespace, record: Record) -> None:
-    """The user gave what a picture may not name."""
+    """Raise RequestError unless the user gave the model, the parts and the adapters that a picture only names."""
     if args.model in (None, "embedded") and record.model not in (None, "embedded"):
         raise RequestError(f"it was drawn with {shown(record.model)}; say where that is with --model")
     for part, name in record.engine.get("mixed", {}).items():
@@ -182,7 +182,7 @@ def _wanted(adapters: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
-    """The request of the one picture that a picture speaks of."""
+    """The request for a single picture out of a record; RequestError if the record is of several."""
     count = 1 if args.num_images_per_prompt is not None else request.num_images_per_prompt
     if prompt is not None:
         request = request.filled(prompt="")
@@ -194,7 +194,7 @@ def _alone(request: Request, args: argparse.Namespace, prompt: Any) -> Request:
 
 
 def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the images that a picture names and the user does not give: the files that are what they were."""
+    """Fields of images that a picture names and the user does not give: files whose pixels have the recorded hash."""
     images: dict[str, Any] = {}
     for name in (*IMAGES, "reference"):
         if getattr(args, name) is not None:
@@ -215,7 +215,7 @@ def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any
 def _others(
     args: argparse.Namespace, request: Request, controls: Sequence[Control], inputs: Mapping[str, Any]
 ) -> Iterator[str]:
-    """Which of the user's images are not those that a picture was drawn with."""
+    """Yield which of the user's images are not those that a picture was drawn with."""
     from s3dit.inputs.images import Picture
 
     if len(controls) != len(request.controls) and request.controls:

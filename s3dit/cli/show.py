@@ -95,7 +95,7 @@ def kernels_text(kernels: dict[str, Any]) -> str:
     lines = [f"backend {kernels['backend']}, {kernels['device']}"]
     for row in kernels["operations"]:
         question = f"{row['name']} {'×'.join(map(str, row['shape']))} {row['dtype']}"
-        lines.append(f"  {row['count']:3} × {question}: {row['chosen'] or 'nobody'}")
+        lines.append(f"  {row['count']:3} × {question}: {row['chosen'] or 'none'}")
         lines += [f"        not {name}: {why}" for name, why in row["others"].items()]
     return "\n".join(map(line, lines))
 
@@ -130,7 +130,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         """Open the bar and the file of the preview."""
         if self.preview is not None:
-            # A name of its own: another file of this name is somebody's.
+            # A free name: a file of this name may be the user's.
             free = claimed(self.preview.with_name(f"{self.preview.stem}.preview.png"))
             self.preview = self.ending.enter_context(free)
             self.ending.callback(self.preview.unlink, missing_ok=True)

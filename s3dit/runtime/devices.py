@@ -60,8 +60,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise BackendError(f"device is {device!r} ({str(error).splitlines()[0]}); needed cpu, cuda or mps") from None
+    except (RuntimeError, TypeError):
+        raise BackendError(f"device is {device!r}; needed cpu, cuda or mps") from None
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present.get(chosen.type, False):
         here = ", ".join(name for name, there in present.items() if there)

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from s3dit.cli.main import COMMANDS, _parsers, main, parse
 from s3dit.cli.option_names import FIELDS, in_options
@@ -188,6 +189,38 @@ def test_only_what_is_a_field_becomes_an_option(message, shown):
 
 def test_the_table_of_bad_values_knows_every_option():
     assert set(BAD) == {field.name for field in fields(Request) if field.metadata["group"]} == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--sampler", "euler_a"], "argument --sampler: invalid choice: 'euler_a'; needed one of euler, heun"),
+        (["--sampler", "DPM++ 2M"], "did you mean dpmpp_2m?"),
+        (["--scheduler", "kerras"], "did you mean karras?"),
+        (["--scheduler", "normal"], "needed one of official, simple, beta, karras, exponential; see"),
+    ],
+)
+def test_a_value_of_another_program_is_answered_with_the_one_here(words, answer, capsys):
+    with pytest.raises(SystemExit):
+        main(["generate", "x", *words])
+    assert answer in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--reference", "a.png"], "--reference images are given to a tiny model"),
+        (["--upscale", "8", "--size", "2048x2048"], "--upscale 8 makes a side of 16384 pixels"),
+        (["--vram", "8GiB", "--residency", "streamed"], "both --vram and --residency streamed are given"),
+        (["--graphs", "--device", "cpu"], "--graphs need a CUDA device, found cpu; load the model without --graphs"),
+        (["--device", "gpu"], "--device is 'gpu'; needed cpu, cuda or mps"),
+    ],
+)
+def test_messages_of_the_plan_and_of_loading_name_options(words, answer, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("a.png")
+    assert main(["plan", "a red star", *words]) == 2
+    assert answer in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
