@@ -47,9 +47,9 @@ def tokens(layout: Layout) -> list[Token]:
                 held[place] = stream, "image, reference"
         kinds += held
     items = [item for item, length in enumerate(layout.joint.spans.lengths) for _ in range(length)]
-    positions, rows = layout.joint.positions.tolist(), layout.joint.row.tolist()
+    positions, rows = layout.joint.positions.tolist(), layout.joint.modulation_row.tolist()
     return [
-        Token(item, *kinds[place], tuple(position), row)
+        Token(item, kinds[place][0], kinds[place][1], tuple(position), row)
         for item, place, position, row in zip(items, layout.gather.tolist(), positions, rows, strict=True)
     ]
 
