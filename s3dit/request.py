@@ -328,7 +328,7 @@ class Request:
         )
 
     def seeds(self) -> list[int]:
-        """One seed a picture: as given, or counted up over the pictures of each seed: seed, seed + 1, …"""
+        """One seed a picture: as given, or counted up over the pictures that share a seed."""
         given, count = values.as_list(self.seed), self.count
         each = count // len(given) if len(given) in (1, len(self.prompts)) else 1
         if len(given) * each != count:

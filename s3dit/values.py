@@ -57,32 +57,37 @@ def _number(value: Any, kind: Any = int) -> bool:
 
 
 def integer(name: str, value: Any, low: int, high: int) -> None:
+    """Check that a value is an integer from low to high; a truth value is none."""
     if not _number(value) or not low <= value <= high:
         raise RequestError(f"{name} is {shown(value)}; needed an integer from {low} to {high}")
 
 
 def number(name: str, value: Any, low: float, high: float) -> None:
+    """Check that a value is a finite number from low to high; a truth value is none."""
     # NaN is in no range.
     if not _number(value, int | float) or not low <= value <= high:
         raise RequestError(f"{name} is {shown(value)}; needed a number from {low:g} to {high:g}")
 
 
 def number_or_bool(name: str, value: Any, low: float, high: float) -> None:
-    """A number, or False for 0 and True for 1."""
+    """Check that a value is a number from low to high, or a truth value: False for 0, True for 1."""
     number(name, float(value) if isinstance(value, bool) else value, low, high)
 
 
 def true_or_false(name: str, value: Any) -> None:
+    """Check that a value is a truth value."""
     if not isinstance(value, bool):
         raise RequestError(f"{name} is {shown(value)}; needed true or false")
 
 
 def choice(name: str, value: Any, kind: Any) -> None:
+    """Check that a value is one of the strings of a Literal."""
     if not isinstance(value, str) or value not in get_args(kind):
         raise RequestError(f"{name} is {shown(value)}; needed one of {', '.join(get_args(kind))}")
 
 
 def side(name: str, value: Any) -> None:
+    """Check that a value is a picture's height or width: pixels, a multiple of 16 up to LARGEST_SIDE."""
     if not _number(value):
         raise RequestError(f"{name} is {shown(value)}; needed an integer, a multiple of 16")
     if not 0 < value <= LARGEST_SIDE:
@@ -96,7 +101,7 @@ def side(name: str, value: Any) -> None:
 
 
 def texts(name: str, value: Any) -> None:
-    """One string, or a list of them."""
+    """Check that a value is a string or a list of strings, within bounds of their length and number."""
     if not isinstance(value, str) and not several(value):
         raise RequestError(f"{name} is a {type(value).__name__}; needed a string or a list of strings")
     given = [value] if isinstance(value, str) else value
@@ -118,7 +123,7 @@ def texts(name: str, value: Any) -> None:
 
 
 def levels(name: str, value: Any) -> None:
-    """Noise levels, descending."""
+    """Check that a value is a list of noise levels: descending, within 0 and 1."""
     if not several(value):
         raise RequestError(f"{name} is {shown(value)}; needed a list of numbers such as 1, 0.75, 0.4")
     if len(value) > MOST_STEPS + 1:
@@ -134,13 +139,14 @@ def levels(name: str, value: Any) -> None:
 
 
 def margins(name: str, value: Any) -> None:
+    """Check that a value is four margins in pixels (left, top, right, bottom), at least one of which is not 0."""
     given = value if several(value) and len(value) == 4 else ()
     if not any(given) or not all(_number(one) and 0 <= one < LARGEST_SIDE for one in given):
         raise RequestError(f"{name} is {shown(value)}; needed four margins in pixels: left, top, right, bottom")
 
 
 def image(name: str, value: Any) -> None:
-    """A path, or what has pixels; `images.Picture` opens it."""
+    """Check that a value is a path, or has pixels; `inputs.images.Picture` opens it."""
     if isinstance(value, str | PathLike):
         if not 0 < len(str(value)) <= LONGEST_PATH or "\0" in str(value):
             raise RequestError(f"{name} is {shown(value)}, which is no path; needed the path of a picture")
@@ -149,7 +155,7 @@ def image(name: str, value: Any) -> None:
 
 
 def references(name: str, value: Any) -> None:
-    """An image, a list of them, or a list for each prompt; None is an empty list."""
+    """Check that a value is an image, a list of them, or a list for each prompt, where None is an empty list."""
     given = value if isinstance(value, list | tuple) else [value]
     rows = [one for one in given if isinstance(one, list | tuple)]
     most = MOST_PICTURES if rows else MOST_REFERENCES
@@ -162,6 +168,7 @@ def references(name: str, value: Any) -> None:
 
 
 def controls(name: str, value: Any) -> None:
+    """Check that a value is a Control or a list of at most MOST_CONTROLS of them, each right by itself."""
     given = [value] if isinstance(value, Control) else value
     if not isinstance(given, list | tuple) or not all(isinstance(one, Control) for one in given):
         raise RequestError(f"{name} is {shown(value)}; needed a Control, or a list of them")
@@ -175,6 +182,7 @@ def controls(name: str, value: Any) -> None:
 
 
 def generators(name: str, value: Any) -> None:
+    """Check that a value is a torch.Generator, or a list of them."""
     import torch
 
     given = value if several(value) else [value]
@@ -183,7 +191,7 @@ def generators(name: str, value: Any) -> None:
 
 
 def latents(name: str, value: Any) -> None:
-    """A list of tensors, one a picture (`one_by_one` has made one of a batch)."""
+    """Check that a value is a list of latents (16, H/8, W/8), one a picture; `one_by_one` makes one of a batch."""
     import torch
 
     given = value if isinstance(value, list | tuple) else [value]
@@ -238,7 +246,7 @@ def embeds_of(name: str, value: Any) -> Any:
 
 
 def embeds(name: str, value: Any) -> None:
-    """What `embeds_of` can read."""
+    """Check that a value is features of prompts, in a form that `embeds_of` reads."""
     embeds_of(name, value)
 
 

@@ -12,6 +12,8 @@ from s3dit.kernels.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [
+    ROOT / "s3dit" / "API.md",
+    ROOT / "s3dit" / "cli" / "README.md",
     ROOT / "README.md",
     *(
         path
@@ -23,11 +25,12 @@ READMES = [
 IDS = [str(path.relative_to(ROOT)) for path in READMES]
 
 
-def text(folder):
-    return (ROOT / folder / "README.md").read_text(encoding="utf-8")
+def text(page):
+    path = ROOT / page
+    return (path if path.is_file() else path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["s3dit", "kernels", "weights"])
+@pytest.mark.parametrize("folder", ["s3dit/API.md", "kernels", "weights"])
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
@@ -68,4 +71,35 @@ def test_files_that_are_named_are_there(readme):
 def test_the_table_of_fields_is_made_from_the_fields():
     command = [sys.executable, ROOT / "tools" / "api_table.py"]
     made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert made in text("s3dit"), "run tools/api_table.py and put what it prints between the marks in s3dit/README.md"
+    assert made in text("s3dit/API.md"), "run tools/api_table.py and paste what it prints into s3dit/API.md"
+
+
+def test_the_drawing_is_what_the_command_prints():
+    page = text("s3dit")
+    (drawing,) = re.findall(r"<!-- python tools/draw_layout.py -->\n```text\n(.*?)```\n<!-- end -->", page, re.S)
+    command = [sys.executable, ROOT / "tools" / "draw_layout.py"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert drawing == printed, "run python tools/draw_layout.py and paste what it prints into s3dit/README.md"
+    assert max(map(len, printed.splitlines())) <= 100
+
+
+def test_every_file_and_function_is_there():
+    """What the page names in backquotes behind a path is defined, or assigned, in that file."""
+    page = text("s3dit")
+    named = re.findall(
+        r"`((?:model|inputs|sampling|kernels|weights|cli)/\w+\.py|request\.py)`((?:[,:]? `\w+(?:\.\w+)?`)*)",
+        page,
+    )
+    assert len(named) > 15
+    for path, words in named:
+        folder = ROOT if path.startswith(("kernels/", "weights/")) else ROOT / "s3dit"
+        source = (folder / path).read_text(encoding="utf-8")
+        for word in re.findall(r"`(?:\w+\.)?(\w+)`", words):
+            assert re.search(rf"(def|class) {word}\b|^{word}\b.*=", source, re.M), f"{path} has no {word}"
+
+
+def test_the_page_is_short():
+    page = text("s3dit")
+    assert len(page.splitlines()) <= 200
+    (glossary,) = re.findall(r"## Words\n(.*?)\n## ", page, re.S)
+    assert glossary.count("\n|") - 2 <= 25

@@ -1,4 +1,4 @@
-"""Print the fields of a Request as a table: `python tools/api_table.py`, which stands in s3dit/README.md."""
+"""Print the fields of a Request as a table: `python tools/api_table.py`, which stands in s3dit/API.md."""
 
 import ast
 import sys

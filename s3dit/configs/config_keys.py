@@ -1,4 +1,4 @@
-"""What each key of a model's JSON files means here, beside those that `config_parts` reads: run as built, or inert.
+"""What each key of a model's JSON files means here, beside those that `part_configs` reads: run as built, or inert.
 
 One table a file. `runs`: a key must have one of these values, which are what this engine computes; another value would
 change diffusers' picture and is refused by name. `inert`: the value cannot change a picture, for the reason given. A
@@ -19,7 +19,7 @@ from s3dit.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """What the keys of one JSON file mean: `runs` maps a key to its right values, `inert` a reason to keys."""
+    """The meaning of one JSON file's keys: `runs` maps a key to the values that are run, `inert` a reason to keys."""
 
     runs: Mapping[str, tuple[Any, ...]]
     inert: Mapping[str, tuple[str, ...]]
@@ -35,15 +35,15 @@ class Keys:
                 )
 
     def unknown(self, data: Mapping[str, Any], read: Collection[str]) -> list[str]:
-        """The keys of a file that are neither in these tables nor in `read`."""
+        """Return the keys of a file that are neither in these tables nor in `read`, sorted."""
         without_effect = {key for keys in self.inert.values() for key in keys}
         return sorted(set(data) - set(read) - set(self.runs) - without_effect)
 
     def note_unknown(self, data: Mapping[str, Any], read: Collection[str], source: object) -> list[str]:
-        """A note on the keys of a file that are `unknown`; no note where there are none."""
+        """Return a note on the keys of a file that are `unknown`, as a list; empty where there are none."""
         names = self.unknown(data, read)
-        few = ", ".join(repr(name[:40]) for name in names[:5]) + (", …" if len(names) > 5 else "")
-        return [f"{source}: keys without effect here, nor known in diffusers: {few}"] if names else []
+        shown = ", ".join(repr(name[:40]) for name in names[:5]) + (", …" if len(names) > 5 else "")
+        return [f"{source}: keys without effect here, nor known in diffusers: {shown}"] if names else []
 
 
 WHO = "says who wrote the file"
@@ -191,15 +191,15 @@ COMPONENTS: Mapping[str, tuple[str, ...]] = {
 
 
 def check_index(index: Mapping[str, Any], source: object, skip: Collection[str] = ()) -> list[str]:
-    """Hold a `model_index.json` to what is built here; gives notes on components that are not used.
+    """Check a `model_index.json` against what is built here; returns notes on components that are not used.
 
     skip: components that come from elsewhere. Raises CheckpointError for another pipeline, or another class of a part.
     """
-    strange = []
+    unused = []
     for name, value in index.items():
         if name not in ("_class_name", *COMPONENTS):
             unset = name.startswith("_") or value in (None, [None, None])
-            strange += [] if unset else [repr(name[:40])]
+            unused += [] if unset else [repr(name[:40])]
             continue
         classes = PIPELINES if name == "_class_name" else COMPONENTS[name]
         kind = value[1] if name in COMPONENTS and isinstance(value, list) and len(value) == 2 else value
@@ -207,14 +207,16 @@ def check_index(index: Mapping[str, Any], source: object, skip: Collection[str] 
             raise CheckpointError(
                 f"{source}: {name} is {value!r:.80}; this engine runs {' or '.join(classes)}; take a Z-Image model"
             )
-    return [f"{source}: components without effect here: {', '.join(strange[:5])}"] if strange else []
+    return [f"{source}: components without effect here: {', '.join(unused[:5])}"] if unused else []
 
 
 def _whole(low: int, high: int, step: int = 1) -> Callable[[Any], bool]:
+    """Whether a value is an integer from low to high, and a multiple of step."""
     return lambda value: type(value) is int and low <= value <= high and value % step == 0
 
 
 def _text(longest: int) -> Callable[[Any], bool]:
+    """Whether a value is a text of at most so many characters."""
     return lambda value: isinstance(value, str) and len(value) <= longest
 
 

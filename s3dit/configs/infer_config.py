@@ -1,10 +1,10 @@
-"""A part's configuration read from its tensors, where no JSON lies beside them: names and shapes are the config.
+"""Infers a part's configuration from the names and shapes of its tensors, where no JSON lies beside them.
 
 What shapes cannot say comes from `known`, the same part of the model that the file is mixed into, else from the one
 form that was ever published. Of what is guessed so, two things may be wrong in a file of somebody's own, the base of a
 text encoder's rotation and the scale of the autoencoder; a GGUF file says the first.
 
-Rows of a matrix are told by dim 0, which quantized layers keep; widths by norms and biases, which nobody quantizes.
+Rows of a matrix are read off dim 0, which quantized layers keep; widths off norms and biases, which nobody quantizes.
 """
 
 import re
@@ -36,7 +36,11 @@ VAE = VAEConfig(
 def transformer(
     checkpoint: Checkpoint, known: TransformerConfig | None = None, notes: list[str] | None = None
 ) -> TransformerConfig:
-    """The configuration of a transformer in any spelling; raises CheckpointError where a telling tensor is missing."""
+    """Infer the configuration of a transformer in any spelling of its names.
+
+    known: gives what shapes do not tell (default: the published one) · notes: gets what is unusual. Raises
+    CheckpointError where a tensor that is needed for it is missing.
+    """
     known, stored = known or TRANSFORMER, _Shapes(checkpoint)
     dim, head_dim = stored.size("layers.0.attention_norm1.weight"), stored.size("layers.0.attention.norm_q.weight")
     axes = known.axes_dims
@@ -66,48 +70,55 @@ def transformer(
 def text_encoder(
     checkpoint: Checkpoint, known: TextEncoderConfig | None = None, notes: list[str] | None = None
 ) -> TextEncoderConfig:
-    """The configuration of a Qwen3 in any spelling; rotation and epsilon from GGUF metadata where there is some.
+    """Infer the configuration of a Qwen3 in any spelling; rotation and epsilon are those of GGUF metadata if any.
 
     The features are the output of the last layer but one, so the number of layers must not be guessed from a file that
-    was cut: it is the one of the metadata, else of the model with these widths. notes: gets what was taken on trust.
+    was cut: it is the one of the metadata, else of the model with these widths. known: gives what shapes do not tell ·
+    notes: gets what was assumed. Raises CheckpointError.
     """
-    known, stored = known or TEXT_ENCODER, _Shapes(checkpoint)
+    known, stored, notes = known or TEXT_ENCODER, _Shapes(checkpoint), [] if notes is None else notes
+    config = _text_encoder_of(stored, known)
+    layers = config.num_hidden_layers
+    if "qwen3.block_count" in checkpoint.metadata:
+        needed = int(stored.metadata_number("qwen3.block_count", 0))
+        _check_count(stored, "model.layers", needed, "its metadata says")
+        return config
+    needed = next((other.num_hidden_layers for other in (known, TEXT_ENCODER) if _widths(other) == _widths(config)), 0)
+    if not needed:
+        notes.append(f"{checkpoint.path}: is taken for a text encoder of {layers} layers, as many as are in the file")
+        return config
+    if layers != needed - 1:
+        _check_count(stored, "model.layers", needed, "the model of its widths has")
+        return config
+    # The last layer is never read, so a file may leave it out.
+    notes.append(f"{checkpoint.path}: has {layers} layers, read as the first of {needed}; the last is not needed")
+    return replace(config, num_hidden_layers=needed)
+
+
+def _text_encoder_of(stored: "_Shapes", known: TextEncoderConfig) -> TextEncoderConfig:
+    """The configuration of a Qwen3 with as many layers as are in the file; raises CheckpointError."""
     layer = "model.layers.0"
     head_dim = stored.size(f"{layer}.self_attn.q_norm.weight")
-    found = replace(
+    heads = stored.size(f"{layer}.self_attn.q_proj.weight") // head_dim
+    shared = stored.size(f"{layer}.self_attn.k_proj.weight") // head_dim
+    if not shared or heads % shared or head_dim % 2:
+        raise stored.error(f"its {heads} heads of {head_dim} do not share {shared}")
+    return replace(
         known,
         vocab_size=stored.size("model.embed_tokens.weight"),
         hidden_size=stored.size(f"{layer}.input_layernorm.weight"),
         intermediate_size=stored.size(f"{layer}.mlp.gate_proj.weight"),
         num_hidden_layers=stored.count("model.layers"),
-        num_attention_heads=stored.size(f"{layer}.self_attn.q_proj.weight") // head_dim,
-        num_key_value_heads=stored.size(f"{layer}.self_attn.k_proj.weight") // head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=shared,
         head_dim=head_dim,
-        rms_norm_eps=stored.said("qwen3.attention.layer_norm_rms_epsilon", known.rms_norm_eps),
-        rope_theta=stored.said("qwen3.rope.freq_base", known.rope_theta),
+        rms_norm_eps=stored.metadata_number("qwen3.attention.layer_norm_rms_epsilon", known.rms_norm_eps),
+        rope_theta=stored.metadata_number("qwen3.rope.freq_base", known.rope_theta),
     )
-    heads, shared = found.num_attention_heads, found.num_key_value_heads
-    if not shared or heads % shared or head_dim % 2:
-        raise stored.error(f"its {heads} heads of {head_dim} do not share {shared}")
-    layers, notes = found.num_hidden_layers, [] if notes is None else notes
-    if "qwen3.block_count" in checkpoint.metadata:
-        _check_count(stored, "model.layers", int(stored.said("qwen3.block_count", 0)), "its metadata says")
-        return found
-    same = [one for one in (known, TEXT_ENCODER) if _widths(one) == _widths(found)]
-    if not same:
-        notes.append(f"{checkpoint.path}: is taken for a text encoder of {layers} layers, as many as are in the file")
-        return found
-    needed = same[0].num_hidden_layers
-    if layers != needed - 1:
-        _check_count(stored, "model.layers", needed, "the model of its widths has")
-        return found
-    # The last layer is never read, so a file may leave it out.
-    notes.append(f"{checkpoint.path}: has {layers} layers, read as the first of {needed}; the last is not needed")
-    return replace(found, num_hidden_layers=needed)
 
 
 def _widths(config: TextEncoderConfig) -> tuple[int, ...]:
-    """What tells one Qwen3 from another besides its number of layers."""
+    """The sizes by which one Qwen3 is distinguished from another, besides its number of layers."""
     return config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads
 
 
@@ -121,16 +132,19 @@ def check_layers(part: str, checkpoint: Checkpoint, config: Any, who: str = "its
 
 
 def _check_count(stored: "_Shapes", stem: str, needed: int, who: str) -> None:
-    """CheckpointError unless there are as many layers as somebody says."""
-    if (found := stored.count(stem)) != needed:
-        raise stored.error(f"it has {found} layers, {who} {needed}; perhaps it is one file of several")
+    """Raise CheckpointError unless there are as many layers as `who` says."""
+    if (layers := stored.count(stem)) != needed:
+        raise stored.error(f"it has {layers} layers, {who} {needed}; perhaps it is one file of several")
 
 
 def vae(checkpoint: Checkpoint, known: VAEConfig | None = None, notes: list[str] | None = None) -> VAEConfig:
-    """The configuration of a FLUX.1 autoencoder in any spelling."""
+    """Infer the configuration of a FLUX.1 autoencoder in any spelling of its names.
+
+    known: gives what shapes do not tell (default: the published one) · notes: is not used. Raises CheckpointError.
+    """
     known, stored = known or VAE, _Shapes(checkpoint)
-    levels = stored.count("encoder.down_blocks")
-    widths = tuple(stored.size(f"encoder.down_blocks.{i}.resnets.0.conv1.bias") for i in range(levels))
+    depth = stored.count("encoder.down_blocks")
+    widths = tuple(stored.size(f"encoder.down_blocks.{i}.resnets.0.conv1.bias") for i in range(depth))
     if any(width % known.norm_num_groups for width in widths):
         raise stored.error(f"its widths {list(widths)} do not divide into {known.norm_num_groups} groups of its norms")
     return replace(
@@ -143,7 +157,7 @@ def vae(checkpoint: Checkpoint, known: VAEConfig | None = None, notes: list[str]
 
 
 class _Shapes:
-    """Sizes by official names."""
+    """The sizes of a checkpoint's tensors, by official names."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = official(checkpoint)
@@ -152,14 +166,14 @@ class _Shapes:
     def __contains__(self, name: str) -> bool:
         return name in self._keys
 
-    def error(self, found: str) -> CheckpointError:
-        """What to raise for shapes that are no model's."""
+    def error(self, problem: str) -> CheckpointError:
+        """Return the error to raise for shapes that no model has."""
         return CheckpointError(
-            f"{self._checkpoint.path}: {found}; needed a complete part of Z-Image, or a folder with its config.json"
+            f"{self._checkpoint.path}: {problem}; needed a complete part of Z-Image, or a folder with its config.json"
         )
 
     def size(self, name: str) -> int:
-        """Length of a vector, or rows of a matrix."""
+        """Return the length of a vector, or the rows of a matrix; raises CheckpointError."""
         if name not in self._keys:
             raise self.error(f"{name} is missing")
         shape = self._checkpoint.entry(name).shape
@@ -168,17 +182,20 @@ class _Shapes:
         return shape[0]
 
     def count(self, stem: str) -> int:
-        """How many there are of a numbered list, which must have no holes."""
+        """Return how many modules a numbered list has; raises CheckpointError where a number is missing."""
         pattern = re.compile(rf"{re.escape(stem)}\.(\d{{1,4}})\.")
-        numbers = {int(found[1]) for key in self._keys if (found := pattern.match(key))}
+        numbers = {int(match[1]) for key in self._keys if (match := pattern.match(key))}
         if not numbers or numbers != set(range(len(numbers))):
-            raise self.error(f"{stem} has the numbers {_few(numbers)}")
+            raise self.error(f"{stem} has the numbers {_listed(numbers)}")
         if len(numbers) > MOST_LAYERS:
             raise self.error(f"{stem} are {len(numbers)}, of which no model has over {MOST_LAYERS}")
         return len(numbers)
 
-    def said(self, key: str, otherwise: float) -> float:
-        """A number of the metadata; single precision is given back the decimals that were meant."""
+    def metadata_number(self, key: str, otherwise: float) -> float:
+        """Return a number of the metadata, with the decimals that were meant: it is stored in single precision.
+
+        otherwise: where the key is missing. Raises CheckpointError for what is no positive number.
+        """
         text = self._checkpoint.metadata.get(key)
         try:
             value = otherwise if text is None else float(f"{float(text):.7g}")
@@ -189,5 +206,6 @@ class _Shapes:
         return value
 
 
-def _few(numbers: Iterable[int]) -> str:
+def _listed(numbers: Iterable[int]) -> str:
+    """The first ten numbers, for messages."""
     return ", ".join(map(str, sorted(numbers)[:10])) or "of none"

@@ -35,14 +35,17 @@ SIGNED = ("shift_factor", "image_mean", "base_shift", "max_shift")
 
 
 class PartConfig:
-    """Reading of one part's JSON: every field present, of its type, of a sane size, the other keys as `keys` says."""
+    """Base of the configurations: reads a part's JSON, every field present, of its type and of a sane size.
+
+    keys: what the other keys of the file mean.
+    """
 
     __slots__ = ()
     keys: ClassVar[Keys]
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
-        """Read the fields of this part out of a parsed JSON object; `source` names the file in errors."""
+        """Make the configuration of a parsed JSON object; `source` names the file in errors. Raises CheckpointError."""
         cls.keys.check(data, source)
         values = {}
         for field in fields(cls):  # type: ignore[arg-type]
@@ -58,7 +61,7 @@ class PartConfig:
 
     @classmethod
     def note_unknown(cls, data: Mapping[str, Any], source: str | Path) -> list[str]:
-        """A note on keys that nobody knows; no note where there are none."""
+        """Return a note on keys that diffusers does not know either, as a list; empty where there are none."""
         return cls.keys.note_unknown(data, [field.name for field in fields(cls)], source)  # type: ignore[arg-type]
 
 
@@ -87,10 +90,10 @@ def _checked(value: Any, kind: Any, name: str, source: str | Path) -> Any:
     raise CheckpointError(f"{source}: {name} is {value!r:.80}; needed {needed}{size}; restore the official file")
 
 
-def need(holds: bool, source: str | Path, found: str, needed: str) -> None:
-    """CheckpointError unless a relation between several values holds."""
+def need(holds: bool, source: str | Path, state: str, needed: str) -> None:
+    """Raise CheckpointError unless a relation between several values holds; state: what they are, for the message."""
     if not holds:
-        raise CheckpointError(f"{source}: {found}; needed {needed}; restore the official file")
+        raise CheckpointError(f"{source}: {state}; needed {needed}; restore the official file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,10 @@ class TransformerConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `transformer/config.json`, with siglip_feat_dim None where it is missing; see `PartConfig.from_json`.
+
+        Raises CheckpointError too where heads and axes do not make the width.
+        """
         config = super(TransformerConfig, cls).from_json({"siglip_feat_dim": None} | data, source)
         need(
             config.n_kv_heads == config.n_heads, source, f"n_heads {config.n_heads}, n_kv_heads {config.n_kv_heads}",
@@ -167,6 +174,10 @@ class TextEncoderConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `text_encoder/config.json`, its rope_theta from where transformers takes it; see `PartConfig.from_json`.
+
+        Raises CheckpointError too for another rotation, windowed attention, or heads that do not divide.
+        """
         config = super(TextEncoderConfig, cls).from_json(data | _rotation(data, source), source)
         heads, shared = config.num_attention_heads, config.num_key_value_heads
         need(
@@ -221,6 +232,10 @@ class VAEConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `vae/config.json`; see `PartConfig.from_json`.
+
+        Raises CheckpointError too for other kinds of blocks, or groups that do not divide the widths.
+        """
         config = super(VAEConfig, cls).from_json(data, source)
         widths, groups = config.block_out_channels, config.norm_num_groups
         need(
@@ -228,8 +243,8 @@ class VAEConfig(PartConfig):
             f"norm_num_groups {groups}, block_out_channels {list(widths)}", "groups that divide every width",
         )  # fmt: skip
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            found, needed = data.get(key), [kind] * len(widths)
-            need(found in (None, needed), source, f"{key} is {found!r:.80}", f"{needed}, which this engine runs")
+            kinds, needed = data.get(key), [kind] * len(widths)
+            need(kinds in (None, needed), source, f"{key} is {kinds!r:.80}", f"{needed}, which this engine runs")
         return config
 
 
@@ -249,6 +264,10 @@ class VisionConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `siglip/config.json`; see `PartConfig.from_json`.
+
+        Raises CheckpointError too where heads do not divide the width, or positions are no square.
+        """
         config = super(VisionConfig, cls).from_json(data, source)
         square = math.isqrt(config.num_patches) ** 2 == config.num_patches
         need(
@@ -272,6 +291,10 @@ class VisionInputConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `siglip_processor/preprocessor_config.json`; see `PartConfig.from_json`.
+
+        Raises CheckpointError too unless mean and deviation have three numbers.
+        """
         config = super(VisionInputConfig, cls).from_json(data, source)
         mean, deviation = config.image_mean, config.image_std
         need(
@@ -302,6 +325,10 @@ class SchedulerConfig(PartConfig):
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:
+        """Read `scheduler/scheduler_config.json`; a missing shift is allowed with use_dynamic_shifting.
+
+        Raises CheckpointError too where two settings exclude each other; see `PartConfig.from_json`.
+        """
         unused = {"shift": 1.0} if data.get("use_dynamic_shifting") is True else {}
         config = super(SchedulerConfig, cls).from_json(unused | data, source)
         need(
@@ -316,11 +343,11 @@ class SchedulerConfig(PartConfig):
 
     @property
     def schedule(self) -> Literal["official", "karras", "exponential"]:
-        """The spacing of the levels, in the words of a request."""
+        """The spacing of the sigmas, in the words of a request."""
         return "karras" if self.use_karras_sigmas else "exponential" if self.use_exponential_sigmas else "official"
 
     def shift_at(self, tokens: int) -> float:
-        """The dynamic shift of a picture of so many tokens; ValueError where it is no shift at all.
+        """Return the dynamic shift of a picture of so many tokens; raises ValueError where it is not 1e-6 to 1e6.
 
         parity: the arithmetic of diffusers' `calculate_shift`, in its order.
         """

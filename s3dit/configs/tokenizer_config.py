@@ -1,4 +1,4 @@
-"""What a tokenizer's `tokenizer_config.json` says, held to what `tokenizer` does.
+"""Checks a tokenizer's `tokenizer_config.json` against what `model.tokenizer` does.
 
 `check` looks at the switches and at the chat template, which is compared and never executed: another one than Qwen3's
 own is noted, because diffusers would write the prompt with it. `check_added` holds the tokens that it adds, by list or
@@ -31,18 +31,23 @@ NAMED = (
 
 
 def check(folder: Path) -> list[str]:
-    """Notes on what a tokenizer's folder says without effect; CheckpointError for a switch that would change ids."""
+    """Return notes on what a tokenizer's folder says without effect.
+
+    Raises CheckpointError for a switch that would change ids.
+    """
     path = folder / FILE
-    said = read_json(path) if path.is_file() else {}
-    config_keys.TOKENIZER.check(said, path)
-    jinja, template = folder / "chat_template.jinja", said.get("chat_template")
+    settings = read_json(path) if path.is_file() else {}
+    config_keys.TOKENIZER.check(settings, path)
+    jinja, template = folder / "chat_template.jinja", settings.get("chat_template")
     if jinja.is_file() and jinja.stat().st_size < 1 << 20:
         template, path = jinja.read_text(encoding="utf-8", errors="replace"), jinja
     digest = hashlib.sha256(template.strip().encode(errors="replace")).hexdigest() if isinstance(template, str) else ""
     notes = []
     if template is not None and digest not in TEMPLATES:
         notes.append(f"{path}: its chat template is not Qwen3's own; it is not executed, prompts stand in Qwen3's turn")
-    return notes + config_keys.TOKENIZER.note_unknown(said, ("added_tokens_decoder", "chat_template"), folder / FILE)
+    return notes + config_keys.TOKENIZER.note_unknown(
+        settings, ("added_tokens_decoder", "chat_template"), folder / FILE
+    )
 
 
 def check_added(path: Path, tokens: Mapping[int, Any]) -> None:
@@ -50,19 +55,19 @@ def check_added(path: Path, tokens: Mapping[int, Any]) -> None:
 
     tokens: what `tokenizer.json` adds, each with its content and flags.
     """
-    said = read_json(path) if path.is_file() else {}
-    listed, contents = said.get("added_tokens_decoder") or {}, {token.content for token in tokens.values()}
+    settings = read_json(path) if path.is_file() else {}
+    listed, contents = settings.get("added_tokens_decoder") or {}, {token.content for token in tokens.values()}
     for number, token in listed.items() if isinstance(listed, dict) else [("", None)]:
-        home = tokens.get(int(number)) if number.isdecimal() and len(number) < 10 else None
+        added = tokens.get(int(number)) if number.isdecimal() and len(number) < 10 else None
         flags = token if isinstance(token, dict) else {}
-        same = home is not None and flags.get("content") == home.content
-        if not same or any(bool(flags.get(flag, False)) != getattr(home, flag) for flag in FLAGS):
+        same = added is not None and flags.get("content") == added.content
+        if not same or any(bool(flags.get(flag, False)) != getattr(added, flag) for flag in FLAGS):
             raise CheckpointError(
                 f"{path}: its added token {number[:20]!r} is {token!r:.80}, which is not in tokenizer.json; needed "
                 "two files of one tokenizer; download the tokenizer folder again"
             )
     for name in NAMED:
-        for token in _named(said.get(name)):
+        for token in _named(settings.get(name)):
             if token not in contents:
                 raise CheckpointError(
                     f"{path}: {name} is {token!r:.60}, which is no added token of tokenizer.json; needed two "
@@ -75,7 +80,7 @@ def _named(value: Any) -> Iterator[Any]:
     if isinstance(value, dict) and "content" in value:
         yield value["content"]
     elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _named(one)
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _named(inner)
     elif value is not None:
         yield value

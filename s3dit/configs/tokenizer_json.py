@@ -1,4 +1,4 @@
-"""What `tokenizer.json` says, held to what the tokenizers library runs without a panic, and to Qwen's construction.
+"""Checks `tokenizer.json` against what the tokenizers library runs without a panic, and against Qwen's construction.
 
 The library in Rust runs the file, so what it says is honored: another normalization, tokens that it adds around every
 text. But a vocabulary, merges or template that contradict themselves make it panic, with a text of its own on standard
@@ -65,16 +65,16 @@ def check_bpe(vocabulary: Any, merges: Iterable[Any]) -> None:
 
 
 def pairs(merges: Iterable[Any]) -> Iterator[Any]:
-    """Merges in either spelling, "a b" or ["a", "b"], as pairs."""
+    """Yield merges in either spelling, "a b" or ["a", "b"], as pairs."""
     return (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
 
 
 def added(data: Mapping[str, Any]) -> dict[int, str]:
-    """The tokens that a tokenizer.json adds, by id; raises ValueError."""
+    """Return the tokens that a tokenizer.json adds, by id; raises ValueError."""
     listed = [_dict(token, "an added token") for token in _list(data.get("added_tokens"), "added_tokens")]
-    found = {token.get("id"): token.get("content") for token in listed if isinstance(token.get("content"), str)}
-    _check_ids(found)
-    return found  # type: ignore[return-value]
+    contents = {token.get("id"): token.get("content") for token in listed if isinstance(token.get("content"), str)}
+    _check_ids(contents)
+    return contents  # type: ignore[return-value]
 
 
 def _steps(value: Any, stage: str) -> list[dict[str, Any]]:
@@ -84,8 +84,8 @@ def _steps(value: Any, stage: str) -> list[dict[str, Any]]:
     key, kinds = STAGES[stage]
     step = _dict(value, stage)
     steps = _list(step.get(key), stage) if step.get("type") == "Sequence" else [step]
-    for one in steps:
-        kind = _dict(one, stage).get("type")
+    for inner in steps:
+        kind = _dict(inner, stage).get("type")
         _need(kind in kinds, f"its {stage} is {kind!r:.60}", " or ".join(kinds))
     return steps
 
@@ -95,9 +95,9 @@ def _check_template(step: Mapping[str, Any]) -> None:
     known = _dict(step.get("special_tokens"), "special_tokens")
     for piece in chain(_list(step.get("single"), "single"), _list(step.get("pair"), "pair")):
         token, text = (_dict(piece, "a piece of its template").get(key) for key in ("SpecialToken", "Sequence"))
-        one = _dict(text if token is None else token, "a piece of its template").get("id")
-        fits = one in ("A", "B") if token is None else isinstance(one, str) and one in known
-        _need(fits, f"its template has {one!r:.60}", "A, or one of its special_tokens")
+        name = _dict(text if token is None else token, "a piece of its template").get("id")
+        fits = name in ("A", "B") if token is None else isinstance(name, str) and name in known
+        _need(fits, f"its template has {name!r:.60}", "A, or one of its special_tokens")
     singles = [piece["Sequence"]["id"] for piece in step["single"] if "Sequence" in piece]
     _need(singles == ["A"], f"its template for one text holds the texts {singles!r:.60}", "A once")
     for token in known.values():
@@ -105,20 +105,24 @@ def _check_template(step: Mapping[str, Any]) -> None:
 
 
 def _check_ids(ids: Collection[Any]) -> None:
-    wrong = [one for one in ids if type(one) is not int or not 0 <= one < MOST_IDS]
+    """Raise ValueError for an id that is no integer from 0, below MOST_IDS."""
+    wrong = [number for number in ids if type(number) is not int or not 0 <= number < MOST_IDS]
     _need(not wrong, f"an id is {wrong[:1]!r:.40}", f"a number below {MOST_IDS:,}")
 
 
 def _dict(value: Any, name: str) -> dict[str, Any]:
+    """The value, if it is an object; else ValueError."""
     _need(isinstance(value, dict), f"{name} is a {type(value).__name__}", "an object")
     return value
 
 
 def _list(value: Any, name: str) -> list[Any]:
+    """The value, if it is a list; else ValueError."""
     _need(isinstance(value, list), f"{name} is a {type(value).__name__}", "a list")
     return value
 
 
-def _need(holds: bool, found: str, needed: str) -> None:
+def _need(holds: bool, state: str, needed: str) -> None:
+    """Raise ValueError, which says what was read and what was needed, unless `holds`."""
     if not holds:
-        raise ValueError(f"{found}; needed {needed}")
+        raise ValueError(f"{state}; needed {needed}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from s3dit.control import IMAGES, Control
 from s3dit.errors import RequestError
 from s3dit.inputs.images import Picture, Pictures
-from s3dit.model.controlnet import Branch, ControlNet, ControlNetConfig, Controls, condition
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls, condition
 from s3dit.request import Request
 from s3dit.values import one_by_one
 
@@ -142,7 +142,7 @@ def acting(
     branches = []
     for one, net, seen in zip(prepared, nets, shown, strict=True):
         assert isinstance(net, ControlNet)
-        branches.append(Branch(net, seen, one.control.strength or 0.0, one.control.rule))
+        branches.append(ActiveControlNet(net, seen, one.control.strength or 0.0, one.control.rule))
 
     def control(sigma: Tensor) -> tuple[Controls, ...]:
         i = int((sigmas[:-1] > sigma).sum())

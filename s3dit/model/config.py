@@ -35,7 +35,7 @@ Variant = Literal["turbo", "base", "omni", "tiny"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a variant is meant to be run, where neither the request nor the directory says otherwise."""
+    """The settings a variant is meant to be run with, where neither the request nor the directory says otherwise."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -53,7 +53,7 @@ VARIANTS: dict[Variant, Settings] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A whole model directory: its parts, its variant and how it wants to be run."""
+    """The configuration of a whole model: its parts, its variant and its settings."""
 
     transformer: TransformerConfig
     text_encoder: TextEncoderConfig
@@ -101,7 +101,34 @@ def read_model(folder: Path) -> ModelConfig:
 def compose(
     configs: Mapping[str, Any], scheduler: SchedulerConfig, own: Mapping[str, Any], source: Path
 ) -> ModelConfig:
-    """One model of the configurations of its parts; own: what its `s3dit.json` says. Raises CheckpointError."""
+    """Make the configuration of a model of those of its parts, after checking that they fit each other.
+
+    configs: by folder name, siglip and siglip_processor only where there is a vision tower · own: what the model's
+    `s3dit.json` says · source: for messages. Raises CheckpointError.
+    """
+    _check_fit(configs, source)
+    transformer: TransformerConfig = configs["transformer"]
+    # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
+    variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"
+    settings = VARIANTS[variant]
+    known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
+    return ModelConfig(
+        transformer=transformer,
+        text_encoder=configs["text_encoder"],
+        vae=configs["vae"],
+        scheduler=scheduler,
+        variant=variant,
+        settings=Settings(**known),
+        vision=configs.get("siglip"),
+        vision_input=configs.get("siglip_processor"),
+        words=frozenset(own.get("words", ())),
+        note=str(own.get("note", "")),
+        prompt=str(own.get("prompt", "")),
+    )
+
+
+def _check_fit(configs: Mapping[str, Any], source: Path) -> None:
+    """Raise CheckpointError where parts are of different models, or of sizes that no Z-Image has."""
     transformer: TransformerConfig = configs["transformer"]
     text_encoder: TextEncoderConfig = configs["text_encoder"]
     if transformer.cap_feat_dim != text_encoder.hidden_size:
@@ -111,41 +138,24 @@ def compose(
         )
     vision, vision_input = configs.get("siglip"), configs.get("siglip_processor")
     if vision is not None and vision_input is not None:
-        found = (vision.hidden_size, vision.patch_size, vision.num_channels)
+        sizes = (vision.hidden_size, vision.patch_size, vision.num_channels)
         needed = (transformer.siglip_feat_dim, vision_input.patch_size, 3)
-        if found != needed:
+        if sizes != needed:
             raise CheckpointError(
-                f"{source}: siglip/ has (width, patch_size, channels) {found}, transformer and siglip_processor/ need "
+                f"{source}: siglip/ has (width, patch_size, channels) {sizes}, transformer and siglip_processor/ need "
                 f"{needed}; the parts are of different models"
             )
     vae: VAEConfig = configs["vae"]
-    sizes = (vae.in_channels, vae.out_channels, vae.latent_channels, transformer.in_channels)
+    channels = (vae.in_channels, vae.out_channels, vae.latent_channels, transformer.in_channels)
     need(
-        sizes == (3, 3, 16, 16) and len(vae.block_out_channels) == 4, source,
-        f"channels of (pictures in, pictures out, latents, transformer) are {sizes}, the VAE's block_out_channels "
+        channels == (3, 3, 16, 16) and len(vae.block_out_channels) == 4, source,
+        f"channels of (pictures in, pictures out, latents, transformer) are {channels}, the VAE's block_out_channels "
         f"{list(vae.block_out_channels)}", "(3, 3, 16, 16), and 4 levels, which make 8 pixels one cell",
     )  # fmt: skip
-    # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
-    variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"
-    settings = VARIANTS[variant]
-    known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
-    return ModelConfig(
-        transformer=transformer,
-        text_encoder=text_encoder,
-        vae=vae,
-        scheduler=scheduler,
-        variant=variant,
-        settings=Settings(**known),
-        vision=vision,
-        vision_input=vision_input,
-        words=frozenset(own.get("words", ())),
-        note=str(own.get("note", "")),
-        prompt=str(own.get("prompt", "")),
-    )
 
 
 def variant_of(transformer: TransformerConfig, scheduler: SchedulerConfig) -> Variant | None:
-    """Tell the variant from the files: SigLIP input means Omni or Edit, the shift exactly 3 Turbo, exactly 6 Z-Image.
+    """Detect the variant by the files: SigLIP input means Omni or Edit, the shift exactly 3 Turbo, exactly 6 Z-Image.
 
     None for another shift, which somebody chose: then the files do not say whether the model is distilled.
     """

@@ -1,19 +1,19 @@
 """ControlNet: a second stack of blocks that reads a control image and adds hints to the streams of the transformer.
 
-A branch embeds the control latents as tokens that stand where the image tokens stand, refines them, joins them with the
-caption and runs them through its own blocks, each of which leaves a hint behind: `x = block(x)`, then `x = x + hint`.
-It borrows time embedding, pad token, refined caption and rotary tables from the pass that it serves and holds no copy
-of any of them. Three published forms, told from the tensors (`ControlNetConfig.of`):
+It embeds the control latents as tokens at the positions of the image tokens, refines them, joins them with the caption
+and runs them through its own blocks, each of which gives a hint: `x = block(x)`, then `x = x + hint`. Time embedding,
+pad token, refined caption and rotary tables are those of the transformer's pass. Three published forms, detected by the
+tensors (`ControlNetConfig.of`):
 
   1.0  16 channels; its refiner are two plain blocks, and nothing is added to the base's refiner
   2.0  33 channels (control, mask, inpaint); its own `control_layers` run as the refiner too, two of their hints serve
   2.1  33 channels; two blocks of `control_noise_refiner` with projections refine and give the two hints
 
-The authors add the refiner's hints to the base's image stream; diffusers adds them to a copy that only the branch sees.
-Both are here (`Rule`), the authors' is the default. The two are one for 1.0.
+The authors add the refiner's hints to the base's image stream; diffusers adds them to a copy that only the ControlNet
+reads. Both are here (`Rule`), the authors' is the default. The two are one for 1.0.
 
 Source: VideoX-Fun `z_image_transformer2d_control.py` (the authors), diffusers `controlnet_z_image.py`. Not here: making
-control images (canny, depth, pose); in which steps a branch acts (`branches`).
+control images (canny, depth, pose); in which steps a ControlNet acts (`inputs/control_hints.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,16 +75,18 @@ class ControlNetConfig:
         return self.version != "1.0"
 
     def __str__(self) -> str:
+        """Describe it for messages: version, channels, where its hints go."""
         return f"ControlNet {self.version}, {self.channels} channels, hints after layers {_listed(self.places)}"
 
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, base: TransformerConfig, version: Version | None = None, folder: Path | None = None
     ) -> Self:
-        """Tell what a file holds from its tensors, and what a diffusers `config.json` in its folder adds.
+        """Detect the configuration of a file by its tensors, and by a diffusers `config.json` in its folder.
 
-        version: what the caller knows better. Reads headers and, where both are possible, one matrix. Raises
-        CheckpointError for what is no ControlNet of this family, of another width or not of the version asked for.
+        base: of the transformer that it is for · version: what the caller knows better · folder: of the config.json.
+        Reads headers and, where both are possible, one matrix. Raises CheckpointError for what is no ControlNet of
+        this family, of another width or not of the version asked for.
         """
         rows, columns = _embedder(checkpoint)
         if rows != base.dim:
@@ -96,26 +98,26 @@ class ControlNetConfig:
             raise CheckpointError(
                 f"{checkpoint.path}: for Z-Image and Turbo; no Omni or Edit model has one; take another model"
             )
-        said = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
-        told = _version(checkpoint, said)
+        settings = read_json(folder / "config.json") if folder and (folder / "config.json").is_file() else {}
+        detected = _version(checkpoint, settings)
         channels = columns // 4
-        config_keys.CONTROLNET.check(said, f"{checkpoint.path}: its config.json")
-        _check_base(checkpoint, said, {name: getattr(base, name) for name in BASE} | {"control_in_dim": channels})
-        if (columns % 4, channels) != (0, base.in_channels if told == "1.0" else 2 * base.in_channels + 1):
+        config_keys.CONTROLNET.check(settings, f"{checkpoint.path}: its config.json")
+        _check_base(checkpoint, settings, {name: getattr(base, name) for name in BASE} | {"control_in_dim": channels})
+        if (columns % 4, channels) != (0, base.in_channels if detected == "1.0" else 2 * base.in_channels + 1):
             raise CheckpointError(
-                f"{checkpoint.path}: {EMBEDDER} has {columns} columns, not those of a ControlNet {told} (4 · "
+                f"{checkpoint.path}: {EMBEDDER} has {columns} columns, not those of a ControlNet {detected} (4 · "
                 f"{base.in_channels} in 1.0, 4 · {2 * base.in_channels + 1} in 2.x); download it again"
             )
-        if version not in (None, told) and ("1.0" in (version, told) or BEFORE not in checkpoint):
+        if version not in (None, detected) and ("1.0" in (version, detected) or BEFORE not in checkpoint):
             raise CheckpointError(
-                f"{checkpoint.path}: its tensors are those of version {told}, asked for is {version}; only 2.0 and 2.1 "
-                "have the same tensors; leave the version out"
+                f"{checkpoint.path}: its tensors are those of version {detected}, asked for is {version}; only 2.0 and "
+                "2.1 have the same tensors; leave the version out"
             )
-        notes = config_keys.CONTROLNET.note_unknown(said, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
-        return cls(version or told, channels, _places(checkpoint, base, said), tuple(notes))
+        notes = config_keys.CONTROLNET.note_unknown(settings, (*BASE, *PLACES), f"{checkpoint.path}: its config.json")
+        return cls(version or detected, channels, _places(checkpoint, base, settings), tuple(notes))
 
     def unused(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """Names in a file that are never read: the untrained refiner of 2.0, and a base that was saved with it."""
+        """Return the names in a file that are never read: 2.0's untrained refiner, a base that was saved with it."""
         prefixes = ("control_layers.", "control_all_x_embedder.", *(() if self.version == "2.0" else (REFINER,)))
         return tuple(name for name in checkpoint if not name.startswith(prefixes))
 
@@ -138,19 +140,19 @@ def _embedder(checkpoint: Checkpoint) -> tuple[int, int]:
     )
 
 
-def _check_base(checkpoint: Checkpoint, said: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+def _check_base(checkpoint: Checkpoint, settings: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
     """Raise CheckpointError where a config.json says other sizes or epsilons than the base and the tensors have."""
     for key, value in needed.items():
-        if key in said and said[key] != value:
+        if key in settings and settings[key] != value:
             raise CheckpointError(
-                f"{checkpoint.path}: {key} is {said[key]!r:.80} in its config.json; this model needs {value}; take the "
-                "ControlNet that was made for it, or restore the file"
+                f"{checkpoint.path}: {key} is {settings[key]!r:.80} in its config.json; this model needs {value}; take "
+                "the ControlNet that was made for it, or restore the file"
             )
 
 
-def _version(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Version:
-    """The version that a config.json says, else the one that the tensors tell."""
-    if (word := said.get("add_control_noise_refiner", "")) != "":
+def _version(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Version:
+    """The version that a config.json says, else the one that the tensors are of; raises CheckpointError."""
+    if (word := settings.get("add_control_noise_refiner", "")) != "":
         if not isinstance(word, str | None) or word not in SPOKEN:
             raise CheckpointError(
                 f"{checkpoint.path}: add_control_noise_refiner is {word!r} in its config.json; needed null, "
@@ -165,11 +167,11 @@ def _version(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Version:
     return "2.0"
 
 
-def _places(checkpoint: Checkpoint, base: TransformerConfig, said: Mapping[str, Any]) -> tuple[int, ...]:
+def _places(checkpoint: Checkpoint, base: TransformerConfig, settings: Mapping[str, Any]) -> tuple[int, ...]:
     """The layers that get a hint: what a config.json says, else spread evenly, as in every published file."""
     count = len({name.split(".")[1] for name in checkpoint if name.startswith("control_layers.")})
-    refiner = said.get("control_refiner_layers_places") or list(range(base.n_refiner_layers))
-    places = said.get("control_layers_places")
+    refiner = settings.get("control_refiner_layers_places") or list(range(base.n_refiner_layers))
+    places = settings.get("control_layers_places")
     if places is None:
         if count == 0 or base.n_layers % count:
             raise CheckpointError(
@@ -189,7 +191,7 @@ def _places(checkpoint: Checkpoint, base: TransformerConfig, said: Mapping[str, 
 
 
 class ControlBlock(Block):
-    """A block of the control stream: the first of its list lets the base's stream in, each gives a hint."""
+    """A block of the control stream: the first of its list adds the base's stream, each gives a hint."""
 
     def __init__(self, config: TransformerConfig, *, first: bool) -> None:
         super().__init__(config, modulated=True)
@@ -199,16 +201,19 @@ class ControlBlock(Block):
         self.after_proj = Linear(config.dim, config.dim)
 
     def forward(  # type: ignore[override]
-        self, c: Tensor, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor
+        self, c: Tensor, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, modulation_row: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """c (N, dim) the control stream, x (N, dim) the base's at entry -> the control stream and its hint."""
+        """Apply to the control stream c (N, dim), x (N, dim) being the base's stream at entry -> c and its hint.
+
+        rope, spans, time and modulation_row as in `Block.forward`.
+        """
         c = self.before_proj(c) + x if self.first else c
-        c = super().forward(c, rope, spans, time, row)
+        c = super().forward(c, rope, spans, time, modulation_row)
         return c, self.after_proj(c)
 
 
 class ControlNet(nn.Module):
-    """One branch's weights under the authors' names; see the module's docstring."""
+    """A ControlNet's modules under the authors' names; see the module's docstring."""
 
     def __init__(self, config: ControlNetConfig, base: TransformerConfig) -> None:
         super().__init__()
@@ -235,7 +240,7 @@ class ControlNet(nn.Module):
         pack = context.image
         patches = patches.repeat(len(pack.token_index) // len(patches), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
-        place = (context.image_rope, pack.spans, time, pack.row)
+        place = (context.image_rope, pack.spans, time, pack.modulation_row)
         if self.config.version == "1.0":
             for block in self.control_noise_refiner:
                 c = block(c, *place)
@@ -248,7 +253,7 @@ class ControlNet(nn.Module):
         return c, hints
 
     def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
-        """For each layer of the base in turn, what to add after it (N, dim), or None.
+        """Yield for each layer of the base in turn what to add after it, (N, dim) or None.
 
         c (N_image, dim): refined control tokens · tokens (N, dim): the joined stream at the entry of the layers. One
         hint is held at a time, as the control stream does not look at the base's again.
@@ -258,13 +263,13 @@ class ControlNet(nn.Module):
         for i in range(self.layers):
             hint = None
             if i in blocks:
-                c, hint = blocks[i](c, tokens, context.joint_rope, joint.spans, time, joint.row)
+                c, hint = blocks[i](c, tokens, context.joint_rope, joint.spans, time, joint.modulation_row)
             yield hint
 
 
 @dataclass(frozen=True, slots=True)
-class Branch:
-    """A ControlNet at work: its weights, the control patches (n, 4 · channels) of all pictures, and how strongly."""
+class ActiveControlNet:
+    """A ControlNet with the inputs of a pass: control patches (n, 4 · channels) of all pictures, strength and rule."""
 
     net: ControlNet
     patches: Tensor
@@ -272,37 +277,41 @@ class Branch:
     rule: Rule = "authors"
 
     def refine(self, pad: Tensor, image: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """`ControlNet.refine`, its hints times the strength."""
+        """Call `ControlNet.refine` -> control tokens (N_image, dim), and its hints times the strength."""
         c, hints = self.net.refine(self.patches, pad, image, time, context)
         return c, [hint * self.strength for hint in hints]
 
     def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
-        """`ControlNet.hints`, times the strength."""
+        """Yield `ControlNet.hints` times the strength."""
         for hint in self.net.hints(c, tokens, time, context):
             yield None if hint is None else hint * self.strength
 
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """One or more branches that act in a pass: a `transformer.Steering`. Their hints add up."""
+    """The ControlNets of a pass, whose hints add up; implements `transformer.Steering`."""
 
-    branches: tuple[Branch, ...]
+    nets: tuple[ActiveControlNet, ...]
 
     def __call__(
         self, model: Transformer, image: Tensor, time: Tensor, context: Context
     ) -> tuple[Tensor, Iterator[Tensor | None]]:
-        """Refine and join the base's stream, hints included -> it (N, dim), and what to add after each layer."""
-        refined = [branch.refine(model.x_pad_token, image, time, context) for branch in self.branches]
-        pairs = list(zip(self.branches, refined, strict=True))
-        shared = [hints for branch, (_, hints) in pairs if branch.rule == "authors" and hints]
-        tokens = model.joined(image, time, context, [_sum(hints) for hints in zip(*shared, strict=True)])
+        """Refine the image stream and join it with the caption, with the hints for the refiner.
+
+        image (N_image, dim): embedded image tokens · time (R, adaln_dim) -> the joined stream (N, dim), and for each
+        layer of the base what to add after it, (N, dim) or None.
+        """
+        refined = [net.refine(model.x_pad_token, image, time, context) for net in self.nets]
+        shared = [hints for net, (_, hints) in zip(self.nets, refined, strict=True) if net.rule == "authors" and hints]
+        tokens = model.joined(image, time, context, [_sum(of_block) for of_block in zip(*shared, strict=True)])
         streams = []
-        for branch, (c, hints) in pairs:
-            # parity: diffusers adds a refiner's hints to a copy of the stream, which only its ControlNet sees.
-            own = branch.rule == "diffusers" and hints
-            entry = model.joined(image, time, context, hints) if own else tokens
-            streams.append(branch.hints(c, entry, time, context))
-        return tokens, (_sum([h for h in hints if h is not None]) for hints in zip(*streams, strict=True))
+        for net, (c, hints) in zip(self.nets, refined, strict=True):
+            # parity: diffusers adds a refiner's hints to a copy of the stream, which only its ControlNet reads.
+            separate = net.rule == "diffusers" and hints
+            entry = model.joined(image, time, context, hints) if separate else tokens
+            streams.append(net.hints(c, entry, time, context))
+        of_layers = zip(*streams, strict=True)
+        return tokens, (_sum([hint for hint in of_layer if hint is not None]) for of_layer in of_layers)
 
 
 def _sum(hints: Sequence[Tensor]) -> Any:
@@ -311,15 +320,20 @@ def _sum(hints: Sequence[Tensor]) -> Any:
 
 
 def settings_of(path: Path) -> Path | None:
-    """The folder whose config.json, if it has one, speaks of the ControlNet at a path; None where it cannot."""
-    # Official files of several versions lie side by side; a config.json there speaks of none of them.
+    """Return the folder whose config.json, if it has one, is about the ControlNet at a path; None where there is none.
+
+    Official files of several versions lie side by side; a config.json there is about none of them.
+    """
     return path if path.is_dir() else path.parent if path.stem == "diffusion_pytorch_model" else None
 
 
 def open_controlnet(
     path: Path, base: TransformerConfig, version: Version | None = None
 ) -> tuple[Checkpoint, ControlNetConfig]:
-    """Open an official file, or a folder as diffusers writes it, and hold it to its base; raises CheckpointError."""
+    """Open an official file, or a folder as diffusers writes it, and check it against its base.
+
+    version: as in `ControlNetConfig.of`. Reads headers; raises CheckpointError.
+    """
     checkpoint = open_checkpoint(path)
     config = ControlNetConfig.of(checkpoint, base, version, settings_of(path))
     with torch.device("meta"):
@@ -334,7 +348,7 @@ def condition(
     inpaint: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The control patches of one picture: what a ControlNet of so many channels looks at.
+    """Make the control patches of one picture: the input of a ControlNet of so many channels.
 
     encode: pixels (3, H, W) to model-space latents (16, H/8, W/8) · control, inpaint: pixels (3, H, W) fp32 in [-1, 1],
     at least one of them; without the other its channels are 0, as in the authors' code · mask (1, H, W): 1 is to be

@@ -1,7 +1,10 @@
-"""Forward hooks: whether anybody looks into a module, and modules that refuse hooks because they are never called.
+"""Forward hooks: detects those of users on a module, and lets modules refuse hooks that would never run.
 
-A hook that never runs says nothing, and looks like one that found nothing. Some modules only hold weights: lists, norms
-that one fused operation computes together with their neighbours, layers that a file has and nobody reads. They refuse.
+Some modules only hold weights: lists, norms that a fused operation computes together with their neighbours, layers that
+a file has and nobody reads. A hook on one of them would be silent, which looks like one that saw nothing; they refuse.
+
+torch has public ways to register hooks, but none to ask which there are, so their dictionaries are read by their
+private names. These have been stable since torch 2.0, and a test would see one that is gone.
 """
 
 from collections.abc import Iterable
@@ -9,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 from torch import nn
-from torch.nn.modules import module as every
+from torch.nn.modules import module as every_module
 
 from s3dit.errors import RequestError
 
@@ -20,8 +23,8 @@ REGISTERS = (
     "register_full_backward_hook",
     "register_full_backward_pre_hook",
 )
-# Where a module keeps its hooks; modules that stand for one another share these.
-SHELVES = (
+# The attributes in which a module keeps its hooks; modules that stand for one another share these.
+HOOK_DICTS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -33,32 +36,37 @@ SHELVES = (
 
 
 class Own:
-    """A hook of the engine itself, which `watched` does not count."""
+    """A forward hook of the engine itself, which `watched` does not count."""
 
     def __init__(self, run: Any) -> None:
         self._run = run
 
     def __call__(self, *args: Any) -> None:
-        """Run with the module, its inputs and its output; these stay what they are."""
+        """Call `run` with what torch gives a hook: the module, its inputs, its output; these stay what they are."""
         self._run(*args)
 
 
 def watched(modules: Iterable[nn.Module]) -> bool:
-    """Whether somebody has put forward hooks on any of these modules, or on all modules of the process."""
-    if every._global_forward_hooks or every._global_forward_pre_hooks:
+    """Return whether a user has put forward hooks on any of these modules, or on all modules of the process."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
         return True
-    hooks = (hook for one in modules for kind in (one._forward_hooks, one._forward_pre_hooks) for hook in kind.values())
+    hooks = (
+        hook
+        for module in modules
+        for registered in (module._forward_hooks, module._forward_pre_hooks)
+        for hook in registered.values()
+    )
     return any(not isinstance(hook, Own) for hook in hooks)
 
 
 def unhookable(module: M, why: str) -> M:
-    """Let a module refuse hooks with a RequestError that says why; returns it."""
+    """Let a module refuse to register hooks, with a RequestError that says why; returns the module."""
     vars(module).update({name: partial(_refuse, type(module).__name__, why) for name in REGISTERS})
     return module
 
 
 def why_not(module: nn.Module) -> str:
-    """Why a hook on a module would never run, in a few words; empty where it would."""
+    """Return why a hook on a module would never run, as a clause for messages; empty where it would run."""
     if REGISTERS[0] in vars(module):
         return str(vars(module)[REGISTERS[0]].args[1])
     return "it has no forward of its own" if type(module).forward is nn.Module.forward else ""

@@ -11,7 +11,7 @@ from s3dit.kernels.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, fp32 inside."""
+    """RMSNorm over the last dimension: x / sqrt(mean(x²) + eps) · weight, computed in fp32."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(positions: Tensor, axes_dims: tuple[int, ...], theta: float) -> Tensor:
-    """Cosine and sine for every token.
+    """Return cosine and sine of the rotary angles of every token.
 
     positions (N, axes) integers -> (N, sum(axes_dims) / 2, 2) fp32 on the same device; the last dimension is
     (cos, sin), pairs are adjacent elements. Source: official `RopeEmbedder.precompute_freqs_cis`.

@@ -1,4 +1,4 @@
-"""Where every token of a request stands: the heart of the model's data flow.
+"""Builds the token layout of a request: where every token stands, what it reads, what is padding.
 
 All modes of Z-Image differ only in where tokens stand, which modulation row they read and which are padding. A Layout
 says this once; the transformer has no modes. Streams of several items are laid end to end, so a ragged batch (other
@@ -31,13 +31,13 @@ Grid = tuple[int, int]
 
 
 def padded(length: int) -> int:
-    """The length of a stream with its padding."""
+    """Return the length of a stream with its padding: the next multiple of 32."""
     return -(-length // MULTIPLE) * MULTIPLE
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One run of tokens: `length` real ones on a grid (frames, rows, columns) that starts at `origin`.
+    """A run of tokens: `length` real ones on a grid (frames, rows, columns) that starts at `origin`.
 
     A grid with more cells than `length` gives positions to the padding too (captions); padding beyond the grid
     stands at (0, 0, 0) (images). A segment without real tokens is one run of padding.
@@ -54,11 +54,11 @@ class Segment:
 
     @property
     def padded(self) -> int:
-        """Length with padding."""
+        """Tokens of the segment with its padding; at least one multiple of 32."""
         return padded(max(self.length, 1))
 
     def positions(self) -> Tensor:
-        """Positions of all tokens, padding included: (padded, 3) int64."""
+        """Return the positions (t, row, column) of all tokens, padding included: (padded, 3) int64."""
         axes = [torch.arange(start, start + size) for start, size in zip(self.origin, self.grid, strict=True)]
         for axis, extent in enumerate(self.stretch or (), 1):
             # parity: in float32 and in this order, because what is rounded down may lie just below a whole number.
@@ -69,31 +69,35 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """One stream of several items, end to end, N tokens in all.
+    """One stream of several items, laid end to end: N tokens in all.
 
-    spans: the items that have tokens in it · positions (N, 3) int64 · row (N,) int64, the row of the modulation table
-    that each token reads: its item's, or for clean tokens the one after all items' · token_index (n,) int64, the places
-    that tokens are put into from outside: of the image stream those that are denoised, of the others all but padding.
+    spans: the items that have tokens in it · positions (N, 3) int64 · modulation_row (N,) int64, the row of the
+    modulation table that each token reads: its item's, or for clean tokens the one after all items' · token_index (n,)
+    int64, the places that tokens are put into from outside: of the image stream those that are denoised, of the others
+    all but padding.
     """
 
     spans: Spans
     positions: Tensor
-    row: Tensor
+    modulation_row: Tensor
     token_index: Tensor
 
     @classmethod
     def of(cls, items: Sequence[Sequence[Segment]], device: torch.device | str, slide: bool = False) -> "Pack":
-        """Lay the segments of all items end to end; `slide` as in `_places`."""
+        """Lay the segments of all items end to end, on a device; `slide` as in `_places`."""
         segments = [segment for item in items for segment in item]
         rows = [len(items) if s.clean else i for i, item in enumerate(items) for s in item]
-        row = torch.repeat_interleave(torch.tensor(rows), torch.tensor([s.padded for s in segments]))
+        modulation_row = torch.repeat_interleave(torch.tensor(rows), torch.tensor([s.padded for s in segments]))
         token_index = torch.cat([torch.arange(s.padded) < s.length for s in segments]).nonzero()[:, 0]
         positions = torch.cat([_places(item, slide) for item in items])
         spans = Spans.of(tuple(length for item in items if (length := _length(item))), device)
-        return cls(spans, positions.to(device), row.to(device), token_index.to(device))
+        return cls(spans, positions.to(device), modulation_row.to(device), token_index.to(device))
 
     def fill(self, tokens: Tensor, rest: Tensor) -> Tensor:
-        """Put tokens (n, D) in their places -> (N, D); everywhere else is `rest`, the pad token (1, D) or (N, D)."""
+        """Put tokens (n, D) at `token_index` of a stream (N, D), in their dtype; the other tokens are those of `rest`.
+
+        rest: the pad token (1, D), or a whole stream (N, D).
+        """
         if len(tokens) == len(self.positions):
             return tokens
         return (
@@ -121,7 +125,7 @@ def _places(segments: Sequence[Segment], slide: bool) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A request's tokens: the streams, and the joint sequence in which `layers` run.
+    """The tokens of a request: its streams, and the joint sequence in which the main blocks run.
 
     gather (N,) takes the concatenation of the image, text and vision packs into joint order; `joint.token_index` are
     the places, in joint order, of the image tokens that are denoised. Only where there are references: vision, the
@@ -137,9 +141,9 @@ class Layout:
 
 
 def text_to_image(grids: Sequence[Grid], text_lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-    """Lay out B text-to-image items.
+    """Lay out B text-to-image items, joint order image, caption.
 
-    grids: of each item's picture · text_lengths: real caption tokens an item.
+    grids: rows and columns of patches of each item's picture · text_lengths: real caption tokens of each item.
     """
     texts = [Segment(n, (padded(n), 1, 1), (1, 0, 0)) for n in text_lengths]
     images = [
@@ -147,7 +151,7 @@ def text_to_image(grids: Sequence[Grid], text_lengths: Sequence[int], device: to
         for (rows, columns), text in zip(grids, texts, strict=True)
     ]
     streams = {"image": [[image] for image in images], "text": [[text] for text in texts]}
-    return _joined(streams, ("image", "text"), device)
+    return _interleave(streams, ("image", "text"), device)
 
 
 def edit(
@@ -162,13 +166,14 @@ def edit(
 
     grids: of each picture to be drawn · text_lengths: real tokens of each caption segment, n + 2 segments for n > 0
     references, else one · references: each one's grids, of its latents' patches and of its vision features · slide:
-    positions of captions as in the released code; False gives every segment its own.
+    positions of captions as in the released code; False gives every segment its own. Joint order caption, image,
+    vision. Raises ValueError for another number of caption segments.
     """
-    found = [
+    items = [
         _edited(grid, lengths, given) for grid, lengths, given in zip(grids, text_lengths, references, strict=True)
     ]
-    streams = {name: [item[name] for item in found] for name in ("image", "text", "vision")}
-    return _joined(streams, ("text", "image", "vision"), device, slide)
+    streams = {name: [item[name] for item in items] for name in ("image", "text", "vision")}
+    return _interleave(streams, ("text", "image", "vision"), device, slide)
 
 
 def _edited(grid: Grid, lengths: Sequence[int], references: Sequence[tuple[Grid, Grid]]) -> dict[str, list[Segment]]:
@@ -197,33 +202,57 @@ def _edited(grid: Grid, lengths: Sequence[int], references: Sequence[tuple[Grid,
     return item
 
 
-def _joined(
+def _interleave(
     streams: dict[str, list[list[Segment]]], order: Sequence[str], device: torch.device | str, slide: bool = False
 ) -> Layout:
-    """Interleave the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, …"""
+    """Join the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, …
+
+    streams: by name, the segments of every item; a stream without any segment is left out.
+    """
     packs = {name: Pack.of(items, device, slide and name == "text") for name, items in streams.items() if any(items)}
-    lengths = [[_length(item) for item in streams[name]] for name in packs]
-    places = torch.arange(sum(map(sum, lengths)), device=device).split([n for stream in lengths for n in stream])
-    count = len(streams["image"])
-    runs = {name: places[i * count : (i + 1) * count] for i, name in enumerate(packs)}
-    gather = torch.cat([runs[name][i] for i in range(count) for name in order if name in runs])
+    lengths = {name: [_length(item) for item in streams[name]] for name in packs}
+    gather = _joint_order(lengths, [name for name in order if name in packs], device)
     image, clean = packs["image"], None
     if any(segment.clean for item in streams["image"] for segment in item):
-        still = image.row[image.token_index] == count
-        image, clean = replace(image, token_index=image.token_index[~still]), image.token_index[still]
+        image, clean = _separate_clean(image, len(streams["image"]))
     is_target = torch.zeros(len(gather), dtype=torch.bool, device=device)
     is_target[image.token_index] = True
     joint = Pack(
-        spans=Spans.of(tuple(map(sum, zip(*lengths, strict=True))), device),
+        spans=Spans.of(tuple(sum(of_item) for of_item in zip(*lengths.values(), strict=True)), device),
         positions=torch.cat([pack.positions for pack in packs.values()])[gather],
-        row=torch.cat([pack.row for pack in packs.values()])[gather],
+        modulation_row=torch.cat([pack.modulation_row for pack in packs.values()])[gather],
         token_index=is_target[gather].nonzero()[:, 0],
     )
     return Layout(image, packs["text"], joint, gather, packs.get("vision"), clean)
 
 
+def _joint_order(lengths: dict[str, list[int]], order: Sequence[str], device: torch.device | str) -> Tensor:
+    """Indices (N,) that take the streams, one behind the other, into joint order: every item's runs in `order`.
+
+    lengths: tokens of every item, by stream, in the order in which the streams are concatenated.
+    """
+    runs: dict[str, list[Tensor]] = {}
+    start = 0
+    for name, of_items in lengths.items():
+        runs[name] = []
+        for length in of_items:
+            runs[name].append(torch.arange(start, start + length, device=device))
+            start += length
+    items = range(len(runs[order[0]]))
+    return torch.cat([runs[name][item] for item in items for name in order])
+
+
+def _separate_clean(image: Pack, count: int) -> tuple[Pack, Tensor]:
+    """Take the clean tokens, which read modulation row `count`, out of the token_index of an image pack of count items.
+
+    -> the pack, and the places of the clean tokens (n,) int64.
+    """
+    is_clean = image.modulation_row[image.token_index] == count
+    return replace(image, token_index=image.token_index[~is_clean]), image.token_index[is_clean]
+
+
 def released_order(features: Tensor) -> Tensor:
-    """A picture's vision features (n, D) as the transformer reads them: -> (n, D).
+    """Reorder a picture's vision features (n, D) as the transformer reads them: -> (n, D).
 
     The released code lays them out feature by feature and reads them token by token, so that a token holds pieces of
     many features. It looks unintended, but it is what a model was trained with that is run by that code.

@@ -1,7 +1,7 @@
 """The linear layer of every model here: computes in the dtype of its input, whatever dtype its weight is kept in.
 
 A CPU without bf16 arithmetic multiplies bf16 matrices six to eight times slower than fp32 ones. There the activations
-are fp32 and the weight stays bf16, as it lies in the (memory-mapped) file; it is widened piece by piece into one
+are fp32 and the weight stays bf16, as it lies in the (memory-mapped) file; it is upcast piece by piece into one
 buffer that the cache holds, which costs a few per cent of the product and needs no second copy of the model.
 
 The answer does not depend on where in memory a weight lies, mapped from a file or copied: products of few rows take it
@@ -24,12 +24,12 @@ from s3dit.kernels.aligned import FEW_ROWS, aligned
 from s3dit.kernels.scheme import QuantizedRows, Scheme
 from s3dit.kernels.schemes import linear
 
-# Rows of the weight widened at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
+# Rows of the weight upcast at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
 ROWS = 1024
 
 
 class Linear(nn.Linear):
-    """`x (…, in) @ weight (out, in).T + bias`, in the dtype of x; the weight may be of a narrower float dtype."""
+    """Linear layer `x (…, in) @ weight (out, in).T + bias` in the dtype of x; the weight may be of a narrower one."""
 
     # What a quantized layer takes its input in, where its maker rounds it (`QuantLinear.input_dtype`).
     input_dtype: torch.dtype | None = None
@@ -45,24 +45,24 @@ class Linear(nn.Linear):
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
         if self.weight.requires_grad or torch.compiler.is_compiling() or self.out_features <= ROWS:
             return F.linear(x, self.weight.to(x.dtype), bias)
-        return self._widened(x, bias)
+        return self._upcast(x, bias)
 
-    def _widened(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply by pieces of the weight, each widened into the same buffer."""
+    def _upcast(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply x (…, in) by pieces of the weight, each upcast into one buffer -> (…, out)."""
         out = x.new_empty(*x.shape[:-1], self.out_features)
         buffer = x.new_empty(ROWS, self.in_features)
         for start in range(0, self.out_features, ROWS):
             piece = self.weight[start : start + ROWS]
-            wide = buffer[: piece.shape[0]].copy_(piece)
-            part = None if bias is None else bias[start : start + ROWS]
-            out[..., start : start + ROWS] = F.linear(x, wide, part)
+            upcast = buffer[: piece.shape[0]].copy_(piece)
+            part_bias = None if bias is None else bias[start : start + ROWS]
+            out[..., start : start + ROWS] = F.linear(x, upcast, part_bias)
         return out
 
 
 class QuantLinear(nn.Module):
-    """A linear layer whose weight is kept in a number format: buffers named as the scheme's `spec` names its parts.
+    """A linear layer whose weight is kept in a number format: buffers named as the scheme's `spec` names its tensors.
 
-    `input_dtype` is the 8-bit type that x may be handed over in already (`QuantizedRows`), None where it comes wide.
+    `input_dtype` is the 8-bit dtype that x may be handed over in (`QuantizedRows`), None where it must be of floats.
     """
 
     def __init__(self, scheme: Scheme, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -74,31 +74,32 @@ class QuantLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """Apply to x (…, in) of any float dtype, or to its Rows -> (…, out), same dtype."""
-        # The dictionary of buffers is in the order of spec, and always the live one: whoever moves a part is seen.
+        """Apply to x (…, in) of any float dtype, or to its QuantizedRows -> (…, out), same dtype."""
+        # The dictionary of buffers is in the order of spec, and the live one: a buffer that was moved is the one used.
         return linear(x, self.scheme, self._buffers, self.bias)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
+        """Return the sizes and the format, for `repr` of the module."""
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
 
 
 def swap(model: nn.Module, scheme: Scheme, where: Callable[[str], bool]) -> None:
-    """Let every Linear of a meta model whose official name fits be of a scheme; raises BackendError.
+    """Replace every Linear of a model on the meta device whose official name satisfies `where` by a QuantLinear.
 
-    Widths that the scheme cannot take are named, and so is a `where` that fits nothing: a typing error would otherwise
-    leave the model as it was.
+    Raises BackendError, with names, for widths that the scheme cannot take, for layers that hold weights already, and
+    where no name satisfies `where`: a typing error would otherwise leave the model as it was.
     """
-    found = [name for name, module in model.named_modules() if type(module) is Linear and where(name)]
-    if not found:
+    names = [name for name, module in model.named_modules() if type(module) is Linear and where(name)]
+    if not names:
         raise BackendError(f"{scheme.name}: no linear layer of {type(model).__name__} is meant to be quantized")
-    for name in found:
-        plain = model.get_submodule(name)
-        assert isinstance(plain, Linear)
-        if not plain.weight.is_meta:
+    for name in names:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, Linear)
+        if not layer.weight.is_meta:
             raise BackendError(f"{name} is filled already; needed a model without weights: swap first, then assign")
         try:
             with torch.device("meta"):
-                quantized = QuantLinear(scheme, plain.in_features, plain.out_features, plain.bias is not None)
+                quantized = QuantLinear(scheme, layer.in_features, layer.out_features, layer.bias is not None)
         except ValueError as error:
             raise BackendError(f"{name}: {error}") from None
         parent, _, leaf = name.rpartition(".")

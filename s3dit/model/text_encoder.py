@@ -27,7 +27,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 class TextEncoder(nn.Module):
-    """Embeddings of packed prompts to the features that the transformer reads."""
+    """Qwen3 from token embeddings of packed prompts to the features that the transformer reads."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class TextEncoder(nn.Module):
 
     @property
     def unused(self) -> tuple[str, ...]:
-        """Patterns of official names that `assign` need not read: what lies above the features, and the embedding."""
+        """Patterns of official names that are not read: the layers above the features, the embedding, the head."""
         return (
             "model.embed_tokens.*",
             f"model.layers.{self.config.num_hidden_layers - 1}.*",
@@ -45,7 +45,7 @@ class TextEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Features of several prompts, laid end to end.
+        """Compute the features of several prompts, laid end to end.
 
         x (n, hidden) token embeddings of any float dtype, lengths: tokens of each prompt, summing to n -> (n, hidden),
         dtype of x: the output of the last layer but one. Raises ValueError where lengths and x do not agree.
@@ -62,7 +62,7 @@ class TextEncoder(nn.Module):
 
 
 class Stack(nn.Module):
-    """What stands under `model.` in the official files; a shelf, it computes nothing."""
+    """The container named `model.` in the official files; it has no forward of its own."""
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -106,7 +106,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         heads = (-1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), rope)  # (n, H, D)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), rope)  # (n, KV, D)
@@ -117,7 +117,7 @@ class Attention(nn.Module):
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One prompt: q (n, H, D), k and v (n, KV, D) -> (n, H, D)."""
-    q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in (q, k, v))  # (1, H, n, D)
+    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, H, n, D)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.squeeze(0).transpose(0, 1)
 
@@ -132,12 +132,12 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 def rope_table(lengths: Sequence[int], dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, each prompt counting from 0: two of (n, 1, dim), dtype of `like`.
+    """Return cosine and sine of every token's angles, each prompt counting from 0: two (n, 1, dim), dtype of `like`.
 
     Both halves of the last dimension hold the same angles: Qwen pairs element i with i + dim/2.
     """
@@ -149,7 +149,7 @@ def rope_table(lengths: Sequence[int], dim: int, theta: float, like: Tensor) -> 
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (i, i + D/2) of x (n, H, D) by its token's angle."""
+    """Rotate each pair (i, i + D/2) of x (n, H, D) by its token's angle; rope: two (n, 1, D) -> (n, H, D)."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -1,4 +1,4 @@
-"""From a prompt to the ids that the text encoder reads: Qwen's byte-level BPE, inside Qwen's chat template.
+"""Turns a prompt into the ids that the text encoder reads: Qwen's byte-level BPE, inside Qwen's chat template.
 
 The template is a constant: a single user turn that asks for an answer, no system turn, thinking left open. A template
 in the model's folder is not executed. Where there are reference pictures (Omni, Edit) the turn is cut into the texts
@@ -37,7 +37,7 @@ class Tokenizer:
         self._ids = open_tokenizer(source)
 
     def encode(self, prompt: str, max_length: int = 512) -> list[int]:
-        """Ids of one prompt in the chat template, at most `max_length` of them; no padding.
+        """Return the ids of one prompt in the chat template, at most `max_length` of them; no padding.
 
         Warns, with the number of ids, when the end was cut off. Raises TypeError for anything but a str, ValueError for
         a max_length below 1 or text that is not Unicode (a lone surrogate).
@@ -46,18 +46,20 @@ class Tokenizer:
         return self._cut(TEMPLATE.format(prompt), max_length)
 
     def segments(self, prompt: str, references: int, max_length: int = 512) -> list[list[int]]:
-        """Ids of the texts around `references` pictures: n + 2 of them, or one where there is no picture.
+        """Return the ids of the texts around `references` pictures: n + 2 lists, or one where there is no picture.
 
         Each is cut to `max_length` by itself. Warns and raises as `encode` does.
         """
         _check(prompt, max_length)
         texts = [BEFORE, *[BETWEEN] * (references - 1), PROMPT.format(prompt), AFTER]
-        found = []
+        # A loop and not a comprehension, which Python before 3.12 counts as a frame of its own for warnings.
+        ids = []
         for text in texts if references else [TEMPLATE.format(prompt)]:
-            found.append(self._cut(text, max_length))
-        return found
+            ids.append(self._cut(text, max_length))
+        return ids
 
     def _cut(self, text: str, max_length: int) -> list[int]:
+        """The ids of a text, cut to max_length; warns in the name of the caller's caller."""
         ids = self._ids(text)
         if len(ids) > max_length:
             warnings.warn(
@@ -69,6 +71,7 @@ class Tokenizer:
 
 
 def _check(prompt: str, max_length: int) -> None:
+    """Raise TypeError or ValueError for what cannot be encoded."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt is a {type(prompt).__name__}; needed a str; encode several prompts one by one")
     if max_length < 1:

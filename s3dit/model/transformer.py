@@ -41,7 +41,7 @@ QK_EPS = 1e-5
 
 
 class TimestepEmbedder(nn.Module):
-    """t (R,) -> (R, out): cosines and sines of 128 frequencies, then two linears with SiLU between."""
+    """Embeds times: cosines and sines of 128 frequencies, then two linears with SiLU between."""
 
     def __init__(self, out: int) -> None:
         super().__init__()
@@ -56,8 +56,8 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
 
 
-def taken_by(*layers: Linear) -> torch.dtype | None:
-    """The 8-bit type that all of these layers take their common input in, None where one wants it wide."""
+def common_input_dtype(*layers: Linear) -> torch.dtype | None:
+    """Return the 8-bit dtype that all of these layers take their common input in, None where one takes floats."""
     first, *rest = (layer.input_dtype for layer in layers)
     return first if all(other == first for other in rest) else None
 
@@ -81,11 +81,11 @@ class Attention(nn.Module):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """What x may be handed over in."""
-        return taken_by(self.to_q, self.to_k, self.to_v)
+        """The 8-bit dtype that x may be handed over in (QuantizedRows), None for floats only."""
+        return common_input_dtype(self.to_q, self.to_k, self.to_v)
 
     def forward(self, x: Tensor | QuantizedRows, rope: Tensor, spans: Spans) -> Tensor:
-        """Mix x (N, dim), or its Rows, within each item; rope (N, head_dim / 2, 2) -> (N, dim)."""
+        """Attend within each item: x (N, dim) or its QuantizedRows, rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
         rounded = (torch.int8,) if self.eight_bit else ()
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS, *rounded)
@@ -104,11 +104,11 @@ class FeedForward(nn.Module):
 
     @property
     def input_dtype(self) -> torch.dtype | None:
-        """What x may be handed over in."""
-        return taken_by(self.w1, self.w3)
+        """The 8-bit dtype that x may be handed over in (QuantizedRows), None for floats only."""
+        return common_input_dtype(self.w1, self.w3)
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """x (N, dim), or its Rows -> (N, dim)."""
+        """Apply to x (N, dim), or to its QuantizedRows -> (N, dim)."""
         return self.w2(swiglu(self.w1(x), self.w3(x), self.w2.input_dtype))
 
 
@@ -131,26 +131,31 @@ class Block(nn.Module):
             unhookable(self.ffn_norm1, FUSED.format("gated_residual_norm"))
             unhookable(self.ffn_norm2, FUSED.format("gated_residual"))
 
-    def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, row: Tensor) -> Tensor:
-        """x (N, dim), time (R, adaln_dim) with one row an item or one for all, row (N,) -> (N, dim)."""
+    def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, modulation_row: Tensor) -> Tensor:
+        """Apply to x (N, dim) with rope (N, head_dim / 2, 2) fp32 -> (N, dim).
+
+        time (R, adaln_dim): one row an item, or one for all · modulation_row (N,) int64: which of them a token reads.
+        """
         scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).chunk(4, dim=-1)  # (R, dim) each
-        normed = rms_norm_modulate(x, self.attention_norm1.weight, scale_msa, row, self.eps, self.attention.input_dtype)
+        normed = rms_norm_modulate(
+            x, self.attention_norm1.weight, scale_msa, modulation_row, self.eps, self.attention.input_dtype
+        )
         mixed = self.attention(normed, rope, spans)
         x, normed = gated_residual_norm(
-            x, mixed, self.attention_norm2.weight, gate_msa, self.ffn_norm1.weight, scale_mlp, row, self.eps,
+            x, mixed, self.attention_norm2.weight, gate_msa, self.ffn_norm1.weight, scale_mlp, modulation_row, self.eps,
             self.feed_forward.input_dtype,
         )  # fmt: skip
-        return gated_residual(x, self.feed_forward(normed), self.ffn_norm2.weight, gate_mlp, row, self.eps)
+        return gated_residual(x, self.feed_forward(normed), self.ffn_norm2.weight, gate_mlp, modulation_row, self.eps)
 
 
 class PlainBlock(Block):
-    """The same sandwich without modulation: caption (and vision) refiners, which do not depend on the time."""
+    """The same block without modulation: of the caption and vision refiners, which do not depend on the time."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config, modulated=False)
 
     def forward(self, x: Tensor, rope: Tensor, spans: Spans) -> Tensor:  # type: ignore[override]
-        """x (N, dim) -> (N, dim)."""
+        """Apply to x (N, dim), rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
         x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, spans))
         return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
 
@@ -163,16 +168,16 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.dim, config.patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor, row: Tensor) -> Tensor:
-        """x (n, dim) -> patches (n, patch_dim)."""
+    def forward(self, x: Tensor, time: Tensor, modulation_row: Tensor) -> Tensor:
+        """Apply to x (n, dim), time (R, adaln_dim), modulation_row (n,) -> patches (n, patch_dim)."""
         scale = 1.0 + self.adaLN_modulation(time)
-        scale = scale if len(scale) == 1 else scale[row]
+        scale = scale if len(scale) == 1 else scale[modulation_row]
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What no step changes: where tokens stand, the refined caption tokens (N_text, dim) and the rotary tables.
+    """The inputs of a pass that no step changes: token places, refined caption tokens (N_text, dim), rotary tables.
 
     It holds what `forward` reads and no more, so that requests of one size have contexts of one shape. rest: what the
     image stream holds besides the tokens that are denoised, (1, dim) padding or (N_image, dim) with embedded
@@ -190,16 +195,16 @@ class Context:
 
 
 class Steering(Protocol):
-    """What may add to the streams of a pass; `controlnet.Controls` is one."""
+    """The interface of what adds to the streams of a pass; `controlnet.Controls` implements it."""
 
     def __call__(
         self, model: "Transformer", image: Tensor, time: Tensor, context: Context
     ) -> tuple[Tensor, Iterable[Tensor | None]]:
-        """From embedded image tokens (N_image, dim) to the joined stream (N, dim), and what to add after each layer."""
+        """Join embedded image tokens (N_image, dim) with the caption -> (N, dim), and what to add after each layer."""
 
 
 class Transformer(nn.Module):
-    """The velocity of the flow; see the module's docstring."""
+    """The S3-DiT: predicts the velocity of the flow; see the module's docstring."""
 
     # Patterns of official names that `assign` need not read.
     unused = ("norm_final.weight",)
@@ -228,7 +233,7 @@ class Transformer(nn.Module):
     def context(
         self, layout: Layout, text: Tensor, references: Tensor | None = None, vision: Tensor | None = None
     ) -> Context:
-        """Do everything that no step changes.
+        """Embed and refine what no step changes: caption, vision features, references; and make the rotary tables.
 
         text (n, cap_feat_dim): features of the real caption tokens of all items, end to end, in the dtype that the
         pass is to compute in · where the layout has references: their latents' patches (n_clean, patch_dim) and the
@@ -258,14 +263,14 @@ class Transformer(nn.Module):
         )
 
     def _refined(self, tokens: Tensor, pack: Pack, refiner: nn.ModuleList) -> Tensor:
-        """Run a stream (N, dim) that knows no time through its refiner -> (N, dim)."""
+        """Run a stream (N, dim) through a refiner that does not depend on the time -> (N, dim)."""
         rope = rope_table(pack.positions, self.config.axes_dims, self.config.rope_theta)
         for block in refiner:
             tokens = block(tokens, rope, pack.spans)
         return tokens
 
     def forward(self, x: Tensor, t: Tensor, context: Context, control: Steering | None = None) -> Tensor:
-        """The velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
+        """Predict the velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
 
         x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·
         control: what adds to the streams on their way -> (n, patch_dim), dtype of the context's tokens.
@@ -282,9 +287,9 @@ class Transformer(nn.Module):
         else:
             tokens, hints = control(self, image, time, context)
         for block, hint in zip(self.layers, hints, strict=True):
-            tokens = block(tokens, context.joint_rope, joint.spans, time, joint.row)
+            tokens = block(tokens, context.joint_rope, joint.spans, time, joint.modulation_row)
             tokens = tokens if hint is None else tokens + hint
-        return self.all_final_layer[PATCH](tokens[joint.token_index], time, joint.row[joint.token_index])
+        return self.all_final_layer[PATCH](tokens[joint.token_index], time, joint.modulation_row[joint.token_index])
 
     def joined(self, image: Tensor, time: Tensor, context: Context, hints: Sequence[Tensor] = ()) -> Tensor:
         """Refine embedded image tokens (N_image, dim), after each block plus its hint, and join them with the caption.
@@ -293,6 +298,6 @@ class Transformer(nn.Module):
         """
         pack = context.image
         for i, block in enumerate(self.noise_refiner):
-            image = block(image, context.image_rope, pack.spans, time, pack.row)
+            image = block(image, context.image_rope, pack.spans, time, pack.modulation_row)
             image = image + hints[i] if hints else image
         return torch.cat((image, context.text))[context.gather]

@@ -30,7 +30,7 @@ from s3dit.model.linear import Linear
 SMALLEST_TILE = 8
 
 # Positions up to which torch's GroupNorm is within 1.3e-5 in channels last too; up to there its bits are diffusers'.
-FEW = 128 * 128
+SMALL_POSITIONS = 128 * 128
 
 
 def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
@@ -40,26 +40,26 @@ def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     2e-4, and by 1e-2 where the mean is 30 deviations. There the squares are taken around the mean, row by row, and the
     rows added in fp64: 4e-8 off, for half as much time again of what is a twentieth of the whole.
     """
-    few = x.shape[2] * x.shape[3] <= FEW
-    if torch.is_grad_enabled() or x.is_contiguous() or few or x.device.type != "cpu":
+    small = x.shape[2] * x.shape[3] <= SMALL_POSITIONS
+    if torch.is_grad_enabled() or x.is_contiguous() or small or x.device.type != "cpu":
         return nn.GroupNorm.forward(norm, x)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    upcast = torch.promote_types(x.dtype, torch.float32)
     size = norm.num_channels // norm.num_groups
-    mean = x.mean((2, 3), dtype=wide).double().unflatten(1, (-1, size)).mean(2)
-    centered = x.to(wide) - mean.repeat_interleave(size, 1).to(wide)[:, :, None, None]
+    mean = x.mean((2, 3), dtype=upcast).double().unflatten(1, (-1, size)).mean(2)
+    centered = x.to(upcast) - mean.repeat_interleave(size, 1).to(upcast)[:, :, None, None]
     squares = torch.linalg.vector_norm(centered, dim=3).double().square().mean(2) / x.shape[3]
     variance = squares.unflatten(1, (-1, size)).mean(2)
     scale = (variance + norm.eps).rsqrt().repeat_interleave(size, 1) * norm.weight.double()
-    centered *= scale.to(wide)[:, :, None, None]
-    centered += norm.bias.to(wide)[:, None, None]
+    centered *= scale.to(upcast)[:, :, None, None]
+    centered += norm.bias.to(upcast)[:, None, None]
     return centered.to(x.dtype)
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm as `_normalized` computes it."""
+    """GroupNorm that is accurate at every size in either memory layout; see `_normalized`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> same shape and dtype."""
+        """Normalize x (B, C, H, W), any float dtype -> same shape and dtype."""
         return _normalized(x, self)
 
 
@@ -80,13 +80,14 @@ class Resnet(nn.Module):
         self.conv_shortcut = nn.Conv2d(width, out, 1) if width != out else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W) -> (B, out, H, W), same dtype."""
         h = self.conv1(_silu(self.norm1(x)))
         h = self.conv2(_silu(self.norm2(h)))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
 class Attention(nn.Module):
-    """Every position looks at every other, one head as wide as the features, added to its input."""
+    """Self-attention over all positions with one head as wide as the features, added to its input."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -97,6 +98,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W) -> same shape and dtype."""
         h = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, positions, width)
         q, k, v = (project(h).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v).squeeze(1)
@@ -115,6 +117,7 @@ class MidBlock(nn.Module):
         self.attentions = nn.ModuleList([Attention(width, groups)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W) -> same shape and dtype."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
@@ -126,6 +129,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W), even sides -> (B, width, H/2, W/2)."""
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -143,15 +147,19 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        few = 4 * x.shape[2] * x.shape[3] <= FEW
-        # Who looks at the convolution sees one, if also the rounding of one.
-        plain = torch.is_grad_enabled() or few or watched((self.conv,)) or not x.is_contiguous()
-        if plain or x.device.type != "cpu" or x.dtype.itemsize < 4:
+        """Apply to x (B, width, H, W) -> (B, width, 2H, 2W), same dtype."""
+        small = 4 * x.shape[2] * x.shape[3] <= SMALL_POSITIONS
+        # A hook on the convolution is called once, and sees the rounding of one.
+        simple = torch.is_grad_enabled() or small or watched((self.conv,)) or not x.is_contiguous()
+        if simple or x.device.type != "cpu" or x.dtype.itemsize < 4:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self._by_phases(x)
 
     def _by_phases(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) -> (B, C, 2H, 2W); an even row reads the rows before and at it, an odd one at and after it."""
+        """Upsample x (B, C, H, W) -> (B, C, 2H, 2W) by phases.
+
+        An even row reads the rows before and at it, an odd one those at and after it; so do columns.
+        """
         height, width = x.shape[2:]
         x, weight = F.pad(x, (1, 1, 1, 1)), self.conv.weight
         out = x.new_empty(len(x), len(weight), 2 * height, 2 * width)
@@ -163,13 +171,13 @@ class Upsample(nn.Module):
 
 
 def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three taps as the two that an even place has, and the two of an odd one."""
+    """Sum three taps along `dim` to the two that an even place reads, and the two that an odd one does."""
     before, at, after = weight.split(1, dim)
     return torch.cat((before, at + after), dim), torch.cat((before + at, after), dim)
 
 
 class DownBlock(nn.Module):
-    """One level of the encoder: resnets, then half the size except at the bottom."""
+    """A level of the encoder: resnets, then half the size except at the bottom."""
 
     def __init__(self, width: int, out: int, layers: int, groups: int, last: bool) -> None:
         super().__init__()
@@ -177,13 +185,14 @@ class DownBlock(nn.Module):
         self.downsamplers = nn.ModuleList([] if last else [Downsample(out)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W) -> (B, out, H/2, W/2), or of the same size if it is the last."""
         for layer in (*self.resnets, *self.downsamplers):
             x = layer(x)
         return x
 
 
 class UpBlock(nn.Module):
-    """One level of the decoder: resnets, then twice the size except at the top."""
+    """A level of the decoder: resnets, then twice the size except at the top."""
 
     def __init__(self, width: int, out: int, layers: int, groups: int, last: bool) -> None:
         super().__init__()
@@ -191,27 +200,29 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([] if last else [Upsample(out)])
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (B, width, H, W) -> (B, out, 2H, 2W), or of the same size if it is the last."""
         for layer in (*self.resnets, *self.upsamplers):
             x = layer(x)
         return x
 
 
 class Encoder(nn.Module):
-    """Pixels (B, 3, H, W) -> mean and log variance, stacked: (B, 2·latent channels, H/8, W/8)."""
+    """The encoder: pixels (B, 3, H, W) -> mean and log variance, stacked: (B, 2·latent channels, H/8, W/8)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        levels = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
+        sizes = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
         self.down_blocks = nn.ModuleList(
-            [DownBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
+            [DownBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in sizes]
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to pixels x (B, 3, H, W) -> moments (B, 2·latent channels, H/8, W/8), same dtype."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -219,21 +230,24 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Raw latents (B, latent channels, h, w) -> pixels (B, 3, 8h, 8w), one resnet more a level than the encoder."""
+    """The decoder: raw latents (B, latent channels, h, w) -> pixels (B, 3, 8h, 8w)."""
 
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
-        widths, layers, groups = config.block_out_channels[::-1], config.layers_per_block + 1, config.norm_num_groups
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        # One resnet more a level than the encoder has.
+        layers = config.layers_per_block + 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        levels = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
+        sizes = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
         self.up_blocks = nn.ModuleList(
-            [UpBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in levels]
+            [UpBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in sizes]
         )
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Apply to raw latents x (B, latent channels, h, w) -> pixels (B, 3, 8h, 8w), same dtype."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -272,7 +286,7 @@ class Autoencoder(nn.Module):
         return torch.channels_last if halves else torch.contiguous_format
 
     def moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the raw latents of a picture.
+        """Compute mean and log variance of the raw latents of a picture.
 
         pixels (B, 3, H, W) float in [-1, 1], sides multiples of `factor` -> two (B, latent channels, H/8, W/8), in the
         parameters' dtype or fp32 if that is wider; log variance within [-30, 20]. `tile` as in `decode`.
@@ -284,7 +298,7 @@ class Autoencoder(nn.Module):
         return mean, logvar.clamp(-30.0, 20.0)
 
     def encode(self, pixels: Tensor, generator: torch.Generator | None = None, tile: int | None = None) -> Tensor:
-        """Model-space latents of a picture: the mode without a generator, a sample drawn from `generator` with one.
+        """Encode a picture to model-space latents: their mode, or with a generator a sample that is drawn from it.
 
         pixels as in `moments` -> (B, latent channels, H/8, W/8), at least fp32. The noise of the whole batch is one
         draw on the generator's own device, as in diffusers. Raises ValueError.
@@ -298,7 +312,7 @@ class Autoencoder(nn.Module):
         return (z - self.config.shift_factor) * self.config.scaling_factor
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """The picture that model-space latents stand for.
+        """Decode model-space latents to pixels.
 
         latents (B, latent channels, h, w) float -> pixels (B, 3, 8h, 8w), about [-1, 1] but not clamped, at least
         fp32. `tile` is the side of a tile in latent cells: memory is bounded by one tile, the result is approximate
@@ -310,19 +324,22 @@ class Autoencoder(nn.Module):
         return self._tiled(self.decoder, raw, tile, 1, self.factor)
 
     def _tiled(self, run: Callable[[Tensor], Tensor], x: Tensor, tile: int | None, cell: int, out_cell: int) -> Tensor:
-        """Run a half over x, whole or by tiles; a latent cell is `cell` positions of x, `out_cell` of the result."""
+        """Run encoder or decoder over x, whole or by tiles.
+
+        A latent cell is `cell` positions a side of x, and `out_cell` of the result, which is at least fp32.
+        """
         weight = self.decoder.conv_in.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        upcast = torch.promote_types(weight.dtype, torch.float32)
         rows, columns = x.shape[2] // cell, x.shape[3] // cell
         if tile is not None and tile < SMALLEST_TILE:
             raise ValueError(f"tile is {tile} latent cells; needed {SMALLEST_TILE} or more, or None for no tiles")
         if tile is None or max(rows, columns) <= tile:
-            return run(x.to(weight, memory_format=self.layout)).to(wide).contiguous()
+            return run(x.to(weight, memory_format=self.layout)).to(upcast).contiguous()
         result: Tensor | None = None
         for top, height, fade_y in _feathers(rows, tile, out_cell):
             for left, width, fade_x in _feathers(columns, tile, out_cell):
                 part = x[:, :, top * cell : (top + height) * cell, left * cell : (left + width) * cell]
-                done = run(part.to(weight, memory_format=self.layout)).to(wide)
+                done = run(part.to(weight, memory_format=self.layout)).to(upcast)
                 if result is None:
                     result = done.new_zeros(*done.shape[:2], rows * out_cell, columns * out_cell)
                 done = done * fade_y.to(done)[:, None] * fade_x.to(done)

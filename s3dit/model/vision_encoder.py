@@ -31,7 +31,7 @@ LARGEST_SCALE = 100.0
 
 
 def grid_of(height: int, width: int, config: VisionInputConfig) -> tuple[int, int]:
-    """Rows and columns of the patches that a picture of this size is resized to, at most `max_num_patches` in all."""
+    """Return rows and columns of the patches that a picture of this size is resized to, at most `max_num_patches`."""
 
     def cells(scale: float) -> tuple[int, int]:
         size = config.patch_size
@@ -45,7 +45,7 @@ def grid_of(height: int, width: int, config: VisionInputConfig) -> tuple[int, in
 
 
 def patches_of(image: Image.Image, config: VisionInputConfig) -> tuple[Tensor, tuple[int, int]]:
-    """Cut an RGB picture into what the tower reads.
+    """Resize an RGB picture and cut it into patches for the tower.
 
     -> patches (rows · columns, 3 · size²) fp32, each (row, column, channel), and the grid (rows, columns).
     """
@@ -53,15 +53,15 @@ def patches_of(image: Image.Image, config: VisionInputConfig) -> tuple[Tensor, t
     size = config.patch_size
     resized = image.resize((columns * size, rows * size), Image.Resampling.BILINEAR)
     # parity: scaled in float64, rounded, then normalized in float32.
-    levels = (np.asarray(resized, dtype=np.float64) * config.rescale_factor).astype(np.float32)
-    mean, deviation = (np.array(values, dtype=np.float32) for values in (config.image_mean, config.image_std))
-    levels = (levels - mean) / deviation
-    cells = torch.from_numpy(levels).view(rows, size, columns, size, 3).transpose(1, 2)
+    values = (np.asarray(resized, dtype=np.float64) * config.rescale_factor).astype(np.float32)
+    mean, deviation = (np.array(channels, dtype=np.float32) for channels in (config.image_mean, config.image_std))
+    values = (values - mean) / deviation
+    cells = torch.from_numpy(values).view(rows, size, columns, size, 3).transpose(1, 2)
     return cells.reshape(rows * columns, -1), (rows, columns)
 
 
 class VisionEncoder(nn.Module):
-    """Patches of packed pictures to features."""
+    """SigLIP2's vision tower from patches of packed pictures to features."""
 
     # Patterns of official names that are not read: the pooling head.
     unused = ("vision_model.head.*",)
@@ -71,7 +71,7 @@ class VisionEncoder(nn.Module):
         self.vision_model = Tower(config)
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """Features of several pictures, laid end to end.
+        """Compute the features of several pictures, laid end to end.
 
         patches (n, 3 · size²) of the dtype to compute in, grids: rows and columns of each picture, cells summing to n
         -> (n, hidden). Raises ValueError where they do not agree.
@@ -89,7 +89,7 @@ class VisionEncoder(nn.Module):
 
 
 class Tower(nn.Module):
-    """What stands under `vision_model.` in the official files; a shelf, it computes nothing."""
+    """The container named `vision_model.` in the official files; it has no forward of its own."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class Tower(nn.Module):
 
 
 class Stack(nn.Module):
-    """What stands under `encoder.`; another shelf."""
+    """The container named `encoder.` in the official files; it has no forward of its own."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
@@ -130,7 +130,7 @@ class Embeddings(nn.Module):
         unhookable(self.position_embedding, "only its weight is read")
 
     def forward(self, patches: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
-        """patches (n, patch) -> (n, hidden)."""
+        """Embed patches (n, 3 · size²) of the pictures with these grids -> (n, hidden), same dtype."""
         places = self.position_embedding.weight
         side = math.isqrt(len(places))
         # Antialiasing knows no 16-bit floats on a CPU, and costs nothing in fp32.
@@ -154,7 +154,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         x = x + self.self_attn(self.layer_norm1(x), spans)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -171,7 +171,7 @@ class Attention(nn.Module):
         self.out_proj = Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, spans: Spans) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         q, k, v = (of(x).unflatten(-1, (self.heads, -1)) for of in (self.q_proj, self.k_proj, self.v_proj))  # (n, H, D)
         return self.out_proj(attention(q, k, v, spans, spans).flatten(1))
 
@@ -185,5 +185,5 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (n, hidden) -> (n, hidden)."""
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -1,4 +1,4 @@
-"""Is what a model computes finite, and if not, where did it start?
+"""Checks that what a model computes is finite, and finds the module where it is not for the first time.
 
 `check_finite` is asked after every stage of a picture and costs one reduction where all is well; else it looks for the
 weight at fault, or runs the stage again with a hook on every module to name the first that answers NaN or infinity.

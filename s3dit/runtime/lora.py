@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from s3dit.errors import BackendError
 from s3dit.kernels.aligned import aligned
 from s3dit.kernels.scheme import QuantizedRows
-from s3dit.model.hooks import SHELVES
+from s3dit.model.hooks import HOOK_DICTS
 from s3dit.model.linear import Linear, QuantLinear
 from s3dit.runtime.block_streaming import BlockStreamer, TensorDict
 from s3dit.weights.delta import Delta, norms
@@ -88,7 +88,7 @@ class Adapted(nn.Module):
         # Not as a child, whose name would come between.
         self.__dict__["layer"] = layer
         self._parameters, self._buffers = layer._parameters, layer._buffers
-        vars(self).update({shelf: vars(layer)[shelf] for shelf in SHELVES})
+        vars(self).update({shelf: vars(layer)[shelf] for shelf in HOOK_DICTS})
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.branches: dict[str, Branch] = {}
 

@@ -1,8 +1,8 @@
-"""From contexts to one velocity: classifier-free guidance in Z-Image's form.
+"""Classifier-free guidance in Z-Image's form: one velocity of the prompt's and the negative prompt's.
 
 guided = pos + s·(pos - neg), which is the usual neg + w·(pos - neg) with w = s + 1; on when s > 0. `normalization`
 keeps the guided velocity of each picture from growing beyond a multiple of the unguided one; `truncation` switches
-guidance off late in the flow (t above it), which also halves the work there. Both branches run in one pass: the same
+guidance off late in the flow (t above it), which also halves the work there. Both run in one pass: the same
 pictures with two texts, twice the items in one pack.
 
 Source: diffusers `ZImagePipeline.__call__`; the official pipeline is the same but for being on only when s > 1.
@@ -20,20 +20,20 @@ from s3dit.sampling.solvers import Velocity
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """scale s ≥ 0 · normalization: 0 is off, 1 keeps the norm · truncation: t above it is unguided."""
+    """Settings of guidance: scale s ≥ 0 · normalization: 0 is off, 1 keeps the norm · truncation: off at t > it."""
 
     scale: float
     normalization: float
     truncation: float
 
     def on(self, t: float) -> bool:
-        """Whether guidance acts at time t (0 noise, 1 image)."""
+        """Return whether guidance acts at time t (0 noise, 1 image)."""
         # parity: above 1 diffusers does not look at truncation at all, and t never exceeds 1.
         return self.scale > 0 and not t > self.truncation
 
 
 def flow_time(sigma: Tensor) -> Tensor:
-    """The model's time of a noise level: 1 - sigma, () fp32."""
+    """Return the model's time of a noise level: 1 - sigma, () fp32."""
     # parity: the official loop goes through a 0…1000 timestep, which moves the last bit.
     return (1000 - sigma * 1000) / 1000
 
@@ -45,11 +45,11 @@ def guide(
     lengths: Sequence[int],
     control: Callable[[Tensor], tuple[Steering, ...]] = lambda sigma: (),
 ) -> Velocity:
-    """Make the velocity that a solver calls.
+    """Return the function velocity(x, sigma) that a solver calls.
 
-    context(guided): the pictures with their prompts, and when guided also, after them, with their negative prompts;
-    asked for only when needed. lengths: patches of each picture. control(sigma): what adds to the model's
-    streams at a noise level, or nothing.
+    transformer: called with x (tokens, 64), t (1,) and a Context, see `Transformer.forward` · context(guided): of the
+    pictures with their prompts, and when guided also, after them, with their negative prompts; called only when needed
+    · lengths: patches of each picture · control(sigma): what adds to the model's streams at a noise level, or nothing.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:

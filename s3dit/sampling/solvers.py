@@ -1,7 +1,7 @@
 """Solvers of the flow, as generators of Steps.
 
 The flow goes from sigma 1 (noise) to 0 (image); the state is x = (1 - sigma)·image + sigma·noise, and the model's
-velocity v points from noise to image, so that the image it believes in is x + sigma·v. A solver knows a function
+velocity v points from noise to image, so that its estimate of the image is x + sigma·v. A solver knows a function
 `velocity(x, sigma)` and nothing else: not guidance, not text, not shapes. The state is one flat fp32 tensor of patches
 (tokens, 64) for all pictures together; every solver here is element-wise, so pictures do not see each other. The one
 thing from outside is `keep`, which has the state after every step and may put parts of it back on a course of theirs.
@@ -31,10 +31,10 @@ Keep = Callable[[Tensor, int, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a solver, done: `i` of `n`, after `calls` model calls.
+    """A finished step of a solver: `i` of `n`, from 1, after `calls` model calls.
 
-    x (tokens, 64): the state now, at `sigma_next` · start: the state at `sigma`, where `velocity` was taken.
-    grids: (rows, columns) of patches of every picture, known to the pipeline.
+    x (tokens, 64) fp32: the state now, at `sigma_next` · start: the state at `sigma`, where `velocity` was taken ·
+    grids: (rows, columns) of patches of every picture, filled in by the pipeline.
     """
 
     i: int
@@ -49,36 +49,40 @@ class Step:
 
     @property
     def latents(self) -> list[Tensor]:
-        """The state as latents, one fp32 (16, H/8, W/8) a picture."""
+        """The state as latents, one fp32 (16, H/8, W/8) for each picture."""
         return split_latents(self.x, self.grids)
 
     @property
     def denoised(self) -> list[Tensor]:
-        """The image that this step believes in, as latents: a preview of the result."""
+        """The model's estimate of the image at this step, start + sigma · velocity, as latents: a preview."""
         return split_latents(self.start + self.sigma * self.velocity, self.grids)
 
 
 def split_latents(x: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Cut the flat state (tokens, 64) into one (16, H/8, W/8) a picture."""
+    """Cut the flat state (tokens, 64) into latents, one (16, H/8, W/8) for each picture."""
     pieces = x.split([rows * columns for rows, columns in grids])
     return [unpatchify(piece, grid) for piece, grid in zip(pieces, grids, strict=True)]
 
 
 def model_calls(solver: Solver, sigmas: Tensor) -> int:
-    """Calls of the model that a solver makes for these levels (n + 1,)."""
+    """Return how often a solver calls the model for these sigmas (n + 1,)."""
     n = len(sigmas) - 1
     return 2 * n - 1 if solver == "heun" else n
 
 
 def all_is_free(x: Tensor, i: int, sigma: Tensor) -> Tensor:
-    """The `keep` that keeps nothing."""
+    """Return x as it is: the `keep` of a request without a mask."""
     return x
 
 
 def solve(
     solver: Solver, velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep | None = None
 ) -> Iterator[Step]:
-    """Integrate from x at levels[0] to levels[-1]; yields one Step a step."""
+    """Integrate the flow from x (tokens, 64) fp32 at sigmas[0] to sigmas[-1]; yields a Step after every step.
+
+    sigmas (n + 1,) fp32 on the CPU, falling · noise: called by euler_ancestral only · keep: may put parts of the state
+    back on their course after every step.
+    """
     keep = keep or all_is_free
     if solver == "euler_ancestral":
         return euler_ancestral(velocity, x, sigmas, noise, keep)
@@ -86,12 +90,12 @@ def solve(
 
 
 def _pairs(sigmas: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(i, sigma, sigma_next) of every step, as fp32 scalars on the CPU."""
+    """Yield (i, sigma, sigma_next) of every step, as fp32 scalars on the CPU."""
     return zip(range(1, len(sigmas)), sigmas[:-1], sigmas[1:], strict=True)
 
 
 def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
-    """First order: x + (sigma - sigma_next)·v; the bits of FlowMatchEulerDiscreteScheduler."""
+    """Integrate by Euler's method: x + (sigma - sigma_next)·v; the bits of FlowMatchEulerDiscreteScheduler."""
     n = len(sigmas) - 1
     for i, sigma, after in _pairs(sigmas):
         v, start = velocity(x, sigma), x
@@ -100,7 +104,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_fre
 
 
 def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
-    """Second order: the mean of the velocities at both ends of the step; the last step, to 0, is Euler's."""
+    """Integrate by Heun's method: the mean of the velocities at both ends of a step; the last, to 0, is Euler's."""
     n, calls = len(sigmas) - 1, 0
     for i, sigma, after in _pairs(sigmas):
         v, start, calls = velocity(x, sigma), x, calls + 1
@@ -112,7 +116,7 @@ def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free
 
 
 def dpmpp_2m(velocity: Velocity, x: Tensor, sigmas: Tensor, keep: Keep = all_is_free) -> Iterator[Step]:
-    """DPM-Solver++ 2M: second order in the log-SNR, from the last two believed images; one call a step.
+    """Integrate by DPM-Solver++ 2M: second order in the log-SNR, from the last two image estimates; one call a step.
 
     The first step has no history and the last one (to sigma 0) infinite length in log-SNR: both are first order.
     """
@@ -140,7 +144,7 @@ def _log_snr(sigma: Tensor) -> float:
 def euler_ancestral(
     velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep = all_is_free
 ) -> Iterator[Step]:
-    """Euler past the next level, then fresh noise back up to it, with the flow's own mixture.
+    """Integrate by ancestral Euler: past the next sigma, then back up to it with fresh noise, mixed as the flow does.
 
     For a flow the image's weight is 1 - sigma, so after stepping down to `down` the state is scaled by
     (1 - after)/(1 - down) and the noise that is missing to variance after² is added. (The variance-exploding form,

@@ -12,7 +12,7 @@ from s3dit import Pipeline
 from s3dit.control import Control
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TransformerConfig, read_model
-from s3dit.model.controlnet import Branch, ControlNet, ControlNetConfig, Controls, condition, open_controlnet
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls, condition, open_controlnet
 from s3dit.model.layout import patchify, text_to_image
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.block_streaming import stream
@@ -189,7 +189,7 @@ def velocity(model, branches, items=(0, 1), guided=False, control=True):
 def branch(net, items=(0, 1), strength=0.8, rule="authors", seed=5):
     g = torch.Generator().manual_seed(seed)
     parts = [torch.randn(r * c, 4 * net.config.channels, generator=g) for r, c in GRIDS]
-    return Branch(net, torch.cat([parts[i] for i in items]), strength, rule)
+    return ActiveControlNet(net, torch.cat([parts[i] for i in items]), strength, rule)
 
 
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])

@@ -24,7 +24,7 @@ def test_items_stand_end_to_end():
     assert both.joint.spans.lengths == (64, 96)
     assert torch.equal(both.joint.positions, torch.cat((one.joint.positions, two.joint.positions)))
     assert torch.equal(both.joint.token_index, torch.cat((one.joint.token_index, two.joint.token_index + 64)))
-    assert both.joint.row.tolist() == [0] * 64 + [1] * 96
+    assert both.joint.modulation_row.tolist() == [0] * 64 + [1] * 96
 
 
 def test_fill():
@@ -62,7 +62,7 @@ def test_an_edit_by_hand():
     assert layout.vision.positions.tolist() == [list(p) for p in vision]
     assert layout.joint.positions.tolist() == [list(p) for p in text + image + vision]
     # row 0 is the item's time, row 1 that of clean tokens
-    assert layout.joint.row.tolist() == [1] * 32 + [0] * 64 + [1] * 32 + [0] * 32 + [1] * 32 + [0] * 32
+    assert layout.joint.modulation_row.tolist() == [1] * 32 + [0] * 64 + [1] * 32 + [0] * 32 + [1] * 32 + [0] * 32
     assert layout.clean.tolist() == list(range(6)) and layout.image.token_index.tolist() == [32, 33]
     assert layout.vision.token_index.tolist() == [0, 1, 2, 3]
     assert layout.joint.token_index.tolist() == [96 + 32, 96 + 33]
@@ -83,7 +83,7 @@ def test_an_edit_without_references():
     assert (layout.vision, layout.clean) == (None, None)
     # the picture stands behind the caption's real tokens, and after it in order
     assert layout.image.positions[:6].tolist() == [[6, r, c] for r in range(2) for c in range(3)]
-    assert layout.joint.token_index.tolist() == list(range(32, 38)) and layout.joint.row.tolist() == [0] * 64
+    assert layout.joint.token_index.tolist() == list(range(32, 38)) and layout.joint.modulation_row.tolist() == [0] * 64
 
 
 def test_edits_stand_end_to_end():
@@ -98,7 +98,7 @@ def test_edits_stand_end_to_end():
     assert torch.equal(both.joint.positions, torch.cat([layout.joint.positions for layout in one]))
     # an item without references has no part in the vision stream
     assert both.vision.spans.lengths == (64, 96)
-    assert set(both.joint.row.tolist()) == {0, 1, 2, 3}
+    assert set(both.joint.modulation_row.tolist()) == {0, 1, 2, 3}
 
 
 def test_segments_and_references_agree():

@@ -8,7 +8,7 @@ from s3dit.kernels.dispatch import INTERPRETED, set_backend
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layers import rope_table
-from s3dit.model.transformer import Block, taken_by
+from s3dit.model.transformer import Block, common_input_dtype
 
 GPU = torch.cuda.is_available()
 CONFIG = TransformerConfig.from_json(
@@ -93,9 +93,9 @@ def test_kernels_and_references_agree(block, rounding, eight_bit):
 
 def test_rows_only_where_all_take_them(block):
     to_q, to_k = block.attention.to_q, block.attention.to_k
-    assert taken_by(to_q, to_k) is None
+    assert common_input_dtype(to_q, to_k) is None
     to_q.__class__ = Rounding
-    assert taken_by(to_q, to_k) is None
+    assert common_input_dtype(to_q, to_k) is None
     to_k.__class__ = Rounding
-    assert taken_by(to_q, to_k) == torch.int8
+    assert common_input_dtype(to_q, to_k) == torch.int8
     assert block.attention.input_dtype is None

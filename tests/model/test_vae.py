@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from s3dit.model.config import VAEConfig
 from s3dit.model.vae import (
-    FEW,
+    SMALL_POSITIONS,
     SMALLEST_TILE,
     Attention,
     Autoencoder,
@@ -78,7 +78,7 @@ def test_norm_is_accurate_in_channels_last(mean):
     with torch.no_grad():
         y = _normalized(x, norm)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    assert FEW < 200 * 90
+    assert SMALL_POSITIONS < 200 * 90
     # One rounding of x at its mean is magnified by mean / deviation; torch's own gives 1e-4 to 1e-3 here at mean 30.
     assert relative(y, group_norm(x, norm)) < 1e-7 * (1 + mean)
 
@@ -136,7 +136,7 @@ def test_upsample_repeats():
 def test_a_large_picture_is_doubled_by_phases(size):
     """Against float64, which takes nine products a pixel: rounding only, and no more of it than torch's own has."""
     double, x = Upsample(5), noise(2, 5, *size)
-    assert 4 * size[0] * size[1] > FEW
+    assert 4 * size[0] * size[1] > SMALL_POSITIONS
     found = double(x)
     plain = double.conv(F.interpolate(x, scale_factor=2.0))
     exact = double.double().conv(F.interpolate(x.double(), scale_factor=2.0))

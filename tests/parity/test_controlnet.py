@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from s3dit import Control
 from s3dit.inputs import control_hints
-from s3dit.model.controlnet import Branch, ControlNet, Controls, open_controlnet
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, Controls, open_controlnet
 from s3dit.model.layout import patchify, text_to_image
 from s3dit.weights.assign import assign
 
@@ -135,7 +135,7 @@ def test_hints_and_velocity_as_diffusers(ours, reference, pair):
     model, net = pair
     latents, control, text = case(net.config.channels)
     hints, velocity = theirs_of(reference, model, latents, control, text)
-    branch = Branch(net, patches(control), SCALE, "diffusers")
+    branch = ActiveControlNet(net, patches(control), SCALE, "diffusers")
     assert list(hints) == list(net.config.places) == [0, 2]
     mine = ours_of(ours, (branch,), latents, text, hints=True)
     assert [hint is None for hint in mine] == [False, True, False]
@@ -151,7 +151,7 @@ def test_velocity_as_the_authors(ours, reference, pair):
     latents, control, text = case(net.config.channels)
     _, velocity = theirs_of(reference, model, latents, control, text, authors=True)
     _, other = theirs_of(reference, model, latents, control, text)
-    mine = ours_of(ours, (Branch(net, patches(control), SCALE),), latents, text)
+    mine = ours_of(ours, (ActiveControlNet(net, patches(control), SCALE),), latents, text)
     assert relative(mine, velocity) < 1e-5
     # The two rules are far apart, except in 1.0, which has no such hints.
     assert (relative(velocity, other) > 1e-2) == (net.config.version != "1.0")
@@ -164,7 +164,7 @@ def test_an_official_file_tells_its_version(ours, reference, official_dir, rando
     assert net.config.places == (0, 1, 2)
     latents, control, text = case(net.config.channels)
     _, velocity = theirs_of(reference, model, latents, control, text, authors=True)
-    assert relative(ours_of(ours, (Branch(net, patches(control), SCALE),), latents, text), velocity) < 1e-5
+    assert relative(ours_of(ours, (ActiveControlNet(net, patches(control), SCALE),), latents, text), velocity) < 1e-5
 
 
 def photo(seed, width, height):

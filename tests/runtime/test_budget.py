@@ -13,7 +13,7 @@ from s3dit.errors import BackendError, RequestError
 from s3dit.kernels.dispatch import backend, set_backend
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from s3dit.model.controlnet import Branch, ControlNet, ControlNetConfig, Controls
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls
 from s3dit.model.layout import text_to_image
 from s3dit.model.linear import swap
 from s3dit.model.text_encoder import TextEncoder
@@ -236,7 +236,7 @@ def test_the_control_formula(config, version, branches, rule):
     layout = text_to_image(grids, lengths)
     with torch.inference_mode():
         context = model.context(layout, torch.randn(sum(lengths), config.cap_feat_dim))
-    controls = Controls((Branch(net, shown, 0.5, rule),) * branches)
+    controls = Controls((ActiveControlNet(net, shown, 0.5, rule),) * branches)
     tokens, t, before = len(layout.joint.positions), torch.tensor([0.5]), backend()
     try:
         set_backend("torch")
