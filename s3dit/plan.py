@@ -139,12 +139,12 @@ def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:
                 made[key] = (PromptEmbeds(features),)
         return made[key]
 
-    found = []
+    captions: list[Caption] = []
     for prompt, embeds in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
         if prompt == "prompt" or request.guidance_scale:
             texts, features = request.per_image(prompt), request.per_image(embeds)
-            found += [caption(texts[i], features[i], counts[i]) for i in items]
-    return tuple(found)
+            captions += [caption(texts[i], features[i], counts[i]) for i in items]
+    return tuple(captions)
 
 
 def _layout(

@@ -145,7 +145,7 @@ class Request:
         None, values.EMBEDS, says="the same instead of a negative prompt"
     )  # fmt: skip
     sigmas: Sequence[float] | None = _field(
-        None, values.LEVELS, group=SAMPLING,
+        None, values.SIGMAS, group=SAMPLING,
         says="explicit noise levels, such as 1,0.75,0.4, before the shift (use shift 1 for raw)",
     )  # fmt: skip
     shift: float | None = _field(
@@ -224,12 +224,12 @@ class Request:
         """Bring values into one form: lists of batches, Python's numbers, features by prompt; and check them."""
         for name in (*IMAGES, "reference", "latents"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.metadata["kind"] in values.NUMERIC:
-                object.__setattr__(self, one.name, values.plain(value))
-            elif one.metadata["kind"] is values.EMBEDS and value is not None:
-                object.__setattr__(self, one.name, values.embeds_of(one.name, value))
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if spec.metadata["kind"] in values.NUMERIC:
+                object.__setattr__(self, spec.name, values.plain(value))
+            elif spec.metadata["kind"] is values.EMBEDS and value is not None:
+                object.__setattr__(self, spec.name, values.embeds_of(spec.name, value))
         self.check()
 
     @classmethod
@@ -245,7 +245,7 @@ class Request:
                     "dataclasses.replace"
                 )
             return request
-        known = [one.name for one in fields(cls)]
+        known = [spec.name for spec in fields(cls)]
         for name in wanted:
             if name not in known:
                 near = get_close_matches(name, known, 1)
@@ -257,11 +257,12 @@ class Request:
             wanted["prompt"] = request
         return cls(**wanted)
 
-    def filled(self, **found: Any) -> Self:
+    def filled(self, **decided: Any) -> Self:
         """A copy with values that are not the user's: what the model or the inputs decide. They are not checked."""
         copy = object.__new__(type(self))
-        for one in fields(self):
-            object.__setattr__(copy, one.name, found[one.name] if one.name in found else getattr(self, one.name))
+        for spec in fields(self):
+            value = decided[spec.name] if spec.name in decided else getattr(self, spec.name)
+            object.__setattr__(copy, spec.name, value)
         return copy
 
     @property
@@ -289,10 +290,11 @@ class Request:
 
     def controls_of(self, i: int) -> list[Control]:
         """The controls of picture i alone."""
-        return [
-            replace(one, **{name: self.spread(f"control {name}", getattr(one, name))[i] for name in CONTROL_IMAGES})
-            for one in self.controls
-        ]
+        controls = []
+        for control in self.controls:
+            images = {name: self.spread(f"control {name}", getattr(control, name))[i] for name in CONTROL_IMAGES}
+            controls.append(replace(control, **images))
+        return controls
 
     def per_image(self, name: str) -> list[Any]:
         """Spread a field over all pictures: one value for all, or one a prompt, or one a picture."""
@@ -305,12 +307,12 @@ class Request:
         """
         given = self.reference
         several = given if isinstance(given, list | tuple) else [] if given is None else [given]
-        lists = [one is None or isinstance(one, list | tuple) for one in several]
+        lists = [entry is None or isinstance(entry, list | tuple) for entry in several]
         if not any(lists):
             return [list(several) for _ in range(self.count)]
         if not all(lists):
             raise RequestError("reference mixes images and lists of images; needed one list, or a list for each prompt")
-        return [list(one or ()) for one in self.spread("reference", several)]
+        return [list(entry or ()) for entry in self.spread("reference", several)]
 
     def spread(self, name: str, value: Any) -> list[Any]:
         """`per_image` of any value, which messages call `name`."""
@@ -343,13 +345,13 @@ class Request:
     def check(self) -> None:
         """Find what is wrong without any model; raises RequestError."""
         self._check_count()
-        for one in fields(self):
-            value, kind, bounds = getattr(self, one.name), one.metadata["kind"], one.metadata["bounds"]
-            if value is None and one.default is None:
+        for spec in fields(self):
+            value, kind, bounds = getattr(self, spec.name), spec.metadata["kind"], spec.metadata["bounds"]
+            if value is None and spec.default is None:
                 continue
-            for item in self.spread(one.name, value) if one.metadata["each"] else [value]:
-                if item is not None or not one.metadata["holes"]:
-                    kind.check(one.name, item, *bounds)
+            for item in self.spread(spec.name, value) if spec.metadata["each"] else [value]:
+                if item is not None or not spec.metadata["holes"]:
+                    kind.check(spec.name, item, *bounds)
         if self.seed is not None:
             values.integer("seed of the last picture", max(self.seeds()), -(2**63), LARGEST_SEED)
         if self.seed is not None and self.generator is not None:
@@ -426,18 +428,18 @@ class Request:
             raise RequestError("upscale is 1; needed more, such as 2, or none")
 
     def _check_control(self) -> None:
-        for one in self.controls:
+        for control in self.controls:
             for name in CONTROL_IMAGES:
-                for image in self.spread(f"control {name}", getattr(one, name)):
+                for image in self.spread(f"control {name}", getattr(control, name)):
                     if image is not None:
                         values.image(f"control {name}", image)
 
     def _check_references(self) -> None:
         """What belongs to reference images; the images themselves are read later, by `inputs.references`."""
-        found = self.references()
-        if (most := max(map(len, found))) > MOST_REFERENCES:
+        pictures = self.references()
+        if (most := max(map(len, pictures))) > MOST_REFERENCES:
             raise RequestError(f"a picture has {most} references; needed at most {MOST_REFERENCES}; leave some out")
-        if not any(found) and (self.reference_area is not None or self.reference_positions != "released"):
+        if not any(pictures) and (self.reference_area is not None or self.reference_positions != "released"):
             raise RequestError(
                 "reference_area and reference_positions are about references; give reference, or leave them out"
             )
@@ -463,7 +465,7 @@ class Request:
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
         data: dict[str, Any] = {}
-        for name in (one.name for one in fields(self) if one.name not in UNNAMED):
+        for name in (spec.name for spec in fields(self) if spec.name not in UNNAMED):
             value = getattr(self, name)
             if name == "control" and value is not None:
                 value = [control.to_json() for control in self.controls]
@@ -489,15 +491,15 @@ class Request:
         for name in {*IMAGES, "reference"} & {*data}:
             if data[name] is not None and _paths(data[name]) is None:
                 raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        found = data.get("control")
-        if found is None:
+        controls = data.get("control")
+        if controls is None:
             return cls(**data)
-        if not isinstance(found, list) or len(found) > MOST_CONTROLS:
+        if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
             raise RequestError(
-                f"replay data has a control of {shown(found)}; needed at most {MOST_CONTROLS}, in a list"
+                f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list"
             )
         try:
-            return cls(**data | {"control": [Control.from_json(one) for one in found] or None})
+            return cls(**data | {"control": [Control.from_json(control) for control in controls] or None})
         except ValueError as error:
             raise RequestError(str(error)) from None
 
@@ -508,5 +510,5 @@ def _paths(given: Any, deep: int = 2) -> Any:
         return str(given)
     if not isinstance(given, list | tuple) or not deep:
         return None
-    paths = [_paths(one, deep - 1) for one in given]
+    paths = [_paths(entry, deep - 1) for entry in given]
     return None if None in paths else paths

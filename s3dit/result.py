@@ -86,7 +86,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     )
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
-    found = []
+    made = []
     for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
         if own["reference"] is None:
@@ -98,8 +98,8 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
         whole = whole and all(name in data for name, value in own.items() if value is not None)
         whole = whole and all(control.named for control in controls)
         inputs = {"inputs": hashes} if (hashes := _hashes(plan, i)) else {}
-        found.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
-    return found
+        made.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
+    return made
 
 
 def _hashes(plan: Plan, i: int) -> dict[str, Any]:

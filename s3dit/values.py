@@ -114,7 +114,7 @@ def texts(name: str, value: Any) -> None:
             raise RequestError(f"{name} holds a {type(text).__name__}; needed strings")
         if len(text) > LONGEST_PROMPT:
             raise RequestError(f"{name} has {len(text):,} characters; needed at most {LONGEST_PROMPT:,}; shorten it")
-        if any("\ud800" <= one <= "\udfff" for one in (() if text.isascii() else text)):
+        if any("\ud800" <= letter <= "\udfff" for letter in (() if text.isascii() else text)):
             raise RequestError(f"{name} holds what is no Unicode text; needed UTF-8; check where it comes from")
     if (total := sum(map(len, given))) > MOST_TEXT:
         raise RequestError(
@@ -122,14 +122,14 @@ def texts(name: str, value: Any) -> None:
         )
 
 
-def levels(name: str, value: Any) -> None:
+def sigmas(name: str, value: Any) -> None:
     """Check that a value is a list of noise levels: descending, within 0 and 1."""
     if not several(value):
         raise RequestError(f"{name} is {shown(value)}; needed a list of numbers such as 1, 0.75, 0.4")
     if len(value) > MOST_STEPS + 1:
         raise RequestError(f"{name} has {len(value):,} numbers; needed at most {MOST_STEPS + 1}")
     given = list(value)
-    if not all(_number(one, int | float) for one in given):
+    if not all(_number(entry, int | float) for entry in given):
         raise RequestError(f"{name} holds something else than numbers; needed floats between 0 and 1")
     descending = all(a > b for a, b in zip(given, given[1:], strict=False))
     if not given or not descending or not 0 < given[0] <= 1 or not given[-1] >= 0:
@@ -141,7 +141,7 @@ def levels(name: str, value: Any) -> None:
 def margins(name: str, value: Any) -> None:
     """Check that a value is four margins in pixels (left, top, right, bottom), at least one of which is not 0."""
     given = value if several(value) and len(value) == 4 else ()
-    if not any(given) or not all(_number(one) and 0 <= one < LARGEST_SIDE for one in given):
+    if not any(given) or not all(_number(margin) and 0 <= margin < LARGEST_SIDE for margin in given):
         raise RequestError(f"{name} is {shown(value)}; needed four margins in pixels: left, top, right, bottom")
 
 
@@ -157,26 +157,26 @@ def image(name: str, value: Any) -> None:
 def references(name: str, value: Any) -> None:
     """Check that a value is an image, a list of them, or a list for each prompt, where None is an empty list."""
     given = value if isinstance(value, list | tuple) else [value]
-    rows = [one for one in given if isinstance(one, list | tuple)]
+    rows = [entry for entry in given if isinstance(entry, list | tuple)]
     most = MOST_PICTURES if rows else MOST_REFERENCES
     for row, bound in ((given, most), *((row, MOST_REFERENCES) for row in rows)):
         if len(row) > bound:
             raise RequestError(f"{name} has {len(row):,} entries; needed at most {bound}; leave some out")
-        for one in row:
-            if one is not None and not (row is given and isinstance(one, list | tuple)):
-                image(name, one)
+        for entry in row:
+            if entry is not None and not (row is given and isinstance(entry, list | tuple)):
+                image(name, entry)
 
 
 def controls(name: str, value: Any) -> None:
     """Check that a value is a Control or a list of at most MOST_CONTROLS of them, each right by itself."""
     given = [value] if isinstance(value, Control) else value
-    if not isinstance(given, list | tuple) or not all(isinstance(one, Control) for one in given):
+    if not isinstance(given, list | tuple) or not all(isinstance(control, Control) for control in given):
         raise RequestError(f"{name} is {shown(value)}; needed a Control, or a list of them")
     if len(given) > MOST_CONTROLS:
         raise RequestError(f"{name} has {len(given):,} entries; needed at most {MOST_CONTROLS}; leave some out")
     try:
-        for one in given:
-            one.check()
+        for control in given:
+            control.check()
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -186,7 +186,7 @@ def generators(name: str, value: Any) -> None:
     import torch
 
     given = value if several(value) else [value]
-    if not all(isinstance(one, torch.Generator) for one in given):
+    if not all(isinstance(generator, torch.Generator) for generator in given):
         raise RequestError(f"{name} is {shown(value)}; needed a torch.Generator, or one a picture; or give seed")
 
 
@@ -283,7 +283,7 @@ NUMBER = Kind(number, float, "X", name="a number")
 LIMIT = Kind(number_or_bool, float, "X", name="a number")
 CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
-LEVELS = Kind(levels, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
+SIGMAS = Kind(sigmas, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
 MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
 IMAGE = Kind(image, str, "FILE")
 REFERENCES = Kind(references, str, "FILE", several=True)
@@ -292,4 +292,4 @@ GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)
 # Whose values are numbers, or rows of them: also numpy's and torch's.
-NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, LEVELS, MARGINS)
+NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, SIGMAS, MARGINS)
