@@ -152,7 +152,8 @@ class Pipeline(LoadedModel):
                     latents = [latent.cpu() for latent in step.latents]
                     if plan.request.output_type != "latent":
                         pictures = self._pictures(last, latents)
-        metadata = self.records(plan)
+            # Still inside: they are of the adapters that drew, whatever others attach meanwhile.
+            metadata = self.records(plan)
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]

@@ -297,3 +297,20 @@ def test_a_batch_that_is_larger_than_what_is_kept(endless):
     # 1e-5: products of other heights sum in another order.
     assert (together[-1] - last).norm() < 1e-5 * last.norm()
     assert len(pipe.encoders._prompts) == 4
+
+
+def test_the_record_of_a_picture_is_made_before_others_have_the_pipeline(pipe, monkeypatch):
+    """Metadata name the adapters that drew, so they are written while nobody else may attach one."""
+    records, alone = Pipeline.records, []
+
+    def watched(self, plan):
+        taken = []
+        other = threading.Thread(target=lambda: taken.append(self.parts.lock.acquire(timeout=0.05)))
+        other.start()
+        other.join()
+        alone.append(not taken[0])
+        return records(self, plan)
+
+    monkeypatch.setattr(Pipeline, "records", watched)
+    pipe(**REQUESTS[0], **ONE)
+    assert alone == [True]
