@@ -45,7 +45,8 @@ def save_picture(
     with whole(path) as file:
         # Encoded in memory first: an encoder that writes to a full disk does not say so.
         data = io.BytesIO()
-        image.save(data, form, **options)
+        # Pillow's own method, also of a subclass whose `save` adds metadata: what is written was decided above.
+        Image.Image.save(image, data, form, **options)
         file.write(data.getbuffer())
 
 

@@ -157,7 +157,7 @@ def _check_fit(configs: Mapping[str, Any], source: Path) -> None:
 def variant_of(transformer: TransformerConfig, scheduler: SchedulerConfig) -> Variant | None:
     """Detect the variant by the files: SigLIP input means Omni or Edit, the shift exactly 3 Turbo, exactly 6 Z-Image.
 
-    None for another shift, which somebody chose: then the files do not say whether the model is distilled.
+    None for another shift, which was chosen by hand: then the files do not say whether the model is distilled.
     """
     if transformer.siglip_feat_dim is not None:
         return "omni"

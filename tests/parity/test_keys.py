@@ -20,7 +20,7 @@ from s3dit.model.tokenizer import Tokenizer
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.sources import open_sources
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "configs"))
 from test_config_mutants import FILES, MUTANTS, copied, mutate_all  # noqa: E402
 
 # Written by the savers of both libraries and read by nobody.
