@@ -16,8 +16,9 @@ from typing import Any
 from s3dit.configs import infer_config, tokenizer_config
 from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
-from s3dit.model.config import ModelConfig, SchedulerConfig, compose, variant_of
+from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
+from s3dit.runtime.model_config import compose
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import PARTS as REPOSITORY_PARTS
