@@ -194,6 +194,7 @@ class Replay:
         return recording.output.clone()
 
     def _recorded(self, args: tuple[Any, ...], parts: list[tuple[Any, list[Tensor]]]) -> Recording:
+        """Record a pass with copies of the arguments' tensors; parts: the arguments, as `flatten` splits them."""
         inputs = [[tensor.clone() for tensor in tensors] for _, tensors in parts]
         own = [rebuild(arg, iter(tensors)) for arg, tensors in zip(args, inputs, strict=True)]
         model = self._itself()
@@ -201,6 +202,7 @@ class Replay:
         return Recording(inputs, list(args), replay, output)
 
     def _itself(self) -> nn.Module:
+        """The model, which is alive as long as its recordings are."""
         model = self._model()
         assert model is not None
         return model

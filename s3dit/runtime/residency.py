@@ -148,6 +148,7 @@ class Component:
 
     @property
     def _both(self) -> tuple[list[tuple[TensorDict, str]], list[Tensor]]:
+        """The places of the tensors, and the blank tensor on the meta device that belongs to each."""
         return self._places, self._blanks
 
 
@@ -181,7 +182,7 @@ class Residency:
 
     @property
     def policy(self) -> tuple[Mode, Mapping[str, int]]:
-        """How parts are held: what `set_policy` is given."""
+        """How parts are held, mode and kept blocks, as `set_policy` takes them."""
         return self.mode, self.kept
 
     def component(self, name: str) -> Component:
@@ -210,7 +211,7 @@ class Residency:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Inside the `with`, parts come in beside those that are held (for previews)."""
+        """Load parts inside the `with` without freeing those that are in memory (for previews)."""
         with self.lock:
             before, self.mode = self.mode, "resident"
             try:
