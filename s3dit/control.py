@@ -1,9 +1,9 @@
-"""Control: one ControlNet of a request, as the user says it; whose hints, of which picture, how strongly, when.
+"""Control: one ControlNet of a request, with its picture, its strength and the steps in which it acts.
 
 In Python `Control("Union-2.1.safetensors", "pose.png", 0.8, end=0.7)`; on the command line the same in one word,
 `Union-2.1.safetensors:pose.png:0.8:0-0.7`, with `name=value` behind it for what is rarer (`inpaint`, `mask`, `version`,
 `rule`). Importing this module does not import torch. What is wrong raises ValueError, which a Request turns into its
-own error. Not here: files and pictures, which `branches` opens.
+own error. Not here: files and pictures, which `inputs/control_hints.py` opens.
 """
 
 import re
@@ -26,7 +26,7 @@ LONGEST_PATH = 4096
 
 
 def shown(value: Any) -> str:
-    """A value as messages show it: short, whatever it is; only short lists are spelled out."""
+    """Return a value as messages show it: short, whatever it is; only short lists are spelled out."""
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):
@@ -34,20 +34,25 @@ def shown(value: Any) -> str:
         return repr(value if len(value) <= 80 else f"{value[:40]}…{value[-39:]}")
     if value is None or isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, list | tuple) and len(value) <= 8 and not any(isinstance(one, list | tuple) for one in value):
+    if (
+        isinstance(value, list | tuple)
+        and len(value) <= 8
+        and not any(isinstance(item, list | tuple) for item in value)
+    ):
         return f"[{', '.join(map(shown, value))}]"
     return f"{'an' if type(value).__name__[0] in 'aeiou' else 'a'} {type(value).__name__}"
 
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """Steer with a ControlNet.
+    """A ControlNet of a request, the picture that it follows, and how it acts.
 
     model: a file, a folder as diffusers writes it, or a hub name · image: the control image (canny, depth, pose, …) ·
-    strength: times its hints (default: as its authors use it, 0.75 or 0.9) · start, end: of the run, the steps i of n
-    with start <= i/n < end · inpaint, mask: for 2.x, a picture to paint into and where (white) · version: when the
-    tensors do not tell 2.0 from 2.1 rightly · rule: what becomes of the hints for the refiner, see `controlnet`.
-    Images are a path, a Pillow image, an array or a tensor, or a sequence of them, one a prompt or picture.
+    strength: factor of its hints, 0 to 2 (default: as its authors use it, 0.75 or 0.9) · start, end: it acts in the
+    steps i of n with start <= i/n < end · inpaint, mask: for 2.x, a picture to paint into and where (white) · version:
+    when the tensors do not distinguish 2.0 from 2.1 rightly · rule: where the refiner's hints are added, see
+    model/controlnet.py. Images are a path, a Pillow image, an array or a tensor, or a sequence of them, one a prompt or
+    picture.
     """
 
     model: str | PathLike[str]
@@ -62,7 +67,7 @@ class Control:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read the command line's form (FORM); raises ValueError.
+        """Parse the command line's form (FORM); raises ValueError.
 
         A colon ends a name, unless there is a file that has it in its own.
         """
@@ -73,8 +78,8 @@ class Control:
         if pieces and pieces[0].partition("=")[0] not in WORDS:
             values["image"] = _name(pieces) or None
         while pieces:
-            word, found, value = (piece := pieces[0]).partition("=")
-            if found and word in WORDS and word not in values:
+            word, equals, value = (piece := pieces[0]).partition("=")
+            if equals and word in WORDS and word not in values:
                 pieces[0] = value
                 values[word] = _name(pieces) if word in IMAGES else pieces.pop(0)
                 continue
@@ -88,7 +93,7 @@ class Control:
         return cls(model, **values)
 
     def check(self) -> None:
-        """Find what is wrong without opening anything; raises ValueError."""
+        """Check every field without opening anything; raises ValueError."""
         if not isinstance(self.model, str | PathLike) or not 0 < len(str(self.model)) <= LONGEST_PATH:
             raise ValueError(f"control model is {shown(self.model)}; needed a file, a folder or a hub name")
         for name, low, high in (("strength", 0.0, STRONGEST), ("start", 0.0, 1.0), ("end", 0.0, 1.0)):
@@ -112,27 +117,27 @@ class Control:
             raise ValueError(f"control {self.model} has no image; needed the picture that it is to follow")
 
     def acts(self, i: int, n: int) -> bool:
-        """Whether it acts in step i (from 0) of n."""
+        """Return whether it acts in step i (from 0) of n."""
         return self.strength != 0 and self.start <= i / n < self.end
 
     @property
     def named(self) -> bool:
-        """Whether all of its images are files, so that they can be found again."""
+        """Whether all of its images are given as paths, so that a replay can open them."""
         given = [getattr(self, name) for name in IMAGES]
         return all(image is None or _paths(image) is not None for image in given)
 
     def to_json(self) -> dict[str, Any]:
-        """What is not a default, as plain JSON values; images only where they are paths."""
+        """Return what is not a default, as plain JSON values; images only where they are paths."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         paths = {name: _paths(values[name]) for name in ("model", *IMAGES)}
         others = {f.name: f.default for f in fields(self) if f.name not in paths}
-        return {name: found for name, found in paths.items() if found is not None} | {
+        return {name: given for name, given in paths.items() if given is not None} | {
             name: values[name] for name, default in others.items() if values[name] != default
         }
 
     @classmethod
     def from_json(cls, data: Any) -> Self:
-        """Read back `to_json`; ValueError on unknown or missing keys, and where an image is no path."""
+        """Make a Control of what `to_json` gave; raises ValueError on unknown or missing keys."""
         known = {f.name for f in fields(cls)}
         if not isinstance(data, dict) or "model" not in data or set(data) - known:
             raise ValueError(f"replay data has a control {shown(data)}; needed the JSON that this program writes")
@@ -142,7 +147,7 @@ class Control:
         return cls(**data)
 
     def __str__(self) -> str:
-        """What `parse` reads; of one whose images are each a path."""
+        """Return the form that `parse` reads, of a Control whose images are single paths."""
         span = f"{self.start!r}-{self.end!r}" if (self.start, self.end) != (0, 1) else None
         words = {name: getattr(self, name) for name in WORDS if getattr(self, name) not in (None, "authors")}
         pieces = (
@@ -156,11 +161,11 @@ class Control:
 
 
 def _paths(given: Any) -> str | list[str] | None:
-    """Paths as text: of one, or of a sequence of them; None where there is anything else."""
+    """Paths as text: of a single one, or of a sequence of them; None where there is anything else."""
     if isinstance(given, str | PathLike):
         return str(given)
-    whole = isinstance(given, list | tuple) and given and all(isinstance(one, str | PathLike) for one in given)
-    return [str(one) for one in given] if whole else None
+    whole = isinstance(given, list | tuple) and given and all(isinstance(item, str | PathLike) for item in given)
+    return [str(item) for item in given] if whole else None
 
 
 def _name(pieces: list[str]) -> str:
@@ -173,6 +178,7 @@ def _name(pieces: list[str]) -> str:
 
 
 def _number(text: str, whole: str) -> float:
+    """The number that a piece of the form `whole` is; raises ValueError."""
     try:
         return float(text)
     except ValueError:

@@ -11,6 +11,8 @@ import io
 import tokenize
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
@@ -75,3 +77,17 @@ def test_the_rule_finds_what_it_is_about():
 
 def test_what_counts():
     assert count('"""Doc.\n\nMore.\n"""\n\n# comment\nx = 1  # beside\n\n\ndef f():\n    return x\n') == 6
+
+
+@pytest.mark.parametrize("folder", ["configs", "model", "sampling", "inputs", "runtime", "research"])
+def test_functions_are_short(folder):
+    """At most 40 lines, docstring included, and 8 parameters: what is longer is split, or gets a value with a name."""
+    wrong = []
+    for path in sorted((ROOT / "s3dit" / folder).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                names = [arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                lines, parameters = node.end_lineno - node.lineno + 1, len(set(names) - {"self", "cls"})
+                if lines > 40 or parameters > 8:
+                    wrong.append(f"{path.name}, {node.name}: {lines} lines, {parameters} parameters")
+    assert not wrong, "\n".join(wrong)

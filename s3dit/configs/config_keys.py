@@ -47,7 +47,7 @@ class Keys:
 
 
 WHO = "says who wrote the file"
-FORMATS = "number formats are told from the tensors, and from this key by `weights.formats`"
+FORMATS = "number formats are detected by the tensors, and from this key by `weights.formats`"
 OWN_DTYPE = "the dtype of computing is the caller's choice, that of storage the tensors'"
 TRAINING = "acts in training only"
 BASE = {  # keys of every configuration of transformers
@@ -84,7 +84,7 @@ TEXT_ENCODER = Keys(
         "is about generating text": ("use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
         "is about the head, which is never computed": ("tie_word_embeddings",),
         "bounds nothing in Qwen3's default rotation": ("max_position_embeddings",),
-        "is held to full attention by `TextEncoderConfig`": (
+        "is checked for full attention by `TextEncoderConfig`": (
             "use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
         ),
         "is read as transformers reads it by `TextEncoderConfig`": ("rope_scaling", "rope_parameters"),
@@ -101,7 +101,7 @@ VAE = Keys(
         "is read by no pipeline of Z-Image": ("latents_mean", "latents_std", "force_upcast"),
         "is about the tiles of diffusers": ("sample_size",),
         FORMATS: ("quantization_config",),
-        "is held to its kind by `VAEConfig`": ("down_block_types", "up_block_types"),
+        "is checked by `VAEConfig`": ("down_block_types", "up_block_types"),
     },
 )  # fmt: skip
 

@@ -196,13 +196,13 @@ def _rotation(data: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
     rope = data.get("rope_scaling") or data.get("rope_parameters") or {}
     name = "rope_scaling" if data.get("rope_scaling") else "rope_parameters"
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
-    plain = kind == "default" and not any(isinstance(value, dict) for value in rope.values())
-    need(plain, source, f"{name} is {rope!r:.80}", "the rope_type 'default', which is what this engine runs")
+    is_default = kind == "default" and not any(isinstance(value, dict) for value in rope.values())
+    need(is_default, source, f"{name} is {rope!r:.80}", "the rope_type 'default', which is what this engine runs")
     return {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
 
 
 def _check_attention(data: Mapping[str, Any], layers: int, source: str | Path) -> None:
-    """CheckpointError where a layer below the features looks through a window; what is missing is transformers' own."""
+    """Raise CheckpointError where a layer below the features has windowed attention; defaults are transformers'."""
     kinds = data.get("layer_types")
     if kinds is None:
         window = data.get("use_sliding_window", False) and data.get("sliding_window", 4096)

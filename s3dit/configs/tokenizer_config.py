@@ -1,6 +1,6 @@
 """Checks a tokenizer's `tokenizer_config.json` against what `model.tokenizer` does.
 
-`check` looks at the switches and at the chat template, which is compared and never executed: another one than Qwen3's
+`check` reads the switches and the chat template, which is compared and never executed: another one than Qwen3's
 own is noted, because diffusers would write the prompt with it. `check_added` holds the tokens that it adds, by list or
 by name, to those of `tokenizer.json`: transformers would cut text at each of them.
 

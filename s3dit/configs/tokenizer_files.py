@@ -71,7 +71,7 @@ def open_tokenizer(source: str | Path | GGUFFile) -> Callable[[str], list[int]]:
 
 
 def _json(folder: Path) -> Callable[[str], list[int]]:
-    """From tokenizer.json, without the padding and truncation that somebody may have saved in it."""
+    """Read tokenizer.json, without the padding and truncation that may have been saved in it."""
     path = folder / "tokenizer.json"
 
     def read() -> tuple[tokenizers.Tokenizer, dict[int, str]]:
@@ -88,7 +88,7 @@ def _json(folder: Path) -> Callable[[str], list[int]]:
 
 
 def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
-    """The same BPE as tokenizer.json describes, from vocab.json and merges.txt."""
+    """Build the BPE that tokenizer.json describes from vocab.json and merges.txt."""
     path, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
         raise CheckpointError(f"{merges}: missing; needed beside vocab.json; download it")
@@ -103,7 +103,7 @@ def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
 
 
 def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
-    """The same BPE from the metadata of a GGUF file, as llama.cpp's converter writes it."""
+    """Build the same BPE from the metadata of a GGUF file, as llama.cpp's converter writes it."""
     kind = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "qwen2")
     if kind != ("gpt2", "qwen2"):
         raise CheckpointError(
@@ -124,14 +124,14 @@ def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
 
 
 def _bpe(vocabulary: dict[str, int], merges: Iterable[Any]) -> models.BPE:
-    """A BPE of a vocabulary and merges that fit; ValueError where they do not."""
+    """Make a BPE of a vocabulary and merges; raises ValueError where they do not fit."""
     rules = [tuple(pair) for pair in merges]
     tokenizer_json.check_bpe(vocabulary, rules)
     return models.BPE(vocabulary, rules)
 
 
 def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable[[str], list[int]]:
-    """Qwen2's tokenizer around a BPE; added tokens must get the ids that they are listed with."""
+    """Make Qwen2's tokenizer of a BPE; raises CheckpointError where added tokens get other ids than listed."""
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -158,7 +158,7 @@ def _check_added(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str], path
 
 
 def _added(path: Path) -> dict[int, AddedToken]:
-    """Added tokens by id, in order: of tokenizer_config.json where it lists them, else the official ones."""
+    """Return the added tokens by id, in order: of tokenizer_config.json if it lists them, else the official ones."""
     listed: Any = None
     if path.is_file():
         config = read_json(path, LARGEST)
@@ -181,7 +181,7 @@ def _added(path: Path) -> dict[int, AddedToken]:
 
 
 def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
-    """From a SentencePiece model; imported here because few models have one."""
+    """Read a SentencePiece model; the library is imported here because few models have one."""
     import sentencepiece
 
     path = folder / "tokenizer.model"
@@ -196,7 +196,7 @@ def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
 
 
 def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
-    """Text to ids, after making sure that the vocabulary knows the template's special tokens."""
+    """Return the function from text to ids; raises CheckpointError where the template's special tokens are missing."""
     absent = [token for token in TURN if tokenizer.token_to_id(token) is None]
     if absent:
         raise CheckpointError(
@@ -208,7 +208,7 @@ def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], lis
 
 
 def _sound(path: Path, read: Callable[[], Any]) -> Any:
-    """What a library reads from a file, its complaint turned into a CheckpointError."""
+    """Call `read` and turn whatever it raises into a CheckpointError that names the file."""
     if path.stat().st_size > LARGEST and path.suffix != ".gguf":
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes; needed at most {LARGEST:,}; download it again")
     try:

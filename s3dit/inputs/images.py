@@ -112,7 +112,7 @@ class Picture:
         return (gray >= 0.5).float() if cut else gray
 
     def _levels(self, size: tuple[int, int] | None) -> Tensor:
-        """(3, H, W) fp32 in [0, 1]."""
+        """The picture as planes (3, H, W) fp32 in [0, 1], resized by Lanczos if `size` is given."""
         if isinstance(self.content, Tensor):
             return self.content if size is None else resized(self.content, size).clamp(0, 1)
         levels = np.asarray(resized_image(self.content, size), dtype=np.float32)

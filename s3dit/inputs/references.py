@@ -1,8 +1,8 @@
-"""Reference pictures of Omni and Edit models: what a user gives, made ready for both of their readers.
+"""Reads the reference pictures of Omni and Edit models, and prepares them for autoencoder and vision tower.
 
-An Omni model looks at each reference twice: the autoencoder makes latents of it, which stand among the tokens as clean
-ones, and the vision tower makes features, which stand behind them. Both are the same for every step, every prompt and
-every seed, so they are made once and kept (`ReferenceFeatures`).
+An Omni model reads each reference twice: the autoencoder makes latents of it, which become clean tokens of the image
+stream, and the vision tower makes features, which become the vision stream. Both are the same for every step, every
+prompt and every seed, so they are made once and kept (`ReferenceFeatures`).
 
 A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.reference_area`), its proportions kept; for the
 autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
@@ -10,7 +10,7 @@ any weight (`read`).
 
 Source: diffusers' `ZImageOmniPipeline` and its `Flux2ImageProcessor` for sizes and limits. One thing is not taken over:
 it rounds the pixels to bf16 before the autoencoder, whatever that computes in; here fp32 stays fp32. Not here: where
-the tokens stand (layout.py), the tower (vision_encoder.py).
+the tokens stand (model/layout.py), the tower (model/vision_encoder.py).
 """
 
 import math
@@ -38,7 +38,7 @@ LARGE, SMALLEST_SIDE, LONGEST = 1024 * 1024, 64, 8
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A picture to look at.
+    """A reference picture as autoencoder and vision tower read it.
 
     pixels (3, H, W) fp32 in [-1, 1], sides multiples of 16 · patches (n, 3 · 16²) fp32 on the grid `seen` · sha256 of
     the picture as it was given · size (height, width) that it was scaled to · name: what messages call it.
@@ -58,66 +58,67 @@ class Reference:
 
     @property
     def shape(self) -> tuple[Grid, Grid]:
-        """What `layout.edit` wants to know."""
+        """Its two grids, as `layout.edit` takes them: of latents' patches, and of vision features."""
         return self.grid, self.seen
 
     @property
     def key(self) -> tuple[str, tuple[int, int]]:
-        """The same for pictures that are the same to the model."""
+        """A key that is equal for pictures that are equal to the model: hash and scaled size."""
         return self.sha256, self.size
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceFeatures:
-    """What the transformer reads of a reference: patches of latents (n, 64) fp32, and features (m, D)."""
+    """The transformer's input of a reference: patches of latents (n, 64) fp32, and vision features (m, D)."""
 
     patches: Tensor
     features: Tensor
 
     @classmethod
     def of(cls, latents: Tensor, features: Tensor) -> "ReferenceFeatures":
-        """From the autoencoder's (16, H/8, W/8) and the tower's (m, D), row by row."""
+        """Make them of the autoencoder's latents (16, H/8, W/8) and the tower's features (m, D), row by row."""
         return cls(patchify(latents.float().contiguous()), released_order(features))
 
 
 def read(
     request: Request, config: ModelConfig, folder: Path, pictures: Pictures, notes: list[str]
 ) -> tuple[Request, tuple[tuple[Reference, ...], ...]]:
-    """Read and check a request's references; returns it with sizes filled in, and those of each picture; adds notes.
+    """Read and check a request's references; returns it with sizes filled in, and the references of each picture.
 
-    The size of a picture is, where nothing else says it, that of its last reference. Raises RequestError for pictures
-    that are not to be had, or too small, or given to a model without eyes; CheckpointError where the folder lacks them.
+    The size of a picture is, where nothing else says it, that of its last reference. Adds notes. Raises RequestError
+    for pictures that cannot be read, are too small or too long, or are given to a model without a vision tower;
+    CheckpointError where the model's folder lacks its tower.
     """
-    rows = request.references()
-    if not any(rows):
+    sources = request.references()
+    if not any(sources):
         return request, ((),) * request.count
-    vision = _eyes(config, folder)
+    vision = _vision_input(config, folder)
     made: dict[tuple[int, int], Reference] = {}
-    found, sizes, areas = [], [], []
+    references, sizes, areas = [], [], []
     columns = (request.per_image(name) for name in ("height", "width", "reference_area"))
-    for given, height, width, area in zip(rows, *columns, strict=True):
-        asked = height is not None and width is not None
-        area = area or (height * width if asked else LARGE)
-        row = []
-        for i, source in enumerate(given, 1):
+    for of_picture, height, width, area in zip(sources, *columns, strict=True):
+        sized = height is not None and width is not None
+        area = area or (height * width if sized else LARGE)
+        keys = []
+        for i, source in enumerate(of_picture, 1):
             picture = pictures.open(source, f"reference {i}")
-            if (id(picture), area) not in made:
-                made[id(picture), area] = _reference(picture, area, vision, notes)
-            row.append(made[id(picture), area])
-        found.append(tuple(row))
+            keys.append((id(picture), area))
+            if keys[-1] not in made:
+                made[keys[-1]] = _reference(picture, area, vision, notes)
+        references.append(tuple(made[key] for key in keys))
         settings = (config.settings.height, config.settings.width)
-        last = tuple(PATCH * side for side in found[-1][-1].grid) if given else settings
+        last = tuple(PATCH * side for side in references[-1][-1].grid) if of_picture else settings
         sizes.append((last[0] if height is None else height, last[1] if width is None else width))
-        areas.append(area if given else None)
+        areas.append(area if of_picture else None)
     request = request.filled(reference_area=areas)
     # Given latents say the size by themselves.
     if request.latents is None:
         request = request.filled(height=[h for h, _ in sizes], width=[w for _, w in sizes])
-    return request, tuple(found)
+    return request, tuple(references)
 
 
-def _eyes(config: ModelConfig, folder: Path) -> VisionInputConfig:
-    """How the model's tower takes pictures, if it has one."""
+def _vision_input(config: ModelConfig, folder: Path) -> VisionInputConfig:
+    """How the model's vision tower takes pictures; raises RequestError or CheckpointError where it has none."""
     if config.transformer.siglip_feat_dim is None:
         raise RequestError(
             f"reference images are given to a {config.variant} model; needed an Omni or Edit model, which has siglip/; "
@@ -131,7 +132,7 @@ def _eyes(config: ModelConfig, folder: Path) -> VisionInputConfig:
 
 
 def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: list[str]) -> Reference:
-    """One picture for both readers; adds a note where it is changed."""
+    """Scale and cut a picture for autoencoder and tower; adds a note where it is changed. Raises RequestError."""
     height, width = picture.size
     shape = f"{picture.name} is {width}×{height} pixels"
     if min(height, width) < SMALLEST_SIDE:
@@ -161,8 +162,8 @@ def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: li
     return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width))
 
 
-def joined(looks: Sequence[ReferenceFeatures]) -> tuple[Tensor | None, Tensor | None]:
-    """Patches and features of all references of a pass, end to end; None where there is none."""
-    if not looks:
+def joined(references: Sequence[ReferenceFeatures]) -> tuple[Tensor | None, Tensor | None]:
+    """Concatenate patches and features of all references of a pass; None and None where there is none."""
+    if not references:
         return None, None
-    return torch.cat([one.patches for one in looks]), torch.cat([one.features for one in looks])
+    return torch.cat([each.patches for each in references]), torch.cat([each.features for each in references])

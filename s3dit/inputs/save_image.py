@@ -45,7 +45,7 @@ def save_picture(
     with whole(path) as file:
         # Encoded in memory first: an encoder that writes to a full disk does not say so.
         data = io.BytesIO()
-        # Pillow's own, also of a picture that carries metadata by itself: what is written was decided above.
+        # Pillow's own method, also of a subclass whose `save` adds metadata: what is written was decided above.
         Image.Image.save(image, data, form, **options)
         file.write(data.getbuffer())
 

@@ -1,17 +1,17 @@
-"""What a request adds to the state: noise, start images, what is kept of them, and a second pass.
+"""Prepares the state that a solver starts from: noise, start images, masks, and the second pass.
 
-There is one path through the model, and a start image is data on it. The state starts part of the way down the flow, at
-(1 - sigma)·image + sigma·noise, and fewer steps are left (img2img). Where a mask says so, the state is put back after
-every step onto the straight line from the noise to the image (`InpaintBlend`: inpainting; outpainting is a mask of
+There is one path through the model, and a start image is data on it. The state starts part of the way along the flow,
+at (1 - sigma)·image + sigma·noise, and fewer steps are left (img2img). Where a mask says so, the state is set after
+every step to the straight line from the noise to the image (`InpaintBlend`: inpainting; outpainting is a mask of
 margins; a gray mask may also say for how many steps). A second pass is the first one's picture, enlarged, as the start
 image of another. Everything is per picture, so that a batch may hold other sizes, images and masks, and per patch, so
-that solvers and model see nothing of it.
+that solvers and model need not know of it.
 
-Images are read before any weight (`read`). What decodes outside of the mask is laid under again from the input's own
-pixels (`StartImage.over`), which are then the input's to the bit.
+Images are read before any weight (`read`). What is decoded outside of the mask is replaced by the input's own pixels
+(`StartImage.over`), which are then the input's to the bit.
 
 Sources: diffusers' `ZImageImg2ImgPipeline` (which steps are left, the start), `ZImageInpaintPipeline` (mask, blending),
-its community pipeline for differential img2img (thresholds). Not here: steps (sampler.py), files (images.py).
+its community pipeline for differential img2img (thresholds). Not here: steps (sampling/solvers.py), files (images.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ Grids = Sequence[tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class StartImage:
-    """What is known of one picture before it is drawn.
+    """The start image of a picture, with its mask.
 
     pixels (3, H, W) fp32 in [-1, 1] · mask (1, H, W) fp32, 1 painted anew and 0 kept, or None: all is painted anew ·
     hashes: of the inputs, by the name of the request's field.
@@ -51,40 +51,43 @@ class StartImage:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
     def over(self, drawn: Tensor, differential: bool = False) -> Tensor:
-        """Lay the kept pixels over what was drawn, (3, H, W) -> (3, H, W); those of mask 0 are the input's bits."""
+        """Lay the kept pixels over what was drawn, (3, H, W) -> (3, H, W): the input's bits where the mask is 0.
+
+        differential: the mask is a map of change, whose gray values were redrawn for fewer steps, not blended.
+        """
         if self.mask is None:
             return drawn
-        # Of a map of change, what lies between was redrawn for fewer steps, not blended.
         mask = (self.mask > 0).float() if differential else self.mask
         return torch.where(mask > 0, (1 - mask) * self.pixels + mask * drawn, self.pixels)
 
 
 def read(request: Request, pictures: Pictures, notes: list[str]) -> tuple[Request, tuple[StartImage, ...]]:
-    """Read and check a request's start images; returns it with sizes filled in, and one for each picture; adds notes.
+    """Read and check a request's start images; returns it with sizes filled in, and a start image for each picture.
 
-    A request without a start image has none. Raises RequestError.
+    -> no start images where the request has none. Adds notes; raises RequestError.
     """
     if request.image is None:
         return request, ()
     margins = _margins(request.extend, notes)
     start_images: dict[tuple[int, int, int, int], StartImage] = {}
-    found = []
-    rows = zip(*(request.per_image(name) for name in (*IMAGES, "height", "width")), strict=True)
-    for source, mask_source, height, width in rows:
+    sizes, of_pictures = [], []
+    columns = [request.per_image(name) for name in (*IMAGES, "height", "width")]
+    for source, mask_source, height, width in zip(*columns, strict=True):
         start = pictures.open(source, "image")
         mask = None if mask_source is None else pictures.open(mask_source, "mask_image")
         size = _size(start, height, width, margins, notes)
         # Equal inputs are encoded once.
         key = (id(start), id(mask), *size)
         if key not in start_images:
-            start_images[key] = _canvas(request, start, mask, size, margins)
-        found.append((size, start_images[key]))
+            start_images[key] = _start_image(request, start, mask, size, margins)
+        sizes.append(size)
+        of_pictures.append(start_images[key])
     request = request.filled(
-        height=tuple(height for (height, _), _ in found),
-        width=tuple(width for (_, width), _ in found),
+        height=tuple(height for height, _ in sizes),
+        width=tuple(width for _, width in sizes),
         extend=request.extend and margins,
     )
-    return request, tuple(start_image for _, start_image in found)
+    return request, tuple(of_pictures)
 
 
 def _margins(extend: Sequence[int] | None, notes: list[str]) -> tuple[int, int, int, int]:
@@ -101,12 +104,12 @@ def _size(
     picture: Picture, height: int | None, width: int | None, margins: tuple[int, int, int, int], notes: list[str]
 ) -> tuple[int, int]:
     """The size that is drawn, (height, width), margins included: as asked, else the picture's, cut to whole patches."""
-    found, (left, top, right, bottom) = picture.size, margins
+    own, (left, top, right, bottom) = picture.size, margins
     inner = (
-        found[0] // PATCH * PATCH if height is None else height - top - bottom,
-        found[1] // PATCH * PATCH if width is None else width - left - right,
+        own[0] // PATCH * PATCH if height is None else height - top - bottom,
+        own[1] // PATCH * PATCH if width is None else width - left - right,
     )
-    shape = f"{picture.name} is {found[1]}×{found[0]} pixels"
+    shape = f"{picture.name} is {own[1]}×{own[0]} pixels"
     if min(inner) < PATCH:
         raise RequestError(f"{shape}, which leaves {inner[1]}×{inner[0]} of it; needed at least {PATCH}×{PATCH}")
     size = inner[0] + top + bottom, inner[1] + left + right
@@ -115,16 +118,17 @@ def _size(
             f"{shape}, so {size[1]}×{size[0]} would be drawn; needed sides of at most {LARGEST_SIDE}; give a smaller "
             "height and width"
         )
-    if inner != found:
-        stretch = inner[0] * found[1] / (inner[1] * found[0])
+    if inner != own:
+        stretch = inner[0] * own[1] / (inner[1] * own[0])
         changed = "" if 0.9 < stretch < 1.1 else ", which changes its proportions"
         notes.append(f"{shape}; it is scaled to {inner[1]}×{inner[0]}{changed}")
     return size
 
 
-def _canvas(
+def _start_image(
     request: Request, picture: Picture, mask: Picture | None, size: tuple[int, int], margins: tuple[int, int, int, int]
 ) -> StartImage:
+    """Scale a picture and its mask into `size`; margins are filled with the picture's edge. Raises RequestError."""
     left, top, right, bottom = margins
     inner, around = (size[0] - top - bottom, size[1] - left - right), (left, right, top, bottom)
     pixels = F.pad(picture.pixels(inner)[None], around, mode="replicate")[0]
@@ -156,23 +160,23 @@ def _canvas(
 
 
 def _cells(mask: Tensor) -> Tensor:
-    """A mask (1, H, W) at the size of latents, (1, H/8, W/8), as diffusers takes it: one pixel a cell."""
+    """Resize a mask (1, H, W) to that of latents, (1, H/8, W/8), as diffusers does: one pixel a cell."""
     return F.interpolate(mask[None], scale_factor=0.125, mode="nearest")[0]
 
 
 def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
-    """Noise levels of a resolved request: all of them, or with a strength the last ones; (steps + 1,) fp32.
+    """Return the sigmas of a resolved request, (steps + 1,) fp32: all of them, or with a strength the last ones.
 
     scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
     """
     dynamic = request.shift is None and scheduler is not None
     shift = _dynamic_shift(request, scheduler) if dynamic and scheduler else request.shift or 1.0
-    found = sigmas(request.num_inference_steps or 1, shift, request.schedule, request.sigmas, dynamic)
-    n = len(found) - 1
+    every = sigmas(request.num_inference_steps or 1, shift, request.schedule, request.sigmas, dynamic)
+    n = len(every) - 1
     if request.strength is None:
-        return found
+        return every
     # parity: diffusers' get_timesteps, in floats of 64 bits.
-    return found[int(max(n - min(n * request.strength, n), 0)) :]
+    return every[int(max(n - min(n * request.strength, n), 0)) :]
 
 
 def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
@@ -191,13 +195,16 @@ def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
 
 
 def grids_of(request: Request) -> tuple[tuple[int, int], ...]:
-    """Rows and columns of patches of every picture of a resolved request."""
+    """Return rows and columns of patches of every picture of a resolved request."""
     sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
     return tuple((height // PATCH, width // PATCH) for height, width in sides)
 
 
 def generators(request: Request) -> list[torch.Generator]:
-    """One source of random numbers a picture; a single generator given by the caller serves all in order."""
+    """Return a generator for each picture; a single one that the caller gives serves all in order.
+
+    Raises RequestError where the caller gives another number of them.
+    """
     given = request.generator
     if given is None:
         return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
@@ -208,38 +215,40 @@ def generators(request: Request) -> list[torch.Generator]:
 
 
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers in fp32; a generator gives others in other dtypes."""
+    """Draw normal numbers in fp32, on the generator's device; in other dtypes it would give other numbers."""
     return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
 
 
 def draw(grids: Grids, generators: Sequence[torch.Generator]) -> Tensor:
-    """Noise for every picture from its own generator, drawn as latents so that it is diffusers' noise: (tokens, 64)."""
-    return torch.cat(
-        [
-            patchify(_normal((16, 2 * rows, 2 * columns), g).cpu())
-            for (rows, columns), g in zip(grids, generators, strict=True)
-        ]
-    )
+    """Draw noise (tokens, 64) fp32 on the CPU, each picture's from its own generator.
+
+    It is drawn as latents, (16, H/8, W/8), so that it is diffusers' noise.
+    """
+    latents = [
+        _normal((16, 2 * rows, 2 * columns), generator).cpu()
+        for (rows, columns), generator in zip(grids, generators, strict=True)
+    ]
+    return torch.cat([patchify(noise) for noise in latents])
 
 
 def starting_noise(request: Request, grids: Grids, generators: Sequence[torch.Generator]) -> Tensor:
-    """The noise that a request starts from: the latents it gives, or drawn; (tokens, 64) fp32."""
+    """Return the noise (tokens, 64) fp32 that a request starts from: the latents that it gives, or drawn noise."""
     if request.latents is not None:
-        return torch.cat([patchify(one.float().contiguous()) for one in request.latents])
+        return torch.cat([patchify(latents.float().contiguous()) for latents in request.latents])
     return draw(grids, generators)
 
 
 def noised(image: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """The state of an image at a noise level; both (tokens, 64) fp32, sigma () fp32."""
+    """Return the state of an image at a noise level: image and noise (tokens, 64) fp32, sigma () fp32."""
     return sigma * noise + (1.0 - sigma) * image
 
 
 @dataclass(frozen=True, slots=True)
 class InpaintBlend:
-    """Holds what is kept of the state on its course, after every step; all tensors (tokens, 64).
+    """Replaces, after every step, what is to be kept of the state by the noised image; all tensors (tokens, 64).
 
-    paint: 1 where the model's state stands, 0 where the image does, noised with the same noise to the level reached;
-    between them a blend, or if `differential` the share of the `steps` in which the model's state stands.
+    paint: 1 where the model's state is taken, 0 where the image, noised with the same noise to the sigma reached; in
+    between a blend, or if `differential` the share of the `steps` in which the model's state is taken.
     """
 
     image: Tensor
@@ -249,7 +258,7 @@ class InpaintBlend:
     differential: bool
 
     def __call__(self, x: Tensor, i: int, sigma: Tensor) -> Tensor:
-        """The state after step i (from 1), at level sigma: x where it is painted, the image's where it is kept."""
+        """Return the state after step i (from 1), at sigma: x where it is painted, the noised image where kept."""
         paint = self.paint
         if self.differential:
             # parity: the last step is the model's everywhere, so that its seams close.
@@ -262,27 +271,27 @@ class InpaintBlend:
 def begin(
     start_images: Sequence[StartImage], latents: Sequence[Tensor], noise: Tensor, sigmas: Tensor, differential: bool
 ) -> tuple[Tensor, InpaintBlend | None]:
-    """The state to start from, and what keeps it on course if any start image has a mask.
+    """Return the state to start from, and an InpaintBlend if any start image has a mask.
 
     latents: of the start images, one (16, H/8, W/8) fp32 each · noise (tokens, 64) on the device of the sampler ·
-    levels as from `remaining_sigmas`.
+    sigmas as from `remaining_sigmas`.
     """
-    image = torch.cat([patchify(one) for one in latents]).to(noise)
+    image = torch.cat([patchify(of_image) for of_image in latents]).to(noise)
     x = noised(image, noise, sigmas[0])
     if all(start_image.mask is None for start_image in start_images):
         return x, None
-    paint = [
-        torch.ones_like(one) if start_image.mask is None else _cells(start_image.mask).to(one).expand_as(one)
-        for start_image, one in zip(start_images, latents, strict=True)
+    masks = [
+        torch.ones_like(of_image) if start.mask is None else _cells(start.mask).to(of_image).expand_as(of_image)
+        for start, of_image in zip(start_images, latents, strict=True)
     ]
-    return x, InpaintBlend(image, noise, torch.cat([patchify(one.contiguous()) for one in paint]).to(noise),
-                   len(sigmas) - 1, differential)  # fmt: skip
+    paint = torch.cat([patchify(mask.contiguous()) for mask in masks]).to(noise)
+    return x, InpaintBlend(image, noise, paint, len(sigmas) - 1, differential)
 
 
 def passes(request: Request, notes: list[str]) -> Iterator[Request]:
-    """A resolved request, and its second pass if it wants one: the same, larger, for the last part of the flow.
+    """Yield a resolved request, and its second pass if it has one: the same, larger, for the last part of the flow.
 
-    Raises RequestError where that is too large.
+    Adds a note where sizes are rounded to whole patches. Raises RequestError where the second pass is too large.
     """
     yield request
     if request.upscale is None:
@@ -308,14 +317,17 @@ def passes(request: Request, notes: list[str]) -> Iterator[Request]:
 def enlarged(
     start_images: Sequence[StartImage], pictures: Sequence[Tensor], request: Request
 ) -> tuple[StartImage, ...]:
-    """Start images of a second pass: what the first drew, (3, H, W) each, and its masks, at the size of `request`."""
+    """Make the start images of a second pass: pictures of the first, (3, H, W) each, and its masks, enlarged.
+
+    request: of the second pass, which has the sizes.
+    """
     sizes = zip(request.per_image("height"), request.per_image("width"), strict=True)
     masks = [start_image.mask for start_image in start_images] or [None] * len(pictures)
-    found = []
+    larger = []
     for picture, mask, size in zip(pictures, masks, sizes, strict=True):
         if mask is not None:
             hard = bool(((mask == 0) | (mask == 1)).all())
             mask = resized(mask, size).clamp(0, 1)
             mask = (mask >= 0.5).float() if hard else mask
-        found.append(StartImage(resized(picture.clamp(-1, 1), size).clamp(-1, 1), mask))
-    return tuple(found)
+        larger.append(StartImage(resized(picture.clamp(-1, 1), size).clamp(-1, 1), mask))
+    return tuple(larger)

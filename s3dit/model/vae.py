@@ -1,15 +1,16 @@
 """The autoencoder between pixels and latents: AutoencoderKL as trained for FLUX.1, which Z-Image uses unchanged.
 
-A convolutional pyramid. The encoder goes down in steps of two, the decoder goes up again; both have one single-head
-attention over all positions in the middle, where the picture is smallest. Everything outside speaks of *model-space*
-latents, those the transformer sees: `(z - shift) · scale` of the autoencoder's own `z`. Only `moments` returns `z`.
+A convolutional pyramid: the encoder halves the sides three times, the decoder doubles them; both have a single-head
+attention over all positions in the middle, where the picture is smallest. Latents that are given and returned are
+*model-space* latents, those the transformer reads: `(z - shift) · scale` of the autoencoder's own `z`. Only `moments`
+returns `z`.
 
 Large pictures may be done by tiles: overlapping squares of one size, each run alone, feathered together with weights
 that sum to one. The peak of memory is then that of one tile. It is an approximation, because every GroupNorm and the
-attention see their tile instead of the picture; a picture that fits one tile is exact.
+attention are computed of their tile instead of the picture; a picture that fits one tile is exact.
 
 The arithmetic is done in the dtype of the parameters; a bf16 checkpoint on a machine without bf16 arithmetic should be
-cast up when it is loaded. Latents come and go in at least fp32, the dtype of the sampler's state.
+cast up when it is loaded. Latents are taken and returned in at least fp32, the dtype of the sampler's state.
 
 Source: FLUX.1 `modules/autoencoder.py`; names of parameters are those of diffusers' AutoencoderKL, 244 in the official
 file. Not here: quantization convolutions (the file has none), training losses, choice of the tile.

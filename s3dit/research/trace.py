@@ -1,10 +1,10 @@
-"""Looking inside a model from outside: record what modules and Ops compute, keep it, and find where two runs part.
+"""Records what modules and Ops of a model compute, writes and reads records, and finds where two runs differ first.
 
 `trace` puts forward hooks on the modules whose official names match a pattern, inside a `with`; `trace_op` does the
 same for an Op through its own `using`, which is how queries and keys after the rotary embedding are seen. What is kept
 are copies on the CPU, so the run itself computes the very same bits, and afterwards nothing is left on the model. A
 Record is a plain dict in the order of the calls, `name#call` -> tensor, and a result of several tensors takes one entry
-each, `name#call.0`. `compare` and `first_difference` then name the first place where two records part: across two
+each, `name#call.0`. `compare` and `first_difference` then name the first place where two records differ: across two
 dtypes, two backends, two machines, or two programs whose modules carry the same names.
 
     with trace(transformer, "layers.*.attention") as record:
@@ -70,7 +70,11 @@ def trace(
         for name, module in chosen.items():
             stack.callback(module.register_forward_hook(hook(name)).remove)
         yield record
-        silent = [one for one in patterns if not any(calls[name] for name in chosen if _regex(one).fullmatch(name))]
+        silent = [
+            pattern
+            for pattern in patterns
+            if not any(calls[name] for name in chosen if _regex(pattern).fullmatch(name))
+        ]
         if silent:
             warnings.warn(f"trace recorded nothing of {', '.join(silent)}: none of it was called", stacklevel=3)
 
@@ -109,14 +113,14 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
     modules = dict(model.named_modules())
     names: set[str] = set()
     for pattern in patterns:
-        found = {name for name in modules if _regex(pattern).fullmatch(name)}
-        if not found:
+        matched = {name for name in modules if _regex(pattern).fullmatch(name)}
+        if not matched:
             near = difflib.get_close_matches(pattern, [*modules], n=3, cutoff=0.0)
             raise RequestError(
                 f"pattern {pattern!r} matches none of the {len(modules)} modules of {type(model).__name__}; needed a "
                 f"name with * inside one part or ** over several; the nearest names are {', '.join(near)}"
             )
-        reasons = {name: why_not(modules[name]) for name in found}
+        reasons = {name: why_not(modules[name]) for name in matched}
         if all(reasons.values()):
             name, why = next(iter(reasons.items()))
             raise RequestError(
@@ -128,11 +132,13 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
+    """A regular expression of a pattern: ** is anything, * and ? anything but a dot."""
     pieces = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     return re.compile("".join(pieces.get(p, re.escape(p)) for p in re.split(r"(\*\*|\*|\?)", pattern)))
 
 
 def _add(record: Record, name: str, output: Any, keep: Callable[[Tensor], Tensor] | None) -> None:
+    """Add copies of a result's tensors to a record, on the CPU."""
     for path, tensor in output_tensors(name, output):
         kept = tensor.detach() if keep is None else keep(tensor.detach())
         # A copy: the model may go on to write into its output.
@@ -171,7 +177,7 @@ def load(path: str | Path) -> tuple[Record, dict[str, str]]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-    """One name of two records: relative error ‖a - b‖ / ‖b‖, largest difference, both shapes (None: not there)."""
+    """A name of two records: relative error ‖a - b‖ / ‖b‖, largest difference, both shapes (None: not there)."""
 
     name: str
     error: float
@@ -179,6 +185,7 @@ class Row:
     shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None]
 
     def __str__(self) -> str:
+        """Format it as a line of a table."""
         a, b = ("missing" if shape is None else "x".join(map(str, shape)) for shape in self.shapes)
         sizes = a if a == b else f"{a} against {b}"
         return f"{self.error:9.2e} {self.largest:9.2e}  {self.name}  {sizes}"
@@ -192,11 +199,11 @@ def compare(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[Row]:
     """
     rows = []
     for name in [*a, *(name for name in b if name not in a)]:
-        one, two = a.get(name), b.get(name)
-        shapes = (None if one is None else tuple(one.shape), None if two is None else tuple(two.shape))
+        first, second = a.get(name), b.get(name)
+        shapes = (None if first is None else tuple(first.shape), None if second is None else tuple(second.shape))
         error, largest = math.inf, math.inf
-        if one is not None and two is not None and one.shape == two.shape:
-            error, largest = _difference(one, two)
+        if first is not None and second is not None and first.shape == second.shape:
+            error, largest = _difference(first, second)
         rows.append(Row(name, error, largest, shapes))
     return rows
 
@@ -219,5 +226,5 @@ def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
 
 
 def first_difference(rows: Sequence[Row], tolerance: float = 0.0) -> Row | None:
-    """The first row, in the order of the calls, whose relative error is above the tolerance; None if there is none."""
-    return next((row for row in rows if not row.error <= tolerance), None)
+    """Return the first row, in the order of the calls, with a relative error above the tolerance; None if none has."""
+    return next((compared for compared in rows if not compared.error <= tolerance), None)

@@ -1,14 +1,13 @@
 """The adapters of a pipeline: `pipe.lora.attach(file)`, `detach`, `scale`, `merge`.
 
-Parts of a model come and go (`residency`), adapters stay: a part in memory is changed at once, and a part that comes in
-is given all that belong to it (`merge_into`, `attach_to`). So nothing is loaded again for a new strength, and nothing
-is forgotten when a part is. The list itself belongs to the parts, which know nothing else of this room.
+Adapters outlast the parts of a model, which are loaded and unloaded (`residency`): a part in memory is changed at once,
+and a part that is loaded is given all of its adapters (`merge_into`, `attach_to`). So nothing is loaded again for a new
+strength, and no adapter is lost with a part. The list itself belongs to the parts (`Components.adapters`).
 
-What is called while a picture is drawn by another thread waits for it; between two steps of a `stream` it acts from the
-next step on.
+A call while another thread draws a picture waits for it; between two steps of a `stream` it acts from the next step on.
 
-A file is held to the model before anything is changed: the report says what of it matched, what did not and what has a
-wrong shape, and the rest is an error unless partial use is allowed.
+A file is matched with the model before anything is changed: the report says what of it matched, what did not and what
+has a wrong shape, and the rest is an error unless partial use is allowed.
 """
 
 import math
@@ -37,9 +36,9 @@ STRONGEST = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of an adapter's layers: matched by the model, unmatched, of a wrong shape, said twice in the file.
+    """The result of matching an adapter with a model: its layers that matched, did not, or have a wrong shape.
 
-    notes: what the file says without effect.
+    redundant: those that the file holds twice · notes: what the file says without effect.
     """
 
     name: str
@@ -50,30 +49,33 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        """Describe it in a line: the counts, the first layers that are lost, the notes."""
         counts = f"{len(self.matched)} matched, {len(self.unmatched)} unmatched, {len(self.misshapen)} of a wrong shape"
         lost = [*self.unmatched, *self.misshapen]
         return "; ".join([f"{self.name}: {counts}{f' ({_listed(lost)})' if lost else ''}", *self.notes])
 
 
 def _listed(names: list[str]) -> str:
+    """The first names, for messages."""
     return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def match_layers(
     adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], name: str, allow_partial: bool = False
 ) -> tuple[dict[str, Deltas], Report]:
-    """Hold an adapter to the layers of a model, by part: what of it fits, and the report.
+    """Match an adapter with the layers of a model -> what of it fits, by part, and the report.
 
-    Raises CheckpointError where nothing fits, and where something does not unless that is allowed.
+    shapes: by part and official name · name: the adapter's, for the report. Raises CheckpointError where nothing fits,
+    and where something does not unless that is allowed.
     """
     fitting: dict[str, Deltas] = {}
     unmatched, misshapen = list(adapter.unmatched), list(adapter.misshapen)
     for part, deltas in adapter.deltas.items():
         for layer, delta in deltas.items():
-            home = shapes.get(part, {}).get(layer)
-            if home is None:
+            shape = shapes.get(part, {}).get(layer)
+            if shape is None:
                 unmatched.append(f"{part}.{layer}")
-            elif wrong := _unfit(delta, home):
+            elif wrong := _unfit(delta, shape):
                 misshapen.append(f"{layer} {wrong}")
             else:
                 fitting.setdefault(part, {})[layer] = delta
@@ -89,16 +91,16 @@ def match_layers(
     return fitting, report
 
 
-def _unfit(delta: Delta, home: tuple[int, ...]) -> str:
-    """What keeps a Delta from a layer, in a few words; empty where nothing does."""
-    if len(home) < 2 and (delta.bias is not None or delta.magnitude is not None):
+def _unfit(delta: Delta, shape: tuple[int, ...]) -> str:
+    """Why a Delta does not fit a layer of this shape, for messages; empty where it does."""
+    if len(shape) < 2 and (delta.bias is not None or delta.magnitude is not None):
         return "with a bias or norms, needed a change of its weight"
-    return "" if delta.fits(home) else f"{list(delta.shape)}, needed {list(home)}"
+    return "" if delta.fits(shape) else f"{list(delta.shape)}, needed {list(shape)}"
 
 
 @dataclass(slots=True)
 class Loaded:
-    """One adapter of a pipeline: where it came from, what of it fits, how strong it is, whether it is merged."""
+    """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged."""
 
     source: str
     sha256: str
@@ -109,7 +111,7 @@ class Loaded:
 
 
 class Host(Protocol):
-    """A part that adapters are attached to: `residency.Component`."""
+    """The interface of a part that adapters are attached to: `residency.Component`."""
 
     module: nn.Module
     attachments: lora.Attachments
@@ -117,9 +119,9 @@ class Host(Protocol):
 
 
 class Hosts(Protocol):
-    """The parts of a model: `components.Components`.
+    """The interface of a model's parts: `components.Components`.
 
-    adapters: by name, in the order in which they came · revisions: how often those of a part changed.
+    adapters: by name, in the order in which they were attached · revisions: how often those of a part changed.
     """
 
     lock: threading.RLock
@@ -132,20 +134,20 @@ class Hosts(Protocol):
         """Names of the parts in memory."""
 
     def component(self, name: str) -> Any:
-        """A part, in memory or not; its `module` is the same object for good."""
+        """Return a part, in memory or not; its `module` is always the same object."""
 
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
-        """A part's module on the meta device, and the names that are never read."""
+        """Make a part's module on the meta device; returns it and the names that are never read."""
 
     def changed_by_hand(self, part: str) -> bool:
-        """Whether somebody has changed parameters of a part."""
+        """Return whether a user has changed parameters of a part."""
 
     def free(self) -> None:
-        """Let every part go."""
+        """Free the memory of every part."""
 
 
 class Adapters:
-    """The adapters of one pipeline, by name, in the order in which they came."""
+    """The adapters of a pipeline, by name, in the order in which they were attached: `pipe.lora`."""
 
     def __init__(self, parts: Hosts) -> None:
         self._parts = parts
@@ -156,19 +158,19 @@ class Adapters:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Alone with the parts, whatever the caller has switched on in torch."""
+        """Hold the lock of the parts, with torch's settings those of the engine and not of the caller."""
         with self._parts.lock, own_settings(self._parts.placement.device):
             yield
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all adapters, merged ones too."""
+        """The names of all adapters, merged ones too."""
         return tuple(self._loaded)
 
     def attach(
         self, source: str | Path, scale: float = 1.0, name: str | None = None, allow_partial: bool = False
     ) -> Report:
-        """Put an adapter beside the weights; returns what became of its layers.
+        """Attach an adapter beside the weights; returns the report on its layers.
 
         source: a .safetensors file, a folder that holds one, or "org/name/file.safetensors" on the Hub · scale: its
         strength, any sign · name: to speak of it later (default: the file's) · allow_partial: leave out what fits no
@@ -180,7 +182,7 @@ class Adapters:
                 raise RequestError(f"there is an adapter {name!r} already; detach it, or give this one another name")
             adapter = read_adapter(resolve_file(str(source)))
             name = name or self._free(adapter.path.stem)
-            shapes = {part: lora.homes(self._parts.blank(part)[0]) for part in adapter.deltas}
+            shapes = {part: lora.layer_shapes(self._parts.blank(part)[0]) for part in adapter.deltas}
             deltas, report = match_layers(adapter, shapes, name, allow_partial)
             loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
             try:
@@ -195,63 +197,73 @@ class Adapters:
             return report
 
     def detach(self, name: str | None = None) -> None:
-        """Take one adapter off, or all; the weights are bit for bit what they were. RequestError for a merged one."""
+        """Remove an adapter, or all; the weights are bit for bit what they were.
+
+        Raises RequestError for a merged one, and for a name that is not attached.
+        """
         with self._turn():
-            for one in self._chosen(name):
-                if self._loaded[one].merged:
-                    raise RequestError(f"{one} is merged into the weights and cannot be detached; load the model again")
-            for one in self._chosen(name):
-                gone = self._loaded[one]
-                for _, component in self._held(gone.deltas):
-                    component.attachments.detach(one)
+            chosen = self._chosen(name)
+            for adapter in chosen:
+                if self._loaded[adapter].merged:
+                    raise RequestError(
+                        f"{adapter} is merged into the weights and cannot be detached; load the model again"
+                    )
+            for adapter in chosen:
+                deltas = self._loaded[adapter].deltas
+                for _, component in self._held(deltas):
+                    component.attachments.detach(adapter)
                     component.recorded = None
-                del self._loaded[one]
-                self._tell(gone.deltas)
+                del self._loaded[adapter]
+                self._tell(deltas)
 
     def scale(self, name: str, value: float) -> None:
-        """Change the strength of an adapter, from the next model call on; nothing is loaded or compiled anew."""
+        """Set the strength of an adapter, from the next model call on; nothing is loaded or compiled anew.
+
+        Raises RequestError for a name that is not attached, a merged adapter, or a value beyond ±1000.
+        """
         with self._turn():
             _check_scale(value)
-            (one,) = self._chosen(name)
-            loaded = self._loaded[one]
+            (name,) = self._chosen(name)
+            loaded = self._loaded[name]
             if loaded.merged:
-                raise RequestError(f"{one} is merged into the weights at scale {loaded.scale:g}; load the model again")
+                raise RequestError(f"{name} is merged into the weights at scale {loaded.scale:g}; load the model again")
             for _, component in self._held(loaded.deltas):
-                component.attachments.rescale(one, value)
+                component.attachments.rescale(name, value)
             loaded.scale = float(value)
             self._tell(loaded.deltas)
 
     def merge(self, name: str | None = None) -> None:
-        """Write one adapter, or all, into the float weights: no cost in a pass, no way back but a new pipeline.
+        """Write an adapter, or all, into the float weights: no cost in a pass, undone only by a new pipeline.
 
-        The parts in memory are let go and loaded again when next needed. BackendError where a layer is quantized,
-        RequestError where somebody has changed weights of the part.
+        The parts in memory are freed and loaded again when next needed. Raises BackendError where a layer is quantized,
+        RequestError where a user has changed weights of the part.
         """
         with self._turn():
             chosen = self._chosen(name)
-            for one in chosen:
-                for part, deltas in self._loaded[one].deltas.items():
+            for adapter in chosen:
+                for part, deltas in self._loaded[adapter].deltas.items():
                     if self._parts.changed_by_hand(part):
                         raise RequestError(
-                            f"weights of the {part} were changed by hand, into which {one} cannot be merged; merge "
+                            f"weights of the {part} were changed by hand, into which {adapter} cannot be merged; merge "
                             "first and change them then, or take the changes back (parts.restore)"
                         )
                     lora.check_merge(self._parts.blank(part)[0], deltas)
-            for one in chosen:
-                self._loaded[one].merged = True
-                self._tell(self._loaded[one].deltas)
+            for adapter in chosen:
+                self._loaded[adapter].merged = True
+                self._tell(self._loaded[adapter].deltas)
             self._parts.free()
 
     def records(self) -> list[dict[str, Any]]:
-        """What a picture's metadata says: names for people, and hashes by which the same files are known again."""
+        """Return what a picture's metadata says of the adapters: file, hash, strength, if partial or merged."""
         return [
-            {"file": one.source, "sha256": one.sha256, "scale": one.scale}
-            | ({"partial": True} if one.partial else {})
-            | ({"merged": True} if one.merged else {})
-            for one in self._loaded.values()
+            {"file": adapter.source, "sha256": adapter.sha256, "scale": adapter.scale}
+            | ({"partial": True} if adapter.partial else {})
+            | ({"merged": True} if adapter.merged else {})
+            for adapter in self._loaded.values()
         ]
 
     def _chosen(self, name: str | None) -> list[str]:
+        """The name, or all names; raises RequestError for one that is not attached."""
         if name is not None and name not in self._loaded:
             there = ", ".join(self._loaded) or "none"
             raise RequestError(f"no adapter {name!r}; there is {there}; attach it first")
@@ -267,36 +279,40 @@ class Adapters:
         return [(part, self._parts.component(part)) for part in deltas if part in self._parts.held]
 
     def _tell(self, deltas: Mapping[str, Deltas]) -> None:
+        """Count a change of the parts that these deltas are for, so that kept features are dropped."""
         self._parts.revisions.update(deltas.keys())
 
 
 def merge_into(module: nn.Module, part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> None:
     """Write the merged adapters into the weights of a part that was just read; dtype: what these are kept in."""
-    for one in adapters.values():
-        if one.merged and part in one.deltas:
-            lora.merge(module, one.deltas[part], one.scale, dtype)
+    for adapter in adapters.values():
+        if adapter.merged and part in adapter.deltas:
+            lora.merge(module, adapter.deltas[part], adapter.scale, dtype)
 
 
 def attach_to(component: Host, part: str, adapters: Mapping[str, Loaded], placement: Placement) -> None:
-    """Put the adapters that are not merged beside a part that was just loaded."""
-    for name, one in adapters.items():
-        if not one.merged and part in one.deltas:
-            attach_one(one, name, part, component, placement)
+    """Attach the adapters that are not merged to a part that was just loaded."""
+    for name, adapter in adapters.items():
+        if not adapter.merged and part in adapter.deltas:
+            attach_one(adapter, name, part, component, placement)
 
 
-def attach_one(one: Loaded, name: str, part: str, component: Host, placement: Placement) -> None:
-    """Put one adapter beside a part, whose recorded passes no longer hold."""
-    component.attachments.attach(name, one.deltas[part], one.scale, placement.device, placement.compute)
+def attach_one(adapter: Loaded, name: str, part: str, component: Host, placement: Placement) -> None:
+    """Attach an adapter to a part, and drop the part's recorded passes, which do not hold it."""
+    component.attachments.attach(name, adapter.deltas[part], adapter.scale, placement.device, placement.compute)
     component.recorded = None
 
 
 def nbytes(part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> int:
-    """What the adapters beside a part hold on the device."""
-    deltas = [d for one in adapters.values() if not one.merged for d in one.deltas.get(part, {}).values()]
+    """Return the bytes that the adapters beside a part hold on the device, in a dtype."""
+    deltas = [
+        delta for adapter in adapters.values() if not adapter.merged for delta in adapter.deltas.get(part, {}).values()
+    ]
     return dtype.itemsize * sum(tensor.numel() for delta in deltas for tensor in _tensors(delta))
 
 
 def _check_scale(value: Any) -> None:
+    """Raise RequestError for a strength that is no finite number within ±STRONGEST."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or abs(value) > STRONGEST:
         raise RequestError(

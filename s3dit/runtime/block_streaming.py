@@ -1,6 +1,6 @@
-"""Streamed blocks: of a model's repeated blocks only some stay on the device, the others pass through two slots.
+"""Streams a model's repeated blocks: only some stay on the device, the others pass through two slots there.
 
-They live in host memory, and each is brought in while the one before it computes. Streaming is done by hooks on the
+They are held in host memory, and each is copied in while the one before it computes. Streaming is done by hooks on the
 blocks, so nothing here knows a model and no model knows of it. The arithmetic is the same, bit for bit. On a CPU the
 system may drop every page of the file but those that are being copied.
 """
@@ -25,42 +25,43 @@ ALIGNED = 256
 
 
 def repeated(model: nn.Module) -> list[nn.ModuleList]:
-    """The outermost ModuleLists of a model, in its own order: its repeated blocks."""
-    found: dict[str, nn.ModuleList] = {}
+    """Return the outermost ModuleLists of a model, in its own order: its repeated blocks."""
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = module
-    return list(found.values())
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in lists):
+            lists[name] = module
+    return list(lists.values())
 
 
 def stream(
     model: nn.Module, device: torch.device | str, kept: int = 0, dtype: torch.dtype | None = None
 ) -> "BlockStreamer | None":
-    """Put a model that is in host memory on a device, all but `kept` of its repeated blocks, which pass through slots.
+    """Move a model from host memory to a device, but of its repeated blocks only `kept`; the others are streamed.
 
-    dtype: what floating parameters are cast to on the way, None keeps theirs; buffers (the parts of quantized layers)
+    dtype: what floating parameters are cast to on the way, None keeps theirs; buffers (the tensors of quantized layers)
     keep theirs always. Tensors on the meta device stay there. Returns what streams them, None where no block is left.
     Raises BackendError for a model without repeated blocks, or one that is streamed already.
     """
     device = torch.device(device)
-    blocks = [block for found in repeated(model) for block in found if not any(s.is_meta for *_, s in tensors(block))]
+    blocks = [block for blocks in repeated(model) for block in blocks]
+    blocks = [block for block in blocks if not any(tensor.is_meta for *_, tensor in tensors(block))]
     name = type(model).__name__
     if not blocks:
         raise BackendError(f"{name} has no repeated blocks to stream; use residency staged")
     if any(isinstance(hook, Own) for block in blocks for hook in block._forward_pre_hooks.values()):
         raise BackendError(f"{name} is streamed already; stream a model once")
     moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
-    for shelf, leaf, tensor in tensors(model, without=moving):
+    for owner, leaf, tensor in tensors(model, without=moving):
         if not tensor.is_meta:
             moved = tensor.to(device, _dtype(tensor, dtype))
-            shelf[leaf] = tensor if moved is tensor else _like(tensor, moved)
+            owner[leaf] = tensor if moved is tensor else _like(tensor, moved)
     if not moving:
         return None
     return BlockStreamer(moving, device, dtype)
 
 
 def _stays(i: int, kept: int, count: int) -> bool:
-    """Whether block i is kept: they are spread evenly, so that a copy has the time of several blocks to hide in."""
+    """Whether block i is kept: those are spread evenly, so that a copy may take as long as several blocks compute."""
     return (i + 1) * kept // count > i * kept // count
 
 
@@ -68,32 +69,36 @@ TensorDict = dict[str, Any]
 
 
 def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tuple[TensorDict, str, Tensor]]:
-    """Where every parameter and buffer stands, its name there, and itself."""
-    inside = {id(one) for block in without for one in block.modules()}
-    for one in module.modules():
-        if id(one) not in inside:
-            for shelf in (one._parameters, one._buffers):
-                yield from ((shelf, leaf, tensor) for leaf, tensor in shelf.items() if tensor is not None)
+    """Yield every parameter and buffer of a module: the dict that holds it, its name there, and the tensor.
+
+    without: modules inside that are left out.
+    """
+    inside = {id(inner) for block in without for inner in block.modules()}
+    for inner in module.modules():
+        if id(inner) not in inside:
+            for owner in (inner._parameters, inner._buffers):
+                yield from ((owner, leaf, tensor) for leaf, tensor in owner.items() if tensor is not None)
 
 
 def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a tensor of a model is cast to: `dtype` for floating parameters, else its own."""
     casts = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     return dtype if casts and dtype is not None else tensor.dtype
 
 
 def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The other tensor as what this one is: a parameter without gradient, or a plain tensor."""
+    """The other tensor as a parameter without gradient where this one is a parameter, else as it is."""
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
 @dataclass(slots=True)
 class StreamedTensor:
-    """One tensor of a block: where it stands, its copy in host memory, and its views in the two slots.
+    """A tensor of a streamed block: the dict that holds it, its copy in host memory, its views in the two slots.
 
-    version: of the host's tensor, when it was last copied · placed: what is there in its place.
+    version: of the host's tensor, when it was last copied · placed: what stands in the dict while the block runs.
     """
 
-    shelf: TensorDict
+    owner: TensorDict
     leaf: str
     host: Tensor | None
     views: tuple[Tensor, Tensor]
@@ -101,18 +106,18 @@ class StreamedTensor:
     placed: Tensor | None = None
 
     def changed(self) -> bool:
-        """Whether somebody has written into the host's tensor, or put another there, which then is the host's."""
-        found = self.shelf.get(self.leaf)
-        same = found is self.host and (found is None or version(found) == self.version)
-        self.host = found
+        """Return whether a user has written into the host's tensor, or put another there, which then is the host's."""
+        current = self.owner.get(self.leaf)
+        same = current is self.host and (current is None or version(current) == self.version)
+        self.host = current
         return not same
 
     def onto(self, device: torch.device) -> Tensor | None:
-        """The host's tensor on a device in the slots' dtype, in memory of its own, with a way back for gradients."""
+        """Return the host's tensor on a device in the slots' dtype, in memory of its own; gradients flow back to it."""
         return None if self.host is None else self.host.to(device, self.views[0].dtype)
 
     def bring(self, slot: int) -> None:
-        """Copy the host's tensor into a slot."""
+        """Copy the host's tensor into a slot; raises BackendError where its shape has changed."""
         if self.host is None:
             return
         if self.host.shape != self.views[slot].shape:
@@ -125,20 +130,21 @@ class StreamedTensor:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written to; those of inference mode do not count."""
+    """Return how often a tensor was written to; 0 for those of inference mode, which do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 class BlockStreamer:
-    """Blocks in host memory that pass through two slots on a device, the next one while this one computes.
+    """Copies blocks from host memory into two slots on a device, the next block while the current one computes.
 
-    Outside of its own forward a block has its host tensors, so a model reads and saves as ever, and who writes into
-    them or puts others there changes what comes next. Which block comes next is what came next the last time. On CUDA
-    host memory is pinned, copies run on a stream of their own, and events keep both sides apart; elsewhere a copy is
-    done where it is asked for.
+    Outside of its own forward a block has its host tensors, so a model reads and saves as ever, and tensors that are
+    written to or replaced there are used in the next pass. The block that is copied ahead is the one that followed the
+    last time. On CUDA host memory is pinned, copies run on a stream of their own, and events order both sides;
+    elsewhere a copy is done at once.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Register the hooks and make the slots; dtype: as in `stream`."""
         self.copies, self._device = 0, device
         layouts = [_offsets(block, dtype) for block in blocks]
         size = max(end for *_, end in layouts)
@@ -147,8 +153,9 @@ class BlockStreamer:
         self._tensors: list[list[StreamedTensor]] = []
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
-            found = zip(tensors(block), offsets, strict=True)
-            self._tensors.append([_streamed_tensor(*where, offset, slots, host, dtype) for where, offset in found])
+            memory = _Memory(slots, host)
+            placed = zip(tensors(block), offsets, strict=True)
+            self._tensors.append([_streamed_tensor(*held, offset, memory, dtype) for held, offset in placed])
         # Per slot: the block that it holds, when its copy has landed, when the device was done reading it.
         self._holds: list[int | None] = [None, None]
         self._landed: list[torch.cuda.Event | None] = [None, None]
@@ -167,24 +174,27 @@ class BlockStreamer:
             self._hooks.append(block.register_forward_hook(Own(self._leave), always_call=True))
 
     def close(self) -> None:
-        """Stop streaming: every block has its host tensors, and the slots go."""
+        """Stop streaming: give every block its host tensors and remove the hooks; the slots are freed."""
         self._leave()
         for hook in self._hooks:
             hook.remove()
 
-    def compute_dtype(self, shelf: TensorDict, leaf: str) -> torch.dtype:
-        """The dtype that a parameter of the model computes in: that of its slot, or its own where no block has it."""
-        streamed = (one for tensors in self._tensors for one in tensors if one.shelf is shelf and one.leaf == leaf)
-        return next((one.views[0].dtype for one in streamed), shelf[leaf].dtype)
+    def compute_dtype(self, owner: TensorDict, leaf: str) -> torch.dtype:
+        """Return the dtype that a parameter computes in: that of its slot, or its own if it is not streamed."""
+        for tensor in (tensor for of_block in self._tensors for tensor in of_block):
+            if tensor.owner is owner and tensor.leaf == leaf:
+                return tensor.views[0].dtype
+        return owner[leaf].dtype
 
     def _enter(self, i: int, block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Set block i's tensors to those of the slot that holds it, and send for the one that follows."""
+        """Set block i's tensors to those of the slot that holds it, and start to copy the block that follows."""
         self._leave()
-        changed = [one.changed() for one in self._tensors[i]]
-        tensors = (*inputs, *(one.host for one in self._tensors[i]))
-        if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in tensors):
-            # Until it has gone back, a gradient needs every weight as it was.
-            self._set(i, [one.onto(self._device) for one in self._tensors[i]])
+        own = self._tensors[i]
+        changed = [tensor.changed() for tensor in own]
+        used = (*inputs, *(tensor.host for tensor in own))
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in used):
+            # Until the backward pass is done, a gradient needs every weight as it was.
+            self._set(i, [tensor.onto(self._device) for tensor in own])
             return
         if any(changed) and i in self._holds:
             self._holds[self._holds.index(i)] = None
@@ -193,46 +203,49 @@ class BlockStreamer:
         self._slot = self._holds.index(i)
         if (landed := self._landed[self._slot]) is not None:
             torch.cuda.current_stream(self._device).wait_event(landed)
-        self._set(i, [one.host if one.host is None else one.views[self._slot] for one in self._tensors[i]])
+        self._set(i, [None if tensor.host is None else tensor.views[self._slot] for tensor in own])
         self._after[self._last], self._last = i, i
         if (following := self._after[i]) not in self._holds:
             self._bring(following, 1 - self._slot)
 
     def _set(self, i: int, tensors: Sequence[Tensor | None]) -> None:
-        """Let a block have these tensors until it is left."""
-        for one, tensor in zip(self._tensors[i], tensors, strict=True):
-            one.placed = tensor
+        """Put these tensors into a block until it is left."""
+        for streamed, tensor in zip(self._tensors[i], tensors, strict=True):
+            streamed.placed = tensor
             if tensor is not None:
-                one.shelf[one.leaf] = tensor
+                streamed.owner[streamed.leaf] = tensor
         self._running = i
 
     def _leave(self, *_: Any) -> None:
         """Give the running block its host tensors back."""
         if self._running is None:
             return
-        for one in self._tensors[self._running]:
-            # What somebody has put there meanwhile stays.
-            if one.placed is not None and one.shelf.get(one.leaf) is one.placed:
-                one.shelf[one.leaf] = one.host
-            one.placed = None
+        for tensor in self._tensors[self._running]:
+            # What a user has put there meanwhile stays.
+            if tensor.placed is not None and tensor.owner.get(tensor.leaf) is tensor.placed:
+                tensor.owner[tensor.leaf] = tensor.host
+            tensor.placed = None
         self._running = None
         if self._side is not None:
             self._done[self._slot] = torch.cuda.current_stream(self._device).record_event()
 
     def _bring(self, i: int, slot: int) -> None:
-        """Copy block i into a slot, once the device has done with what is in there."""
+        """Copy block i into a slot, after the device has finished with what is in it."""
         self._holds[slot] = i
         self.copies += 1
         with nullcontext() if self._side is None else torch.cuda.stream(self._side):
             if (done := self._done[slot]) is not None and self._side is not None:
                 self._side.wait_event(done)
-            for one in self._tensors[i]:
-                one.bring(slot)
+            for tensor in self._tensors[i]:
+                tensor.bring(slot)
             if self._side is not None:
                 self._landed[slot] = self._side.record_event()
 
     def _pinned(self, size: int) -> Tensor:
-        """Host memory that the copy engine reads by itself; registered, as torch's own pinning rounds up to 2^n."""
+        """Allocate pinned host memory; warns where it cannot be pinned.
+
+        It is registered by hand, since torch's own pinning rounds sizes up to 2^n.
+        """
         host = torch.empty(size, dtype=torch.uint8)
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(host.data_ptr(), size, 0)):
@@ -243,12 +256,12 @@ class BlockStreamer:
 
 
 def side_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """A stream for copies beside the computation, where the device has streams."""
+    """Return a CUDA stream for copies beside the computation, None where the device has no streams."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _unpin(runtime: Any, host: Tensor) -> None:
-    """Undo the registration of host memory that is about to be let go."""
+    """Undo the registration of host memory that is about to be freed."""
     runtime.cudaHostUnregister(host.data_ptr())
 
 
@@ -258,7 +271,7 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
-    """Where in a slot each tensor of a block begins, and where the last one ends, in bytes."""
+    """The offset in a slot of each tensor of a block, and the end of the last one, in bytes."""
     ends = [0]
     for *_, tensor in tensors(block):
         size = _extent(tensor) * _dtype(tensor, dtype).itemsize
@@ -266,19 +279,28 @@ def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
     return ends
 
 
+@dataclass(frozen=True, slots=True)
+class _Memory:
+    """The memory of one block: the two slots on the device, and pinned host memory if there is some."""
+
+    slots: Sequence[Tensor]
+    host: Tensor | None
+
+
 def _streamed_tensor(
-    shelf: TensorDict, leaf: str, tensor: Tensor, offset: int, slots: Sequence[Tensor], host: Tensor | None, dtype: Any
+    owner: TensorDict, leaf: str, tensor: Tensor, offset: int, memory: _Memory, dtype: torch.dtype | None
 ) -> StreamedTensor:
-    """Settle one tensor: in `host` memory at its offset (None leaves it where it is), with a view in either slot."""
+    """Move one tensor into host memory at its offset, where there is some, and make its views in both slots."""
     dtype = _dtype(tensor, dtype)
 
-    def view(memory: Tensor) -> Tensor:
+    def view(slot: Tensor) -> Tensor:
         # Strides are kept: some kernels want a weight column by column.
-        flat = memory[offset : offset + _extent(tensor) * dtype.itemsize].view(dtype)
+        flat = slot[offset : offset + _extent(tensor) * dtype.itemsize].view(dtype)
         return _like(tensor, flat.as_strided(tensor.shape, tensor.stride()))
 
-    if host is not None:
-        own = view(host)
+    if memory.host is not None:
+        own = view(memory.host)
         own.copy_(tensor)
-        shelf[leaf] = tensor = own
-    return StreamedTensor(shelf, leaf, tensor, (view(slots[0]), view(slots[1])))
+        owner[leaf] = tensor = own
+    first, second = memory.slots
+    return StreamedTensor(owner, leaf, tensor, (view(first), view(second)))

@@ -1,4 +1,4 @@
-"""A budget of device memory, and the fastest plan that stays within it.
+"""Plans the memory of a request within a budget: the fastest residency, streaming and tiling that fits.
 
 What a part takes is known before a weight is read: the bytes of its weights from shapes, and the room that its
 arithmetic needs from the lengths of the request, by the formulas below, which a test holds against what is really
@@ -39,7 +39,7 @@ TILES = (None, 96, 64, 48, 32)
 
 
 def parse_size(size: str | int) -> int:
-    """Bytes of a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024), or a number of bytes; raises RequestError."""
+    """Parse a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024) into bytes; raises RequestError."""
     if isinstance(size, str) and size.strip().isdigit():
         raise RequestError(f"vram is {size}; needed a size with its unit, such as {size.strip()}GiB")
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", str(size).strip().lower())
@@ -49,14 +49,14 @@ def parse_size(size: str | int) -> int:
 
 
 def gib(size: int) -> str:
-    """A size for people, never less than it is."""
+    """Format a size in bytes as MiB or GiB, rounded up to two decimals."""
     unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
     return f"{math.ceil(100 * size / unit) / 100:.2f} {name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a part takes, in bytes: weights outside of its repeated blocks, each block, and room for its arithmetic.
+    """The memory of a part, in bytes: weights outside of its repeated blocks, each block, and room for its arithmetic.
 
     work: (tile, bytes) from fast to slow; a part that knows no tiles has one entry, of tile None.
     """
@@ -67,20 +67,21 @@ class Need:
 
     @property
     def weights(self) -> int:
-        """All of its weights."""
+        """Bytes of all of its weights."""
         return self.fixed + sum(self.blocks)
 
     @property
     def slots(self) -> int:
-        """Two slots for streamed blocks."""
+        """Bytes of the two slots for streamed blocks."""
         return 2 * max(self.blocks, default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """A plan of memory: how parts share the device, which are streamed and how many blocks of them stay, the tile.
+    """A plan of memory: how parts share the device, how many blocks of streamed parts are kept, the VAE's tile.
 
-    peak: the most bytes in use at a time, the reserve included.
+    budget and peak in bytes, peak being the most in use at a time, with the reserve · kept, counts: blocks that stay on
+    the device and all blocks, of streamed parts · tile: side in latent cells, None decodes pictures whole.
     """
 
     budget: int
@@ -91,6 +92,7 @@ class MemoryPlan:
     tile: int | None = None
 
     def __str__(self) -> str:
+        """Describe the plan in a line."""
         streamed = [f"{part} streamed with {k} of {self.counts[part]} blocks kept" for part, k in self.kept.items()]
         tiled = [] if self.tile is None else [f"vae by tiles of {8 * self.tile} pixels"]
         how = {"staged": "parts take turns", "resident": "every part stays"}[self.mode]
@@ -98,7 +100,10 @@ class MemoryPlan:
 
 
 def plan_memory(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> MemoryPlan:
-    """The fastest plan for parts within a budget, all in bytes; raises BackendError naming the smallest budget."""
+    """Return the fastest plan for parts within a budget, all in bytes.
+
+    reserve: bytes that are set aside. Raises BackendError, which names the smallest budget.
+    """
     together = sum(need.weights for need in needs.values()) + max(need.work[0][1] for need in needs.values()) + reserve
     if together <= budget:
         return MemoryPlan(budget, "resident", together)
@@ -121,28 +126,29 @@ def plan_memory(budget: int, needs: Mapping[str, Need], reserve: int = 0) -> Mem
 def plan_memory_beside(
     budget: int, needs: Mapping[str, Need], host: str, guests: Mapping[str, Need], reserve: int = 0
 ) -> MemoryPlan:
-    """`plan_memory` where guests share the turn of their host: whole where it stays whole, else all streamed."""
+    """Return `plan_memory` where guests are in memory together with their host: all whole, or all streamed."""
     whole = replace(needs[host], fixed=needs[host].fixed + sum(guest.weights for guest in guests.values()))
     try:
-        found = plan_memory(budget, {**needs, host: whole}, reserve)
-        if not guests or host not in found.kept:
-            return found
+        plan = plan_memory(budget, {**needs, host: whole}, reserve)
+        if not guests or host not in plan.kept:
+            return plan
     except BackendError:
         if not guests:
             raise
     slots = replace(needs[host], fixed=needs[host].fixed + sum(guest.fixed + guest.slots for guest in guests.values()))
-    found = plan_memory(budget, {**needs, host: slots}, reserve)
+    plan = plan_memory(budget, {**needs, host: slots}, reserve)
     counts = {name: len(guest.blocks) for name, guest in guests.items()}
-    return replace(found, kept={**found.kept, **dict.fromkeys(guests, 0)}, counts={**found.counts, **counts})
+    return replace(plan, kept={**plan.kept, **dict.fromkeys(guests, 0)}, counts={**plan.counts, **counts})
 
 
 def _smallest(need: Need) -> int:
+    """The fewest bytes that a part can run in."""
     least = min(size for _, size in need.work)
     return min(need.weights, need.fixed + need.slots) + least if need.blocks else need.weights + least
 
 
 def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
-    """(blocks kept or None for all, tile, bytes used) of the fastest way for one part that has the room to itself."""
+    """(blocks kept or None for all, tile, bytes used) of the fastest way for a part that has `room` bytes to itself."""
     for tile, work in need.work:
         if need.weights + work <= room:
             return None, tile, need.weights + work
@@ -154,12 +160,12 @@ def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
 
 
 def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> tuple[int, tuple[int, ...]]:
-    """(bytes outside of repeated blocks, bytes of each block) that a model on the meta device is going to hold.
+    """Return the bytes outside of repeated blocks, and those of each block, that a model on the meta device will hold.
 
     Floating parameters count in `dtype`, buffers in their own; names that match `unused` do not count.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    prefixes = [f"{names[id(block)]}." for found in repeated(model) for block in found]
+    prefixes = [f"{names[id(block)]}." for blocks in repeated(model) for block in blocks]
     total, blocks = 0, dict.fromkeys(prefixes, 0)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if any(fnmatchcase(name, pattern) for pattern in unused):
@@ -175,11 +181,11 @@ def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> t
 def transformer_work(
     config: TransformerConfig, tokens: int, dtype: torch.dtype, *, lean: bool = True, quantized: bool = False
 ) -> int:
-    """Bytes that a pass over `tokens` packed tokens (image and text of all items, padded) allocates at most.
+    """Return the bytes that a pass over `tokens` packed tokens (image and text of all items, padded) allocates at most.
 
     Attention is the widest place: the stream, its normed copy, q, k, v and two rotated (7 in dtype), four in fp32 while
     they are rotated, and the context's tokens and rotary tables. Without lean implementations (`swiglu` in place or
-    fused) the feed-forward is: two hidden rows in dtype and four in fp32. One weight may be widened to fp32 on the way.
+    fused) the feed-forward is: two hidden rows in dtype and four in fp32. A weight may be upcast to fp32 on the way.
     A quantized product adds rows of 8 bits, and sums in 32 bits and their fp32 copy for runs of CHANNELS.
     """
     c, dim, hidden = dtype.itemsize, config.dim, config.ffn_dim
@@ -189,35 +195,36 @@ def transformer_work(
     return tokens * (max(attention, feed) + constants) + 4 * dim * hidden
 
 
-def control_work(config: TransformerConfig, tokens: int, dtype: torch.dtype, branches: int) -> int:
-    """Bytes that so many control branches allocate beside a pass over `tokens`.
+def control_work(config: TransformerConfig, tokens: int, dtype: torch.dtype, controls: int) -> int:
+    """Return the bytes that so many ControlNets allocate beside a pass over `tokens` packed tokens.
 
     Each its own stream, the base's at entry, its hint and that times its strength, two hints for the refiner; and their
     sum.
     """
-    return branches * tokens * config.dim * dtype.itemsize * 7
+    return controls * tokens * config.dim * dtype.itemsize * 7
 
 
 def encoder_work(config: TextEncoderConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that encoding `tokens` prompt tokens allocates at most: a layer's stream and projections, fp32 inside."""
+    """Return the bytes that encoding `tokens` prompt tokens allocates at most: a layer's stream and projections."""
     inner = config.num_attention_heads * config.head_dim
-    row = 4 * (config.hidden_size + inner) * (dtype.itemsize + 4) + config.intermediate_size * (2 * dtype.itemsize + 16)
-    return tokens * row + 4 * config.hidden_size * config.intermediate_size
+    projections = 4 * (config.hidden_size + inner) * (dtype.itemsize + 4)
+    per_token = projections + config.intermediate_size * (2 * dtype.itemsize + 16)
+    return tokens * per_token + 4 * config.hidden_size * config.intermediate_size
 
 
 def vision_work(config: VisionConfig, patches: int, dtype: torch.dtype) -> int:
-    """Bytes that looking at `patches` patches of pictures allocates at most.
+    """Return the bytes that the vision tower allocates at most for `patches` patches of pictures.
 
     The patches; then a layer's stream, its normed copy, q, k, v and what attention gives, or two rows of its MLP; the
-    stretched places in fp32, twice; one weight may be widened.
+    stretched places in fp32, twice; a weight may be upcast.
     """
-    row = 3 * config.patch_size**2 + max(7 * config.hidden_size, 2 * config.hidden_size + 2 * config.intermediate_size)
-    weight = 4 * config.hidden_size * config.intermediate_size
-    return patches * (row * dtype.itemsize + 8 * config.hidden_size) + weight
+    width, hidden = config.hidden_size, config.intermediate_size
+    per_patch = 3 * config.patch_size**2 + max(7 * width, 2 * width + 2 * hidden)
+    return patches * (per_patch * dtype.itemsize + 8 * width) + 4 * width * hidden
 
 
 def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype, device: str) -> int:
-    """Bytes that decoding one picture of height × width pixels allocates at most.
+    """Return the bytes that decoding a picture of height × width pixels allocates at most.
 
     Three tensors of the widest channels at full resolution (256 in the official model: the input, its normed copy, the
     output), five where a CPU norms 16-bit floats in fp32, of the whole picture or one tile; and the result, twice.

@@ -1,11 +1,11 @@
-"""The parts of one model: from open checkpoints to modules in memory, each loaded when it is asked for.
+"""The parts of a model: from open checkpoints to modules in memory, each loaded when it is first used.
 
 `Components` is a Residency that knows what a part is: its module and the names that are never read, the number formats
 of its layers, how many bytes it takes, the adapters that belong on it. ControlNets are parts as well; they come when a
 request first wants them.
 
-Headers are read and held to the modules at once, weights when a part is loaded. Fixed order: swap, assign, merge,
-stream, attach, compile.
+Headers are read and checked against the modules at once, weights when a part is loaded. Fixed order: swap, assign,
+merge, stream, attach, compile.
 """
 
 from collections import Counter
@@ -37,7 +37,7 @@ from s3dit.weights.quantize import named, schemes_for
 
 
 class Components(Residency):
-    """The parts of one model, by name: text_encoder, transformer, vae, siglip, and ControlNets."""
+    """The parts of a model, by name: text_encoder, transformer, vae, siglip, and ControlNets."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Components(Residency):
             return SPECS[part].module(getattr(self.config, part))
 
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
-        """A part's module on the meta device, and the names that are never read."""
+        """Make a part's module on the meta device; returns it and the patterns of names that are never read."""
         checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
         module = self._module(part, controlnet)
         unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
@@ -108,18 +108,18 @@ class Components(Residency):
         return module, unused
 
     def make(self, name: str) -> nn.Module:
-        """A part's module on the meta device; those in it that are never called refuse hooks."""
+        """Make a part's module on the meta device, in which modules that are never called refuse hooks."""
         module, unused = self.blank(name)
-        for path, one in module.named_modules():
-            names = [f"{path}.{leaf}".removeprefix(".") for leaf in one.state_dict()]
+        for path, inner in module.named_modules():
+            names = [f"{path}.{leaf}".removeprefix(".") for leaf in inner.state_dict()]
             if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
-                unhookable(one, "no picture needs it, so it is not read")
-            elif why := why_not(one):
-                unhookable(one, why)
+                unhookable(inner, "no picture needs it, so it is not read")
+            elif why := why_not(inner):
+                unhookable(inner, why)
         return module
 
     def load(self, name: str, component: Component) -> None:
-        """Read a part's weights, and change them as was asked for: formats, adapters, streaming, compiling."""
+        """Load a part's weights and apply number formats, adapters, streaming and compiling, in that order."""
         module, device, kept = component.module, self.placement.device, self.kept.get(name)
         dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
         with own_settings(device):
@@ -141,20 +141,20 @@ class Components(Residency):
             module.eval()
 
     def unload(self, name: str, component: Component) -> None:
-        """Take out of a part what `load` has brought into it."""
+        """Undo `load`, with torch's settings those of the engine; see `Residency.unload`."""
         with own_settings(self.placement.device):
             super().unload(name, component)
 
     def changed_by_hand(self, part: str) -> bool:
-        """Whether somebody has changed parameters of a part."""
+        """Return whether a user has changed parameters of a part."""
         return bool(self.component(part).touched())
 
     def state(self, *names: str) -> tuple[object, ...]:
-        """Something that is another when what these parts compute may be: adapters, parameters, modules."""
+        """Return a value that is another once what these parts compute may be: adapters, parameters, modules."""
         return tuple(self.revisions[name] for name in names), *(self.component(name).state() for name in names)
 
     def sizes(self, part: str) -> tuple[int, int, tuple[int, ...]]:
-        """Bytes of a part: read, held outside of its blocks, held by each block.
+        """Return the bytes of a part: read from disk, held outside of its blocks, held by each block.
 
         Raises CheckpointError when names or shapes are not this model's.
         """
@@ -174,7 +174,10 @@ class Components(Residency):
         return self.placement.compute if part == "vae" else self.placement.dtype
 
     def controlnet(self, control: Control) -> tuple[str, ControlNetConfig]:
-        """The part that a control wants, and what it is; opened and held to this model when first asked for."""
+        """Return the name and configuration of a control's ControlNet; opened and checked when first used.
+
+        Raises CheckpointError where it is not for this model.
+        """
         path = resolve_file(str(control.model))
         part = f"controlnet {path}" + (f" as {control.version}" if control.version else "")
         if part not in self.controlnets:

@@ -1,4 +1,4 @@
-"""Where and in which number format a model computes.
+"""Chooses the device and the dtypes that a model is kept and computed in.
 
 Weights are kept in `dtype`, by default bf16 wherever the device multiplies bf16 in hardware (CUDA, MPS, CPUs with AMX
 or AVX512-BF16). Activations are computed in `compute`: the same where that is the faster arithmetic, else fp32, which
@@ -28,6 +28,7 @@ class Placement:
     compute: torch.dtype
 
     def __str__(self) -> str:
+        """Describe it for messages and metadata, such as "cpu, bf16 weights, fp32 arithmetic"."""
         names = [NAMES[str(dtype).removeprefix("torch.")] for dtype in (self.dtype, self.compute)]
         return f"{self.device}, {names[0]}" + ("" if names[0] == names[1] else f" weights, {names[1]} arithmetic")
 
@@ -56,6 +57,7 @@ def place(device: str | torch.device | None = None, dtype: str | torch.dtype | N
 
 
 def _device(device: str | torch.device | None) -> torch.device:
+    """The device, or the best there is; raises BackendError for one that this machine has not."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -72,7 +74,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware."""
+    """Return whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
@@ -82,7 +84,7 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether a device that multiplies bf16 in hardware is faster at it than at fp32."""
+    """Return whether the device multiplies bf16 in hardware, and faster than fp32."""
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     slow = able.get("avx512_bf16") and not able.get("amx_bf16") and "Intel" in able.get("cpu_name", "")
     return native_bf16(device) and not slow
@@ -90,7 +92,7 @@ def fast_bf16(device: torch.device) -> bool:
 
 @contextmanager
 def own_settings(device: torch.device) -> Iterator[None]:
-    """Switch off what the calling thread has switched on in torch: autocast, gradients, inference and default device.
+    """Compute inside the `with` without the calling thread's autocast, gradients, inference mode and default device.
 
     All of it belongs to the thread. torch's default dtype belongs to the process and stays: whatever depends on a dtype
     names it. Tensors that are made inside are ordinary ones, so that gradients can pass through weights later.

@@ -1,6 +1,6 @@
 """Checks that what a model computes is finite, and finds the module where it is not for the first time.
 
-`check_finite` is asked after every stage of a picture and costs one reduction where all is well; else it looks for the
+`check_finite` is called after every stage of a picture and costs one reduction if all is finite; else it looks for the
 weight at fault, or runs the stage again with a hook on every module to name the first that answers NaN or infinity.
 """
 
@@ -17,7 +17,7 @@ from s3dit.model.hooks import why_not
 
 
 def output_tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a result with its path: places of a tuple, keys of a dict, fields of a dataclass."""
+    """Yield every tensor of a result with its path: indices of a tuple, keys of a dict, fields of a dataclass."""
     if isinstance(output, Tensor):
         yield name, output
         return
@@ -34,7 +34,10 @@ def output_tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
 
 @dataclasses.dataclass(slots=True)
 class Nonfinite:
-    """Where a run first left the finite numbers; `name` stays None as long as it did not. "" is the model itself."""
+    """The first module whose output was not finite: its name ("" is the model itself, None: there was none), its kind.
+
+    count, size: values that are not finite, and all values of its output · largest_input: in magnitude.
+    """
 
     name: str | None = None
     kind: str = ""
@@ -43,6 +46,7 @@ class Nonfinite:
     largest_input: float = 0.0
 
     def __str__(self) -> str:
+        """Describe it in a sentence for messages."""
         if self.name is None:
             return "every output was finite"
         return (
@@ -53,19 +57,19 @@ class Nonfinite:
 
 @contextmanager
 def first_nonfinite(model: nn.Module) -> Iterator[Nonfinite]:
-    """Find the first module, in the order of finishing, whose output holds NaN or infinity: the innermost to blame.
+    """Find the first module, in the order of finishing, whose output holds NaN or infinity, inside the `with`.
 
-    Looks at every module, which waits for the device each time: for a second run after something went wrong.
+    Checks every module, which waits for the device each time: for a second run after something went wrong.
     """
-    found = Nonfinite()
+    first = Nonfinite()
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, output: Any) -> None:
             for _, tensor in output_tensors("", output):
-                if found.name is None and (bad := _not_finite(tensor)):
-                    found.name, found.kind, found.count, found.size = name, type(module).__name__, bad, tensor.numel()
+                if first.name is None and (bad := _not_finite(tensor)):
+                    first.name, first.kind, first.count, first.size = name, type(module).__name__, bad, tensor.numel()
                     inputs = [t.detach().float().abs() for _, t in output_tensors("", args) if t.is_floating_point()]
-                    found.largest_input = max((float(t.max()) for t in inputs if t.numel()), default=0.0)
+                    first.largest_input = max((float(t.max()) for t in inputs if t.numel()), default=0.0)
 
         return look
 
@@ -73,22 +77,23 @@ def first_nonfinite(model: nn.Module) -> Iterator[Nonfinite]:
         for name, module in model.named_modules():
             if not why_not(module):
                 stack.callback(module.register_forward_hook(hook(name)).remove)
-        yield found
+        yield first
 
 
 def _not_finite(tensor: Tensor) -> int:
+    """How many values of a tensor are NaN or infinite."""
     # Eight-bit floats know no isfinite; every one of them is a float32.
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    return int((~wide.isfinite()).sum())
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    return int((~values.isfinite()).sum())
 
 
 def check_finite(
     x: Tensor, what: str, again: Callable[[], object], model: tuple[nn.Module, Path], *beside: tuple[nn.Module, Path]
 ) -> None:
-    """Stop at the first NaN or infinity; name the module where it arose (by running `again`) or the weight at fault.
+    """Raise an error if x holds NaN or infinity, which names the weight at fault or the module where it arose.
 
-    model, beside: what computed x and what took part in it, each with the place of its weights. Raises CheckpointError
-    (a weight) or BackendError.
+    what: x in words · again: runs the computation again, to find the module · model, beside: the module that computed x
+    and others that took part, each with the path of its weights. Raises CheckpointError (a weight) or BackendError.
     """
     if x.isfinite().all():
         return
@@ -100,9 +105,9 @@ def check_finite(
                     f"{what} is not finite because {name} in {path} holds NaN or infinity; "
                     "needed finite weights; download the file again"
                 )
-    with first_nonfinite(model[0]) as found:
+    with first_nonfinite(model[0]) as first:
         again()
     raise BackendError(
-        f"{what} is not finite although every weight of {type(model[0]).__name__} is; first seen in {found}; "
+        f"{what} is not finite although every weight of {type(model[0]).__name__} is; first seen in {first}; "
         "use dtype fp32, and less guidance if it is high"
     )

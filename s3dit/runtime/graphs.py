@@ -3,8 +3,8 @@
 `compile_blocks` gives each kind of repeated block to torch.compile once, not the model: one graph serves all thirty
 main blocks. Sizes are symbols in it, and attention is an opaque node (`kernels/attention.py`), so no picture size,
 prompt length, batch or guidance compiles anything anew. Hooks of the blocks stay outside of the graph, so streamed
-blocks (`offload`) work as before; a block into which somebody looks (hooks, `op.using`, a forward of his own) runs
-uncompiled as long as he does.
+blocks (`block_streaming`) work as before; a block with hooks or a forward of a user inside, or while `op.using` is in
+force, runs uncompiled.
 
 `Replay` records a pass as a CUDA graph and replays it: one launch in place of hundreds, which decides the speed of
 small pictures. A recording has its own buffers, and serves all calls whose arguments have the same shapes and host
@@ -44,7 +44,7 @@ def compile_blocks(model: nn.Module, compiler: str | Callable[..., Any] = "induc
     compiler: a backend of torch.compile. Compiling happens in the first passes, once a kind of block. Raises
     BackendError where there is nothing to compile, it is done already, or the machine has no C++ compiler.
     """
-    blocks = [block for found in repeated(model) for block in found]
+    blocks = [block for blocks in repeated(model) for block in blocks]
     name = type(model).__name__
     if not blocks:
         raise BackendError(f"{name} has no repeated blocks to compile; load it without compile")
@@ -59,7 +59,7 @@ def compile_blocks(model: nn.Module, compiler: str | Callable[..., Any] = "induc
 
 
 def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Callable[..., Any]:
-    """One kind's forward, compiled for every size at once."""
+    """The forward of a kind of block, compiled for every size at once."""
     from torch.fx.experimental import _config as symbols
 
     compiled = torch.compile(kind.forward, dynamic=True, fullgraph=True, backend=compiler)
@@ -76,7 +76,7 @@ def _compiled(kind: type[nn.Module], compiler: str | Callable[..., Any]) -> Call
     return forward
 
 
-def _bound(compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
+def _bound(compiled: Callable[..., Any], uncompiled: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
     """The forward as a method that does not keep its block alive."""
     itself = weakref.ref(block)
 
@@ -85,14 +85,14 @@ def _bound(compiled: Callable[..., Any], plain: Callable[..., Any], block: nn.Mo
         assert block is not None
         _, *inside = block.modules()
         # A graph does not run hooks that came after it.
-        looked = overridden() or watched(inside) or any("forward" in vars(one) for one in inside)
-        return (plain if looked else compiled)(block, *args)
+        observed = overridden() or watched(inside) or any("forward" in vars(module) for module in inside)
+        return (uncompiled if observed else compiled)(block, *args)
 
     return forward
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise the BackendError that says what torch.compile is going to lack, before it fails in the middle."""
+    """Raise BackendError where torch.compile lacks something on this machine, before it fails in the middle."""
     if device.type not in ("cpu", "cuda"):
         raise BackendError(f"compile serves cpu and cuda, found {device.type}; load the model without compile")
     if device.type == "cuda":
@@ -114,13 +114,13 @@ Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], Any], Tensor]]
 
 
 class CudaGraphs:
-    """Recorder of CUDA graphs that share one pool of memory, which is safe because none runs beside another."""
+    """Records CUDA graphs that share a pool of memory, which is safe because none runs beside another."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
-        """Run once unrecorded, so that kernels are compiled and libraries have their workspaces, then record."""
+        """Run once unrecorded, so that kernels are compiled and workspaces made, then record -> (replay, output)."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -134,7 +134,7 @@ class CudaGraphs:
 
 @dataclasses.dataclass(slots=True)
 class Recording:
-    """One recorded pass: its own arguments and their tensors, what they were last filled from, and its output."""
+    """A recorded pass: its own arguments and their tensors, what they were last filled from, and its output."""
 
     inputs: list[list[Tensor]]
     filled: list[Any]
@@ -143,17 +143,17 @@ class Recording:
 
 
 class Replay:
-    """Calls a module by recording it once for each signature of its arguments and replaying that.
+    """Calls a module by recording it once for each signature of its arguments, and replaying the recording.
 
-    Tensors among the arguments are copied in at every call. Dataclasses and tuples are taken for values that nobody
-    writes into: they are copied when another object is given. The result is the caller's own.
+    Tensors among the arguments are copied in at every call. Dataclasses and tuples are taken for values that are never
+    written to: they are copied when another object is given. The result is a copy of its own.
     """
 
     def __init__(self, model: nn.Module, record: Recorder | None = None, keep: int = KEPT) -> None:
-        """record: None records CUDA graphs; raises BackendError where there is no CUDA or hooks want to look in."""
+        """record: None records CUDA graphs; raises BackendError without CUDA, or for streamed blocks."""
         if record is None and not torch.cuda.is_available():
             raise BackendError("graphs need a CUDA device, found none; load the model without graphs")
-        if any(isinstance(hook, Own) for one in model.modules() for hook in one._forward_hooks.values()):
+        if any(isinstance(hook, Own) for module in model.modules() for hook in module._forward_hooks.values()):
             raise BackendError(
                 f"{type(model).__name__} has hooks of streamed blocks, which a recorded pass would not run; needed "
                 "residency staged or resident; load the model without graphs"
@@ -168,12 +168,12 @@ class Replay:
 
     @property
     def stale(self) -> bool:
-        """Whether the model has other modules or tensors by now than those that were recorded."""
+        """Whether the model has other modules or tensors now than those that were recorded."""
         return self._made_of != _made_of(self._itself())
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Tensor:
-        """What `model(*args)` returns, a tensor. While somebody looks inside (hooks, `op.using`) it simply runs."""
+        """Return what `model(*args)` returns, a tensor; with hooks or `op.using` in force the model runs unrecorded."""
         model = self._itself()
         if watched(model.modules()) or overridden():
             return model(*args)
@@ -194,6 +194,7 @@ class Replay:
         return recording.output.clone()
 
     def _recorded(self, args: tuple[Any, ...], parts: list[tuple[Any, list[Tensor]]]) -> Recording:
+        """Record a pass with copies of the arguments' tensors; parts: the arguments, as `flatten` splits them."""
         inputs = [[tensor.clone() for tensor in tensors] for _, tensors in parts]
         own = [rebuild(arg, iter(tensors)) for arg, tensors in zip(args, inputs, strict=True)]
         model = self._itself()
@@ -201,6 +202,7 @@ class Replay:
         return Recording(inputs, list(args), replay, output)
 
     def _itself(self) -> nn.Module:
+        """The model, which is alive as long as its recordings are."""
         model = self._model()
         assert model is not None
         return model
@@ -208,32 +210,33 @@ class Replay:
 
 def _made_of(model: nn.Module) -> list[int]:
     """The modules of a model, their own forwards, and its tensors, as numbers."""
-    forwards = [id(one) for module in model.modules() for one in (module, vars(module).get("forward"))]
+    forwards = [id(held) for module in model.modules() for held in (module, vars(module).get("forward"))]
     return [*forwards, *(id(tensor) for *_, tensor in tensors(model))]
 
 
 def flatten(value: Any) -> tuple[Any, list[Tensor]]:
-    """(what is fixed, tensors) of an argument: its types, shapes and numbers, hashable, and the tensors in order."""
+    """Split an argument into what is fixed (types, shapes, numbers; hashable) and its tensors in order."""
     if isinstance(value, Tensor):
         return (value.shape, value.dtype, value.device), [value]
     inside = list(_inside(value))
     if not inside:
         return value, []
-    parts = [flatten(one) for one in inside]
+    parts = [flatten(item) for item in inside]
     return (type(value), *(fixed for fixed, _ in parts)), [tensor for _, tensors in parts for tensor in tensors]
 
 
 def rebuild(value: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same argument with other tensors in place of its own, in the order of `flatten`."""
+    """Make the same argument with other tensors in place of its own, in the order of `flatten`."""
     if isinstance(value, Tensor):
         return next(tensors)
-    inside = [rebuild(one, tensors) for one in _inside(value)]
+    inside = [rebuild(item, tensors) for item in _inside(value)]
     if isinstance(value, tuple):
         return tuple(inside)
     return type(value)(*inside) if inside else value
 
 
 def _inside(value: Any) -> Iterator[Any]:
+    """Yield the items of a tuple, or the fields of a dataclass."""
     if isinstance(value, tuple):
         yield from value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -1,13 +1,13 @@
-"""Residency: which parts of a model are in memory, and when.
+"""Residency: loads and frees the parts of a model, so that the ones in memory are those that are needed.
 
 *staged* (default): text encoder, transformer and VAE take turns; loading one lets the others go. *resident*: every
 part stays once loaded. *streamed*: as staged, and of a part's repeated blocks only some stay on the device (or none);
-the others live in host memory and pass through two slots (`block_streaming`).
+the others are held in host memory and pass through two slots (`block_streaming`).
 
-A part is one module for the life of a pipeline, and only its tensors come and go: while it is not in memory they are on
-the meta device. So hooks, traces and other modules that somebody has put into it stay, in every residency. Parameters
-that somebody has changed, in place or by others, are theirs from then on: they are not let go and not loaded again
-until `restore`. (Writing through `.data`, or through NumPy, is seen by nobody, and gone when the part is.)
+A part is one module for the life of a pipeline, and only its tensors are loaded and freed: while it is not in memory
+they are on the meta device. So hooks, traces and other modules that a user has put into it stay, in every residency.
+Parameters that a user has changed, in place or by replacing them, are kept: they are not freed and not loaded again
+until `restore`. (Writing through `.data`, or through NumPy, is not detected, and lost when the part is freed.)
 
 The arithmetic is the same in every residency, bit for bit. On a CPU where file and compute dtype agree, a part is a set
 of views of the mapped file, and its turn costs no copy.
@@ -30,11 +30,12 @@ from s3dit.runtime.block_streaming import BlockStreamer, Mode, TensorDict, strea
 from s3dit.runtime.graphs import Replay
 from s3dit.runtime.lora import Attachments
 
-# What tells a tensor that nobody has touched: itself, its version counter, its memory, whether it wants a gradient.
+# By which an untouched tensor is recognized: itself, its version counter, its memory, whether it requires a gradient.
 Mark = tuple[weakref.ref[Tensor], int, int, bool] | None
 
 
 def _mark(tensor: Tensor | None) -> Mark:
+    """What a tensor is recognized by later; None where there is none."""
     return None if tensor is None else (weakref.ref(tensor), version(tensor), tensor.data_ptr(), tensor.requires_grad)
 
 
@@ -46,6 +47,7 @@ def _same(tensor: Tensor | None, mark: Mark) -> bool:
 
 
 def _refuse(name: str, *args: Any) -> None:
+    """Raise the BackendError of a part that computes while it is not in memory."""
     raise BackendError(
         f"the {name} is not in memory: it was let go when another part's turn came; needed a part that is held; take "
         f"it anew (pipe.parts[{name!r}]), or load the model with residency resident"
@@ -53,10 +55,10 @@ def _refuse(name: str, *args: Any) -> None:
 
 
 class Component:
-    """One part of a model: its module, the places in it where tensors come and go, and what acts on it while loaded.
+    """A part of a model: its module, the places of its tensors, and what acts on it while it is loaded.
 
-    attachments: its adapters · streamer: what carries its blocks, if they are streamed · recorded: its passes as CUDA
-    graphs, once there are any.
+    attachments: its adapters · streamer: of its blocks, if they are streamed · recorded: its passes as CUDA graphs,
+    once there are any.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -67,25 +69,25 @@ class Component:
         self.recorded: Replay | None = None
         self._guards: list[RemovableHandle] = []
         self._guard()
-        found = list(tensors(module))
-        self._places: list[tuple[TensorDict, str]] = [(shelf, leaf) for shelf, leaf, _ in found]
-        self._blanks = [tensor for *_, tensor in found]
-        # Of each place while the part is in memory; and the places that are somebody else's by now.
+        held = list(tensors(module))
+        self._places: list[tuple[TensorDict, str]] = [(owner, leaf) for owner, leaf, _ in held]
+        self._blanks = [tensor for *_, tensor in held]
+        # Of each place while the part is in memory; and the places whose tensors a user has changed.
         self._marks: list[Mark] | None = None
         self._theirs: set[int] = set()
 
     def set_parameters(self, filled: nn.Module) -> None:
-        """Take over the tensors of a filled copy of the module, but where somebody has put tensors of his own."""
+        """Take over the tensors of a filled copy of the module, except where a user has put others."""
         while self._guards:
             self._guards.pop().remove()
         self._theirs = self.touched()
         for i, (_, _, tensor) in enumerate(tensors(filled)):
-            shelf, leaf = self._places[i]
+            owner, leaf = self._places[i]
             if i not in self._theirs:
-                shelf[leaf] = tensor
-            elif isinstance(own := shelf.get(leaf), Tensor) and not tensor.is_meta and own.device != tensor.device:
+                owner[leaf] = tensor
+            elif isinstance(own := owner.get(leaf), Tensor) and not tensor.is_meta and own.device != tensor.device:
                 moved = own.detach().to(tensor.device)
-                shelf[leaf] = nn.Parameter(moved, own.requires_grad) if isinstance(own, nn.Parameter) else moved
+                owner[leaf] = nn.Parameter(moved, own.requires_grad) if isinstance(own, nn.Parameter) else moved
 
     def stream(self, device: torch.device, kept: int, dtype: torch.dtype) -> None:
         """Stream the module's blocks, all but `kept`; see `block_streaming.stream`."""
@@ -93,64 +95,65 @@ class Component:
         self.attachments = Attachments(self.module, self.streamer)
 
     def replay(self, *args: Any) -> Tensor:
-        """Call the module by its recording, which lives as long as the weights that it has recorded."""
+        """Call the module by its recording, which is made anew when the module has others -> its output."""
         if self.recorded is None or self.recorded.stale:
             self.recorded = Replay(self.module)
         return self.recorded(*args)
 
     def mark(self) -> None:
-        """Remember what is here now, as nobody has touched it yet."""
-        self._marks = [_mark(shelf.get(leaf)) for shelf, leaf in self._places]
+        """Remember the tensors as they are now: what differs from them later was changed by a user."""
+        self._marks = [_mark(owner.get(leaf)) for owner, leaf in self._places]
 
     def empty(self) -> None:
-        """Let go of all tensors but those that somebody has changed."""
+        """Free all tensors except those that a user has changed."""
         self._theirs = self.touched()
-        for i, ((shelf, leaf), blank) in enumerate(zip(*self._both, strict=True)):
+        for i, ((owner, leaf), blank) in enumerate(zip(*self._both, strict=True)):
             if i not in self._theirs:
-                shelf[leaf] = blank
+                owner[leaf] = blank
         self._marks = None
         if not self._guards:
             self._guard()
 
     def _guard(self) -> None:
-        """Let whatever would compute without its tensors say so: some of it would go on, on the meta device."""
-        for one in self.module.modules():
-            if one._parameters or one._buffers:
-                # Also where hooks of others are refused.
-                register = partial(nn.Module.register_forward_pre_hook, one, prepend=True)
+        """Raise in every module that would compute without its tensors: some would go on, on the meta device."""
+        for module in self.module.modules():
+            if module._parameters or module._buffers:
+                # Also where hooks of users are refused.
+                register = partial(nn.Module.register_forward_pre_hook, module, prepend=True)
                 self._guards.append(register(Own(partial(_refuse, self._name))))
 
     def restore(self) -> None:
-        """Forget what somebody has changed; with the part out of memory."""
+        """Drop what a user has changed; called while the part is not in memory."""
         self._theirs = set()
-        for (shelf, leaf), blank in zip(*self._both, strict=True):
-            shelf[leaf] = blank
+        for (owner, leaf), blank in zip(*self._both, strict=True):
+            owner[leaf] = blank
 
     def touched(self) -> set[int]:
-        """The places that somebody has changed, which are not those that adapters have."""
-        ours = {(id(shelf), leaf) for shelf, leaf in self.attachments.copies()}
-        found = set(self._theirs)
-        for i, ((shelf, leaf), blank) in enumerate(zip(*self._both, strict=True)):
-            tensor = shelf.get(leaf)
+        """Return the places that a user has changed, without those that adapters have changed."""
+        ours = {(id(owner), leaf) for owner, leaf in self.attachments.copies()}
+        places = set(self._theirs)
+        for i, ((owner, leaf), blank) in enumerate(zip(*self._both, strict=True)):
+            tensor = owner.get(leaf)
             same = tensor is blank if self._marks is None else _same(tensor, self._marks[i])
-            if not same and (id(shelf), leaf) not in ours:
-                found.add(i)
-        return found
+            if not same and (id(owner), leaf) not in ours:
+                places.add(i)
+        return places
 
     def state(self) -> tuple[Any, ...]:
-        """What changes when somebody changes the part: its modules and their forwards, and the touched tensors."""
-        modules = tuple((id(one), id(vars(one).get("forward"))) for one in self.module.modules())
+        """Return a value that is another once a user has changed the part: modules, forwards, touched tensors."""
+        modules = tuple((id(module), id(vars(module).get("forward"))) for module in self.module.modules())
         places = ((i, *self._places[i]) for i in sorted(self.touched()))
-        found = ((i, shelf.get(leaf)) for i, shelf, leaf in places)
-        return modules, tuple((i, id(own), None if own is None else version(own)) for i, own in found)
+        changed = ((i, owner.get(leaf)) for i, owner, leaf in places)
+        return modules, tuple((i, id(tensor), None if tensor is None else version(tensor)) for i, tensor in changed)
 
     @property
     def _both(self) -> tuple[list[tuple[TensorDict, str]], list[Tensor]]:
+        """The places of the tensors, and the blank tensor on the meta device that belongs to each."""
         return self._places, self._blanks
 
 
 class Residency:
-    """Parts by name, loaded when first asked for; safe to use from several threads, which wait for one another.
+    """The parts of a model by name, loaded when first used; safe in several threads, which wait for one another.
 
     `kept` says of a part how many of its blocks are to stay on the device, for `load` to read; a part that is not in
     it is whole. A part that holds more than that is loaded anew; one that holds less is used as it is.
@@ -159,18 +162,18 @@ class Residency:
     def __init__(self, mode: Mode) -> None:
         self.mode = mode
         self.kept: Mapping[str, int] = {}
-        # Held by whoever computes with the parts, or changes them.
+        # Held while a thread computes with the parts, or changes them.
         self.lock = threading.RLock()
         self._components: dict[str, Component] = {}
         self._held: dict[str, int | None] = {}
         self._handles: weakref.WeakValueDictionary[str, nn.Module] = weakref.WeakValueDictionary()
 
     def make(self, name: str) -> nn.Module:
-        """A part's module on the meta device."""
+        """Make a part's module on the meta device."""
         raise NotImplementedError
 
     def load(self, name: str, component: Component) -> None:
-        """Fill a part, and `mark` it."""
+        """Load a part's tensors, and `mark` it."""
         raise NotImplementedError
 
     @property
@@ -180,18 +183,18 @@ class Residency:
 
     @property
     def policy(self) -> tuple[Mode, Mapping[str, int]]:
-        """How parts are held: what `set_policy` is given."""
+        """How parts are held, mode and kept blocks, as `set_policy` takes them."""
         return self.mode, self.kept
 
     def component(self, name: str) -> Component:
-        """A part, in memory or not."""
+        """Return a part, in memory or not."""
         with self.lock:
             if name not in self._components:
                 self._components[name] = Component(self.make(name), name)
             return self._components[name]
 
     def __getitem__(self, name: str) -> nn.Module:
-        """A part's module, in memory: the same object every time."""
+        """Return a part's module, loaded into memory if it is not: the same object every time."""
         with self.lock:
             component, wanted = self.component(name), self.kept.get(name)
             if name in self._held and wanted is not None and ((made := self._held[name]) is None or made > wanted):
@@ -228,7 +231,7 @@ class Residency:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Inside the `with`, parts come in beside those that are held (for previews)."""
+        """Load parts inside the `with` without freeing those that are in memory (for previews)."""
         with self.lock:
             before, self.mode = self.mode, "resident"
             try:
@@ -237,7 +240,7 @@ class Residency:
                 self.mode = before
 
     def set_policy(self, mode: Mode, kept: Mapping[str, int], parts: Collection[str]) -> None:
-        """Change how parts are held, for the sake of `parts`; let go of what has no room beside them any more."""
+        """Set how parts are held, for a request that needs `parts`; frees what has no room beside them any more."""
         with self.lock:
             self.mode, self.kept = mode, kept
             if mode != "resident" and len(self._held) > 1:
@@ -250,17 +253,17 @@ class Residency:
             self._let_go(*(name for name in self.held if name not in self._handles))
 
     def restore(self, name: str) -> None:
-        """Let a part go with all that somebody has changed of its parameters: it comes back as it is in its file."""
+        """Free a part and drop all changes of its parameters: it is loaded again as it is in its file."""
         with self.lock:
-            self._let_go(*(one for one in self.held if one == name))
+            self._let_go(*(held for held in self.held if held == name))
             self.component(name).restore()
 
     def watched(self, *names: str) -> bool:
-        """Whether somebody has put hooks into a part."""
+        """Return whether a user has put hooks into one of these parts."""
         return any(watched(self.component(name).module.modules()) for name in names)
 
     def unload(self, name: str, component: Component) -> None:
-        """Take everything out of a part that `load` has brought into it."""
+        """Undo `load`: remove adapters, streaming, recordings and tensors of a part."""
         component.attachments.strip()
         component.recorded = None
         if component.streamer is not None:
@@ -269,6 +272,7 @@ class Residency:
         component.empty()
 
     def _let_go(self, *names: str) -> None:
+        """Free parts that are in memory."""
         for name in names:
             del self._held[name]
             self.unload(name, self._components[name])

@@ -1,9 +1,9 @@
-"""Where each part of a model comes from: a directory, one file of everything, or parts mixed from anywhere.
+"""Opens the files of a model: a directory, one file of everything, or parts mixed from several places.
 
 `open_sources` goes from what a user names to open checkpoints, configurations and a tokenizer; it reads headers only.
 The model gives whatever it holds; `transformer`, `text_encoder` and `vae` put another file or folder in the place of
-one part. A config is the JSON of the part's folder; else it is read from the shapes (`shapes`), and what they cannot
-say is the model's own or the official constant, which a note tells.
+one part. A config is the JSON of the part's folder; else it is inferred from its tensors (`configs.infer_config`), and
+what they do not tell is taken from the model or is the official constant, which a note says.
 
 What is missing is named together with the option that gives it, before anything is loaded.
 """
@@ -16,8 +16,9 @@ from typing import Any
 from s3dit.configs import infer_config, tokenizer_config
 from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
-from s3dit.model.config import ModelConfig, SchedulerConfig, compose, variant_of
+from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
+from s3dit.runtime.model_config import compose
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import PARTS as REPOSITORY_PARTS
@@ -46,9 +47,10 @@ VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.361
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """One model: `path` is what it is called by, the tokenizer a folder or in a GGUF file, `mixed` parts put in.
+    """The opened files of a model: its configuration, its checkpoints by part, its tokenizer.
 
-    guessed: whether the shift of the schedule is (see SHIFT).
+    path: what the model is called by · tokenizer: a folder, or a GGUF file that carries one · mixed: parts that were
+    given in the place of the model's own · guessed: whether the shift of the schedule is (see SHIFT).
     """
 
     path: Path
@@ -62,7 +64,7 @@ class Sources:
 
 @dataclass(slots=True)
 class OpenedModel:
-    """What one path gives: parts of a model, the JSON that lies beside them, and a tokenizer."""
+    """The contents of a path: parts of a model, the JSON that lies beside them, and a tokenizer."""
 
     path: Path
     parts: dict[str, Checkpoint] = field(default_factory=dict)
@@ -82,86 +84,114 @@ def open_sources(
     model: "embedded" (the folder `embedded`), a path or a Hub name; None is the embedded model where no part is given,
     else no model. given: the same by part, or None.
     """
-
-    def place(name: str, parts: Collection[str]) -> Path:
-        return embedded if name == "embedded" else resolve(name, parts)
-
-    wanted = {part: str(path) for part, path in given.items() if path is not None}
-    if model is None and not wanted:
+    replaced = {part: str(path) for part, path in given.items() if path is not None}
+    if model is None and not replaced:
         model = "embedded"
     base = None
     if model is not None:
-        skip = [*wanted, *(["tokenizer"] if tokenizer is not None else [])]
-        read = [part for part in REPOSITORY_PARTS if part not in skip]
-        base = open_model(place(str(model), read), skip)
+        skip = [*replaced, *(["tokenizer"] if tokenizer is not None else [])]
+        wanted = [part for part in REPOSITORY_PARTS if part not in skip]
+        base = open_model(_resolve(str(model), wanted, embedded), skip)
     more = ["tokenizer"] if base is None and tokenizer is None else []
-    homes = {part: _one(part, place(path, [part, *more])) for part, path in wanted.items()}
-    places = [found for found in (base, *homes.values()) if found is not None]
-    if base is not None:
-        homes = dict.fromkeys(base.parts, base) | homes
-    given_words: list[Path | GGUFFile] = [] if tokenizer is None else [_words(place(str(tokenizer), ["tokenizer"]))]
-    words = given_words or [found.tokenizer for found in places if found.tokenizer]
-    _check_complete(places[0].path, homes, bool(words))
-    known = base.configs if base is not None else {}
-    said_of_words = tokenizer_config.check(words[0]) if isinstance(words[0], Path) else []
-    notes = list(dict.fromkeys(note for found in places for note in found.notes)) + said_of_words
-    checkpoints = {part: homes[part].parts[part] for part in PARTS}
-    configs = {
-        part: homes[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
-        for part in PARTS
-    }
-    sees = base is not None and configs["transformer"].siglip_feat_dim is not None
-    if base is not None and sees and (eyes := read_vision(base.path, notes)):
-        configs |= eyes
+    origins = {part: _open_part(part, _resolve(path, [part, *more], embedded)) for part, path in replaced.items()}
+    opened = [*([] if base is None else [base]), *origins.values()]
+    origins = ({} if base is None else dict.fromkeys(base.parts, base)) | origins
+    own_tokenizer = next((origin.tokenizer for origin in opened if origin.tokenizer), None)
+    if tokenizer is not None:
+        own_tokenizer = _tokenizer_folder(_resolve(str(tokenizer), ["tokenizer"], embedded))
+    own_tokenizer = _complete(opened[0].path, origins, own_tokenizer)
+    notes = _notes(opened, own_tokenizer)
+    checkpoints = {part: origins[part].parts[part] for part in PARTS}
+    configs = _configs(base, origins, checkpoints, notes)
+    if base is not None and VISION_TOWER in configs:
         checkpoints[VISION_TOWER] = open_checkpoint(base.path / VISION_TOWER)
-    scheduler = base.scheduler if base is not None else None
-    said = any("vae" in found.configs for found in (homes["vae"], base) if found is not None)
-    own = base.own if base is not None else {}
-    notes += [] if said else [VAE_NOTE]
-    unsaid = scheduler is not None and "variant" not in own and variant_of(configs["transformer"], scheduler) is None
-    notes += [VARIANT_NOTE] if unsaid else []
+    notes += _assumed(base, origins["vae"], configs["transformer"])
+    scheduler, own = (None, {}) if base is None else (base.scheduler, base.own)
     return Sources(
-        path=places[0].path,
-        config=compose(configs, scheduler or SchedulerConfig(SHIFT), own, places[0].path),
+        path=opened[0].path,
+        config=compose(configs, scheduler or SchedulerConfig(SHIFT), own, opened[0].path),
         checkpoints=checkpoints,
-        tokenizer=words[0],
-        mixed=tuple(wanted),
+        tokenizer=own_tokenizer,
+        mixed=tuple(replaced),
         notes=tuple(notes),
         guessed=scheduler is None,
     )
 
 
+def _resolve(name: str, parts: Collection[str], embedded: Path) -> Path:
+    """The path of a model by its name: the embedded one's, or as `hub.resolve` finds it."""
+    return embedded if name == "embedded" else resolve(name, parts)
+
+
+def _notes(opened: Iterable[OpenedModel], tokenizer: Path | GGUFFile) -> list[str]:
+    """Notes on the files that were opened, each once, and on the tokenizer's settings; raises CheckpointError."""
+    notes = list(dict.fromkeys(note for origin in opened for note in origin.notes))
+    return notes + (tokenizer_config.check(tokenizer) if isinstance(tokenizer, Path) else [])
+
+
+def _configs(
+    base: OpenedModel | None, origins: Mapping[str, OpenedModel], checkpoints: Mapping[str, Checkpoint],
+    notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The configuration of every part: of its JSON, else inferred from its tensors and the model that it is put into.
+
+    base: that model, whose vision tower is used if the transformer reads one · origins: where each part is from. Adds
+    notes; raises CheckpointError.
+    """
+    known = base.configs if base is not None else {}
+    configs = {
+        part: origins[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
+        for part in PARTS
+    }
+    if base is not None and configs["transformer"].siglip_feat_dim is not None:
+        configs |= read_vision(base.path, notes)
+    return configs
+
+
+def _assumed(base: OpenedModel | None, vae: OpenedModel, transformer: Any) -> list[str]:
+    """Notes on what the files do not say and is assumed: the scale of latents, the variant.
+
+    vae: where the VAE is from · transformer: its configuration.
+    """
+    notes = []
+    if not any("vae" in origin.configs for origin in (vae, base) if origin is not None):
+        notes.append(VAE_NOTE)
+    if base is not None and base.scheduler is not None and "variant" not in base.own:
+        notes += [VARIANT_NOTE] if variant_of(transformer, base.scheduler) is None else []
+    return notes
+
+
 def open_model(path: Path, skip: Collection[str] = ()) -> OpenedModel:
-    """What a path holds: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
+    """Open a path: a model directory with a folder for each part, or one checkpoint; raises CheckpointError.
 
     skip: parts that are not opened; their config is still what is known of the model.
     """
     if not path.is_dir() or not any((path / part).is_dir() for part in PARTS):
         return _one_checkpoint(path)
-    found = OpenedModel(path, notes=read_index(path, skip))
+    opened = OpenedModel(path, notes=read_index(path, skip))
     for part in PARTS:
         folder = path / part
         if part in skip:
-            found.configs |= _beside(part, folder, [])
+            opened.configs |= _beside(part, folder, [])
             continue
         if not folder.is_dir():
             continue
-        inside = _one(part, folder)
-        found.parts[part], found.rest = inside.parts[part], found.rest + inside.rest
-        found.configs |= inside.configs
-        found.notes += inside.notes
+        inside = _open_part(part, folder)
+        opened.parts[part], opened.rest = inside.parts[part], opened.rest + inside.rest
+        opened.configs |= inside.configs
+        opened.notes += inside.notes
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.parent.is_dir():
-        found.scheduler = SchedulerConfig.from_json(data := read_json(scheduler), scheduler)
-        found.notes += SchedulerConfig.note_unknown(data, scheduler)
+        opened.scheduler = SchedulerConfig.from_json(data := read_json(scheduler), scheduler)
+        opened.notes += SchedulerConfig.note_unknown(data, scheduler)
     if (path / "tokenizer").is_dir():
-        found.tokenizer = path / "tokenizer"
-    found.own = read_own(path)
-    return found
+        opened.tokenizer = path / "tokenizer"
+    opened.own = read_own(path)
+    return opened
 
 
 def _one_checkpoint(path: Path) -> OpenedModel:
-    """A file, or a folder that holds one checkpoint and perhaps its config.json."""
+    """Open a file, or a folder that holds one checkpoint and perhaps its config.json; raises CheckpointError."""
     if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
         raise CheckpointError(
             f"{path}: not a Z-Image model directory, it lacks transformer/, text_encoder/, vae/ and holds no weights; "
@@ -174,19 +204,19 @@ def _one_checkpoint(path: Path) -> OpenedModel:
             "whole; join them with `llama-gguf-split --merge`"
         )
     inside = split(checkpoint)
-    found = OpenedModel(path, inside.parts, rest=inside.rest)
-    if path.is_dir() and len(found.parts) == 1:
-        part = next(iter(found.parts))
-        found.configs = _beside(part, path, found.notes)
-        if part in found.configs:
-            infer_config.check_layers(part, found.parts[part], found.configs[part])
+    opened = OpenedModel(path, inside.parts, rest=inside.rest)
+    if path.is_dir() and len(opened.parts) == 1:
+        part = next(iter(opened.parts))
+        opened.configs = _beside(part, path, opened.notes)
+        if part in opened.configs:
+            infer_config.check_layers(part, opened.parts[part], opened.configs[part])
     if VOCABULARY in checkpoint.metadata:
-        found.tokenizer = GGUFFile(checkpoint.path)
-    return found
+        opened.tokenizer = GGUFFile(checkpoint.path)
+    return opened
 
 
 def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
-    """The config of a part whose folder has one; adds to the notes what it says that nobody knows."""
+    """Read the config of a part, if its folder has one; adds a note on its unknown keys."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -195,41 +225,42 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     return {part: SPECS[part].config.from_json(data, path)}
 
 
-def _one(part: str, path: Path) -> OpenedModel:
-    """A path that must give a part, perhaps out of another model's directory; raises CheckpointError.
+def _open_part(part: str, path: Path) -> OpenedModel:
+    """Open a path that must give a part, perhaps out of another model's directory; raises CheckpointError.
 
     Of such a directory nothing else is read but its tokenizer, so it may be of any kind (FLUX.1's, for its VAE).
     """
     folder = path / part if (path / part).is_dir() else path
     has = next((other for other in PARTS if folder == path and (path / other).is_dir()), None)
-    found = OpenedModel(path) if has else _one_checkpoint(folder)
-    if part not in found.parts:
-        has = has or next(iter(found.parts), None)
+    opened = OpenedModel(path) if has else _one_checkpoint(folder)
+    if part not in opened.parts:
+        has = has or next(iter(opened.parts), None)
         remedy = f"give it with {OPTIONS[has]}" if has else "give another path"
         raise CheckpointError(f"{path}: holds {has or 'no part of a model'}, where {part} was needed; {remedy}")
-    found.path = path
-    if found.tokenizer is None and (path / "tokenizer").is_dir():
-        found.tokenizer = path / "tokenizer"
-    return found
+    opened.path = path
+    if opened.tokenizer is None and (path / "tokenizer").is_dir():
+        opened.tokenizer = path / "tokenizer"
+    return opened
 
 
-def _words(path: Path) -> Path:
+def _tokenizer_folder(path: Path) -> Path:
     """The folder of a tokenizer, which may be given by the model it belongs to."""
     return path / "tokenizer" if (path / "tokenizer").is_dir() else path
 
 
 def missing(parts: Iterable[str], tokenizer: bool) -> list[str]:
-    """What is wanting to draw a picture."""
+    """Return what is lacking for drawing a picture: names of parts, and "tokenizer"."""
     parts = set(parts)
     return [part for part in PARTS if part not in parts] + ([] if tokenizer else ["tokenizer"])
 
 
-def _check_complete(path: Path, parts: Iterable[str], tokenizer: bool) -> None:
-    """Raise the CheckpointError of a model that lacks something, with the options that give it."""
+def _complete(path: Path, parts: Iterable[str], tokenizer: Path | GGUFFile | None) -> Path | GGUFFile:
+    """The tokenizer of a model that lacks nothing; else raises CheckpointError, with the options that give the rest."""
     parts = list(parts)
-    if lacking := missing(parts, tokenizer):
+    if (lacking := missing(parts, tokenizer is not None)) or tokenizer is None:
         options = " ".join(OPTIONS[part] for part in lacking)
         raise CheckpointError(
             f"{path}: not a whole model, it holds {', '.join(parts)}, not {', '.join(lacking)}; add {options}, "
             "or give a model directory as --model and this for a part of it"
         )
+    return tokenizer

@@ -14,10 +14,11 @@ from s3dit.cli.convert_model import convert
 from s3dit.configs import config_keys, tokenizer_config
 from s3dit.configs.model_files import KINDS, read_index, read_json, read_own
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig, compose, read_model, variant_of
+from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig, variant_of
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
+from s3dit.runtime.model_config import compose, read_model
 from s3dit.runtime.sources import open_sources
 
 VISION = {
@@ -86,7 +87,7 @@ def test_what_is_not_run_is_refused_by_name(name, key):
 
 
 @pytest.mark.parametrize(
-    "name, key", each(lambda kind: [key for reason, keys in kind.keys.inert.items() if "held" not in reason
+    "name, key", each(lambda kind: [key for reason, keys in kind.keys.inert.items() if "is checked" not in reason
                                     and "read as" not in reason for key in keys])
 )  # fmt: skip
 def test_what_cannot_matter_changes_nothing(name, key):

@@ -17,13 +17,13 @@ from s3dit.cli.main import main
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.inputs.save_image import save_png
-from s3dit.model.config import read_model
 from s3dit.model.layout import edit
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
 from s3dit.runtime.graphs import Replay
+from s3dit.runtime.model_config import read_model
 
 TOWER = {
     "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "num_channels": 3,

@@ -68,7 +68,7 @@ def pair(official_dir, written):
 
 
 def opened(path, official_dir, version):
-    from s3dit.model.config import read_model
+    from s3dit.runtime.model_config import read_model
 
     base = read_model(Path(official_dir)).transformer
     checkpoint, config = open_controlnet(Path(path), base)

@@ -105,7 +105,7 @@ def attached(model, streamer=None):
 
 
 def attach(model, path, scale=1.0, name="one", **options):
-    deltas, report = match_layers(read_adapter(path), {"transformer": lora.homes(model)}, name, **options)
+    deltas, report = match_layers(read_adapter(path), {"transformer": lora.layer_shapes(model)}, name, **options)
     attached(model).attach(name, deltas["transformer"], scale, "cpu", torch.float32)
     return report
 
@@ -422,7 +422,7 @@ def test_beside_a_quantized_layer(scheme, kind, random, tmp_path):
     model = alone(layer)
     leaves, change = KINDS[kind](random, out, in_)
     path = write({f"layers.0.attention.to_q.{leaf}": tensor for leaf, tensor in leaves.items()}, tmp_path)
-    assert lora.homes(model) == {"layers.0.attention.to_q": (out, in_)}
+    assert lora.layer_shapes(model) == {"layers.0.attention.to_q": (out, in_)}
     attach(model, path)
     wrapped = model.get_submodule("layers.0.attention.to_q")
     assert wrapped.input_dtype is None and isinstance(wrapped, lora.Adapted)

@@ -11,11 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Control, Pipeline
-from s3dit.model.config import read_model
 from s3dit.model.controlnet import ControlNet, ControlNetConfig
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.model_config import read_model
 
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "tensor", "prompt": "a red star", "seed": 1}
 # As an Omni model has it; random weights, of which nothing but bits is asked.
