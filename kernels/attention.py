@@ -57,7 +57,7 @@ class Spans:
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Spans":
         """Make the spans of items with these lengths, in tokens."""
-        total = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        total = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(lengths, total.to(device), total)
 
 

@@ -124,8 +124,8 @@ def hadamard(size: int) -> Tensor:
     if size < 2 or size & (size - 1):
         raise ValueError(f"a rotation of {size} inputs at a time; needed a power of two")
     four = size.bit_length() % 2 == 1
-    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32)
-    small = 1 - 2 * torch.eye(4, dtype=torch.float32).flip(0) if four else sylvester
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")
+    small = 1 - 2 * torch.eye(4, dtype=torch.float32, device="cpu").flip(0) if four else sylvester
     matrix = small
     while len(matrix) < size:
         matrix = torch.kron(matrix, small)

@@ -98,7 +98,7 @@ def _widened(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | 
     """Codes to the dtype of x, piece by piece: a tenth of the time of a product with 1000 tokens."""
     x = x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
     packed, scale, zero = parts["weight"], parts["scale"].to(x.dtype), parts["zero"].to(x.dtype)
-    out = torch.empty(*x.shape[:-1], len(packed), dtype=x.dtype)
+    out = torch.empty(*x.shape[:-1], len(packed), dtype=x.dtype, device=x.device)
     for run in pieces(*packed.shape):
         weight = _widen(packed[run], scale[run], zero[run])
         out[..., run] = F.linear(x, weight, None if bias is None else bias[run].to(x.dtype))

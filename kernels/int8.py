@@ -24,13 +24,24 @@ from s3dit.kernels.scheme import (
 DTYPE = torch.int8
 # Output channels of one integer product on a CPU, so that its sums are still in the cache when they are scaled.
 COLUMNS = 1024
-_ABLE = torch.cpu.get_capabilities()
-# Without 8-bit dot products oneDNN adds pairs in 16 bits, which saturate; ONEDNN_MAX_CPU_ISA may forbid them to a CPU
-# that has them, so an extreme product is looked at, too.
-_EXTREME = torch.full((32, 64), 127, dtype=DTYPE)
-INTEGER_DOT = any(_ABLE.get(name, False) for name in ("avx512_vnni", "avx_vnni", "amx_int8")) and bool(
-    (torch._int_mm(_EXTREME, _EXTREME.T) == 64 * 127**2).all()
-)
+# CPU features with 8-bit dot products; oneDNN without them adds pairs of products in 16 bits, which saturate.
+_DOT_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+
+def _cpu_product_is_exact() -> bool:
+    """Return whether torch._int_mm on this CPU sums int8 products without saturation, checked on extreme values.
+
+    The features alone do not tell it: ONEDNN_MAX_CPU_ISA may forbid them to a CPU that has them.
+    """
+    # On the CPU by name: this runs at import, when a caller's default device may be meta or cuda.
+    extreme = torch.full((32, 64), 127, dtype=DTYPE, device="cpu")
+    features = torch.cpu.get_capabilities()
+    return any(features.get(name, False) for name in _DOT_FEATURES) and bool(
+        (torch._int_mm(extreme, extreme.T) == 64 * 127**2).all()
+    )
+
+
+INTEGER_DOT = _cpu_product_is_exact()
 
 
 @op
@@ -58,7 +69,7 @@ def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor |
     values, row_scale, _ = rows(x, DTYPE)
     codes, scale = parts["weight"], parts["scale"].T
     flat = values.reshape(-1, codes.shape[1])
-    out = torch.empty(len(flat), len(codes), dtype=x.dtype)
+    out = torch.empty(len(flat), len(codes), dtype=x.dtype, device=x.device)
     for start in range(0, len(codes), COLUMNS):
         run = slice(start, start + COLUMNS)
         product = torch._int_mm(flat, codes[run].T).float()

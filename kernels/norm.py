@@ -173,7 +173,7 @@ def _rotation_in_pieces(
     turn = torch.view_as_complex(rope)[:, None]
 
     def rotate(x: Tensor, weight: Tensor) -> Tensor:
-        out, weight = torch.empty(x.shape, dtype=x.dtype), weight.float()
+        out, weight = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.float()
         for piece in _pieces(len(x)):
             wide = _norm_in_place(x[piece], weight, eps)
             torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(turn[piece])

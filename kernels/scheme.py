@@ -70,7 +70,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
     if x.device.type != "cpu" or x.numel() <= CACHED or torch.compiler.is_compiling():
         return QuantizedRows(*_round(x, dtype), x.dtype)
     # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
-    values, scale = torch.empty(x.shape, dtype=dtype), torch.empty(*x.shape[:-1], 1)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     width = x.shape[-1]
     step = max(1, CACHED // width)
     runs = (t.view(-1, t.shape[-1]).split(step) for t in (values, scale))

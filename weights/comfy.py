@@ -33,7 +33,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 
 def table(values: tuple[float, ...]) -> Tensor:
     """The part `table`, (1, 16) fp32."""
-    return torch.tensor([values], dtype=torch.float32)
+    return torch.tensor([values], dtype=torch.float32, device="cpu")
 
 
 def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:

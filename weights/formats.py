@@ -190,7 +190,7 @@ def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTensors]:
 
 def _ones(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
     """The weight as it lies, with the scale 1."""
-    return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1, dtype=torch.float32)}
+    return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1, dtype=torch.float32, device="cpu")}
 
 
 def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
@@ -249,7 +249,7 @@ def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Callable[[], dict[str,
     def make() -> dict[str, Tensor]:
         blocks, shape = checkpoint.load(name), checkpoint.shapes[name]
         if not blocks.numel():
-            return {name: torch.empty(shape, dtype=torch.float32)}
+            return {name: torch.empty(shape, dtype=torch.float32, device="cpu")}
         decoded = GGUF[kind].decode({"weight": blocks.reshape(-1, blocks.shape[-1])})
         Layer(checkpoint, name).numbers("", decoded)
         return {name: decoded.view(shape)}

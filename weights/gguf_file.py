@@ -116,7 +116,7 @@ class GGUFFile(Stored):
         entry = self.entry(name)
         assert isinstance(entry.dtype, torch.dtype)
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         return self._file.read(self._starts[name], entry.nbytes).view(entry.dtype).view(entry.shape)
 
     def format(self, name: str) -> str:

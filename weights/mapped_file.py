@@ -10,7 +10,9 @@ that a file may be larger than memory and swap. It goes with the last tensor tha
 What a map cannot do: a file that is cut short in place while tensors look at it ends the process (SIGBUS) at the first
 missing page, since the system has nothing to give. Replace model files by renaming a new one over them, as downloaders
 do, and never write into one that is in use; weights that are cast on their way in (bf16 to fp32) or on a GPU are safe.
-Where files cannot be trusted to stay (a network share), `mapped = False` reads each tensor into memory of its own.
+Where files cannot be trusted to stay (a network share), `mapped = False` (`Checkpoint.disable_mmap`) reads each tensor
+into memory of its own. It holds for tensors only: the header of a GGUF file, and the lists of its metadata, are read
+through a map even then (`gguf_file`), and that map is released right after; a safetensors header is never mapped.
 """
 
 import mmap
@@ -72,7 +74,7 @@ class MappedFile:
         if self.mapped:
             self._held = self._held or self.map()
             return torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
-        found = torch.empty(count, dtype=torch.uint8)
+        found = torch.empty(count, dtype=torch.uint8, device="cpu")
         with self._open() as file:
             file.seek(start)
             if file.readinto(found.numpy()) < count:  # type: ignore[attr-defined]

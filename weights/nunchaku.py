@@ -59,7 +59,9 @@ def _layer(layer: Layer) -> DerivedTensors:
         parts["scale"] = micro(layer("wscales"), out) if fp4 else vectors(layer("wscales"), out)
         if fp4:
             channel = (
-                vectors(layer("wcscales")[None], out).float() if columns else torch.ones(out, 1, dtype=torch.float32)
+                vectors(layer("wcscales")[None], out).float()
+                if columns
+                else torch.ones(out, 1, dtype=torch.float32, device="cpu")
             )
             parts["channel"] = channel * layer("wtscale").float() if whole else channel
         parts["column"] = 1 / vectors(layer("smooth_factor")[None], in_).float().T

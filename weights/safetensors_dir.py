@@ -88,7 +88,7 @@ class SafetensorsFiles(Stored):
                 f"{file.path}: {name} is of the type {entry.dtype}, which torch has not; take a file in another format"
             )
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         # As many maps are held as are read from: one.
         for other in self._files:
             if other is not file:

@@ -81,7 +81,7 @@ def _layer(layer: Layer, config: Mapping[str, Any]) -> DerivedTensors:
             offset = (
                 layer("zero_point").float().reshape(out, groups)
                 if zero
-                else torch.zeros(out, groups, dtype=torch.float32)
+                else torch.zeros(out, groups, dtype=torch.float32, device="cpu")
             )
             # Codes from 0 to 255 were moved to -128 … 127.
             parts["offset"] = offset + 128 * parts["scale"] if shifted else offset
@@ -192,7 +192,7 @@ def _codes(stored: Tensor, kind: str, bits: int, out: int, in_: int, across: boo
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
     """Codes of 2, 3, 5, 6 or 7 bits, uint8, in the order of the weight."""
     if bits == 2:
-        return (packed.reshape(-1, 1) >> torch.tensor((0, 2, 4, 6), dtype=torch.uint8)) & 3
+        return (packed.reshape(-1, 1) >> torch.tensor((0, 2, 4, 6), dtype=torch.uint8, device="cpu")) & 3
     packed = packed.reshape(-1, bits if bits != 6 else 3)
     mask = (1 << bits) - 1
     # Three bits: two codes of a byte, and a third whose bits are spread.
