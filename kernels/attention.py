@@ -10,11 +10,10 @@ made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention
 off them first: it adds the same number to all scores of a query, which softmax does not see, and without it one large
 channel would take the range of int8 from all others. Relative error against exact attention, normal q, k and v: 9e-3.
 
-Sources: FlashAttention-2 (Dao 2023, algorithm 1) for the loop, SageAttention (Zhang et al. 2024, section 4) for taking
-off the mean. P·V stays in 16 bits: in e4m3 it would need V stored transposed.
+The Triton kernel that serves them is in `flash_attention`. Source: SageAttention (Zhang et al. 2024, section 4) for
+subtracting the mean.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,25 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
-from s3dit.kernels.rows import round_rows
+from s3dit.kernels.dispatch import capability, missing, op
+from s3dit.kernels.flash_attention import flash_attention, flash_attention8, smooth_keys
 from s3dit.kernels.scheme import QuantizedRows, quantize_rows
-from s3dit.kernels.tune import Config, chosen
 
 HALF = (torch.bfloat16, torch.float16)
 # FlashAttention-3's equal on Hopper, some 1.7 times the kernel that torch takes by itself.
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Up to so many queries an item, tiles of 128 would leave a third of a Hopper's processors without work at the end.
-SHORT = 2048
 # Scores that the CPU holds at a time: 4 MiB in fp32.
 SCORES = 1 << 20
-# What a search tries.
-CANDIDATES: tuple[Config, ...] = tuple(
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    for m, warps in ((64, 4), (128, 4), (128, 8))
-    for n in (32, 64, 128)
-    for stages in (2, 3, 4)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,182 +167,24 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Te
     return out
 
 
-@kernel
-def _tile(x: "Any", n: "Any", token: "Any", d: "Any", length: "Any", D: tl.constexpr, WHOLE: tl.constexpr) -> Any:
-    """Rows n of x (tokens, D); WHOLE says that none is outside. Columns from D on, and rows outside, are 0."""
-    place = x + n[:, None] * token + d[None, :]
-    if WHOLE and d.shape[0] == D:
-        tile = tl.load(place)
-    elif WHOLE:
-        tile = tl.load(place, mask=d[None, :] < D, other=0)
-    else:
-        tile = tl.load(place, mask=(n[:, None] < length) & (d[None, :] < D), other=0)
-    return tile
-
-
-@kernel
-def _attend(
-    queries: "Any", fold: "Any", k: "Any", k_token: "Any", k_scale: "Any", v: "Any", v_token: "Any", start: "Any",
-    length: "Any", d: "Any", acc: "Any", total: "Any", peak: "Any", D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EIGHT: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Take in BLOCK_N keys. Scores are in powers of two: `fold` holds 1 / sqrt(D) and log2(e), and the scale of q."""
-    n = start + tl.arange(0, BLOCK_N)
-    scores = tl.dot(queries, tl.trans(_tile(k, n, k_token, d, length, D, WHOLE)), input_precision="ieee")
-    scores = scores.to(tl.float32) * fold
-    if EIGHT:
-        scores *= tl.load(k_scale + n * HEADS, mask=n < length, other=0.0)[None, :]
-    if not WHOLE:
-        scores = tl.where(n[None, :] < length, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(peak - higher)
-    values = _tile(v, n, v_token, d, length, D, WHOLE)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return acc, total * shrink + tl.sum(weights, 1), higher
-
-
-@kernel
-def _flash_kernel(
-    q: "Any", q_token: "Any", q_head: "Any", q_scale: "Any", k: "Any", k_token: "Any", k_head: "Any", k_scale: "Any",
-    v: "Any", v_token: "Any", v_head: "Any", out: "Any", lse: "Any", q_cu: "Any", k_cu: "Any", fold: "Any",
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LSE: tl.constexpr, EIGHT: tl.constexpr, ROUND: tl.constexpr,
-) -> Any:  # fmt: skip
-    """BLOCK_M queries of one head against all keys of their item. ROUND: q is wide and becomes int8 here."""
-    head, item = tl.program_id(1), tl.program_id(2)
-    q_start, k_start = tl.load(q_cu + item).to(tl.int64), tl.load(k_cu + item).to(tl.int64)
-    q_length = (tl.load(q_cu + item + 1) - q_start).to(tl.int32)
-    k_length = (tl.load(k_cu + item + 1) - k_start).to(tl.int32)
-    first = tl.program_id(0) * BLOCK_M
-    # The grid is as long as the longest item.
-    if first >= q_length:
-        return
-    m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
-    queries = _tile(q + q_start * q_token + head * q_head, m, q_token, d, q_length, D, False)
-    if ROUND:
-        rounded, unit = round_rows(queries.to(tl.float32), 127.0)
-        queries, fold = rounded.to(tl.int8), unit * fold
-    elif EIGHT:
-        unit = tl.load(q_scale + (q_start + m) * HEADS + head, mask=m < q_length, other=0.0)
-        fold = unit[:, None] * fold
-    k += k_start * k_token + head * k_head
-    v += k_start * v_token + head * v_head
-    if EIGHT:
-        k_scale += k_start * HEADS + head
-    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    whole = k_length // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        acc, total, peak = _attend(
-            queries, fold, k, k_token, k_scale, v, v_token, start, k_length, d, acc, total, peak, D, HEADS, BLOCK_N,
-            True, EIGHT,
-        )  # fmt: skip
-    if whole < k_length:
-        acc, total, peak = _attend(
-            queries, fold, k, k_token, k_scale, v, v_token, whole, k_length, d, acc, total, peak, D, HEADS, BLOCK_N,
-            False, EIGHT,
-        )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (q_start + m[:, None]) * HEADS + head
-    inside = m[:, None] < q_length
-    tl.store(out + place * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside & (d[None, :] < D))
-    if LSE:
-        # back from powers of two: log(2)
-        tl.store(lse + place, ((peak + tl.log2(total)) * 0.6931471805599453)[:, None], mask=inside)
-
-
-@kernel
-def _smooth_kernel(
-    k: "Any", token: "Any", head_stride: "Any", mean: "Any", out: "Any", scale: "Any", cu: "Any", D: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-) -> Any:  # fmt: skip
-    """ROWS keys of one head, less the mean of their item, in int8."""
-    head, item = tl.program_id(1), tl.program_id(2)
-    start, length = tl.load(cu + item).to(tl.int64), (tl.load(cu + item + 1) - tl.load(cu + item)).to(tl.int32)
-    n, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    wide = _tile(k + start * token + head * head_stride, n, token, d, length, D, False).to(tl.float32)
-    middle = tl.load(mean + (item * HEADS + head) * D + d, mask=d < D, other=0.0)
-    values, unit = round_rows(wide - middle[None, :], 127.0)
-    place = (start + n[:, None]) * HEADS + head
-    inside = n[:, None] < length
-    tl.store(out + place * D + d[None, :], values.to(tl.int8), mask=inside & (d[None, :] < D))
-    tl.store(scale + place, unit, mask=inside)
-
-
-def _launch(
-    q: Tensor, q_scale: Tensor | None, k: Tensor, k_scale: Tensor | None, v: Tensor, q_cu: Tensor, k_cu: Tensor,
-    longest: int, out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Run the flash kernel; q is int8 with q_scale, or wide; so is k."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if not longest:
-        return
-    heads, width = q.shape[1:]
-    block = _block(width)
-    name = "attention" if k_scale is None else "attention8"
-    config = chosen(name, f"d{block} {'short' if longest <= SHORT else 'long'}", q.device)
-    fold = math.log2(math.e) * width**-0.5
-    _flash_kernel[(-(-longest // config["BLOCK_M"]), heads, len(q_cu) - 1)](
-        q, q.stride(0), q.stride(1), q_scale, k, k.stride(0), k.stride(1), k_scale, v, v.stride(0), v.stride(1), out,
-        lse, q_cu, k_cu, fold, D=width, HEADS=heads, BLOCK=block, LSE=lse is not None, EIGHT=k_scale is not None,
-        ROUND=k_scale is not None and q_scale is None, **config,
-    )  # fmt: skip
-
-
-def _block(width: int) -> int:
-    """The power of two that holds a head."""
-    return max(32, 1 << (width - 1).bit_length())
-
-
-def _fake_flash(
-    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, k_cu: Tensor, longest: int, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty((len(q), q.shape[1] if with_lse else 0), dtype=torch.float32, device=q.device)
-
-
-@launcher(_fake_flash)
-def _flash_rows(
-    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, k_cu: Tensor, longest: int, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    out, lse = _fake_flash(q, k, v, q_cu, k_cu, longest, with_lse)
-    _launch(q, None, k, None, v, q_cu, k_cu, longest, out, lse if with_lse else None)
-    return out, lse
-
-
 def _flash(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    _check(q, k, q_span, k_span)
-    return _flash_rows(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), False)[0]
+    _check_spans(q, k, q_span, k_span)
+    return flash_attention(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), False)[0]
 
 
 def _flash_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> tuple[Tensor, Tensor]:
-    _check(q, k, q_span, k_span)
-    return _flash_rows(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
+    _check_spans(q, k, q_span, k_span)
+    return flash_attention(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
 
 
 def _flash8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Two kernels: the keys once, in int8; then as ever."""
-    _check(q, k, q_span, k_span)
-    tokens, heads, width = k.shape
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    small = torch.empty(k.shape, dtype=torch.int8, device=k.device)
-    k_scale = torch.empty((tokens, heads), dtype=torch.float32, device=k.device)
-    if tokens:
-        _smooth_kernel[(-(-max(k_span.lengths) // 64), heads, len(k_span.lengths))](
-            k, k.stride(0), k.stride(1), _means(k, k_span), small, k_scale, k_span.cu_seqlens, width, heads,
-            _block(width), 64, num_warps=4,
-        )  # fmt: skip
-    values, q_scale = (q.values, q.scale.contiguous()) if isinstance(q, QuantizedRows) else (q, None)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _launch(
-        values, q_scale, small, k_scale, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), out, None
-    )  # fmt: skip
-    return out
+    """Run two kernels: the keys become int8 once, then every query reads them."""
+    _check_spans(q, k, q_span, k_span)
+    keys = smooth_keys(k, _means(k, k_span), k_span.cu_seqlens, max(k_span.lengths))
+    return flash_attention8(q, keys, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths))
 
 
-def _check(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
+def _check_spans(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
     """A kernel would read past the end of what is too short."""
     found = (q.shape[0], k.shape[0], len(k_span.lengths))
     needed = (sum(q_span.lengths), sum(k_span.lengths), len(q_span.lengths))

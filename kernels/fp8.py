@@ -12,16 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
-from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
+from s3dit.kernels.matmul import scaled_matmul
+from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.rows import WIDE, quantize_activations
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
     channels_linear,
     decode_channels,
+    dequantize_rows,
     per_channel,
-    rows,
-    wide,
+    quantize_rows,
+    upcast,
 )
 
 DTYPE = torch.float8_e4m3fn
@@ -30,13 +33,13 @@ DTYPE = torch.float8_e4m3fn
 @op
 def fp8_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Both sides in e4m3: x (…, in) or its Rows -> (…, out), dtype of x; see `Scheme`."""
-    return F.linear(rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
+    return F.linear(quantize_rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 @op
 def fp8_weights_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in e4m3, x as it comes: x (…, in) -> (…, out), dtype of x."""
-    return F.linear(wide(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
+    return F.linear(upcast(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 def _fp32(bias: Tensor | None) -> Tensor | None:
@@ -46,7 +49,7 @@ def _fp32(bias: Tensor | None) -> Tensor | None:
 @fp8_linear.on("cpu", "torch")
 def _rounded(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """No CPU multiplies e4m3; its numbers are exact in bf16, so this is right, and as fast as bf16 at best."""
-    return channels_linear(rows(x, DTYPE), parts, bias)
+    return channels_linear(quantize_rows(x, DTYPE), parts, bias)
 
 
 fp8_weights_linear.on("cpu", "torch")(channels_linear)
@@ -66,7 +69,7 @@ def _torch_able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor
 @fp8_linear.on("cuda", "torch", when=_torch_able)
 def _scaled_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The row-wise product of torch, which is CUTLASS's or cuBLAS's."""
-    values, scale, dtype = rounded(x, DTYPE)
+    values, scale, dtype = quantize_activations(x, DTYPE)
     out = torch._scaled_mm(
         values.reshape(-1, values.shape[-1]),
         parts["weight"].T,
@@ -81,13 +84,13 @@ def _scaled_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor 
 
 @fp8_linear.on("cuda", "triton", when=_able)
 def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    values, scale, dtype = rounded(x, DTYPE)
+    values, scale, dtype = quantize_activations(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
 
 @fp8_weights_linear.on("cuda", "triton", when=_able)
 def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
+    return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], None, bias)
 
 
 # GPUs without 8-bit floating point.

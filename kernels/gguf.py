@@ -18,8 +18,8 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_matmul
-from s3dit.kernels.matmul import WIDE, plain
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, pieces, wide
+from s3dit.kernels.rows import WIDE
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows, pieces, upcast
 
 # The table of IQ4_NL and IQ4_XS: where 16 values serve weights best.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -192,11 +192,11 @@ def _scheme(kind: str) -> Scheme:
     @op
     def gguf_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Weights in blocks, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
-        return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(upcast(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
     def pieced(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Blocks to the dtype of x, piece by piece, so that no second copy of the layer is made."""
-        x, rows = plain(x), parts["weight"]
+        x, rows = dequantize_rows(x), parts["weight"]
         out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
         for run in pieces(len(rows), x.shape[-1]):
             weight = decode({"weight": rows[run]}).to(x.dtype)
@@ -204,7 +204,7 @@ def _scheme(kind: str) -> Scheme:
         return out
 
     def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        return gguf_matmul(plain(x), parts["weight"], kind, bias)
+        return gguf_matmul(dequantize_rows(x), parts["weight"], kind, bias)
 
     if kind in KERNELS:
         gguf_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)(in_kernel)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, launcher, tl
-from s3dit.kernels.matmul import FEW, few_rows, launch_dequantize, launch_mixed
+from s3dit.kernels.mixed_matmul import FUSED_ROWS, PackedWeight, fused_block_rows, launch_dequantize, launch_mixed
 
 
 @kernel
@@ -122,21 +122,26 @@ KERNELS: dict[str, tuple[int, int, Any]] = {
 }
 
 
-@launcher(lambda weight, kind, dtype: weight.new_empty(len(weight), _width(weight, kind), dtype=dtype))
+@launcher(lambda weight, kind, dtype: weight.new_empty(len(weight), _columns(weight, kind), dtype=dtype))
 def gguf_dequantize(weight: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) in dtype that blocks of a type of KERNELS stand for, stored as (N, bytes of a row) uint8."""
-    return launch_dequantize(weight, None, None, dtype, _width(weight, kind), KERNELS[kind][2])
+    return launch_dequantize(packed_blocks(weight, kind), dtype)
 
 
-def _width(weight: Tensor, kind: str) -> int:
-    """K of a stored weight."""
+def _columns(weight: Tensor, kind: str) -> int:
+    """Return K of a stored weight."""
     elements, size, _ = KERNELS[kind]
     return weight.shape[1] // size * elements
+
+
+def packed_blocks(weight: Tensor, kind: str) -> PackedWeight:
+    """Return a stored weight as the kernels of `mixed_matmul` take it."""
+    return PackedWeight(weight, None, None, _columns(weight, kind), KERNELS[kind][2])
 
 
 @launcher(lambda x, weight, kind, bias: x.new_empty(*x.shape[:-1], weight.shape[0]))
 def gguf_matmul(x: Tensor, weight: Tensor, kind: str, bias: Tensor | None) -> Tensor:
     """x (…, K) bf16, fp16 or fp32 times a stored weight (N, bytes of a row), transposed, plus bias -> (…, N)."""
-    if x.shape[:-1].numel() <= FEW:
-        return launch_mixed(x, weight, None, None, bias, few_rows(x), widen=KERNELS[kind][2])
+    if x.shape[:-1].numel() <= FUSED_ROWS:
+        return launch_mixed(x, packed_blocks(weight, kind), bias, fused_block_rows(x))
     return F.linear(x, gguf_dequantize(weight, kind, x.dtype), None if bias is None else bias.to(x.dtype))

@@ -30,8 +30,18 @@ from torch import Tensor
 
 from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
-from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, codes_as, pieces, wide
+from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.rows import WIDE
+from s3dit.kernels.scheme import (
+    QuantizedRows,
+    QuantizedTensors,
+    Scheme,
+    Spec,
+    codes_as,
+    dequantize_rows,
+    pieces,
+    upcast,
+)
 
 BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # What mixed_matmul widens.
@@ -72,13 +82,13 @@ def grouped(name: str, form: Form) -> Scheme:
     @op
     def grouped_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Weights in groups, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
-        return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+        return F.linear(upcast(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
     def pieced(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        return _pieced(form, plain(x), parts, bias)
+        return _pieced(form, dequantize_rows(x), parts, bias)
 
     def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        return _in_kernel(form, plain(x), parts, bias)
+        return _in_kernel(form, dequantize_rows(x), parts, bias)
 
     def able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
         # e5m2 asks for the same GPUs as e4m3.

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
-from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, finite, pieces, wide
+from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.rows import WIDE
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows, finite, pieces, upcast
 
 GROUP = 64
 TOP = 15
@@ -90,13 +91,13 @@ def decode(parts: QuantizedTensors) -> Tensor:
 @op
 def int4_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in int4, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
-    return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+    return F.linear(upcast(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
 
 @int4_linear.on("cpu", "torch", when=lambda x, *rest: x.dtype in WIDENED or "takes bf16 or fp32")
 def _widened(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Codes to the dtype of x, piece by piece: a tenth of the time of a product with 1000 tokens."""
-    x = x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
+    x = dequantize_rows(x)
     packed, scale, zero = parts["weight"], parts["scale"].to(x.dtype), parts["zero"].to(x.dtype)
     out = torch.empty(*x.shape[:-1], len(packed), dtype=x.dtype, device=x.device)
     for run in pieces(*packed.shape):
@@ -118,13 +119,13 @@ def _widen(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 @int4_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)
 def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    return mixed_matmul(plain(x), parts["weight"], parts["scale"], parts["zero"], bias)
+    return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], parts["zero"], bias)
 
 
 @int4_linear.on("cuda", "torch")
 def _decoded(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The whole weight in the dtype of x."""
-    return F.linear(plain(x), decode(parts).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(dequantize_rows(x), decode(parts).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 int4 = Scheme("int4", None, spec, encode, decode, int4_linear)

@@ -9,16 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import missing, op
-from s3dit.kernels.matmul import WIDE, mixed_matmul, plain, rounded, scaled_matmul
+from s3dit.kernels.matmul import scaled_matmul
+from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.rows import WIDE, quantize_activations
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
     channels_linear,
     decode_channels,
+    dequantize_rows,
     per_channel,
-    rows,
-    wide,
+    quantize_rows,
+    upcast,
 )
 
 DTYPE = torch.int8
@@ -47,13 +50,13 @@ INTEGER_DOT = _cpu_product_is_exact()
 @op
 def int8_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Both sides in int8: x (…, in) or its Rows -> (…, out), dtype of x; see `Scheme`."""
-    return F.linear(rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
+    return F.linear(quantize_rows(x, DTYPE).dequantize(), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 @op
 def int8_weights_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Weights in int8, x as it comes: x (…, in) -> (…, out), dtype of x."""
-    return F.linear(wide(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
+    return F.linear(upcast(x), decode_channels(parts), _fp32(bias)).to(x.dtype)
 
 
 def _fp32(bias: Tensor | None) -> Tensor | None:
@@ -66,7 +69,7 @@ def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor |
 
     Twice the pace of bf16 on a CPU with both. The prepacked form is no faster and would be a second copy of the model.
     """
-    values, row_scale, _ = rows(x, DTYPE)
+    values, row_scale, _ = quantize_rows(x, DTYPE)
     codes, scale = parts["weight"], parts["scale"].T
     flat = values.reshape(-1, codes.shape[1])
     out = torch.empty(len(flat), len(codes), dtype=x.dtype, device=x.device)
@@ -81,7 +84,7 @@ def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor |
 @int8_linear.on("cpu", "torch")
 def _widened(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """The same numbers in floating point: other CPUs are slower in integers, or let them saturate."""
-    return channels_linear(rows(x, DTYPE), parts, bias)
+    return channels_linear(quantize_rows(x, DTYPE), parts, bias)
 
 
 int8_weights_linear.on("cpu", "torch")(channels_linear)
@@ -93,7 +96,7 @@ def _able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | Non
 
 @int8_linear.on("cuda", "triton", when=_able)
 def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    values, scale, dtype = rounded(x, DTYPE)
+    values, scale, dtype = quantize_activations(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
 
@@ -105,7 +108,7 @@ def _int_mm_able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tenso
 @int8_linear.on("cuda", "torch", when=_int_mm_able)
 def _int_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """cuBLAS's integer product; its sums make a round trip through memory before they are scaled."""
-    values, scale, dtype = rounded(x, DTYPE)
+    values, scale, dtype = quantize_activations(x, DTYPE)
     product = torch._int_mm(values.reshape(-1, values.shape[-1]), parts["weight"].T).view(*x.shape[:-1], -1)
     product = product.float() * scale * parts["scale"].T
     return (product if bias is None else product + bias).to(dtype)
@@ -113,7 +116,7 @@ def _int_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | N
 
 @int8_weights_linear.on("cuda", "triton", when=_able)
 def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    return mixed_matmul(plain(x), parts["weight"], parts["scale"], None, bias)
+    return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], None, bias)
 
 
 int8_linear.on("cuda", "torch")(_widened)

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, tl
-from s3dit.kernels.scheme import LARGEST, SMALLEST, QuantizedRows
+from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
+from s3dit.kernels.scheme import LARGEST, SMALLEST, QuantizedRows, quantize_rows
 
+# Dtypes of inputs that are not quantized, and of results.
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
+# Numbers of the longest row that a program holds in registers.
+WIDEST = 16384
 # A row kernel gives each program this many numbers or one row, and each thread sixteen of them.
 NUMBERS = 4096
 FLOOR = tl.constexpr(SMALLEST)
@@ -57,3 +61,47 @@ def blocks(rows: int, width: int) -> tuple[int, int, int, int]:
     block = max(16, 1 << (width - 1).bit_length())
     each = max(1, NUMBERS // block)
     return -(-rows // each), each, block, min(16, max(4, block * each // 512))
+
+
+@kernel
+def _quantize_rows_kernel(
+    x: "Any", values: "Any", scale: "Any", N: "Any", x_stride: "Any", K: tl.constexpr, LARGEST: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Round ROWS rows (N, K); each is read once and held in registers."""
+    n, k = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (n < N) & (k < K)
+    y, unit = round_rows(tl.load(x + n * x_stride + k, mask=inside, other=0.0).to(tl.float32), LARGEST)
+    tl.store(values + n * K + k, y.to(values.dtype.element_ty), mask=inside)
+    tl.store(scale + n, unit, mask=n < N)
+
+
+@launcher(empty_rows)
+def launch_quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude, as `scheme.quantize_rows` does.
+
+    -> values (…, K) in dtype, scales (…, 1) fp32.
+    """
+    values, scale = empty_rows(x, dtype)
+    x = flat(x)
+    n, k = x.shape
+    programs, each, block, warps = blocks(n, k)
+    if n:
+        _quantize_rows_kernel[(programs,)](
+            x, values, scale, n, x.stride(0), k, largest(dtype), each, block, num_warps=warps
+        )  # fmt: skip
+    return values, scale
+
+
+@op
+def quantize_activations(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
+    """Round the rows of x (…, K) to int8 or e4m3, as `scheme.quantize_rows` does; a rounded x stays as it is."""
+    return quantize_rows(x, dtype)
+
+
+@quantize_activations.on("cuda", "triton", when=lambda x, dtype: missing(x, WIDE, dtype) or True)
+def _triton_quantize(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
+    if isinstance(x, QuantizedRows):
+        return x
+    values, scale = launch_quantize_rows(x, dtype)
+    return QuantizedRows(values, scale, x.dtype)

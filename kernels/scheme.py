@@ -62,11 +62,14 @@ class QuantizedRows(NamedTuple):
         return self.values.float() * self.scale
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
+def quantize_rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
     """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude; fp32 inside.
 
-    A row that holds NaN or infinity gets a scale that is not finite, so whatever is made of it is not finite either.
+    An x that is rounded already is returned as it is. A row that holds NaN or infinity gets a scale that is not finite,
+    so whatever is made of it is not finite either.
     """
+    if isinstance(x, QuantizedRows):
+        return x
     if x.device.type != "cpu" or x.numel() <= CACHED or torch.compiler.is_compiling():
         return QuantizedRows(*_round(x, dtype), x.dtype)
     # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
@@ -89,14 +92,14 @@ def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-def rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
-    """x rounded by rows, where its maker has not done so."""
-    return x if isinstance(x, QuantizedRows) else quantize_rows(x, dtype)
-
-
-def wide(x: Tensor | QuantizedRows) -> Tensor:
-    """x in fp32, rounded or not."""
+def upcast(x: Tensor | QuantizedRows) -> Tensor:
+    """Return x (…, K) in fp32, dequantized where it is rounded."""
     return x.dequantize() if isinstance(x, QuantizedRows) else x.float()
+
+
+def dequantize_rows(x: Tensor | QuantizedRows) -> Tensor:
+    """Return x (…, K) as a tensor of its dtype, dequantized where it is rounded."""
+    return x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
 
 
 @dataclass(frozen=True, slots=True)

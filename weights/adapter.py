@@ -11,21 +11,20 @@ Values are looked at: a NaN is found here, and not in a black picture.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.weights import dialects
+from s3dit.weights.adapter_layer import check_complete, has_no_rank, kinds_of, layer_delta
 from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, open_stored
 from s3dit.weights.container import parse_json, read_json
-from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
+from s3dit.weights.delta import Delta
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -34,8 +33,6 @@ CONFIG = "adapter_config.json"
 # An alpha that kohya's trainers write into the header for people; it is the tensor `.alpha` that acts.
 KOHYA = "ss_network_alpha"
 
-# The largest alpha / rank that is no accident.
-STRONGEST = 1e4
 WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
 Deltas = dict[str, Delta]
 
@@ -84,7 +81,7 @@ def read_adapter(path: str | Path) -> Adapter:
             continue
         tensors = _load(checkpoint, layer, stored[layer])
         try:
-            delta = _delta(tensors, settings.get(place.part), place.layers[0])
+            delta = layer_delta(tensors, settings.get(place.part), place.layers[0])
             pieces = [delta.part(i, len(place.layers)) for i in range(len(place.layers))]
         except ValueError as error:
             adapter.misshapen.append(f"{layer}: {error}")
@@ -155,126 +152,12 @@ def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[s
             )
         # 8-bit floats have no arithmetic, and are numbers of bf16 all of them.
         tensor = tensor.bfloat16() if tensor.dtype in EIGHT_BIT else tensor
-        if not tensor.isfinite().all() and not (role == "alpha" and _whole_factors(keys)):
+        if not tensor.isfinite().all() and not (role == "alpha" and has_no_rank(keys)):
             raise CheckpointError(f"{checkpoint.path}: {key} holds NaN or infinity; needed finite ones; take another")
         # Trainers that know convolutions keep linear layers as such, of size 1 × 1.
         tensors[role] = tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
-    _whole(checkpoint, layer, tensors)
+    check_complete(checkpoint, layer, tensors)
     return tensors
-
-
-def _whole_factors(roles: Mapping[str, Any]) -> bool:
-    """Whether a layer has no rank, so that an alpha, which some trainers write as infinity, has no meaning."""
-    return not _kinds(roles) or "diff" in roles or "set" in roles or {"lokr_w1", "lokr_w2"} <= set(roles)
-
-
-# Of each kind: what must be there; "a|b" is either.
-KINDS = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1|lokr_w1_a", "lokr_w1|lokr_w1_b", "lokr_w2|lokr_w2_a", "lokr_w2|lokr_w2_b"),
-    "diff": ("diff",),
-    "set": ("set",),
-}
-
-
-def _kinds(tensors: Mapping[str, Any]) -> list[str]:
-    """The kinds of which something is there."""
-    return [kind for kind, roles in KINDS.items() if any(one in tensors for role in roles for one in role.split("|"))]
-
-
-def _whole(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a layer has half of a kind, or two kinds."""
-    kinds = _kinds(tensors)
-    if len(kinds) > 1:
-        raise CheckpointError(f"{checkpoint.path}: {layer} is {' and '.join(kinds)} at once; needed one kind a layer")
-    lacking = [role for kind in kinds for role in KINDS[kind] if not any(one in tensors for one in role.split("|"))]
-    if lacking:
-        raise CheckpointError(
-            f"{checkpoint.path}: {layer} has {', '.join(sorted(tensors))} but no {lacking[0].replace('|', ' or ')}; "
-            "the file was cut short or badly converted, take it from its source"
-        )
-
-
-def _delta(tensors: Mapping[str, Tensor], settings: Settings | None, layer: str) -> Delta:
-    """One layer's tensors in the normal form; ValueError where they do not fit together."""
-    if "core" in tensors:
-        raise ValueError("a core between its factors (of a convolution), needed a linear layer")
-    alpha = None
-    if "alpha" in tensors and not _whole_factors(tensors):
-        if tensors["alpha"].numel() != 1:
-            raise ValueError(f"an alpha of {list(tensors['alpha'].shape)}, needed one number")
-        alpha = float(tensors["alpha"].double())
-    term = _term(tensors, alpha, settings, layer)
-    bias, magnitude = tensors.get("diff_b"), tensors.get("magnitude")
-    if "up.bias" in tensors:
-        # PEFT's bias stands behind the up factor, so it shares its strength.
-        if "down" not in tensors:
-            raise ValueError("the bias of an up factor without its factors")
-        bias = scaled(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
-    if settings is not None and "down" in tensors and settings.norms not in (None, magnitude is not None):
-        # In the place of norms that are not there PEFT puts those of the model, which is another adapter.
-        raise ValueError(f"{'norms' if magnitude is not None else 'no norms'} where use_dora is {settings.norms}")
-    if magnitude is not None and magnitude.ndim == 1:
-        magnitude = magnitude[:, None]
-    delta = Delta(term, bias, magnitude, replaces="set" in tensors)
-    shape, wanted = delta.shape, tensors.get("shape")
-    if wanted is not None and tuple(wanted.flatten().tolist()) != shape:
-        raise ValueError(
-            f"a weight that is made {wanted.flatten().tolist()} first, needed one of the model's own shape"
-        )
-    return delta
-
-
-def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term | None:
-    """The matrix of a layer, its strength folded in."""
-    kind = next(iter(_kinds(tensors)), None)
-    if kind == "lora":
-        term = LowRank(tensors["up"], tensors["down"])
-        return term.scaled(_factor(_rank(term.down), alpha, settings, layer))
-    if kind == "loha":
-        hada = Hadamard(*(tensors[role] for role in KINDS["loha"]))
-        return hada.scaled(_factor(_rank(hada.w1b), alpha, settings, layer))
-    if kind == "lokr":
-        return _lokr(tensors, alpha, settings, layer)
-    return None if kind is None else Full(tensors[kind])
-
-
-def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term:
-    """A Kronecker product; factors that are products themselves are multiplied out, they are small."""
-    factors, dim = [], None
-    for name in ("lokr_w1", "lokr_w2"):
-        if name in tensors:
-            factors.append(tensors[name])
-            continue
-        pair = LowRank(tensors[f"{name}_a"], tensors[f"{name}_b"])
-        _, dim = pair.shape, _rank(pair.down)
-        factors.append(pair.dense())
-    term = Kronecker(*factors)
-    if "alpha" not in tensors and settings is not None:
-        return term.scaled(_factor(None, None, settings, layer))
-    # Without a rank the alpha that LyCORIS writes means nothing.
-    return term if dim is None else term.scaled(_factor(dim, alpha, settings, layer))
-
-
-def _rank(down: Tensor) -> int:
-    """The rank of a pair, which is the height of its down factor."""
-    if down.ndim < 2:
-        raise ValueError(f"a down factor of {list(down.shape)}, needed [N, r] and [r, K]")
-    return down.shape[0]
-
-
-def _factor(rank: float | None, alpha: float | None, settings: Settings | None, layer: str) -> float:
-    """alpha / rank of one layer; 1 where nobody says alpha. rank None: what the trainer wrote down."""
-    if settings is not None:
-        alpha = settings.alpha_of(layer) if alpha is None else alpha
-        rank = settings.rank_of(layer) if rank is None else rank
-    if alpha is None or rank is None:
-        return 1.0
-    factor = alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
-    if abs(factor) > STRONGEST:
-        raise ValueError(f"alpha {alpha:g} at rank {rank:g}, needed a strength alpha / rank of at most {STRONGEST:g}")
-    return factor
 
 
 def _notes(
@@ -382,12 +265,12 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
         if shape := _changed(checkpoint, roles):
             rows = shape[0] // len(place.layers)
             shapes.setdefault(place.part, {}).update(dict.fromkeys(place.layers, (rows, *shape[1:])))
-        kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in _kinds(roles))
+        kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in kinds_of(roles))
         for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if role in roles and len(shape := checkpoint.entry(roles[role]).shape) > 1:
                 ranks.add(shape[0])
         if "alpha" in roles and checkpoint.entry(roles["alpha"]).nbytes <= 8:
-            if not _whole_factors(roles):
+            if not has_no_rank(roles):
                 alphas.update(checkpoint.load(roles["alpha"]).double().flatten().tolist())
         elif (said := settings.get(place.part)) is not None:
             alphas.add(said.alpha_of(place.layers[0]))

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from s3dit.errors import BackendError
 from s3dit.kernels.gguf import BLOCKS, GGUF, scales_of
-from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul
-from s3dit.kernels.matmul import launch_mixed
+from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul, packed_blocks
+from s3dit.kernels.mixed_matmul import launch_mixed
 from s3dit.kernels.schemes import linear
 
 gguf = pytest.importorskip("gguf", reason="needs gguf-py as reference: pip install 's3dit[test]'")
@@ -73,14 +73,14 @@ def test_few_rows(kind, m, n, blocks, splits, dtype, device, poison):
     in_ = 256 * blocks if BLOCKS[kind].elements == 256 else 96 * blocks
     rows, bias = random_blocks(kind, n, in_).to(device), torch.randn(n, device=device)
     x = torch.randn(m, in_, device=device).to(dtype)
-    out = launch_mixed(x, rows, None, None, bias, 32, 32, splits, KERNELS[kind][2])
+    out = launch_mixed(x, packed_blocks(rows, kind), bias, 32, 32, splits)
     expected = F.linear(x.double(), by_gguf(kind, rows).to(device).double(), bias.double())
     assert out.dtype == dtype and relative(out, expected) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("kind", KERNELS)
 def test_many_rows(kind, dtype, device, poison, monkeypatch):
-    monkeypatch.setattr("s3dit.kernels.gguf_matmul.FEW", 16)
+    monkeypatch.setattr("s3dit.kernels.gguf_matmul.FUSED_ROWS", 16)
     in_ = 512 if BLOCKS[kind].elements == 256 else 160
     rows, x = random_blocks(kind, 35, in_).to(device), torch.randn(3, 7, in_, device=device).to(dtype)
     expected = by_gguf(kind, rows).to(device)

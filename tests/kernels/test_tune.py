@@ -8,7 +8,7 @@ import torch
 
 from s3dit.errors import BackendError
 from s3dit.kernels import tune
-from s3dit.kernels.attention import CANDIDATES
+from s3dit.kernels.flash_attention import CANDIDATES
 
 ROWS = json.loads(Path(tune.__file__).with_name("tune.json").read_text(encoding="utf-8"))
 
