@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s3dit.kernels.dispatch import capability, missing, op
+from s3dit.kernels.dispatch import capability, op, why_unsupported
 from s3dit.kernels.flash_attention import flash_attention, flash_attention8, smooth_keys
 from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 
@@ -200,7 +200,7 @@ def _fits(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span
         return f"head sizes are multiples of 16 up to 128, found {q.shape[-1]}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v of one dtype, found {q.dtype}, {k.dtype} and {v.dtype}"
-    return missing(k, HALF) or True
+    return why_unsupported(k, HALF) or True
 
 
 def _hopper(q: Tensor, *rest: Any) -> bool | str:

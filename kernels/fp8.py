@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.matmul import scaled_matmul
 from s3dit.kernels.mixed_matmul import mixed_matmul
 from s3dit.kernels.rows import WIDE, quantize_activations
@@ -56,7 +56,7 @@ fp8_weights_linear.on("cpu", "torch")(channels_linear)
 
 
 def _able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
-    return missing(x, WIDE, DTYPE) or True
+    return why_unsupported(x, WIDE, DTYPE) or True
 
 
 def _torch_able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_matmul
 from s3dit.kernels.rows import WIDE
 from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows, pieces, upcast
@@ -207,7 +207,7 @@ def _scheme(kind: str) -> Scheme:
         return gguf_matmul(dequantize_rows(x), parts["weight"], kind, bias)
 
     if kind in KERNELS:
-        gguf_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)(in_kernel)
+        gguf_linear.on("cuda", "triton", when=lambda x, *rest: why_unsupported(x, WIDE) or True)(in_kernel)
     for device in ("cpu", "cuda"):
         gguf_linear.on(device, "torch")(pieced)
     return Scheme(kind, None, spec, None, decode, gguf_linear)

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.aligned import aligned
-from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
+from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
 from s3dit.kernels.mixed_matmul import mixed_matmul
 from s3dit.kernels.rows import WIDE
 from s3dit.kernels.scheme import (
@@ -91,8 +91,9 @@ def grouped(name: str, form: Form) -> Scheme:
         return _in_kernel(form, dequantize_rows(x), parts, bias)
 
     def able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
-        # e5m2 asks for the same GPUs as e4m3.
-        return missing(x, WIDE, None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn) or True
+        # e5m2 needs the same GPUs as e4m3.
+        needed = None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn
+        return why_unsupported(x, WIDE, needed) or True
 
     grouped_linear.on("cuda", "triton", when=able)(in_kernel)
     for device in ("cpu", "cuda"):

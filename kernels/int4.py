@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import missing, op
+from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.mixed_matmul import mixed_matmul
 from s3dit.kernels.rows import WIDE
 from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows, finite, pieces, upcast
@@ -117,7 +117,7 @@ def _widen(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return codes.unflatten(-1, (-1, GROUP)).sub_(zero[..., None]).mul_(scale[..., None]).flatten(-2)
 
 
-@int4_linear.on("cuda", "triton", when=lambda x, *rest: missing(x, WIDE) or True)
+@int4_linear.on("cuda", "triton", when=lambda x, *rest: why_unsupported(x, WIDE) or True)
 def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], parts["zero"], bias)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, launcher, missing, tl
+from s3dit.kernels.dispatch import kernel, launcher, tl, why_unsupported
 from s3dit.kernels.rows import WIDE, WIDEST, blocks, empty_rows, flat, largest, round_rows
 
 
@@ -204,7 +204,7 @@ def rows_fit(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
     """Return True, or why these kernels cannot take rows x (…, D): their width, their dtype, or a GPU's capability."""
     if x.shape[-1] > WIDEST:
         return f"rows of at most {WIDEST} numbers, found {x.shape[-1]}"
-    return missing(x, WIDE, input_dtype) or True
+    return why_unsupported(x, WIDE, input_dtype) or True
 
 
 def heads_fit(
@@ -221,4 +221,4 @@ def heads_fit(
         return f"an even head size of at most 256, found {q.shape[-1]}"
     if q.shape != k.shape:
         return f"as many heads of k as of q, found {tuple(k.shape)} and {tuple(q.shape)}"
-    return missing(q, WIDE, input_dtype) or True
+    return why_unsupported(q, WIDE, input_dtype) or True

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
+from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
 from s3dit.kernels.scheme import LARGEST, SMALLEST, QuantizedRows, quantize_rows
 
 # Dtypes of inputs that are not quantized, and of results.
@@ -99,7 +99,7 @@ def quantize_activations(x: Tensor | QuantizedRows, dtype: torch.dtype) -> Quant
     return quantize_rows(x, dtype)
 
 
-@quantize_activations.on("cuda", "triton", when=lambda x, dtype: missing(x, WIDE, dtype) or True)
+@quantize_activations.on("cuda", "triton", when=lambda x, dtype: why_unsupported(x, WIDE, dtype) or True)
 def _triton_quantize(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
     if isinstance(x, QuantizedRows):
         return x

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
+from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
 from s3dit.kernels.rows import WIDE, WIDEST, blocks, empty_rows, flat, given, largest, round_rows
 from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 
@@ -81,7 +81,7 @@ def _swiglu_rows(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None) -> t
 def _fits(gate: Tensor, up: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
     if input_dtype is not None and gate.shape[-1] > WIDEST:
         return f"rows of at most {WIDEST} numbers, found {gate.shape[-1]}"
-    return missing(gate, WIDE, input_dtype) or True
+    return why_unsupported(gate, WIDE, input_dtype) or True
 
 
 @swiglu.on("cuda", "triton", when=_fits)

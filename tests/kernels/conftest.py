@@ -88,4 +88,4 @@ def poison(monkeypatch):
 @pytest.fixture
 def kernel_of():
     """The Triton implementation of an Op."""
-    return lambda op: next(stand_in.function for stand_in in op.stand_ins if stand_in.backend == "triton")
+    return lambda op: next(each.function for each in op.implementations if each.backend == "triton")

@@ -254,11 +254,11 @@ def test_formats_without_triton(name):
     parts = chosen.encode(torch.randn(80, 128))
     x, bias = torch.randn(2, 33, 128, dtype=torch.bfloat16), torch.randn(80)
     expected = chosen.linear.reference(x, parts, bias)
-    stand_ins = [s for s in chosen.linear.stand_ins if (s.device, s.backend) == ("cuda", "torch")]
-    assert stand_ins
-    for stand_in in stand_ins:
+    implementations = [s for s in chosen.linear.implementations if (s.device, s.backend) == ("cuda", "torch")]
+    assert implementations
+    for implementation in implementations:
         # Wide x: bf16 rounds the weight and the result.
-        assert relative(stand_in.function(x, parts, bias), expected) < 2**-7
+        assert relative(implementation.function(x, parts, bias), expected) < 2**-7
 
 
 def test_what_a_gpu_lacks_is_said(monkeypatch):
