@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, launcher, tl
+from s3dit.kernels.dispatch import capability, kernel, launcher, tl
 from s3dit.kernels.rows import round_rows
 from s3dit.kernels.scheme import QuantizedRows
-from s3dit.kernels.tune import Config, chosen
+from s3dit.kernels.tune import Config, config_in_force
 
 # Up to so many queries an item, tiles of 128 would leave a third of a Hopper's processors without work at the end.
 SHORT_TOKENS = 2048
@@ -152,13 +152,42 @@ def _launch(
     heads, width = q_values.shape[1:]
     block = _block(width)
     name = "attention" if k_scale is None else "attention8"
-    config = chosen(name, f"d{block} {'short' if longest <= SHORT_TOKENS else 'long'}", v.device)
+    long = longest > SHORT_TOKENS
+    measured = config_in_force(name, f"d{block} {'long' if long else 'short'}", v.device)
+    config = measured or estimated_config(block, long, k_scale is not None, v.device)
     fold = math.log2(math.e) * width**-0.5
     _flash_kernel[(-(-longest // config["BLOCK_M"]), heads, len(q_cu) - 1)](
         q_values, q_values.stride(0), q_values.stride(1), q_scale, k_values, k_values.stride(0), k_values.stride(1),
         k_scale, v, v.stride(0), v.stride(1), out, lse, q_cu, k_cu, fold, D=width, HEADS=heads, BLOCK=block,
         LSE=lse is not None, INT8=k_scale is not None, ROUND=k_scale is not None and q_scale is None, **config,
     )  # fmt: skip
+
+
+def estimated_config(block: int, long: bool, int8: bool, device: torch.device) -> Config:
+    """Return an estimated launch configuration, for devices of which the tuning table has no measurement.
+
+    An estimate, computed from shared memory and occupancy and never timed: large tiles reuse keys most; the tiles of q,
+    k and v in flight must fit 227 KiB of shared memory on Hopper and data-center Blackwell, 99 KiB on other GPUs from
+    Ampere on; and short sequences need more programs to fill the processors, so smaller tiles of queries. The
+    interpreter has no such limits and gets tiles that are small enough to be tested at their edges.
+
+    block: width of a head, rounded up to a power of two · long: the longest item exceeds SHORT_TOKENS · int8: scores
+    are products of int8 numbers.
+    """
+    queries, keys, warps, stages = 128, 64, 4, 2
+    if device.type != "cuda" or capability(device) < (8, 0):
+        queries, keys = 32, 32
+    elif (9, 0) <= capability(device) < (12, 0):
+        if not long:
+            queries, stages = 64, 3
+        elif block > 64 and not int8:
+            warps, stages = 8, 3
+        else:
+            keys, warps = 128, 8
+    else:
+        wide = block > 64
+        queries, keys, warps = 128 if long else 64, 32 if wide else 64, 8 if wide and long else 4
+    return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 
 def _block(width: int) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, tl
 from s3dit.kernels.rows import flat
-from s3dit.kernels.tune import chosen
+from s3dit.kernels.tune import config_in_force
 
 
 class Tile(NamedTuple):
@@ -198,11 +198,8 @@ def _tuned_tile(m: int, weight: Tensor, out: Tensor, programs: int, described: b
     """Return the tile of the tuning table, whose shapes are (m in 128s)x(n)x(k), else the estimated best."""
     n, k = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
-    try:
-        fields: dict[str, Any] = {**chosen(f"matmul {dtype}", f"{-(-m // 128)}x{n}x{k}", weight.device)}
-        return Tile(**fields)
-    except KeyError:
-        return best_tile(m, n, weight.itemsize, out.itemsize, programs, described)
+    config: dict[str, Any] | None = config_in_force(f"matmul {dtype}", f"{-(-m // 128)}x{n}x{k}", weight.device)
+    return Tile(**config) if config else best_tile(m, n, weight.itemsize, out.itemsize, programs, described)
 
 
 def launch_scaled(
