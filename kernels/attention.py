@@ -1,13 +1,13 @@
-"""Attention over packed sequences: items of any length laid end to end, no padding, no mask.
+"""Attention over packed sequences: items of any length laid end to end, without padding or mask.
 
 Every item attends to itself only. Queries and keys have separate spans, so that a rank which owns a part of the
-queries can attend to all keys. Heads are equal in number for q, k and v; there is no causality here (the text encoder
-has its own, grouped, causal attention). An item without queries gives nothing; queries without a key give zeros, with
+queries can attend to all keys. q, k and v have the same number of heads, and attention is not causal (the text encoder
+has its own, grouped, causal attention). An item without queries gives no rows; queries without a key give zeros, with
 a log-sum-exp of minus infinity, which is what merging partial results by it needs.
 
 Three Ops: `attention`; `attention_lse`, which also gives the log-sum-exp of each row of scores, from which maps are
-made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention8` the mean of an item's keys is taken
-off them first: it adds the same number to all scores of a query, which softmax does not see, and without it one large
+made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention8` the mean of an item's keys is first
+subtracted from them: it adds the same number to all scores of a query, which softmax cancels, and without it a large
 channel would take the range of int8 from all others. Relative error against exact attention, normal q, k and v: 9e-3.
 
 The Triton kernel that serves them is in `flash_attention`. Source: SageAttention (Zhang et al. 2024, section 4) for
@@ -27,16 +27,20 @@ from s3dit.kernels.dispatch import capability, op, why_unsupported
 from s3dit.kernels.flash_attention import flash_attention, flash_attention8, smooth_keys
 from s3dit.kernels.scheme import QuantizedRows, quantize_rows
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 # FlashAttention-3's equal on Hopper, some 1.7 times the kernel that torch takes by itself.
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # Scores that the CPU holds at a time: 4 MiB in fp32.
-SCORES = 1 << 20
+SCORE_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where the items of a packed sequence stand: lengths on the host, their running sum (items + 1) on the device."""
+    """The places of the items in a packed sequence.
+
+    lengths: in tokens, on the host · cu_seqlens (items + 1,) int32: their running sum from 0, on the device · on_host:
+    the same on the CPU.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
@@ -45,16 +49,17 @@ class Spans:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Spans":
-        """Make the spans of items with these lengths, in tokens."""
+        """Make the spans of items with these lengths, in tokens, with the running sum on `device`."""
         total = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(lengths, total.to(device), total)
 
 
 @op
 def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """softmax(q·kᵀ / sqrt(D))·v within each item, fp32 inside.
+    """Compute softmax(q·kᵀ / sqrt(D))·v within each item, in fp32.
 
-    q (N, H, D) · k, v (M, H, D) · spans whose lengths sum to N and M -> (N, H, D), dtype of q.
+    q (N, H, D) · k, v (M, H, D), any float dtype · spans whose lengths sum to N and M -> (N, H, D), dtype of q. Raises
+    ValueError (of the Triton kernel) where the spans are not those of the tensors.
     """
     out = []
     for qi, ki, vi in _items(q, k, v, q_span, k_span):
@@ -65,7 +70,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 @op
 def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> tuple[Tensor, Tensor]:
-    """As `attention`, and log(sum(exp(scores))) of each query and head, (N, H) fp32: exp(score - lse) is a weight."""
+    """Compute `attention`, and the log-sum-exp of the scores of each query and head.
+
+    Arguments as there -> out (N, H, D), dtype of q, and log(sum(exp(scores))) (N, H) fp32; exp(score - it) is a weight.
+    """
     rows = [
         (torch.einsum("nhd,mhd->nhm", qi.float(), ki.float()) * q.shape[-1] ** -0.5).logsumexp(-1)
         for qi, ki, _ in _items(q, k, v, q_span, k_span)
@@ -75,9 +83,9 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans)
 
 @op
 def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """`attention` with q·kᵀ of int8 numbers: each row of q, and of k less its item's mean, rounded by its largest.
+    """Compute `attention` with q·kᵀ in int8: each row of q, and of k less its item's mean, has a scale of its own.
 
-    q may come as int8 Rows; else as in `attention` -> (N, H, D), dtype of q before rounding.
+    q (N, H, D), a float or int8 QuantizedRows; the rest as in `attention` -> (N, H, D), dtype of q before rounding.
     """
     rounded = q if isinstance(q, QuantizedRows) else quantize_rows(q, torch.int8)
     parts = zip(k.split(k_span.lengths), _means(k, k_span), strict=True)
@@ -87,30 +95,30 @@ def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k
 
 
 def _means(k: Tensor, span: Spans) -> Tensor:
-    """The mean of each item's keys, (items, H, D) fp32; of none, 0."""
+    """Return the mean of each item's keys, (items, H, D) fp32; 0 for an item without keys."""
     return torch.stack([part.sum(0, dtype=torch.float32) / max(1, len(part)) for part in k.split(span.lengths)])
 
 
 def _items(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cut the packed tensors into items."""
+    """Split the packed tensors into items."""
     lengths = q_span.lengths, k_span.lengths
     return zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
 
 
-def _equal(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """Whether all items have one length, so that the pack is a batch."""
-    one = len(set(q_span.lengths)) == 1 == len(set(k_span.lengths))
-    return one or "items differ in length"
+def _equal_lengths(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether all items have the same length, so that the packed tensor is a batch."""
+    equal = len(set(q_span.lengths)) == 1 == len(set(k_span.lengths))
+    return equal or "items differ in length"
 
 
-def _keyed(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """torch leaves open what attention to nothing is."""
+def _has_keys(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether every item has keys: torch does not define attention to none."""
     return 0 not in k_span.lengths or "an item has no keys"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's own attention: one call where all items have one length (a free view), else one call an item."""
-    if _equal(q, k, v, q_span, k_span) is True:
+    """Run torch's own attention: a single call where all items have the same length (a view), else a call an item."""
+    if _equal_lengths(q, k, v, q_span, k_span) is True:
         batch = len(q_span.lengths)
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -121,8 +129,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
     return out
 
 
-def _one_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """Where `_by_heads` was seen to be faster: bf16 on a core that has its arithmetic, but no tiles (AMX)."""
+def _single_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether `_by_heads` was measured to be faster: bf16, one thread, AVX512-BF16 but no matrix tiles (AMX)."""
     if q.dtype != torch.bfloat16 or torch.get_num_threads() > 1:
         return "takes bf16 on one thread"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -132,7 +140,7 @@ def _one_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Head by head: scores in fp32, by fp32 products, then weights times values in bf16, as torch's own does it.
+    """Compute a head at a time: scores by fp32 products, then weights times values in bf16, as torch's own does it.
 
     Against torch's own, on one (shared) core of a Zen 5, 30 heads of 128: 1.2, 1.3 and 1.4 times its speed at 288,
     1,088 and 2,112 tokens, error 2.3e-3 against its 2.2e-3. Scores by bf16 products would be 2.6 times as fast, but
@@ -140,7 +148,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
     """
     out = torch.empty_like(q)
     for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
-        rows = max(1, SCORES // len(ki))
+        rows = max(1, SCORE_CHUNK // len(ki))
         for head in range(q.shape[1]):
             keys, values = ki[:, head].float().t().contiguous(), vi[:, head].contiguous()
             queries = qi[:, head].float() * q.shape[-1] ** -0.5
@@ -151,15 +159,15 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's own attention of a batch, through cuDNN where that takes it."""
+    """Run torch's own attention of a batch with cuDNN's kernel first."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return _sdpa(q, k, v, q_span, k_span)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's FlashAttention over packed items."""
+    """Run torch's FlashAttention over packed items."""
     longest = max(q_span.lengths), max(k_span.lengths)
-    # Brings the whole compiler along, a second that whoever draws without it, or looks at a file, need not wait.
+    # Imports torch's compiler, which takes a second: only where this implementation runs.
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, *longest)
@@ -185,83 +193,88 @@ def _flash8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_sp
 
 
 def _check_spans(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
-    """A kernel would read past the end of what is too short."""
-    found = (q.shape[0], k.shape[0], len(k_span.lengths))
+    """Raise ValueError where the spans are not those of the tensors: a kernel would read past their end."""
+    actual = (q.shape[0], k.shape[0], len(k_span.lengths))
     needed = (sum(q_span.lengths), sum(k_span.lengths), len(q_span.lengths))
-    if found != needed:
+    if actual != needed:
         raise ValueError(
-            f"queries, keys and items are {found}, the spans say {needed}; give the spans of these tensors"
+            f"queries, keys and items are {actual}, the spans say {needed}; give the spans of these tensors"
         )
 
 
-def _fits(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """What the flash kernel needs."""
+def _flash_supported(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return True, or why the flash kernel cannot take these arguments."""
     if q.shape[-1] % 16 or q.shape[-1] > 128:
         return f"head sizes are multiples of 16 up to 128, found {q.shape[-1]}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v of one dtype, found {q.dtype}, {k.dtype} and {v.dtype}"
-    return why_unsupported(k, HALF) or True
+    return why_unsupported(k, HALF_DTYPES) or True
 
 
 def _hopper(q: Tensor, *rest: Any) -> bool | str:
     return capability(q.device) >= (9, 0) or "not the fastest before Hopper"
 
 
-def _half(q: Tensor, *rest: Any) -> bool | str:
-    return (q.dtype in HALF and capability(q.device) >= (8, 0)) or "takes bf16 or fp16 on a GPU of capability 8.0"
+def _takes_half(q: Tensor, *rest: Any) -> bool | str:
+    return (
+        q.dtype in HALF_DTYPES and capability(q.device) >= (8, 0)
+    ) or "takes bf16 or fp16 on a GPU of capability 8.0"
 
 
 def _first_refusal(*conditions: Any) -> Any:
-    """All of these conditions: True, or what the first that fails says."""
+    """Return a condition that holds where all of these do, and otherwise gives the reason of the first that fails."""
 
     def when(*args: Any) -> bool | str:
-        return next((said for said in (condition(*args) for condition in conditions) if said is not True), True)
+        return next((answer for answer in (condition(*args) for condition in conditions) if answer is not True), True)
 
     return when
 
 
-# Of equal lengths, cuDNN is the fastest on Hopper (600 TFLOP/s, published) and torch's own choice elsewhere. Of ragged
-# ones, torch has FlashAttention-2 (360 there), which plain Triton passes on Hopper (460 and more) and not before.
-attention.on("cuda", "torch", when=_first_refusal(_equal, _keyed, _hopper, _half))(_cudnn)
-attention.on("cuda", "torch", when=_first_refusal(_equal, _keyed))(_sdpa)
-attention.on("cuda", "triton", when=_first_refusal(_hopper, _fits))(_flash)
-attention.on("cuda", "torch", when=_first_refusal(_half, _keyed))(_varlen)
-attention.on("cuda", "triton", when=_fits)(_flash)
-attention.on("cpu", "torch", when=_first_refusal(_keyed, _one_core))(_by_heads)
+# For equal lengths cuDNN is the fastest on Hopper (600 TFLOP/s, published), torch's own choice elsewhere. For others
+# torch has FlashAttention-2 (360 TFLOP/s there, published); plain Triton is faster on Hopper (460 and more, published),
+# and not before. None of these was measured here.
+attention.on("cuda", "torch", when=_first_refusal(_equal_lengths, _has_keys, _hopper, _takes_half))(_cudnn)
+attention.on("cuda", "torch", when=_first_refusal(_equal_lengths, _has_keys))(_sdpa)
+attention.on("cuda", "triton", when=_first_refusal(_hopper, _flash_supported))(_flash)
+attention.on("cuda", "torch", when=_first_refusal(_takes_half, _has_keys))(_varlen)
+attention.on("cuda", "triton", when=_flash_supported)(_flash)
+attention.on("cpu", "torch", when=_first_refusal(_has_keys, _single_core))(_by_heads)
 for _device in ("cpu", "cuda", "mps"):
-    attention.on(_device, "torch", when=_keyed)(_sdpa)
-attention_lse.on("cuda", "triton", when=_fits)(_flash_lse)
-attention8.on("cuda", "triton", when=_fits)(_flash8)
+    attention.on(_device, "torch", when=_has_keys)(_sdpa)
+attention_lse.on("cuda", "triton", when=_flash_supported)(_flash_lse)
+attention8.on("cuda", "triton", when=_flash_supported)(_flash8)
 
 
 @torch.library.custom_op("s3dit::attention", mutates_args=())
-def _opaque(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
-    """The Op as one node of a compiled graph: who serves, and where items are cut, is decided when the graph runs."""
+def _attention_node(
+    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor
+) -> Tensor:
+    """Run the Op inside a compiled graph: the implementation, and the items, are chosen when the graph runs."""
     spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    # What a graph is promised: rows that lie one after another.
+    # The fake result of a graph is contiguous, so the real result must be.
     return attention(q, k, v, *spans).contiguous()
 
 
-@_opaque.register_fake
+@_attention_node.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @attention.in_graphs
-def _node(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    return _opaque(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)
+def _traced(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    return _attention_node(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)
 
 
 @torch.library.custom_op("s3dit::attention8", mutates_args=())
-def _opaque8(
-    q: Tensor, q_scale: Tensor | None, wide: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
+def _attention8_node(
+    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
     k_cu: Tensor, k_host: Tensor,
 ) -> Tensor:  # fmt: skip
     spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, wide), k, v, *spans).contiguous()
+    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, dtype), k, v, *spans).contiguous()
 
 
-@_opaque8.register_fake
+@_attention8_node.register_fake
 def _(
     q: Tensor, q_scale: Tensor | None, wide: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
     k_cu: Tensor, k_host: Tensor,
@@ -270,7 +283,7 @@ def _(
 
 
 @attention8.in_graphs
-def _node8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+def _traced8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     values, scale = (q.values, q.scale) if isinstance(q, QuantizedRows) else (q, None)
     spans = q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host
-    return _opaque8(values, scale, q.dtype, k, v, *spans)
+    return _attention8_node(values, scale, q.dtype, k, v, *spans)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from s3dit.kernels.dispatch import capability, kernel, launcher, tl
-from s3dit.kernels.rows import flat
+from s3dit.kernels.rows import flatten_rows
 from s3dit.kernels.tune import config_in_force
 
 
@@ -42,7 +42,7 @@ class Tile(NamedTuple):
     # e4m3 only: add up the blocks of k in fp32; a Hopper tensor core by itself keeps about 14 bits of a sum.
     promote: bool = False
     # Let Triton start on the next tile while this one goes out.
-    flat: bool = True
+    flatten: bool = True
 
 
 def tile_shares(itemsize: int, out_itemsize: int, described: bool) -> dict[Tile, float]:
@@ -83,7 +83,7 @@ def tile_candidates(itemsize: int, out_itemsize: int, described: bool) -> Iterat
     more = (Tile(256, 128, depth, 8, 4, halves=True), Tile(128, 256, depth, 8, 3)) if described else ()
     for tile in (*tile_shares(itemsize, out_itemsize, described), *more):
         for group, fused in itertools.product((4, 8, 16), (True, False)):
-            yield tile._replace(group=group, flat=fused)._asdict()
+            yield tile._replace(group=group, flatten=fused)._asdict()
 
 
 @kernel
@@ -215,7 +215,7 @@ def launch_scaled(
     lead, (n, k) = x.shape[:-1], weight.shape
     # Rows may be cut from longer ones.
     x_scale = None if x_scale is None else x_scale.contiguous()
-    x = flat(x)
+    x = flatten_rows(x)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if m == 0:
@@ -233,7 +233,7 @@ def launch_scaled(
     count = -(-m // tile.m) * -(-n // tile.n)
     _scaled_kernel[(min(count, programs),)](
         *operands, x_scale, w_scale, bias, m, x.stride(0), weight.stride(0), n, k, tile.m, tile.n, tile.k, tile.group,
-        x.dtype == torch.int8, described, tile.halves, tile.k if tile.promote else None, tile.flat,
+        x.dtype == torch.int8, described, tile.halves, tile.k if tile.promote else None, tile.flatten,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.unflatten(0, lead)

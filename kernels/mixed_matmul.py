@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, launcher, tl
 from s3dit.kernels.matmul import program_count, store_tile
-from s3dit.kernels.rows import flat
+from s3dit.kernels.rows import flatten_rows
 
 # Up to so many rows a product should take less time than writing its weight dequantized would. Estimated, not measured.
 FUSED_ROWS = 192
@@ -143,7 +143,7 @@ def launch_mixed(
     """
     (codes, scale, zero, k, dequantize), n, group = weight, weight.codes.shape[0], weight.group
     block_k, lead = 64, x.shape[:-1]
-    x = flat(x)
+    x = flatten_rows(x)
     m = x.shape[0]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     across = -(-n // block_n)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from s3dit.kernels.dispatch import kernel, launcher, tl, why_unsupported
-from s3dit.kernels.rows import WIDE, WIDEST, blocks, empty_rows, flat, largest, round_rows
+from s3dit.kernels.rows import FLOAT_DTYPES, MAX_ROW_WIDTH, empty_rows, flatten_rows, max_code, round_rows, row_blocks
 
 
 @kernel
@@ -129,15 +129,15 @@ def launch_norm(
     and scales as `rows.empty_rows` shapes them.
     """
     out, out_scale = empty_rows(x, input_dtype)
-    x = flat(x)
+    x = flatten_rows(x)
     n, width = x.shape
-    programs, rows, block, warps = blocks(n, width)
+    programs, rows, block, warps = row_blocks(n, width)
     shared = table is None or len(table) == 1
-    table = x if table is None else flat(table)
+    table = x if table is None else flatten_rows(table)
     if n:
         _norm_kernel[(programs,)](
             x, x.stride(0), weight, table, table.stride(0), row, out, out_scale, n, eps, width, rows, block,
-            table is not x, shared, largest(input_dtype), num_warps=warps,
+            table is not x, shared, max_code(input_dtype), num_warps=warps,
         )  # fmt: skip
     return out, out_scale
 
@@ -155,21 +155,21 @@ def launch_gated_norm(
     residual: Tensor, x: Tensor, weight: Tensor, gate: Tensor, next_weight: Tensor | None, table: Tensor | None,
     row: Tensor, eps: float, input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """residual + tanh(gate) · RMSNorm(x), and where `next_weight` is given the modulated RMSNorm of that.
+    """Compute residual + tanh(gate) · RMSNorm(x), and where `next_weight` is given the modulated RMSNorm of that.
 
     residual, x (N, D) · weight, next_weight (D,) · gate, table (R, D), both of as many rows · row (N,) -> the residual
     (N, D), and values and scales of the second norm as `rows.empty_rows` shapes them, of no rows where there is none.
     """
     out, normed, scale = _fake_gated(residual, x, weight, gate, next_weight, table, row, eps, input_dtype)
-    residual, x, gate = flat(residual), flat(x), flat(gate)
+    residual, x, gate = flatten_rows(residual), flatten_rows(x), flatten_rows(gate)
     n, width = x.shape
-    programs, rows, block, warps = blocks(n, width)
-    table = gate if table is None else flat(table)
+    programs, rows, block, warps = row_blocks(n, width)
+    table = gate if table is None else flatten_rows(table)
     if n:
         _gated_kernel[(programs,)](
             residual, residual.stride(0), x, x.stride(0), weight, gate, gate.stride(0), next_weight, table,
             table.stride(0), row, out, normed, scale, n, eps, width, rows, block, next_weight is not None,
-            len(gate) == 1, largest(input_dtype), num_warps=warps,
+            len(gate) == 1, max_code(input_dtype), num_warps=warps,
         )  # fmt: skip
     return out, normed, scale
 
@@ -191,23 +191,23 @@ def launch_norm_rope(
     q_out, q_scale, k_out = _fake_norm_rope(q, k, q_weight, k_weight, rope, eps, input_dtype)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     n, heads, width = q.shape
-    _, _, block, _ = blocks(1, width)
+    _, _, block, _ = row_blocks(1, width)
     if n:
         _norm_rope_kernel[(n,)](
             q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), q_weight, k_weight, rope.contiguous(), q_out,
-            q_scale, k_out, eps, heads, width, 1 << (heads - 1).bit_length(), block, largest(input_dtype), num_warps=4,
+            q_scale, k_out, eps, heads, width, 1 << (heads - 1).bit_length(), block, max_code(input_dtype), num_warps=4,
         )  # fmt: skip
     return q_out, q_scale, k_out
 
 
-def rows_fit(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
+def rows_supported(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
     """Return True, or why these kernels cannot take rows x (…, D): their width, their dtype, or a GPU's capability."""
-    if x.shape[-1] > WIDEST:
-        return f"rows of at most {WIDEST} numbers, found {x.shape[-1]}"
-    return why_unsupported(x, WIDE, input_dtype) or True
+    if x.shape[-1] > MAX_ROW_WIDTH:
+        return f"rows of at most {MAX_ROW_WIDTH} numbers, found {x.shape[-1]}"
+    return why_unsupported(x, FLOAT_DTYPES, input_dtype) or True
 
 
-def heads_fit(
+def heads_supported(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
@@ -221,4 +221,4 @@ def heads_fit(
         return f"an even head size of at most 256, found {q.shape[-1]}"
     if q.shape != k.shape:
         return f"as many heads of k as of q, found {tuple(k.shape)} and {tuple(q.shape)}"
-    return why_unsupported(q, WIDE, input_dtype) or True
+    return why_unsupported(q, FLOAT_DTYPES, input_dtype) or True

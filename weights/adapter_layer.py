@@ -13,7 +13,7 @@ from torch import Tensor
 from s3dit.errors import CheckpointError
 from s3dit.weights.adapter_settings import Settings
 from s3dit.weights.checkpoint import Checkpoint
-from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
+from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scale_exactly
 
 # The largest alpha / rank that is no accident.
 MAX_STRENGTH = 1e4
@@ -75,7 +75,7 @@ def layer_delta(tensors: Mapping[str, Tensor], settings: Settings | None, layer:
         # PEFT's bias stands behind the up factor, so it shares its strength.
         if "down" not in tensors:
             raise ValueError("the bias of an up factor without its factors")
-        bias = scaled(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
+        bias = scale_exactly(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
     if settings is not None and "down" in tensors and settings.norms not in (None, magnitude is not None):
         # In the place of norms that are not there PEFT puts those of the model, which is another adapter.
         raise ValueError(f"{'norms' if magnitude is not None else 'no norms'} where use_dora is {settings.norms}")

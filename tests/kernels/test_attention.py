@@ -136,7 +136,7 @@ def test_an_item_without_keys_gives_zeros():
 
 @pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, ((0, 7), (3, 5))])
 def test_head_by_head_on_one_core(q_lengths, k_lengths, monkeypatch, poison):
-    monkeypatch.setattr(room, "SCORES", 100)
+    monkeypatch.setattr(room, "SCORE_CHUNK", 100)
     args = packed(q_lengths, k_lengths, 32, torch.bfloat16)
     # weights and values of 8 bits, as in torch's own
     assert relative(room._by_heads(*args), exact(*args)[0]) < 5e-3

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from s3dit.errors import BackendError
-from s3dit.kernels.gguf import BLOCKS, GGUF, scales_of
+from s3dit.kernels.gguf import BLOCKS, GGUF, block_scales
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul, packed_blocks
 from s3dit.kernels.mixed_matmul import launch_mixed
 from s3dit.kernels.schemes import linear
@@ -40,7 +40,7 @@ def test_decoded_to_the_bits_of_gguf(kind):
     assert GGUF[kind].spec(7, 768) == {"weight": (tuple(rows.shape), torch.uint8)}
     decoded = GGUF[kind].decode({"weight": rows})
     assert decoded.shape == (7, 768) and torch.equal(decoded, by_gguf(kind, rows))
-    assert scales_of(kind, rows).shape == (7 * 768 // BLOCKS[kind].elements, len(BLOCKS[kind].scales))
+    assert block_scales(kind, rows).shape == (7 * 768 // BLOCKS[kind].elements, len(BLOCKS[kind].scales))
 
 
 def test_sizes_are_those_of_gguf():
@@ -53,7 +53,7 @@ def test_sizes_are_those_of_gguf():
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 def test_cpu_against_float64(kind, wide, monkeypatch):
-    monkeypatch.setattr("s3dit.kernels.scheme.PIECE", 256 * 5)
+    monkeypatch.setattr("s3dit.kernels.scheme.WEIGHT_CHUNK", 256 * 5)
     rows, x, bias = random_blocks(kind, 33, 256), torch.randn(2, 9, 256).to(wide), torch.randn(33)
     expected = F.linear(x.double(), by_gguf(kind, rows).double(), bias.double())
     for out in (linear(x, GGUF[kind], {"weight": rows}, bias), GGUF[kind].linear.reference(x, {"weight": rows}, bias)):

@@ -86,7 +86,7 @@ def test_scaled_matmul(dtype, described, m, n, k, device):
     bias = torch.randn(n, device=device)
     expected = x.double() @ weight.double().T * x_scale * w_scale.T + bias
     depth = 32 if k % 64 else 64
-    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flat=False)):
+    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
         out = launch_scaled(x, weight, x_scale, w_scale, bias, torch.float32, tile, described)
         assert relative(out, expected) < (1e-3 if dtype == FP8 and CUDA else 1e-6)
 
@@ -187,7 +187,7 @@ def test_quantize_rows(dtype, k, device):
     x[0, 0] = 0
     x = x[:, 1:] if k == 100 else x
     got, expected = quantized(x, dtype), scheme.quantize_rows(x, dtype)
-    assert got.wide == x.dtype and got.scale.shape == (*x.shape[:-1], 1)
+    assert got.original_dtype == x.dtype and got.scale.shape == (*x.shape[:-1], 1)
     assert torch.equal(got.scale, expected.scale)
     assert torch.equal(got.values.float(), expected.values.float())
 
