@@ -276,10 +276,10 @@ def _attention8_node(
 
 @_attention8_node.register_fake
 def _(
-    q: Tensor, q_scale: Tensor | None, wide: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
+    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
     k_cu: Tensor, k_host: Tensor,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape, dtype=wide)
+    return q.new_empty(q.shape, dtype=dtype)
 
 
 @attention8.in_graphs

@@ -185,8 +185,8 @@ def estimated_config(block: int, long: bool, int8: bool, device: torch.device) -
         else:
             keys, warps = 128, 8
     else:
-        wide = block > 64
-        queries, keys, warps = 128 if long else 64, 32 if wide else 64, 8 if wide and long else 4
+        broad = block > 64
+        queries, keys, warps = 128 if long else 64, 32 if broad else 64, 8 if broad and long else 4
     return {"BLOCK_M": queries, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
 

@@ -87,13 +87,13 @@ def _scaled_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor 
 
 
 @fp8_linear.on("cuda", "triton", when=_supported)
-def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+def _triton_scaled(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     values, scale, dtype = quantize_activations(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
 
 @fp8_weights_linear.on("cuda", "triton", when=_supported)
-def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+def _triton_mixed(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], None, bias)
 
 

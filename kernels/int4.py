@@ -133,7 +133,7 @@ def _dequantize(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 @int4_linear.on("cuda", "triton", when=lambda x, *rest: why_unsupported(x, FLOAT_DTYPES) or True)
-def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+def _triton_mixed(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], parts["zero"], bias)
 
 

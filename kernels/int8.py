@@ -99,7 +99,7 @@ def _supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor 
 
 
 @int8_linear.on("cuda", "triton", when=_supported)
-def _triton(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+def _triton_scaled(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     values, scale, dtype = quantize_activations(x, DTYPE)
     return scaled_matmul(values, parts["weight"], scale, parts["scale"], bias, dtype)
 
@@ -119,7 +119,7 @@ def _int_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | N
 
 
 @int8_weights_linear.on("cuda", "triton", when=_supported)
-def _triton_weights(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+def _triton_mixed(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     return mixed_matmul(dequantize_rows(x), parts["weight"], parts["scale"], None, bias)
 
 

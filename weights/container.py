@@ -155,7 +155,7 @@ REFUSED: dict[Container, str] = {
     "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
     "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
     "empty": "is empty; download it again",
-    "unknown": "is neither safetensors nor GGUF, told by its first bytes; needed one of them; download it again",
+    "unknown": "is neither safetensors nor GGUF, by its first bytes; needed one of them; download it again",
 }
 
 

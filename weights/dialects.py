@@ -74,7 +74,7 @@ TEXT_LAYERS = (
     "post_attention_layernorm",
 )
 
-# What a tensor is to its layer, told by the end of its key. "[^.]+" is the name that PEFT gives an adapter.
+# The role of a tensor in its layer, by the end of its key. "[^.]+" is the name that PEFT gives an adapter.
 LORA_WORD = r"[._]lora(?:_linear_layer)?"
 LORA = LORA_WORD + r"[._]"
 ROLES = tuple(

@@ -124,7 +124,7 @@ def _torchao(layer: Layer) -> DerivedTensors:
     shape = (out // tall, in_ // group)
     layer.require("_weight_scale", FLOATS, shape)
     zero = layer.optional("_weight_zero_point", (torch.int8, torch.int32, torch.int64), shape)
-    # Symmetric weights store zeros; few bytes, so that the plain format can be told at once.
+    # Symmetric weights store zeros; they are small, and read at once to detect the format without zeros.
     offset = zero and bool(layer("_weight_zero_point").any())
     layer.ignore("_weight_act_quant_scale")
 

@@ -42,13 +42,14 @@ QUANTIZABLE = {
 }
 # What attention hands on: a sixth of the weights, and half of the error of a 4-bit model. They are given 8 bits.
 SENSITIVE_LAYERS = re.compile(r"\.(to_v|to_out\.0|v_proj|o_proj)$")
-# The last layers of the text encoder stay wide, at most this many and at most a quarter; one more is never computed.
+# The last layers of the text encoder are not quantized, at most this many and at most a quarter; the very last is
+# never computed.
 LAST_LAYERS_KEPT = 8
 # Bytes of one file of the new directory, gathered in memory; read before the source's map is let go; hashed at a time.
 SHARD_BYTES, MAPPED_BYTES, HASH_BYTES = 1 << 30, 1 << 29, 1 << 24
 # Stands in the headers for the hash of the source until that is known.
 UNKNOWN = "sha256:" + "-" * 64
-# Room that is asked for besides the weights.
+# Bytes of free disk that are needed besides the weights.
 SPARE = 64 << 20
 STEM = {"text_encoder": "model"}
 

@@ -27,7 +27,7 @@ PREFIXES = {
     ),
     "vae": ("vae.", "first_stage_model.", ""),
 }  # fmt: skip
-# Of each part: tensors of which it has one, whoever wrote it.
+# Of each part: tensors of which every file has one.
 MARKER_TENSORS = {
     "transformer": ("cap_embedder.0.weight",),
     "text_encoder": (
