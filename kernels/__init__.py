@@ -1,1 +1,1 @@
-"""Fused and quantized operations; import a room by name: `from s3dit.kernels.attention import attention`."""
+"""Fused and quantized operations; import from a module by name: `from s3dit.kernels.attention import attention`."""

@@ -1,20 +1,19 @@
-"""Attention over packed sequences: items of any length laid end to end, no padding, no mask.
+"""Attention over packed sequences: items of any length laid end to end, without padding or mask.
 
 Every item attends to itself only. Queries and keys have separate spans, so that a rank which owns a part of the
-queries can attend to all keys. Heads are equal in number for q, k and v; there is no causality here (the text encoder
-has its own, grouped, causal attention). An item without queries gives nothing; queries without a key give zeros, with
+queries can attend to all keys. q, k and v have the same number of heads, and attention is not causal (the text encoder
+has its own, grouped, causal attention). An item without queries gives no rows; queries without a key give zeros, with
 a log-sum-exp of minus infinity, which is what merging partial results by it needs.
 
 Three Ops: `attention`; `attention_lse`, which also gives the log-sum-exp of each row of scores, from which maps are
-made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention8` the mean of an item's keys is taken
-off them first: it adds the same number to all scores of a query, which softmax does not see, and without it one large
+made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention8` the mean of an item's keys is first
+subtracted from them: it adds the same number to all scores of a query, which softmax cancels, and without it a large
 channel would take the range of int8 from all others. Relative error against exact attention, normal q, k and v: 9e-3.
 
-Sources: FlashAttention-2 (Dao 2023, algorithm 1) for the loop, SageAttention (Zhang et al. 2024, section 4) for taking
-off the mean. P·V stays in 16 bits: in e4m3 it would need V stored transposed.
+The Triton kernel that serves them is in `flash_attention`. Source: SageAttention (Zhang et al. 2024, section 4) for
+subtracting the mean.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,30 +23,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from s3dit.kernels.dispatch import capability, kernel, launcher, missing, op, tl
-from s3dit.kernels.rows import round_rows
+from s3dit.kernels.dispatch import capability, op, why_unsupported
+from s3dit.kernels.flash_attention import flash_attention, flash_attention8, smooth_keys
 from s3dit.kernels.scheme import QuantizedRows, quantize_rows
-from s3dit.kernels.tune import Config, chosen
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 # FlashAttention-3's equal on Hopper, some 1.7 times the kernel that torch takes by itself.
 CUDNN_FIRST = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# Up to so many queries an item, tiles of 128 would leave a third of a Hopper's processors without work at the end.
-SHORT = 2048
 # Scores that the CPU holds at a time: 4 MiB in fp32.
-SCORES = 1 << 20
-# What a search tries.
-CANDIDATES: tuple[Config, ...] = tuple(
-    {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    for m, warps in ((64, 4), (128, 4), (128, 8))
-    for n in (32, 64, 128)
-    for stages in (2, 3, 4)
-)
+SCORE_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Spans:
-    """Where the items of a packed sequence stand: lengths on the host, their running sum (items + 1) on the device."""
+    """The places of the items in a packed sequence.
+
+    lengths: in tokens, on the host · cu_seqlens (items + 1,) int32: their running sum from 0, on the device · on_host:
+    the same on the CPU.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
@@ -56,16 +49,17 @@ class Spans:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> "Spans":
-        """Make the spans of items with these lengths, in tokens."""
-        total = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        """Make the spans of items with these lengths, in tokens, with the running sum on `device`."""
+        total = torch.tensor((0, *lengths), dtype=torch.int32, device="cpu").cumsum(0, dtype=torch.int32)
         return cls(lengths, total.to(device), total)
 
 
 @op
 def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """softmax(q·kᵀ / sqrt(D))·v within each item, fp32 inside.
+    """Compute softmax(q·kᵀ / sqrt(D))·v within each item, in fp32.
 
-    q (N, H, D) · k, v (M, H, D) · spans whose lengths sum to N and M -> (N, H, D), dtype of q.
+    q (N, H, D) · k, v (M, H, D), any float dtype · spans whose lengths sum to N and M -> (N, H, D), dtype of q. Raises
+    ValueError (of the Triton kernel) where the spans are not those of the tensors.
     """
     out = []
     for qi, ki, vi in _items(q, k, v, q_span, k_span):
@@ -76,7 +70,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 @op
 def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> tuple[Tensor, Tensor]:
-    """As `attention`, and log(sum(exp(scores))) of each query and head, (N, H) fp32: exp(score - lse) is a weight."""
+    """Compute `attention`, and the log-sum-exp of the scores of each query and head.
+
+    Arguments as there -> out (N, H, D), dtype of q, and log(sum(exp(scores))) (N, H) fp32; exp(score - it) is a weight.
+    """
     rows = [
         (torch.einsum("nhd,mhd->nhm", qi.float(), ki.float()) * q.shape[-1] ** -0.5).logsumexp(-1)
         for qi, ki, _ in _items(q, k, v, q_span, k_span)
@@ -86,9 +83,9 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans)
 
 @op
 def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """`attention` with q·kᵀ of int8 numbers: each row of q, and of k less its item's mean, rounded by its largest.
+    """Compute `attention` with q·kᵀ in int8: each row of q, and of k less its item's mean, has a scale of its own.
 
-    q may come as int8 Rows; else as in `attention` -> (N, H, D), dtype of q before rounding.
+    q (N, H, D), a float or int8 QuantizedRows; the rest as in `attention` -> (N, H, D), dtype of q before rounding.
     """
     rounded = q if isinstance(q, QuantizedRows) else quantize_rows(q, torch.int8)
     parts = zip(k.split(k_span.lengths), _means(k, k_span), strict=True)
@@ -98,30 +95,30 @@ def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k
 
 
 def _means(k: Tensor, span: Spans) -> Tensor:
-    """The mean of each item's keys, (items, H, D) fp32; of none, 0."""
+    """Return the mean of each item's keys, (items, H, D) fp32; 0 for an item without keys."""
     return torch.stack([part.sum(0, dtype=torch.float32) / max(1, len(part)) for part in k.split(span.lengths)])
 
 
 def _items(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Cut the packed tensors into items."""
+    """Split the packed tensors into items."""
     lengths = q_span.lengths, k_span.lengths
     return zip(q.split(lengths[0]), k.split(lengths[1]), v.split(lengths[1]), strict=True)
 
 
-def _equal(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """Whether all items have one length, so that the pack is a batch."""
-    one = len(set(q_span.lengths)) == 1 == len(set(k_span.lengths))
-    return one or "items differ in length"
+def _equal_lengths(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether all items have the same length, so that the packed tensor is a batch."""
+    equal = len(set(q_span.lengths)) == 1 == len(set(k_span.lengths))
+    return equal or "items differ in length"
 
 
-def _keyed(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """torch leaves open what attention to nothing is."""
+def _has_keys(q: Any, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether every item has keys: torch does not define attention to none."""
     return 0 not in k_span.lengths or "an item has no keys"
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's own attention: one call where all items have one length (a free view), else one call an item."""
-    if _equal(q, k, v, q_span, k_span) is True:
+    """Run torch's own attention: a single call where all items have the same length (a view), else a call an item."""
+    if _equal_lengths(q, k, v, q_span, k_span) is True:
         batch = len(q_span.lengths)
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
@@ -132,8 +129,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
     return out
 
 
-def _one_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """Where `_by_heads` was seen to be faster: bf16 on a core that has its arithmetic, but no tiles (AMX)."""
+def _single_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return whether `_by_heads` was measured to be faster: bf16, one thread, AVX512-BF16 but no matrix tiles (AMX)."""
     if q.dtype != torch.bfloat16 or torch.get_num_threads() > 1:
         return "takes bf16 on one thread"
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
@@ -143,7 +140,7 @@ def _one_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 
 def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Head by head: scores in fp32, by fp32 products, then weights times values in bf16, as torch's own does it.
+    """Compute a head at a time: scores by fp32 products, then weights times values in bf16, as torch's own does it.
 
     Against torch's own, on one (shared) core of a Zen 5, 30 heads of 128: 1.2, 1.3 and 1.4 times its speed at 288,
     1,088 and 2,112 tokens, error 2.3e-3 against its 2.2e-3. Scores by bf16 products would be 2.6 times as fast, but
@@ -151,7 +148,7 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
     """
     out = torch.empty_like(q)
     for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
-        rows = max(1, SCORES // len(ki))
+        rows = max(1, SCORE_CHUNK // len(ki))
         for head in range(q.shape[1]):
             keys, values = ki[:, head].float().t().contiguous(), vi[:, head].contiguous()
             queries = qi[:, head].float() * q.shape[-1] ** -0.5
@@ -162,15 +159,15 @@ def _by_heads(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> 
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's own attention of a batch, through cuDNN where that takes it."""
+    """Run torch's own attention of a batch with cuDNN's kernel first."""
     with sdpa_kernel(CUDNN_FIRST, set_priority=True):
         return _sdpa(q, k, v, q_span, k_span)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """torch's FlashAttention over packed items."""
+    """Run torch's FlashAttention over packed items."""
     longest = max(q_span.lengths), max(k_span.lengths)
-    # Brings the whole compiler along, a second that whoever draws without it, or looks at a file, need not wait.
+    # Imports torch's compiler, which takes a second: only where this implementation runs.
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, *longest)
@@ -178,268 +175,115 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Te
     return out
 
 
-@kernel
-def _tile(x: "Any", n: "Any", token: "Any", d: "Any", length: "Any", D: tl.constexpr, WHOLE: tl.constexpr) -> Any:
-    """Rows n of x (tokens, D); WHOLE says that none is outside. Columns from D on, and rows outside, are 0."""
-    place = x + n[:, None] * token + d[None, :]
-    if WHOLE and d.shape[0] == D:
-        tile = tl.load(place)
-    elif WHOLE:
-        tile = tl.load(place, mask=d[None, :] < D, other=0)
-    else:
-        tile = tl.load(place, mask=(n[:, None] < length) & (d[None, :] < D), other=0)
-    return tile
-
-
-@kernel
-def _attend(
-    queries: "Any", fold: "Any", k: "Any", k_token: "Any", k_scale: "Any", v: "Any", v_token: "Any", start: "Any",
-    length: "Any", d: "Any", acc: "Any", total: "Any", peak: "Any", D: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, EIGHT: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Take in BLOCK_N keys. Scores are in powers of two: `fold` holds 1 / sqrt(D) and log2(e), and the scale of q."""
-    n = start + tl.arange(0, BLOCK_N)
-    scores = tl.dot(queries, tl.trans(_tile(k, n, k_token, d, length, D, WHOLE)), input_precision="ieee")
-    scores = scores.to(tl.float32) * fold
-    if EIGHT:
-        scores *= tl.load(k_scale + n * HEADS, mask=n < length, other=0.0)[None, :]
-    if not WHOLE:
-        scores = tl.where(n[None, :] < length, scores, float("-inf"))
-    higher = tl.maximum(peak, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    shrink = tl.exp2(peak - higher)
-    values = _tile(v, n, v_token, d, length, D, WHOLE)
-    acc = tl.dot(weights.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
-    return acc, total * shrink + tl.sum(weights, 1), higher
-
-
-@kernel
-def _flash_kernel(
-    q: "Any", q_token: "Any", q_head: "Any", q_scale: "Any", k: "Any", k_token: "Any", k_head: "Any", k_scale: "Any",
-    v: "Any", v_token: "Any", v_head: "Any", out: "Any", lse: "Any", q_cu: "Any", k_cu: "Any", fold: "Any",
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LSE: tl.constexpr, EIGHT: tl.constexpr, ROUND: tl.constexpr,
-) -> Any:  # fmt: skip
-    """BLOCK_M queries of one head against all keys of their item. ROUND: q is wide and becomes int8 here."""
-    head, item = tl.program_id(1), tl.program_id(2)
-    q_start, k_start = tl.load(q_cu + item).to(tl.int64), tl.load(k_cu + item).to(tl.int64)
-    q_length = (tl.load(q_cu + item + 1) - q_start).to(tl.int32)
-    k_length = (tl.load(k_cu + item + 1) - k_start).to(tl.int32)
-    first = tl.program_id(0) * BLOCK_M
-    # The grid is as long as the longest item.
-    if first >= q_length:
-        return
-    m, d = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
-    queries = _tile(q + q_start * q_token + head * q_head, m, q_token, d, q_length, D, False)
-    if ROUND:
-        rounded, unit = round_rows(queries.to(tl.float32), 127.0)
-        queries, fold = rounded.to(tl.int8), unit * fold
-    elif EIGHT:
-        unit = tl.load(q_scale + (q_start + m) * HEADS + head, mask=m < q_length, other=0.0)
-        fold = unit[:, None] * fold
-    k += k_start * k_token + head * k_head
-    v += k_start * v_token + head * v_head
-    if EIGHT:
-        k_scale += k_start * HEADS + head
-    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    whole = k_length // BLOCK_N * BLOCK_N
-    for start in range(0, whole, BLOCK_N):
-        acc, total, peak = _attend(
-            queries, fold, k, k_token, k_scale, v, v_token, start, k_length, d, acc, total, peak, D, HEADS, BLOCK_N,
-            True, EIGHT,
-        )  # fmt: skip
-    if whole < k_length:
-        acc, total, peak = _attend(
-            queries, fold, k, k_token, k_scale, v, v_token, whole, k_length, d, acc, total, peak, D, HEADS, BLOCK_N,
-            False, EIGHT,
-        )  # fmt: skip
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    place = (q_start + m[:, None]) * HEADS + head
-    inside = m[:, None] < q_length
-    tl.store(out + place * D + d[None, :], acc.to(out.dtype.element_ty), mask=inside & (d[None, :] < D))
-    if LSE:
-        # back from powers of two: log(2)
-        tl.store(lse + place, ((peak + tl.log2(total)) * 0.6931471805599453)[:, None], mask=inside)
-
-
-@kernel
-def _smooth_kernel(
-    k: "Any", token: "Any", head_stride: "Any", mean: "Any", out: "Any", scale: "Any", cu: "Any", D: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-) -> Any:  # fmt: skip
-    """ROWS keys of one head, less the mean of their item, in int8."""
-    head, item = tl.program_id(1), tl.program_id(2)
-    start, length = tl.load(cu + item).to(tl.int64), (tl.load(cu + item + 1) - tl.load(cu + item)).to(tl.int32)
-    n, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    wide = _tile(k + start * token + head * head_stride, n, token, d, length, D, False).to(tl.float32)
-    middle = tl.load(mean + (item * HEADS + head) * D + d, mask=d < D, other=0.0)
-    values, unit = round_rows(wide - middle[None, :], 127.0)
-    place = (start + n[:, None]) * HEADS + head
-    inside = n[:, None] < length
-    tl.store(out + place * D + d[None, :], values.to(tl.int8), mask=inside & (d[None, :] < D))
-    tl.store(scale + place, unit, mask=inside)
-
-
-def _launch(
-    q: Tensor, q_scale: Tensor | None, k: Tensor, k_scale: Tensor | None, v: Tensor, q_cu: Tensor, k_cu: Tensor,
-    longest: int, out: Tensor, lse: Tensor | None,
-) -> None:  # fmt: skip
-    """Run the flash kernel; q is int8 with q_scale, or wide; so is k."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if not longest:
-        return
-    heads, width = q.shape[1:]
-    block = _block(width)
-    name = "attention" if k_scale is None else "attention8"
-    config = chosen(name, f"d{block} {'short' if longest <= SHORT else 'long'}", q.device)
-    fold = math.log2(math.e) * width**-0.5
-    _flash_kernel[(-(-longest // config["BLOCK_M"]), heads, len(q_cu) - 1)](
-        q, q.stride(0), q.stride(1), q_scale, k, k.stride(0), k.stride(1), k_scale, v, v.stride(0), v.stride(1), out,
-        lse, q_cu, k_cu, fold, D=width, HEADS=heads, BLOCK=block, LSE=lse is not None, EIGHT=k_scale is not None,
-        ROUND=k_scale is not None and q_scale is None, **config,
-    )  # fmt: skip
-
-
-def _block(width: int) -> int:
-    """The power of two that holds a head."""
-    return max(32, 1 << (width - 1).bit_length())
-
-
-def _fake_flash(
-    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, k_cu: Tensor, longest: int, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return out, torch.empty((len(q), q.shape[1] if with_lse else 0), dtype=torch.float32, device=q.device)
-
-
-@launcher(_fake_flash)
-def _flash_rows(
-    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, k_cu: Tensor, longest: int, with_lse: bool
-) -> tuple[Tensor, Tensor]:
-    out, lse = _fake_flash(q, k, v, q_cu, k_cu, longest, with_lse)
-    _launch(q, None, k, None, v, q_cu, k_cu, longest, out, lse if with_lse else None)
-    return out, lse
-
-
 def _flash(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    _check(q, k, q_span, k_span)
-    return _flash_rows(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), False)[0]
+    _check_spans(q, k, q_span, k_span)
+    return flash_attention(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), False)[0]
 
 
 def _flash_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> tuple[Tensor, Tensor]:
-    _check(q, k, q_span, k_span)
-    return _flash_rows(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
+    _check_spans(q, k, q_span, k_span)
+    return flash_attention(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
 
 
 def _flash8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Two kernels: the keys once, in int8; then as ever."""
-    _check(q, k, q_span, k_span)
-    tokens, heads, width = k.shape
-    k = k if k.stride(-1) == 1 else k.contiguous()
-    small = torch.empty(k.shape, dtype=torch.int8, device=k.device)
-    k_scale = torch.empty((tokens, heads), dtype=torch.float32, device=k.device)
-    if tokens:
-        _smooth_kernel[(-(-max(k_span.lengths) // 64), heads, len(k_span.lengths))](
-            k, k.stride(0), k.stride(1), _means(k, k_span), small, k_scale, k_span.cu_seqlens, width, heads,
-            _block(width), 64, num_warps=4,
-        )  # fmt: skip
-    values, q_scale = (q.values, q.scale.contiguous()) if isinstance(q, QuantizedRows) else (q, None)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _launch(
-        values, q_scale, small, k_scale, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), out, None
-    )  # fmt: skip
-    return out
+    """Run two kernels: the keys become int8 once, then every query reads them."""
+    _check_spans(q, k, q_span, k_span)
+    keys = smooth_keys(k, _means(k, k_span), k_span.cu_seqlens, max(k_span.lengths))
+    return flash_attention8(q, keys, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths))
 
 
-def _check(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
-    """A kernel would read past the end of what is too short."""
-    found = (q.shape[0], k.shape[0], len(k_span.lengths))
+def _check_spans(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
+    """Raise ValueError where the spans are not those of the tensors: a kernel would read past their end."""
+    actual = (q.shape[0], k.shape[0], len(k_span.lengths))
     needed = (sum(q_span.lengths), sum(k_span.lengths), len(q_span.lengths))
-    if found != needed:
+    if actual != needed:
         raise ValueError(
-            f"queries, keys and items are {found}, the spans say {needed}; give the spans of these tensors"
+            f"queries, keys and items are {actual}, the spans say {needed}; give the spans of these tensors"
         )
 
 
-def _fits(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
-    """What the flash kernel needs."""
+def _flash_supported(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+    """Return True, or why the flash kernel cannot take these arguments."""
     if q.shape[-1] % 16 or q.shape[-1] > 128:
         return f"head sizes are multiples of 16 up to 128, found {q.shape[-1]}"
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v of one dtype, found {q.dtype}, {k.dtype} and {v.dtype}"
-    return missing(k, HALF) or True
+    return why_unsupported(k, HALF_DTYPES) or True
 
 
 def _hopper(q: Tensor, *rest: Any) -> bool | str:
     return capability(q.device) >= (9, 0) or "not the fastest before Hopper"
 
 
-def _half(q: Tensor, *rest: Any) -> bool | str:
-    return (q.dtype in HALF and capability(q.device) >= (8, 0)) or "takes bf16 or fp16 on a GPU of capability 8.0"
+def _takes_half(q: Tensor, *rest: Any) -> bool | str:
+    return (
+        q.dtype in HALF_DTYPES and capability(q.device) >= (8, 0)
+    ) or "takes bf16 or fp16 on a GPU of capability 8.0"
 
 
 def _first_refusal(*conditions: Any) -> Any:
-    """All of these conditions: True, or what the first that fails says."""
+    """Return a condition that holds where all of these do, and otherwise gives the reason of the first that fails."""
 
     def when(*args: Any) -> bool | str:
-        return next((said for said in (condition(*args) for condition in conditions) if said is not True), True)
+        return next((answer for answer in (condition(*args) for condition in conditions) if answer is not True), True)
 
     return when
 
 
-# Of equal lengths, cuDNN is the fastest on Hopper (600 TFLOP/s, published) and torch's own choice elsewhere. Of ragged
-# ones, torch has FlashAttention-2 (360 there), which plain Triton passes on Hopper (460 and more) and not before.
-attention.on("cuda", "torch", when=_first_refusal(_equal, _keyed, _hopper, _half))(_cudnn)
-attention.on("cuda", "torch", when=_first_refusal(_equal, _keyed))(_sdpa)
-attention.on("cuda", "triton", when=_first_refusal(_hopper, _fits))(_flash)
-attention.on("cuda", "torch", when=_first_refusal(_half, _keyed))(_varlen)
-attention.on("cuda", "triton", when=_fits)(_flash)
-attention.on("cpu", "torch", when=_first_refusal(_keyed, _one_core))(_by_heads)
+# For equal lengths cuDNN is the fastest on Hopper (600 TFLOP/s, published), torch's own choice elsewhere. For others
+# torch has FlashAttention-2 (360 TFLOP/s there, published); plain Triton is faster on Hopper (460 and more, published),
+# and not before. None of these was measured here.
+attention.on("cuda", "torch", when=_first_refusal(_equal_lengths, _has_keys, _hopper, _takes_half))(_cudnn)
+attention.on("cuda", "torch", when=_first_refusal(_equal_lengths, _has_keys))(_sdpa)
+attention.on("cuda", "triton", when=_first_refusal(_hopper, _flash_supported))(_flash)
+attention.on("cuda", "torch", when=_first_refusal(_takes_half, _has_keys))(_varlen)
+attention.on("cuda", "triton", when=_flash_supported)(_flash)
+attention.on("cpu", "torch", when=_first_refusal(_has_keys, _single_core))(_by_heads)
 for _device in ("cpu", "cuda", "mps"):
-    attention.on(_device, "torch", when=_keyed)(_sdpa)
-attention_lse.on("cuda", "triton", when=_fits)(_flash_lse)
-attention8.on("cuda", "triton", when=_fits)(_flash8)
+    attention.on(_device, "torch", when=_has_keys)(_sdpa)
+attention_lse.on("cuda", "triton", when=_flash_supported)(_flash_lse)
+attention8.on("cuda", "triton", when=_flash_supported)(_flash8)
 
 
 @torch.library.custom_op("s3dit::attention", mutates_args=())
-def _opaque(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
-    """The Op as one node of a compiled graph: who serves, and where items are cut, is decided when the graph runs."""
+def _attention_node(
+    q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor
+) -> Tensor:
+    """Run the Op inside a compiled graph: the implementation, and the items, are chosen when the graph runs."""
     spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    # What a graph is promised: rows that lie one after another.
+    # The fake result of a graph is contiguous, so the real result must be.
     return attention(q, k, v, *spans).contiguous()
 
 
-@_opaque.register_fake
+@_attention_node.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tensor, k_host: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @attention.in_graphs
-def _node(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    return _opaque(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)
+def _traced(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+    return _attention_node(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)
 
 
 @torch.library.custom_op("s3dit::attention8", mutates_args=())
-def _opaque8(
-    q: Tensor, q_scale: Tensor | None, wide: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
+def _attention8_node(
+    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
     k_cu: Tensor, k_host: Tensor,
 ) -> Tensor:  # fmt: skip
     spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, wide), k, v, *spans).contiguous()
+    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, dtype), k, v, *spans).contiguous()
 
 
-@_opaque8.register_fake
+@_attention8_node.register_fake
 def _(
-    q: Tensor, q_scale: Tensor | None, wide: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
+    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
     k_cu: Tensor, k_host: Tensor,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape, dtype=wide)
+    return q.new_empty(q.shape, dtype=dtype)
 
 
 @attention8.in_graphs
-def _node8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
+def _traced8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     values, scale = (q.values, q.scale) if isinstance(q, QuantizedRows) else (q, None)
     spans = q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host
-    return _opaque8(values, scale, q.dtype, k, v, *spans)
+    return _attention8_node(values, scale, q.dtype, k, v, *spans)

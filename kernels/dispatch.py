@@ -1,33 +1,36 @@
-"""Op: one meaning and several speeds.
+"""Op: a function with a reference in plain torch and faster implementations of the same function.
 
-An Op is a plain-torch function, the definition of correct, plus implementations that give the same answer faster
-somewhere. A call takes the first implementation registered for the device of its first tensor whose `when(...)` holds,
-else the reference. `set_backend` (or the environment variable S3DIT_BACKEND) narrows the choice; a forced backend that
-cannot run raises BackendError and names what is missing. Nothing ever falls back in silence from a forced choice, and
-`op.explain` says of each implementation why it does or does not serve a call.
+The reference is the definition of correct. A call runs the first implementation that is registered for the device of
+its first tensor and whose condition (`when`) holds, else the reference. `set_backend` (or the environment variable
+S3DIT_BACKEND) restricts the choice for the process, `use_backend` for a thread inside a `with`: what a pipeline was
+loaded with. A forced backend that cannot run raises BackendError and names what is missing; nothing falls back in
+silence from a forced choice. `Op.explain` lists for a call why each implementation would or would not run.
 
-`use_backend` does the same inside a `with` and for the calling thread only: what a pipeline was loaded with.
-
-`op.using(f)` replaces the implementation inside a `with`, for all threads: tests run both, benchmarks time each, and a
+`Op.using(f)` replaces the implementation inside a `with`, for all threads: tests run both, benchmarks time each, and a
 researcher looks at (or edits) the arguments and then calls `op.reference`.
 
 Triton kernels are written with `kernel` and `tl` from here. They run on CUDA, or on the CPU under TRITON_INTERPRET=1,
-which is how they are tested without a GPU; anywhere else Triton is not even imported. What launches them is a
-`launcher`: one node for torch.compile, a plain call otherwise.
+which is how they are tested without a GPU; anywhere else Triton is not even imported. The function that launches them
+is made by `launcher`: a custom operator of torch under torch.compile, a plain call otherwise.
 """
 
 import functools
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
 from s3dit.errors import BackendError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Implemented = TypeVar("Implemented", bound=Callable[..., Any])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 kernel: Any
@@ -38,7 +41,7 @@ if torch.cuda.is_available() or INTERPRETED:
 
     kernel, tl = triton.jit, triton.language
 else:
-    # Enough for a kernel to be defined; nothing here can launch one.
+    # Enough for a kernel to be defined; nothing here can launch it.
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
@@ -46,7 +49,11 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 @dataclass(frozen=True, slots=True)
 class Implementation:
-    """One faster implementation: where it runs, which backend it belongs to, when it may serve."""
+    """A faster implementation of an Op.
+
+    device: type of the device that it runs on, such as "cuda" · backend: "torch" or "triton" · function: takes the Op's
+    arguments · when: takes them too, and returns True, or False or a text that says what is missing.
+    """
 
     device: str
     backend: str
@@ -54,11 +61,11 @@ class Implementation:
     when: Callable[..., bool | str]
 
     def why_not(self, device: str, args: tuple[Any, ...]) -> str:
-        """Why it cannot serve these arguments, in a few words; empty where it can."""
+        """Return the reason why it cannot run with these arguments on this device type, "" where it can."""
         if self.device != device:
             return f"needs {self.device} tensors, found {device}"
-        said = self.when(*args)
-        return said if isinstance(said, str) else "" if said else "not for these arguments"
+        answer = self.when(*args)
+        return answer if isinstance(answer, str) else "" if answer else "not for these arguments"
 
 
 _backend = "auto"
@@ -66,20 +73,23 @@ _backend = "auto"
 _overrides = 0
 _lock = threading.Lock()
 
+# An Op, and the arguments that it was called with.
+Call = tuple["Op[..., Any]", tuple[Any, ...]]
+
 
 class _Thread(threading.local):
-    """What holds for one thread: the backend of `use_backend`, and the calls that `record_calls` has noted so far."""
+    """The state of a thread: the backend of `use_backend`, and the calls that `record_calls` has recorded so far."""
 
     # Not a ContextVar, which torch.compile cannot trace.
     backend: str | None = None
-    questions: list[tuple["Op", tuple[Any, ...]]] | None = None
+    calls: list[Call] | None = None
 
 
 _thread = _Thread()
 
 
 def check_backend(name: str) -> None:
-    """Raise the BackendError of a backend that does not exist, or cannot run on this machine."""
+    """Raise BackendError for a backend that does not exist, or cannot run on this machine."""
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
     if name == "triton" and not torch.cuda.is_available() and not INTERPRETED:
@@ -87,7 +97,10 @@ def check_backend(name: str) -> None:
 
 
 def set_backend(name: str) -> None:
-    """Choose who serves every Op of this process from now on: auto, reference, torch or triton; raises BackendError."""
+    """Choose the backend of every Op of this process from now on: auto, reference, torch or triton.
+
+    Raises BackendError where it does not exist or cannot run here.
+    """
     global _backend
     check_backend(name)
     _backend = name
@@ -95,7 +108,10 @@ def set_backend(name: str) -> None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Choose who serves every Op that this thread calls inside the `with`; None leaves the choice as it is."""
+    """Choose the backend of every Op that this thread calls inside the `with`; None leaves the choice as it is.
+
+    Raises BackendError where it does not exist or cannot run here.
+    """
     if name is not None:
         check_backend(name)
     before, _thread.backend = _thread.backend, name or _thread.backend
@@ -106,102 +122,118 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 def backend() -> str:
-    """Return the choice in force for this thread."""
+    """Return the backend in force for this thread: auto, reference, torch or triton."""
     return _thread.backend or _backend
 
 
 @contextmanager
-def record_calls() -> Iterator[list[tuple["Op", tuple[Any, ...]]]]:
-    """Note every call of an Op by this thread in the `with` and let its reference serve: for a run on fake tensors."""
-    before, _thread.questions = _thread.questions, []
+def record_calls() -> Iterator[list[Call]]:
+    """Record every call of an Op by this thread inside the `with`, and run its reference: for fake tensors."""
+    before, _thread.calls = _thread.calls, []
     try:
-        yield _thread.questions
+        yield _thread.calls
     finally:
-        _thread.questions = before
+        _thread.calls = before
 
 
 def overridden() -> bool:
-    """Whether some Op is served by a replacement now (`using`), which a recorded pass would not call."""
+    """Return whether any Op is replaced now (`using`); a captured CUDA graph would not call the replacement."""
     return _overrides > 0
 
 
-class Op:
-    """A callable with a reference and implementations; made by the decorator `@op`."""
+class Op(Generic[P, R]):
+    """A callable with a reference and implementations; made by the decorator `@op`, with the reference's signature.
 
-    def __init__(self, reference: Callable[..., Any]) -> None:
+    reference: the definition · name: the reference's · implementations: in the order in which a call tries them.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        """Make an Op without implementations from its reference, whose first argument is or has a tensor's `device`."""
         self.reference = reference
         self.name = reference.__name__
-        self.stand_ins: list[Implementation] = []
-        self._override: Callable[..., Any] | None = None
-        # Every replacement in force, the last of them being `_override`.
-        self._replacements: list[tuple[Callable[..., Any]]] = []
-        self._node: Callable[..., Any] | None = None
+        self.implementations: list[Implementation] = []
+        self._override: Callable[..., R] | None = None
+        # Every replacement in force, the last of them being `_override`; each in a tuple, an object of its own.
+        self._replacements: list[tuple[Callable[..., R]]] = []
+        self._node: Callable[..., R] | None = None
         functools.update_wrapper(self, reference)
 
     def on(
         self, device: str, backend: str, when: Callable[..., bool | str] = lambda *args: True
-    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register an implementation for a device type; first registered, first asked.
+    ) -> Callable[[Implemented], Implemented]:
+        """Register an implementation for a device type; those registered first are tried first.
 
-        `when` gets the call's arguments and returns True, or False or a text that says what is missing.
+        device: such as "cpu" · backend: "torch" or "triton" · when: gets the call's arguments and returns True, or
+        False or a text that says what is missing. Returns a decorator that gives the function back as it is.
         """
 
-        def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            self.stand_ins.append(Implementation(device, backend, function, when))
+        def register(function: Implemented) -> Implemented:
+            self.implementations.append(Implementation(device, backend, function, when))
             return function
 
         return register
 
-    def choose(self, *args: Any) -> Callable[..., Any]:
-        """Return the implementation that a call with these arguments would run."""
+    def choose(self, *args: Any) -> Callable[P, R]:
+        """Return the function that a call with these arguments would run.
+
+        Raises BackendError where the backend 'triton' is forced, the Op has kernels, and none of them can run.
+        """
         if self._override is not None:
             return self._override
-        chosen = backend()
-        if chosen == "reference":
+        in_force = backend()
+        if in_force == "reference":
             return self.reference
         device = _device(args)
-        for stand_in in self.stand_ins:
-            if chosen in ("auto", stand_in.backend) and not stand_in.why_not(device, args):
-                return stand_in.function
+        for candidate in self.implementations:
+            if in_force in ("auto", candidate.backend) and not candidate.why_not(device, args):
+                return candidate.function
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
-        kernels = [stand_in for stand_in in self.stand_ins if stand_in.backend == "triton"]
-        if chosen == "triton" and kernels:
-            why = "; ".join(dict.fromkeys(stand_in.why_not(device, args) for stand_in in kernels))
+        kernels = [candidate for candidate in self.implementations if candidate.backend == "triton"]
+        if in_force == "triton" and kernels:
+            why = "; ".join(dict.fromkeys(candidate.why_not(device, args) for candidate in kernels))
             raise BackendError(f"backend 'triton' is forced but no kernel of {self.name} may run: {why}; use 'auto'")
         return self.reference
 
     def explain(self, *args: Any) -> list[tuple[str, str, str]]:
-        """What would serve a call: (implementation, backend, "chosen" or why not) in order, the reference last."""
-        device, lines, found = _device(args), [], ""
+        """List what a call could run: (implementation, backend, "chosen" or why not) in order, the reference last."""
+        device, lines, chosen = _device(args), [], ""
         if self._override is not None:
             return [(self._override.__name__, "override", "chosen")]
-        for stand_in in self.stand_ins:
-            name = stand_in.function.__name__.strip("_")
-            reason = stand_in.why_not(device, args)
-            if not reason and backend() not in ("auto", stand_in.backend):
+        for candidate in self.implementations:
+            name = candidate.function.__name__.strip("_")
+            reason = candidate.why_not(device, args)
+            if not reason and backend() not in ("auto", candidate.backend):
                 reason = f"backend {backend()!r} is forced"
-            lines.append((name, stand_in.backend, reason or (f"{found} comes first" if found else "chosen")))
-            found = found or ("" if reason else name)
-        barred = backend() == "triton" and any(stand_in.backend == "triton" for stand_in in self.stand_ins)
-        reason = f"{found} comes first" if found else "backend 'triton' is forced" if barred else "chosen"
+            lines.append((name, candidate.backend, reason or (f"{chosen} comes first" if chosen else "chosen")))
+            chosen = chosen or ("" if reason else name)
+        barred = backend() == "triton" and any(candidate.backend == "triton" for candidate in self.implementations)
+        reason = f"{chosen} comes first" if chosen else "backend 'triton' is forced" if barred else "chosen"
         return [*lines, ("reference", "reference", reason)]
 
-    def in_graphs(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Let `function` stand for every call while torch.compile traces: a custom op that calls this Op when run."""
+    def in_graphs(self, function: Implemented) -> Implemented:
+        """Let `function` run instead while torch.compile traces: a custom operator that calls this Op when it runs."""
         self._node = function
         return function
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the chosen implementation; keyword arguments are put into their places first."""
+        if kwargs:
+            bound: tuple[Any, ...] = inspect.signature(self.reference).bind(*args, **kwargs).args
+            return self._run(bound)
+        return self._run(args)
+
+    def _run(self, args: tuple[Any, ...]) -> R:
         if self._node is not None and torch.compiler.is_compiling():
             return self._node(*args)
-        if _thread.questions is not None:
-            _thread.questions.append((self, args))
-            return self.reference(*args)
-        return self.choose(*args)(*args)
+        if _thread.calls is not None:
+            _thread.calls.append((self, args))
+        recorded = _thread.calls is not None
+        function: Callable[..., R] = self.reference if recorded else self.choose(*args)
+        return function(*args)
 
     @contextmanager
-    def using(self, function: Callable[..., Any]) -> Iterator[None]:
-        """Serve every call, of every thread, with `function` inside the `with`."""
+    def using(self, function: Callable[..., R]) -> Iterator[None]:
+        """Run `function` in every call, of every thread, inside the `with`."""
         global _overrides
         mine = (function,)
         with _lock:
@@ -213,41 +245,45 @@ class Op:
         finally:
             with _lock:
                 # By identity: threads need not leave in the order in which they came.
-                self._replacements = [one for one in self._replacements if one is not mine]
+                self._replacements = [replacement for replacement in self._replacements if replacement is not mine]
                 self._override = self._replacements[-1][0] if self._replacements else None
                 _overrides -= 1
 
 
-def op(reference: Callable[..., Any]) -> Op:
-    """Make an Op out of its reference."""
+def op(reference: Callable[P, R]) -> Op[P, R]:
+    """Make an Op from its reference; used as a decorator."""
     return Op(reference)
 
 
 def _device(args: tuple[Any, ...]) -> str:
-    """The device type whose implementations are asked: the first argument's; interpreted kernels take CPU tensors."""
-    device = args[0].device.type
+    """Return the device type that implementations are looked up for: the first argument's.
+
+    Interpreted kernels take CPU tensors, so under a forced 'triton' those count as "cuda".
+    """
+    device: str = args[0].device.type
     return "cuda" if INTERPRETED and backend() == "triton" and device == "cpu" else device
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device; of the CPU under the interpreter, which can do everything, (99, 0)."""
+    """Return the compute capability of a CUDA device, (major, minor); (99, 0) of a CPU, whose interpreter has all."""
     if device.type != "cuda":
         return 99, 0
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
-def missing(x: Any, dtypes: tuple[torch.dtype, ...], output: torch.dtype | None = None) -> str:
-    """What keeps a Triton kernel from taking x (or giving `output`), in a few words; empty where nothing does.
+def why_unsupported(x: Any, dtypes: tuple[torch.dtype, ...], output: torch.dtype | None = None) -> str:
+    """Return the reason why a Triton kernel for these dtypes cannot take x, or give `output`; "" where it can.
 
-    bf16 needs an Ampere GPU (capability 8.0), e4m3 an Ada or Hopper one (8.9). The interpreter takes fp32 everywhere,
-    so that kernels can be tested against exact references, but its bf16 is wrong.
+    x: anything with `device` and `dtype`. bf16 needs an Ampere GPU (capability 8.0), e4m3 an Ada or Hopper GPU (8.9).
+    The interpreter takes fp32 everywhere, so that kernels can be tested against exact references, but its bf16 is
+    wrong.
     """
-    found = capability(x.device)
-    if found < (8, 0):
-        return f"needs a GPU of capability 8.0, found {found[0]}.{found[1]}"
-    if output == torch.float8_e4m3fn and found < (8, 9):
-        return f"e4m3 needs a GPU of capability 8.9, found {found[0]}.{found[1]}"
+    actual = capability(x.device)
+    if actual < (8, 0):
+        return f"needs a GPU of capability 8.0, found {actual[0]}.{actual[1]}"
+    if output == torch.float8_e4m3fn and actual < (8, 9):
+        return f"e4m3 needs a GPU of capability 8.9, found {actual[0]}.{actual[1]}"
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return "the interpreter computes bf16 wrongly"
     if x.dtype in dtypes or (x.dtype == torch.float32 and x.device.type == "cpu"):
@@ -255,20 +291,22 @@ def missing(x: Any, dtypes: tuple[torch.dtype, ...], output: torch.dtype | None 
     return f"takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, found {x.dtype}"
 
 
-def launcher(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make a function that launches kernels one node of a compiled graph; `fake` gives its empty outputs.
+def launcher(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Return a decorator for a function that launches kernels: under torch.compile it is a single custom operator.
 
-    Both take the same annotated arguments, tensors and numbers. An eager call goes past torch's dispatcher, whose
-    13 µs are as long as a small kernel.
+    fake: takes the same arguments and returns empty outputs of the right shapes and dtypes. Both have annotated
+    positional arguments, tensors and numbers. An eager call goes past torch's dispatcher, whose 13 µs are as long as a
+    small kernel.
     """
 
-    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
-        node = torch.library.custom_op(f"s3dit::{function.__name__.strip('_')}", function, mutates_args=())
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        node: Any = torch.library.custom_op(f"s3dit::{function.__name__.strip('_')}", function, mutates_args=())
         node.register_fake(fake)
 
         @functools.wraps(function)
-        def launch(*args: Any) -> Any:
-            return node(*args) if torch.compiler.is_compiling() else function(*args)
+        def launch(*args: P.args, **kwargs: P.kwargs) -> R:
+            outputs: R = (node if torch.compiler.is_compiling() else function)(*args, **kwargs)
+            return outputs
 
         return launch
 

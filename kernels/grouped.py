@@ -1,20 +1,20 @@
-"""Formats of other producers, weights only: codes in groups along the input, each group with its scale.
+"""Weights of other producers: codes in groups along the input, each group with its scale; activations are not rounded.
 
-They differ in data, not in kind, so one `Form` describes them all:
+The formats differ in data only, which a `Form` describes:
 
     W = (value(code) · scale [· channel] [+ offset]) [· rotation] [· column] [+ up · down]
 
 value: the code itself (int8, e4m3, e5m2), or the entry of a table of 16 that a half byte points at (element 2j of a row
 in the low half of byte j). scale and offset: one a group, or a row; channel: one a row. rotation: an orthogonal matrix
-that each run of g inputs was turned by, to spread outliers (ConvRot, SDNQ). column: a factor of an input channel
-(SmoothQuant, SVDQuant). up, down: a branch of low rank, in higher precision (SVDQuant).
+that each run of g inputs was multiplied by, to distribute outliers (ConvRot, SDNQ). column: a factor of an input
+channel (SmoothQuant, SVDQuant). up, down: a branch of low rank, in higher precision (SVDQuant).
 
-The last three are undone on x instead of the weight: x · column, then · rotation, meet the codes; x · down · up is
-added. What x meets is made wide in one pass of a Triton kernel on a GPU, piece by piece elsewhere; only 8-bit codes
-with a scale a row are widened inside the product.
+The last three are applied to x instead of the weight: x · column, then · rotation, is multiplied by the codes; x · down
+· up is added. The codes are dequantized in a single pass of a Triton kernel on a GPU, in chunks elsewhere; only 8-bit
+codes with a scale a row are dequantized inside the product.
 
-W4A4 formats round x as well where they come from. Here x stays wide, which is nearer to the unrounded model, and not
-the bits of their producer.
+The producers of W4A4 formats round x as well. Here x is not rounded, which is nearer to the unrounded model, and does
+not give the bits of the producer.
 
 Dim 0 of a part is the output channel, or 1 where all channels share the part. So rows can be cut from a layer.
 """
@@ -29,22 +29,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.aligned import aligned
-from s3dit.kernels.dispatch import kernel, launcher, missing, op, tl
-from s3dit.kernels.matmul import WIDE, mixed_matmul, plain
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, codes_as, pieces, wide
+from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
+from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.rows import FLOAT_DTYPES
+from s3dit.kernels.scheme import (
+    QuantizedRows,
+    QuantizedTensors,
+    Scheme,
+    Spec,
+    cast_codes,
+    dequantize_rows,
+    upcast,
+    weight_chunks,
+)
 
 BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
-# What mixed_matmul widens.
-MIXED = (torch.int8, torch.float8_e4m3fn)
+# What mixed_matmul dequantizes.
+MIXED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the parts of a layer are; see the module's docstring.
+    """The parts of a format; see the module's docstring.
 
-    codes: uint8 for half bytes into a table, else the type of a code · group: inputs that share a scale, 0 for the
-    whole row · scale, offset, low (up and down): dtypes · rotation: inputs turned together, 0 for none · rounded:
-    value · scale is rounded to an int8 number before channel is applied.
+    codes: uint8 for half bytes that index a table, else the dtype of a code · group: inputs that share a scale, 0 for
+    the whole row · scale, offset, low (up and down): dtypes · rotation: inputs rotated together, 0 for none · column:
+    whether there are factors of inputs · rank: of the branch, 0 for none · rounded: value · scale is rounded to an int8
+    number before channel is applied.
     """
 
     codes: torch.dtype
@@ -61,7 +72,7 @@ class Form:
 
 @functools.cache
 def grouped(name: str, form: Form) -> Scheme:
-    """The Scheme of a form, under the name that its producer gives it; one object for equal forms."""
+    """Return the Scheme of a form under the name that its producer gives it; the same object for equal arguments."""
 
     def spec(out: int, in_: int) -> Spec:
         return _spec(name, form, out, in_)
@@ -71,27 +82,28 @@ def grouped(name: str, form: Form) -> Scheme:
 
     @op
     def grouped_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        """Weights in groups, x as it comes: x (…, in) -> (…, out), dtype of x; see `Scheme`."""
-        return F.linear(wide(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
+        """Multiply a float x (…, in) by a weight in groups -> (…, out), dtype of x; see `Scheme`."""
+        return F.linear(upcast(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
-    def pieced(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        return _pieced(form, plain(x), parts, bias)
+    def in_chunks(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+        return _in_chunks(form, dequantize_rows(x), parts, bias)
 
     def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-        return _in_kernel(form, plain(x), parts, bias)
+        return _with_kernel(form, dequantize_rows(x), parts, bias)
 
     def able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
-        # e5m2 asks for the same GPUs as e4m3.
-        return missing(x, WIDE, None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn) or True
+        # e5m2 needs the same GPUs as e4m3.
+        needed = None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn
+        return why_unsupported(x, FLOAT_DTYPES, needed) or True
 
     grouped_linear.on("cuda", "triton", when=able)(in_kernel)
     for device in ("cpu", "cuda"):
-        grouped_linear.on(device, "torch")(pieced)
+        grouped_linear.on(device, "torch")(in_chunks)
     return Scheme(name, None, spec, None, decode, grouped_linear)
 
 
 def _spec(name: str, form: Form, out: int, in_: int) -> Spec:
-    """The parts, in the order in which they act; ValueError for widths that do not fit."""
+    """Return the parts in the order in which they act; raises ValueError for widths that do not fit."""
     unit = math.lcm(form.rotation or 1, 2 if form.codes == torch.uint8 else 1)
     if in_ % unit:
         raise ValueError(f"{name} needs an input width that is a multiple of {unit}, found {in_}; take another file")
@@ -116,16 +128,16 @@ def _spec(name: str, form: Form, out: int, in_: int) -> Spec:
 
 
 def hadamard(size: int) -> Tensor:
-    """The rotation of `size` inputs, (1, size, size), symmetric and its own inverse.
+    """Return the Hadamard rotation of `size` inputs, (1, size, size), symmetric and its own inverse.
 
-    A Kronecker power of the 4 x 4 matrix with -1 on the anti-diagonal where that fits, else of Sylvester's 2 x 2;
-    ValueError where size is no power of two.
+    A Kronecker power of the 4 x 4 matrix with -1 on the anti-diagonal where size is a power of four, else of
+    Sylvester's 2 x 2; dtype as `rotation_dtype`. Raises ValueError where size is not a power of two.
     """
     if size < 2 or size & (size - 1):
         raise ValueError(f"a rotation of {size} inputs at a time; needed a power of two")
     four = size.bit_length() % 2 == 1
-    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32)
-    small = 1 - 2 * torch.eye(4, dtype=torch.float32).flip(0) if four else sylvester
+    sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")
+    small = 1 - 2 * torch.eye(4, dtype=torch.float32, device="cpu").flip(0) if four else sylvester
     matrix = small
     while len(matrix) < size:
         matrix = torch.kron(matrix, small)
@@ -133,13 +145,13 @@ def hadamard(size: int) -> Tensor:
 
 
 def rotation_dtype(size: int) -> torch.dtype:
-    """Powers of four have entries that are powers of two, exact in bf16."""
+    """Return the dtype of a rotation: bf16 for powers of four, whose entries are exact in it, else fp32."""
     return torch.bfloat16 if size.bit_length() % 2 == 1 else torch.float32
 
 
 def _decode(form: Form, parts: QuantizedTensors) -> Tensor:
-    """The weight (out, in) fp32."""
-    weight = turned(_core(form, parts, torch.float32), parts)
+    """Dequantize the weight (out, in) to fp32, rotation, column and branch included."""
+    weight = rotate(_dequantize_core(form, parts, torch.float32), parts)
     if form.column:
         weight = weight * parts["column"]
     if form.rank:
@@ -147,9 +159,9 @@ def _decode(form: Form, parts: QuantizedTensors) -> Tensor:
     return weight
 
 
-def _core(form: Form, parts: QuantizedTensors, dtype: torch.dtype) -> Tensor:
-    """The weight that x meets once column and rotation were applied to it, (out, in); one rounding, to dtype."""
-    weight = _values(form, parts)
+def _dequantize_core(form: Form, parts: QuantizedTensors, dtype: torch.dtype) -> Tensor:
+    """Dequantize the codes alone, without column, rotation and branch -> (out, in), rounded once, to dtype."""
+    weight = _code_values(form, parts)
     out, in_ = weight.shape
     group = form.group or in_
     short = -in_ % group
@@ -165,57 +177,59 @@ def _core(form: Form, parts: QuantizedTensors, dtype: torch.dtype) -> Tensor:
     return groups.view(out, -1)[:, :in_].to(dtype)
 
 
-def _values(form: Form, parts: QuantizedTensors) -> Tensor:
-    """What the codes stand for, (out, in) fp32, in memory of its own."""
+def _code_values(form: Form, parts: QuantizedTensors) -> Tensor:
+    """Return the values of the codes, (out, in) fp32, in memory of their own."""
     codes = parts["weight"]
     if form.codes != torch.uint8:
-        return codes_as(codes, torch.float32)
+        return cast_codes(codes, torch.float32)
     # Two entries at a time: a table of 256 pairs halves the look-ups.
     table = parts["table"][0]
     pairs = torch.stack((table.repeat(16), table.repeat_interleave(16)), -1)
     return pairs[codes.to(torch.int32)].flatten(-2)
 
 
-def turned(x: Tensor, parts: QuantizedTensors) -> Tensor:
-    """x (…, in) · rotation, run by run; x itself where the layer has none."""
+def rotate(x: Tensor, parts: QuantizedTensors) -> Tensor:
+    """Multiply each run of x (…, in) by the part `rotation` (1, g, g), in the dtype of x; x where there is none."""
     if "rotation" not in parts:
         return x
     matrix = aligned(parts["rotation"][0].to(x.dtype))
     return (x.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)
 
 
-def _meeting(x: Tensor, parts: QuantizedTensors) -> Tensor:
-    """x as it meets the codes, dtype of x."""
+def _codes_input(x: Tensor, parts: QuantizedTensors) -> Tensor:
+    """Return x times column and rotation, which the codes are multiplied by, in the dtype of x."""
     if "column" in parts:
         x = (x.float() * parts["column"]).to(x.dtype)
-    return turned(x, parts)
+    return rotate(x, parts)
 
 
-def _branch(x: Tensor, parts: QuantizedTensors, out: Tensor) -> Tensor:
-    """Add the branch of low rank to out (…, out), in place."""
+def _add_branch(x: Tensor, parts: QuantizedTensors, out: Tensor) -> Tensor:
+    """Add the low-rank branch to out (…, out), in place."""
     if "up" not in parts:
         return out
     down, up = (aligned(matrix.to(x.dtype)) for matrix in (parts["down"][0], parts["up"]))
     return out.add_(F.linear(F.linear(x, down), up))
 
 
-def _pieced(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    """Codes to the dtype of x, piece by piece, so that no second copy of the layer is made."""
-    met = _meeting(x, parts)
+def _in_chunks(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+    """Dequantize to the dtype of x a chunk at a time, so that no second copy of the weight is made."""
+    met = _codes_input(x, parts)
     rows = {name: part for name, part in parts.items() if name in ("weight", "scale", "channel", "offset")}
     out = torch.empty(*x.shape[:-1], len(parts["weight"]), dtype=x.dtype, device=x.device)
-    for run in pieces(len(parts["weight"]), x.shape[-1]):
-        piece = {name: part[run] for name, part in rows.items()}
+    for run in weight_chunks(len(parts["weight"]), x.shape[-1]):
+        chunk = {name: part[run] for name, part in rows.items()}
         if "table" in parts:
-            piece["table"] = parts["table"]
-        out[..., run] = F.linear(met, _core(form, piece, x.dtype), None if bias is None else bias[run].to(x.dtype))
-    return _branch(x, parts, out)
+            chunk["table"] = parts["table"]
+        out[..., run] = F.linear(
+            met, _dequantize_core(form, chunk, x.dtype), None if bias is None else bias[run].to(x.dtype)
+        )
+    return _add_branch(x, parts, out)
 
 
-def _in_kernel(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    """Codes that are numbers, with a scale a row: the kernel of the 8-bit formats. Others are made wide first."""
-    met = _meeting(x, parts)
-    if form.codes in MIXED and not (form.group or form.channel or form.offset or form.rounded):
+def _with_kernel(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
+    """Multiply 8-bit codes with a scale a row by `mixed_matmul`; dequantize other weights first."""
+    met = _codes_input(x, parts)
+    if form.codes in MIXED_DTYPES and not (form.group or form.channel or form.offset or form.rounded):
         out = mixed_matmul(met, parts["weight"], parts["scale"], None, bias)
     else:
         # Few numbers beside the codes, in whatever small type.
@@ -225,15 +239,15 @@ def _in_kernel(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | No
             parts["weight"], parts.get("table"), scale, parts.get("channel"), offset, group, form.rounded, x.dtype
         )
         out = F.linear(met, weight, None if bias is None else bias.to(x.dtype))
-    return _branch(x, parts, out)
+    return _add_branch(x, parts, out)
 
 
 @kernel
-def _widen(
+def _grouped_kernel(
     weight: "Any", table: "Any", scale: "Any", channel: "Any", offset: "Any", out: "Any", N: tl.constexpr,
     K: tl.constexpr, GROUP: tl.constexpr, ROUNDED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Write the weight (N, K) that x meets; channel and offset may be None, table where codes are numbers."""
+    """Write the dequantized codes (N, K); channel and offset may be None, table is where codes are numbers."""
     cols, k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.program_id(1) * BLOCK_K
     depth, row = k + tl.arange(0, BLOCK_K), tl.minimum(cols, N - 1).to(tl.int64)[:, None]
     known = (depth < K)[None, :]
@@ -268,10 +282,14 @@ def grouped_dequantize(
     weight: Tensor, table: Tensor | None, scale: Tensor, channel: Tensor | None, offset: Tensor | None, group: int,
     rounded: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """The weight (N, K) that x meets once column and rotation were applied to it, in dtype; parts in fp32."""
+    """Dequantize codes in groups, without column, rotation and branch, in Triton -> (N, K) in dtype.
+
+    weight (N, K), or (N, K/2) uint8 with a table (1, 16) · scale, offset (N, groups), channel (N, 1), all fp32 · group:
+    columns that share a scale · rounded: as in `Form`.
+    """
     n, k = weight.shape[0], weight.shape[1] * (1 if table is None else 2)
     out = torch.empty(n, k, dtype=dtype, device=weight.device)
-    _widen[(-(-n // 16), -(-k // 256))](
+    _grouped_kernel[(-(-n // 16), -(-k // 256))](
         weight, table, scale, channel, offset, out, n, k, group, rounded, 16, 256, num_warps=4
     )
     return out

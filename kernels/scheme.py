@@ -1,13 +1,13 @@
-"""Scheme: what a number format is.
+"""Scheme, which describes a number format, and QuantizedRows, activations in 8 bits.
 
-A quantized linear layer is a few tensors, its *parts*, named and shaped by `spec`. `encode` makes them of a float
-weight, `decode` gives the weight back, and `linear` is the Op that multiplies by it. A format whose `activation` is an
-8-bit type rounds the rows of x too (one scale a token, one a output channel: a single scale for a whole tensor breaks
-Z-Image, because one outlier takes the range from everything else); its reference is the product of the two rounded
-matrices in fp32.
+A quantized linear layer consists of several tensors, its *parts* (`QuantizedTensors`), named and shaped by `spec`.
+`encode` makes them from a float weight, `decode` gives the weight back, and `linear` is the Op that multiplies by it. A
+format whose `activation` is an 8-bit type rounds the rows of x too (a scale for each token and each output channel: a
+single scale for a whole tensor breaks Z-Image, because an outlier takes the range from everything else); its reference
+is the product of the two rounded matrices in fp32.
 
-Who makes x may round it already and hand over `QuantizedRows`: the norms and SwiGLU do so in the pass that they make
-anyway.
+The Op that computes x may round it already and return `QuantizedRows`: the norms and SwiGLU do so in the pass that they
+make anyway.
 
 Scales of weights are bf16 numbers (the 8-bit formats keep them in fp32). So the product of a scale and a code is exact
 in fp32, and a weight that was decoded encodes to itself, bit for bit.
@@ -27,85 +27,93 @@ QuantizedTensors = Mapping[str, Tensor]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 # A row of zeros must not divide by zero, nor a tiny one blow up its rounding noise.
-SMALLEST = 1e-8
-LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# Numbers of a weight that are widened at a time on a CPU: 8 MiB of bf16, inside the cache of a small server.
-PIECE = 1 << 22
+MIN_MAGNITUDE = 1e-8
+MAX_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# Numbers of a weight that are dequantized at a time on a CPU: 8 MiB of bf16, inside the cache of a small server.
+WEIGHT_CHUNK = 1 << 22
 # Numbers of x that are rounded at a time there.
-CACHED = 1 << 18
+INPUT_CHUNK = 1 << 18
 
 
 class QuantizedRows(NamedTuple):
-    """x in 8 bits: values (…, K) int8 or e4m3, scale (…, 1) fp32, and the dtype that x had; x ≈ values · scale."""
+    """Activations x ≈ values · scale, rounded to 8 bits by rows.
+
+    values (…, K) int8 or e4m3 · scale (…, 1) fp32 · original_dtype: that of x before rounding.
+    """
 
     values: Tensor
     scale: Tensor
-    wide: torch.dtype
+    original_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the values are."""
+        """Return the device of the values."""
         return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of x before rounding, and of what a product with it gives."""
-        return self.wide
+        """Return the dtype of x before rounding, which is also that of a product with it."""
+        return self.original_dtype
 
     @property
     def shape(self) -> torch.Size:
-        """Of the values."""
+        """Return the shape of the values."""
         return self.values.shape
 
     def dequantize(self) -> Tensor:
-        """Give x back, in fp32."""
+        """Return values · scale, (…, K) fp32."""
         return self.values.float() * self.scale
 
 
-def quantize_rows(x: Tensor, dtype: torch.dtype) -> QuantizedRows:
+def quantize_rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
     """Round each row of x (…, K) to int8 or e4m3 by its own largest magnitude; fp32 inside.
 
-    A row that holds NaN or infinity gets a scale that is not finite, so whatever is made of it is not finite either.
+    An x that is rounded already is returned as it is. A row that holds NaN or infinity gets a scale that is not finite,
+    so whatever is made of it is not finite either.
     """
-    if x.device.type != "cpu" or x.numel() <= CACHED or torch.compiler.is_compiling():
+    if isinstance(x, QuantizedRows):
+        return x
+    if x.device.type != "cpu" or x.numel() <= INPUT_CHUNK or torch.compiler.is_compiling():
         return QuantizedRows(*_round(x, dtype), x.dtype)
     # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
-    values, scale = torch.empty(x.shape, dtype=dtype), torch.empty(*x.shape[:-1], 1)
+    values = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scale = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
     width = x.shape[-1]
-    step = max(1, CACHED // width)
+    step = max(1, INPUT_CHUNK // width)
     runs = (t.view(-1, t.shape[-1]).split(step) for t in (values, scale))
     for run, *out in zip(x.reshape(-1, width).split(step), *runs, strict=True):
-        for given, made in zip(out, _round(run, dtype), strict=True):
-            given.copy_(made)
+        for target, source in zip(out, _round(run, dtype), strict=True):
+            target.copy_(source)
     return QuantizedRows(values, scale, x.dtype)
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Values and scale of `quantize_rows`."""
-    wide = x.float()
-    scale = wide.abs().amax(-1, keepdim=True).clamp(min=SMALLEST) / LARGEST[dtype]
-    scaled = wide / scale
+    """Return values and scale of `quantize_rows`."""
+    upcast_x = x.float()
+    scale = upcast_x.abs().amax(-1, keepdim=True).clamp(min=MIN_MAGNITUDE) / MAX_CODES[dtype]
+    scaled = upcast_x / scale
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
 
 
-def rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRows:
-    """x rounded by rows, where its maker has not done so."""
-    return x if isinstance(x, QuantizedRows) else quantize_rows(x, dtype)
-
-
-def wide(x: Tensor | QuantizedRows) -> Tensor:
-    """x in fp32, rounded or not."""
+def upcast(x: Tensor | QuantizedRows) -> Tensor:
+    """Return x (…, K) in fp32, dequantized where it is rounded."""
     return x.dequantize() if isinstance(x, QuantizedRows) else x.float()
+
+
+def dequantize_rows(x: Tensor | QuantizedRows) -> Tensor:
+    """Return x (…, K) as a tensor of its dtype, dequantized where it is rounded."""
+    return x.dequantize().to(x.dtype) if isinstance(x, QuantizedRows) else x
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
     """A number format of linear weights; see the module's docstring.
 
+    name: in files and options · activation: int8 or e4m3 where x is rounded too, else None
     spec(out, in) -> name of part -> (shape, dtype), raising ValueError for sizes it cannot take
-    encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity; None where others write it
+    encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity; None for formats only read
     decode(parts) -> weight (out, in) fp32
-    linear(x or Rows (…, in), parts, bias or None) -> (…, out), dtype of x
+    linear(x or QuantizedRows (…, in), parts, bias (out,) or None) -> (…, out), dtype of x
     """
 
     name: str
@@ -116,23 +124,27 @@ class Scheme:
     linear: Op
 
 
-def finite(weight: Tensor) -> Tensor:
-    """The weight in fp32; ValueError where it holds NaN or infinity, which no scale can bring into range."""
+def checked_finite(weight: Tensor) -> Tensor:
+    """Return a weight in fp32; raises ValueError where it holds NaN or infinity, which no scale can represent."""
     weight = weight.float()
-    # The sum of magnitudes is finite only where every one is, and is found in one pass without a mask.
+    # The sum of magnitudes is finite only where each is, and takes a single pass without a mask.
     if not weight.abs().sum(dtype=torch.float64).isfinite():
         raise ValueError("holds NaN or infinity; needed finite weights; download the file again")
     return weight
 
 
 def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callable[[Tensor], dict[str, Tensor]]]:
-    """spec and encode of the formats with one scale an output channel: weight (out, in) 8-bit, scale (out, 1) fp32."""
+    """Return `spec` and `encode` of a format with a scale for each output channel.
+
+    dtype: int8 or e4m3. Its parts are weight (out, in) in dtype and scale (out, 1) fp32, bf16 numbers; `encode` raises
+    ValueError for NaN and infinity.
+    """
 
     def spec(out: int, in_: int) -> Spec:
         return {"weight": ((out, in_), dtype), "scale": ((out, 1), torch.float32)}
 
     def encode(weight: Tensor) -> dict[str, Tensor]:
-        weight, largest = finite(weight), LARGEST[dtype]
+        weight, largest = checked_finite(weight), MAX_CODES[dtype]
         scale = (weight.abs().amax(-1, keepdim=True) / largest).bfloat16().float()
         # A scale was rounded by up to 2^-9, so the largest code may come out as 127.25.
         codes = (weight / scale.masked_fill(scale == 0, 1.0)).clamp_(-largest, largest)
@@ -142,37 +154,38 @@ def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callabl
 
 
 def decode_channels(parts: QuantizedTensors) -> Tensor:
-    """weight · scale of a per-channel format, (out, in) fp32."""
+    """Dequantize the parts of a per-channel format: weight (out, in) · scale (out, 1) -> (out, in) fp32."""
     return parts["weight"].float() * parts["scale"]
 
 
-def pieces(out: int, in_: int) -> Iterator[slice]:
-    """Runs of output channels whose weights fit the cache when widened."""
-    step = max(1, PIECE // in_)
+def weight_chunks(out: int, in_: int) -> Iterator[slice]:
+    """Yield slices of output channels whose dequantized weights fit the cache, for a weight (out, in)."""
+    step = max(1, WEIGHT_CHUNK // in_)
     yield from (slice(start, min(start + step, out)) for start in range(0, out, step))
 
 
-def codes_as(codes: Tensor, dtype: torch.dtype) -> Tensor:
-    """8-bit numbers in a wider float dtype, exactly."""
+def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert 8-bit codes (int8, e4m3 or e5m2) to a float dtype that holds them exactly."""
     if codes.dtype != torch.float8_e4m3fn or codes.device.type != "cpu" or torch.compiler.is_compiling():
         return codes.to(dtype)
-    # torch converts e4m3 one by one. Its bits, shifted, are those of a bf16 that is 2^120 times too small; NaN, which
-    # neither encoded weights nor rows with a finite scale hold, becomes 480.
+    # torch converts e4m3 number by number. Its bits, shifted, are those of a bf16 that is 2^120 times too small; NaN,
+    # which neither encoded weights nor rows with a finite scale hold, becomes 480.
     bits = codes.view(torch.int8).to(torch.int16)
     bits = (bits & 0x7F).bitwise_left_shift_(4).bitwise_or_(bits & -0x8000)
     return bits.view(torch.bfloat16).mul_(2.0**120).to(dtype)
 
 
 def channels_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    """The per-channel product on a CPU: codes widened piece by piece (exactly, even to bf16), scales on the result.
+    """Multiply x by a per-channel weight on any device: codes are converted to the dtype of x, the sums are scaled.
 
-    The buffer is as wide as a piece, so a quantized model needs no second copy of itself.
+    x (…, in) or QuantizedRows · weight (out, in) int8 or e4m3 with scale (out, 1) · bias (out,) -> (…, out), dtype of
+    x. Codes are exact even in bf16, and are converted a chunk at a time, so no second copy of the weight is made.
     """
     codes, scale = parts["weight"], parts["scale"].T
-    values = codes_as(x.values, x.dtype) if isinstance(x, QuantizedRows) else x
+    values = cast_codes(x.values, x.dtype) if isinstance(x, QuantizedRows) else x
     out = torch.empty(*x.shape[:-1], len(codes), dtype=x.dtype, device=x.device)
-    for run in pieces(*codes.shape):
-        product = F.linear(values, codes_as(codes[run], x.dtype)).float().mul_(scale[:, run])
+    for run in weight_chunks(*codes.shape):
+        product = F.linear(values, cast_codes(codes[run], x.dtype)).float().mul_(scale[:, run])
         if isinstance(x, QuantizedRows):
             product.mul_(x.scale)
         out[..., run] = product if bias is None else product.add_(bias[run])

@@ -1,6 +1,7 @@
-"""The one door for a product with a quantized weight: SCHEMES by name, and `linear`.
+"""The number formats that this engine writes, by name (SCHEMES), and the product with a weight in any (`linear`).
 
-A new format is one file beside this one and one name in the tuple below.
+A new format is a file beside this one and a name in the tuple below; `README.md` has an example. Formats that are only
+read, of other producers, are made by `grouped` and `gguf` instead.
 """
 
 from torch import Tensor
@@ -14,5 +15,9 @@ SCHEMES: dict[str, Scheme] = {s.name: s for s in (fp8, fp8_weights, int8, int8_w
 
 
 def linear(x: Tensor | QuantizedRows, scheme: Scheme, parts: QuantizedTensors, bias: Tensor | None = None) -> Tensor:
-    """x (…, in), or its Rows where the scheme takes them, times the weight that the parts stand for -> (…, out)."""
+    """Multiply x by a quantized weight, transposed, and add the bias.
+
+    x (…, in) bf16, fp16 or fp32, or QuantizedRows of `scheme.activation` · parts: the scheme's tensors by name, on the
+    device of x · bias (out,) -> (…, out), dtype of x. Raises BackendError where a forced backend cannot run.
+    """
     return scheme.linear(x, parts, bias)

@@ -1,11 +1,13 @@
-"""Tuning table: which tile sizes a kernel is launched with, as data, so that a first run never searches.
+"""The tuning table: configurations of kernel launches that were measured, as data, so that a first run never searches.
 
-`tune.json` is a list of rows: device (a GPU's full name, or a class such as "sm90", or "*"), triton ("3.6" or "*"),
-op, shape (a class of shapes that the op names), config (keyword arguments of the launch) and source, which is
-"measured" or "estimate". The most exact row wins: this device with this Triton, this device, its class, anything.
+`tune.json` is a list of rows: device (a GPU's full name, or a class of compute capability such as "sm90", or "*"),
+triton ("3.6" or "*"), op, shape (a class of shapes that the kernel names), config (keyword arguments of the launch), ms
+(median time of a call with it) and refused (how many candidates did not fit the device). The most exact row applies:
+this device with this Triton, this device, its class, any device. It holds measurements only. Where it has no row, each
+kernel computes an estimate of its own (`flash_attention.estimated_config`, `matmul.best_tile`).
 
-`search` times candidates on the device at hand and returns a row to be put into the file; `trying` is how it, or a
-researcher, launches with another config.
+`search` times candidates on the CUDA device at hand and returns a row to be added to the file; `trying` launches with a
+given configuration inside a `with`.
 """
 
 import functools
@@ -24,8 +26,8 @@ from s3dit.kernels.dispatch import capability
 
 Config = dict[str, int]
 
-# Launches and timings of one candidate; the first few also compile and fill the caches.
-WARM, TIMED = 5, 25
+# Launches of a candidate that are not timed, which compile and fill the caches, and launches that are.
+WARMUP_CALLS, TIMED_CALLS = 5, 25
 
 _tried: dict[str, Config] = {}
 
@@ -39,7 +41,7 @@ def table() -> dict[tuple[str, str, str, str], Config]:
 
 @functools.cache
 def triton_version() -> str:
-    """Major and minor version of the installed Triton ("3.6"), or "none"."""
+    """Return the major and minor version of the installed Triton, such as "3.6", or "none"."""
     if find_spec("triton") is None:
         return "none"
     import triton
@@ -48,10 +50,12 @@ def triton_version() -> str:
 
 
 @functools.cache
-def config(op: str, shape: str, device: torch.device) -> Config:
-    """The config to launch `op` with for a class of shapes on a device; KeyError where not even "*" has one."""
+def measured_config(op: str, shape: str, device: torch.device) -> Config | None:
+    """Return the table's config of `op` for a class of shapes on a device, None where it has none.
+
+    A device that is newer than every class in the table takes the newest class.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-    # A device newer than every class that is listed takes the newest.
     known = sorted({int(d[2:]) for _, _, d, _ in table() if d.startswith("sm")}, reverse=True)
     major, minor = capability(device)
     classes = [f"sm{number}" for number in known if number <= 10 * major + minor] if device.type == "cuda" else []
@@ -59,17 +63,17 @@ def config(op: str, shape: str, device: torch.device) -> Config:
         for triton in (triton_version(), "*"):
             if (op, shape, place, triton) in table():
                 return table()[op, shape, place, triton]
-    raise KeyError(f"tune.json has no row for op {op!r}, shape {shape!r} on {name}, nor for any device")
+    return None
 
 
-def chosen(op: str, shape: str, device: torch.device) -> Config:
-    """The config in force: the one being tried, else the table's."""
-    return _tried.get(op) or config(op, shape, device)
+def config_in_force(op: str, shape: str, device: torch.device) -> Config | None:
+    """Return the config of `trying` inside such a `with`, else the table's, else None: the kernel's own estimate."""
+    return _tried.get(op) or measured_config(op, shape, device)
 
 
 @contextmanager
 def trying(op: str, candidate: Config) -> Iterator[None]:
-    """Launch `op` with this config inside the `with`, whatever the table says."""
+    """Launch `op` with this config inside the `with`, whatever the table says; for all threads."""
     before = _tried.get(op)
     _tried[op] = candidate
     try:
@@ -82,10 +86,9 @@ def trying(op: str, candidate: Config) -> Iterator[None]:
 
 
 def search(op: str, shape: str, call: Callable[[], Any], candidates: Iterable[Config]) -> dict[str, Any]:
-    """Time `call`, which launches `op` on the current CUDA device, with each candidate -> the best one's table row.
+    """Time `call`, which launches `op` on the current CUDA device, with each candidate; return the best one's row.
 
-    The row also has ms, the median, and refused, how many candidates did not fit the device. Raises BackendError
-    without a CUDA device, or where no candidate fits.
+    Raises BackendError without a CUDA device, or where no candidate fits.
     """
     if not torch.cuda.is_available():
         raise BackendError("tuning needs a CUDA device, found none; run it on the machine that the table is for")
@@ -100,17 +103,17 @@ def search(op: str, shape: str, call: Callable[[], Any], candidates: Iterable[Co
             refused += 1
     if not times:
         raise BackendError(f"no candidate of {op} for shape {shape} fits {torch.cuda.get_device_name()}; give others")
-    best, found = min(times, key=lambda pair: pair[0])
+    fastest, config = min(times, key=lambda pair: pair[0])
     place = {"device": torch.cuda.get_device_name(), "triton": triton_version(), "op": op, "shape": shape}
-    return {**place, "config": found, "source": "measured", "ms": best, "refused": refused}
+    return {**place, "config": config, "ms": fastest, "refused": refused}
 
 
 def _milliseconds(call: Callable[[], Any]) -> float:
-    """Median time of a call on the current CUDA device."""
-    for _ in range(WARM):
+    """Return the median time of a call on the current CUDA device, in milliseconds."""
+    for _ in range(WARMUP_CALLS):
         call()
     times = []
-    for _ in range(TIMED):
+    for _ in range(TIMED_CALLS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()

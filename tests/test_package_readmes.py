@@ -1,14 +1,11 @@
 """The READMEs of the packages: their examples run, their tables name what there is, and their links lead somewhere."""
 
-import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-from s3dit.kernels.schemes import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [
@@ -30,30 +27,13 @@ def text(page):
     return (path if path.is_file() else path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["s3dit/API.md", "kernels", "weights"])
+@pytest.mark.parametrize("folder", ["s3dit/API.md"])
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", text(folder), re.S)
     assert len(examples) >= 2
     exec(compile("\n".join(examples), f"{folder}/README.md", "exec"), {})
-
-
-def test_the_table_of_ops_names_every_op():
-    found = {}
-    for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any(ast.unparse(one) == "op" for one in node.decorator_list):
-                found[node.name] = path.name
-    # Each of these two is an Op for each type or form, made in a loop.
-    found |= {"gguf_linear": "gguf.py", "grouped_linear": "grouped.py"}
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| .* \| `(\w+\.py)` \|$", text("kernels"), re.M)
-    assert {name: file for names, file in rows for name in re.findall(r"`(\w+)`", names)} == found
-
-
-def test_the_table_of_number_formats_names_every_scheme():
-    table = text("kernels").split("| format | weight | x |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `([\w-]+)` ", table, re.M) == list(SCHEMES)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=IDS)

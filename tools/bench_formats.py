@@ -34,7 +34,7 @@ from s3dit.model.linear import swap
 from s3dit.model.transformer import Transformer
 from s3dit.pipeline import Pipeline
 from s3dit.runtime.devices import place
-from s3dit.weights.quantize import chosen
+from s3dit.weights.quantize import quantizable_layers
 
 PROMPTS = (
     "a red star above a blue ring on a white background", "a green circle", "black background, large pink heart",
@@ -54,7 +54,7 @@ def blank(layers: int, name: str | None) -> Transformer:
         model = Transformer(TransformerConfig(n_layers=layers, **OFFICIAL))
         if name is not None:
             names = [n.removesuffix(".weight") for n in model.state_dict() if n.endswith(".weight")]
-            for layer, scheme in chosen("transformer", names, SCHEMES[name]).items():
+            for layer, scheme in quantizable_layers("transformer", names, SCHEMES[name]).items():
                 swap(model, scheme, layer.__eq__)
     filled = {}
     for key, tensor in model.state_dict().items():

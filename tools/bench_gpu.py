@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
 def everyone(op: Op, *args: Any) -> dict[str, float | str]:
     """Time of each implementation of an Op that serves these arguments, and of its reference; which one is chosen."""
     found: dict[str, float | str] = {"chosen": op.choose(*args).__name__.strip("_")}
-    for stand_in in op.stand_ins:
+    for stand_in in op.implementations:
         if stand_in.why_not("cuda", args):
             continue
         found[stand_in.function.__name__.strip("_")] = milliseconds(stand_in.function, *args)
@@ -167,7 +167,7 @@ def pictures(folder: Path, sides: tuple[int, ...]) -> Iterator[dict[str, Any]]:
 
 
 def theirs(folder: Path, sides: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """diffusers' own pipeline on the same weights, eager and with its blocks compiled."""
+    """The pipeline of diffusers on the same weights, eager and with its blocks compiled."""
     try:
         from diffusers import ZImagePipeline
     except ImportError:

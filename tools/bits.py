@@ -1,4 +1,4 @@
-"""Hash pictures over all features, and compare the hashes of two trees: does a rebuild draw the same bits?
+"""Hash pictures over all features, and compare the hashes of two trees: whether a rebuild draws the same bits.
 
 `python tools/bits.py make DIR` writes the inputs (start images, masks, an adapter, ControlNets and an Omni model with
 random weights, the embedded model in other formats and one official checkpoint of diffusers' own making);
@@ -147,7 +147,7 @@ def cases(folder: Path) -> Iterator[tuple[str, dict[str, Any], list[tuple[str, f
 
 
 def digest(*arrays: Any) -> str:
-    """sha256 of arrays, with their shapes."""
+    """Return the sha256 of arrays, with their shapes."""
     found = hashlib.sha256()
     for array in arrays:
         found.update(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes())

@@ -1,4 +1,4 @@
-"""Score pictures of the tiny model: does each show what its scene demands?
+"""Score pictures of the tiny model: whether each shows what its scene demands.
 
 Found from pixels alone: the background is the colour of the picture's frame, things are the connected regions that
 differ from it, the colour of a thing is the palette colour nearest to its median, its shape is the template of the

@@ -38,7 +38,7 @@ def pictures(count: int, seed: int) -> torch.Tensor:
 
 
 def to_pixels(batch: torch.Tensor) -> torch.Tensor:
-    """uint8 -> fp32 in [-1, 1]."""
+    """Turn uint8 into fp32 in [-1, 1]."""
     return batch.float() / 127.5 - 1
 
 

@@ -1,1 +1,1 @@
-"""Files and names of checkpoints; import a room by name: `from s3dit.weights.checkpoint import open_checkpoint`."""
+"""Files of weights: containers, names and formats; import from a module: `from s3dit.weights.hub import resolve`."""

@@ -1,51 +1,46 @@
-"""Adapter files, read into one normal form, whatever their dialect.
+"""Adapter files (LoRA, LoHa, LoKr, DoRA, differences) of any trainer, read into the same form.
 
-`read_adapter` gives {part: {official layer: Delta}}. Keys are told apart by `dialects`; tensors of one layer become one
-Delta with its strength folded in; a matrix for q, k and v is cut into three. Where alpha comes from, first that is
+`read_adapter` returns {part: {official layer: Delta}}. Keys are read by `dialects`, the tensors of a layer become a
+Delta by `adapter_layer`, and a matrix for q, k and v is cut into three. Alpha is taken from the first of these that is
 there: the layer's own `.alpha`; the header (`lora_adapter_metadata`, diffusers) or `adapter_config.json` (PEFT); else
-the factor is 1. What cannot be placed is counted and kept by name: whether that is an error is for the user to say.
+the factor is 1. Layers that belong to no part are counted and kept by name; whether that is an error is for the caller.
 
-Values are looked at: a NaN is found here, and not in a black picture.
-
-`convert_adapter` writes the same in official names for any other tool, or in ComfyUI's.
+All values are checked: a NaN is an error here instead of a black picture. `convert_adapter` writes adapters.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.weights import dialects
-from s3dit.weights.adapter_settings import LONGEST, SHOWN, Settings, read_settings
+from s3dit.weights.adapter_layer import check_complete, has_no_rank, kinds_of, layer_delta
+from s3dit.weights.adapter_settings import SHOWN_CHARACTERS, SHOWN_KEYS, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, open_stored
 from s3dit.weights.container import parse_json, read_json
-from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scaled
+from s3dit.weights.delta import Delta
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-EIGHT_BIT = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 METADATA = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
 # An alpha that kohya's trainers write into the header for people; it is the tensor `.alpha` that acts.
-KOHYA = "ss_network_alpha"
+KOHYA_ALPHA = "ss_network_alpha"
 
-# The largest alpha / rank that is no accident.
-STRONGEST = 1e4
-WAY_OUT = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
+REMEDY = "needed LoRA, LoHa, LoKr or differences; merge it into the model with the program that trained it"
 Deltas = dict[str, Delta]
 
 
 @dataclass(slots=True)
 class Adapter:
-    """What a file holds: deltas by part and official layer, and what of it is of no use.
+    """The content of an adapter file: deltas by part and official layer, and what is not used.
 
-    unmatched: stored layers (and keys) of no part · misshapen: layers whose tensors disagree, and how · redundant:
-    stored layers that say again, under another name, what official ones say · notes: what the file says without effect.
+    unmatched: stored layers (and keys) of no part · misshapen: layers whose tensors do not fit together, and why ·
+    redundant: stored layers that official names in the same file repeat · notes: settings without effect, in words.
     """
 
     path: Path
@@ -56,7 +51,7 @@ class Adapter:
     notes: list[str] = field(default_factory=list)
 
     def digest(self) -> str:
-        """The sha256 of the file, in hex."""
+        """Return the sha256 of the file, in hex."""
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -73,45 +68,45 @@ def read_adapter(path: str | Path) -> Adapter:
     adapter = Adapter(checkpoint.path)
     stored = _layers(checkpoint, adapter.unmatched)
     places = {layer: place for layer in stored if (place := dialects.place(layer)) is not None}
-    if not places or dialects.unread(adapter.unmatched):
-        raise CheckpointError(_stranger(checkpoint, bool(stored)))
+    if not places or dialects.unsupported_kind(adapter.unmatched):
+        raise CheckpointError(_foreign_error(checkpoint, bool(stored)))
     adapter.unmatched += [layer for layer in stored if layer not in places]
     settings = _settings(checkpoint)
-    official = {one for place in places.values() if place.plain for one in place.layers}
+    official = {layer_name for place in places.values() if place.is_official for layer_name in place.layers}
     for layer, place in places.items():
-        if not place.plain and official.issuperset(place.layers):
+        if not place.is_official and official.issuperset(place.layers):
             adapter.redundant.append(layer)
             continue
         tensors = _load(checkpoint, layer, stored[layer])
         try:
-            delta = _delta(tensors, settings.get(place.part), place.layers[0])
-            pieces = [delta.part(i, len(place.layers)) for i in range(len(place.layers))]
+            delta = layer_delta(tensors, settings.get(place.part), place.layers[0])
+            pieces = [delta.row_part(i, len(place.layers)) for i in range(len(place.layers))]
         except ValueError as error:
             adapter.misshapen.append(f"{layer}: {error}")
             continue
-        there = adapter.deltas.setdefault(place.part, {})
-        if taken := [one for one in place.layers if one in there]:
+        part_deltas = adapter.deltas.setdefault(place.part, {})
+        if taken := [layer_name for layer_name in place.layers if layer_name in part_deltas]:
             raise CheckpointError(
                 f"{path}: {layer} changes {taken[0]}, which another tensor of the file changes already; needed one "
                 "change a layer; train or convert it again"
             )
-        there |= dict(zip(place.layers, pieces, strict=True))
+        part_deltas |= dict(zip(place.layers, pieces, strict=True))
     adapter.notes = _notes(checkpoint, stored, settings, adapter.unmatched)
-    found = [delta for deltas in adapter.deltas.values() for delta in deltas.values()]
-    if idle := sum(delta.idle for delta in found):
-        adapter.notes.append(f"{idle} of {len(found)} layers change nothing (an alpha of 0, or factors of zeros)")
+    read = [delta for deltas in adapter.deltas.values() for delta in deltas.values()]
+    if idle := sum(delta.idle for delta in read):
+        adapter.notes.append(f"{idle} of {len(read)} layers change nothing (an alpha of 0, or factors of zeros)")
     return adapter
 
 
 def _layers(checkpoint: Checkpoint, unmatched: list[str]) -> dict[str, dict[str, str]]:
-    """Stored layer -> role -> key; keys that are no adapter's go to `unmatched`."""
+    """Group keys as stored layer -> role -> key; keys that are not an adapter's are appended to `unmatched`."""
     stored: dict[str, dict[str, str]] = {}
     for key in checkpoint:
-        found = dialects.split(key)
-        if found is None:
+        parsed = dialects.split_key(key)
+        if parsed is None:
             unmatched.append(key)
             continue
-        layer, role = found
+        layer, role = parsed
         roles = stored.setdefault(layer, {})
         if role in roles:
             raise CheckpointError(
@@ -121,14 +116,14 @@ def _layers(checkpoint: Checkpoint, unmatched: list[str]) -> dict[str, dict[str,
     return stored
 
 
-def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
-    """What to say of a file without a single layer of ours."""
+def _foreign_error(checkpoint: Checkpoint, adapter: bool) -> str:
+    """Return the error message for a file without a single layer of Z-Image."""
     names = list(checkpoint)
     if not names:
         return f"{checkpoint.path}: holds no tensors; needed an adapter (LoRA); download it again"
     shown = f"{len(names)} tensors such as {names[0][:120]}"
-    if (kind := dialects.unread(names)) is not None:
-        return f"{checkpoint.path}: {kind}, which is not supported ({shown}); {WAY_OUT}"
+    if (kind := dialects.unsupported_kind(names)) is not None:
+        return f"{checkpoint.path}: {kind}, which is not supported ({shown}); {REMEDY}"
     if not adapter:
         return f"{checkpoint.path}: is no adapter: {shown}; needed keys such as …lora_A.weight; a model goes to --model"
     family = dialects.family(names)
@@ -138,7 +133,7 @@ def _stranger(checkpoint: Checkpoint, adapter: bool) -> str:
 
 
 def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of one stored layer by role, matrices as matrices; CheckpointError for what no training leaves."""
+    """Load the tensors of a stored layer by role, 1 × 1 convolutions as matrices; CheckpointError for bad values."""
     tensors = {}
     for role, key in keys.items():
         # Of its own memory: trainers write their file anew, in place, under a running engine.
@@ -148,133 +143,19 @@ def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[s
                 f"{checkpoint.path}: {key} is {list(tensor.shape)}, of rank 0; needed a trained adapter; download it "
                 "again"
             )
-        if role not in ("alpha", "shape") and tensor.dtype not in (*FLOATS, *EIGHT_BIT):
+        if role not in ("alpha", "shape") and tensor.dtype not in (*FLOATS, *FP8_DTYPES):
             raise CheckpointError(
                 f"{checkpoint.path}: {key} is {tensor.dtype}; needed float32, bfloat16, float16 or an 8-bit float; "
                 "save it in one of them"
             )
         # 8-bit floats have no arithmetic, and are numbers of bf16 all of them.
-        tensor = tensor.bfloat16() if tensor.dtype in EIGHT_BIT else tensor
-        if not tensor.isfinite().all() and not (role == "alpha" and _whole_factors(keys)):
+        tensor = tensor.bfloat16() if tensor.dtype in FP8_DTYPES else tensor
+        if not tensor.isfinite().all() and not (role == "alpha" and has_no_rank(keys)):
             raise CheckpointError(f"{checkpoint.path}: {key} holds NaN or infinity; needed finite ones; take another")
         # Trainers that know convolutions keep linear layers as such, of size 1 × 1.
         tensors[role] = tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
-    _whole(checkpoint, layer, tensors)
+    check_complete(checkpoint, layer, tensors)
     return tensors
-
-
-def _whole_factors(roles: Mapping[str, Any]) -> bool:
-    """Whether a layer has no rank, so that an alpha, which some trainers write as infinity, has no meaning."""
-    return not _kinds(roles) or "diff" in roles or "set" in roles or {"lokr_w1", "lokr_w2"} <= set(roles)
-
-
-# Of each kind: what must be there; "a|b" is either.
-KINDS = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1|lokr_w1_a", "lokr_w1|lokr_w1_b", "lokr_w2|lokr_w2_a", "lokr_w2|lokr_w2_b"),
-    "diff": ("diff",),
-    "set": ("set",),
-}
-
-
-def _kinds(tensors: Mapping[str, Any]) -> list[str]:
-    """The kinds of which something is there."""
-    return [kind for kind, roles in KINDS.items() if any(one in tensors for role in roles for one in role.split("|"))]
-
-
-def _whole(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a layer has half of a kind, or two kinds."""
-    kinds = _kinds(tensors)
-    if len(kinds) > 1:
-        raise CheckpointError(f"{checkpoint.path}: {layer} is {' and '.join(kinds)} at once; needed one kind a layer")
-    lacking = [role for kind in kinds for role in KINDS[kind] if not any(one in tensors for one in role.split("|"))]
-    if lacking:
-        raise CheckpointError(
-            f"{checkpoint.path}: {layer} has {', '.join(sorted(tensors))} but no {lacking[0].replace('|', ' or ')}; "
-            "the file was cut short or badly converted, take it from its source"
-        )
-
-
-def _delta(tensors: Mapping[str, Tensor], settings: Settings | None, layer: str) -> Delta:
-    """One layer's tensors in the normal form; ValueError where they do not fit together."""
-    if "core" in tensors:
-        raise ValueError("a core between its factors (of a convolution), needed a linear layer")
-    alpha = None
-    if "alpha" in tensors and not _whole_factors(tensors):
-        if tensors["alpha"].numel() != 1:
-            raise ValueError(f"an alpha of {list(tensors['alpha'].shape)}, needed one number")
-        alpha = float(tensors["alpha"].double())
-    term = _term(tensors, alpha, settings, layer)
-    bias, magnitude = tensors.get("diff_b"), tensors.get("magnitude")
-    if "up.bias" in tensors:
-        # PEFT's bias stands behind the up factor, so it shares its strength.
-        if "down" not in tensors:
-            raise ValueError("the bias of an up factor without its factors")
-        bias = scaled(tensors["up.bias"], _factor(_rank(tensors["down"]), alpha, settings, layer))
-    if settings is not None and "down" in tensors and settings.norms not in (None, magnitude is not None):
-        # In the place of norms that are not there PEFT puts those of the model, which is another adapter.
-        raise ValueError(f"{'norms' if magnitude is not None else 'no norms'} where use_dora is {settings.norms}")
-    if magnitude is not None and magnitude.ndim == 1:
-        magnitude = magnitude[:, None]
-    delta = Delta(term, bias, magnitude, replaces="set" in tensors)
-    shape, wanted = delta.shape, tensors.get("shape")
-    if wanted is not None and tuple(wanted.flatten().tolist()) != shape:
-        raise ValueError(
-            f"a weight that is made {wanted.flatten().tolist()} first, needed one of the model's own shape"
-        )
-    return delta
-
-
-def _term(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term | None:
-    """The matrix of a layer, its strength folded in."""
-    kind = next(iter(_kinds(tensors)), None)
-    if kind == "lora":
-        term = LowRank(tensors["up"], tensors["down"])
-        return term.scaled(_factor(_rank(term.down), alpha, settings, layer))
-    if kind == "loha":
-        hada = Hadamard(*(tensors[role] for role in KINDS["loha"]))
-        return hada.scaled(_factor(_rank(hada.w1b), alpha, settings, layer))
-    if kind == "lokr":
-        return _lokr(tensors, alpha, settings, layer)
-    return None if kind is None else Full(tensors[kind])
-
-
-def _lokr(tensors: Mapping[str, Tensor], alpha: float | None, settings: Settings | None, layer: str) -> Term:
-    """A Kronecker product; factors that are products themselves are multiplied out, they are small."""
-    factors, dim = [], None
-    for name in ("lokr_w1", "lokr_w2"):
-        if name in tensors:
-            factors.append(tensors[name])
-            continue
-        pair = LowRank(tensors[f"{name}_a"], tensors[f"{name}_b"])
-        _, dim = pair.shape, _rank(pair.down)
-        factors.append(pair.dense())
-    term = Kronecker(*factors)
-    if "alpha" not in tensors and settings is not None:
-        return term.scaled(_factor(None, None, settings, layer))
-    # Without a rank the alpha that LyCORIS writes means nothing.
-    return term if dim is None else term.scaled(_factor(dim, alpha, settings, layer))
-
-
-def _rank(down: Tensor) -> int:
-    """The rank of a pair, which is the height of its down factor."""
-    if down.ndim < 2:
-        raise ValueError(f"a down factor of {list(down.shape)}, needed [N, r] and [r, K]")
-    return down.shape[0]
-
-
-def _factor(rank: float | None, alpha: float | None, settings: Settings | None, layer: str) -> float:
-    """alpha / rank of one layer; 1 where nobody says alpha. rank None: what the trainer wrote down."""
-    if settings is not None:
-        alpha = settings.alpha_of(layer) if alpha is None else alpha
-        rank = settings.rank_of(layer) if rank is None else rank
-    if alpha is None or rank is None:
-        return 1.0
-    factor = alpha / (math.sqrt(rank) if settings is not None and settings.root else rank)
-    if abs(factor) > STRONGEST:
-        raise ValueError(f"alpha {alpha:g} at rank {rank:g}, needed a strength alpha / rank of at most {STRONGEST:g}")
-    return factor
 
 
 def _notes(
@@ -283,28 +164,28 @@ def _notes(
     settings: Mapping[str, Settings],
     unmatched: Sequence[str],
 ) -> list[str]:
-    """What the header, or PEFT's file beside, says without effect."""
-    notes = [note for said in settings.values() for note in said.notes]
-    whole = {module: None for said in settings.values() for module in said.whole}
+    """Return what the header, or PEFT's file beside it, states without effect."""
+    notes = [note for part_settings in settings.values() for note in part_settings.notes]
+    whole = {module: None for part_settings in settings.values() for module in part_settings.whole}
     if absent := [module for module in whole if not any(f".{module}." in f".{key}" for key in unmatched)]:
-        few = ", ".join(module[:LONGEST] for module in absent[:SHOWN])
-        notes.append(f"modules_to_save names {few}, of which the file holds nothing")
+        shown = ", ".join(module[:SHOWN_CHARACTERS] for module in absent[:SHOWN_KEYS])
+        notes.append(f"modules_to_save names {shown}, of which the file holds nothing")
     ranks = {
         checkpoint.entry(roles["down"]).shape[:1]
         for roles in stored.values()
         if "down" in roles and "alpha" not in roles
     }
-    said = checkpoint.metadata.get(KOHYA)
-    if said is not None and not settings and not {(_finite(said),)} >= ranks:
+    stated = checkpoint.metadata.get(KOHYA_ALPHA)
+    if stated is not None and not settings and not {(_parse_float(stated),)} >= ranks:
         notes.append(
-            f"{KOHYA} is {said[:LONGEST]} in the header, but layers without an alpha of their own have strength 1, as "
-            "in ComfyUI and diffusers"
+            f"{KOHYA_ALPHA} is {stated[:SHOWN_CHARACTERS]} in the header, but layers without an alpha of their own "
+            "have strength 1, as in ComfyUI and diffusers"
         )
     return list(dict.fromkeys(notes))
 
 
-def _finite(text: str) -> float | None:
-    """The number that a text says, None where it says none."""
+def _parse_float(text: str) -> float | None:
+    """Return the number of a text, None where it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -312,7 +193,7 @@ def _finite(text: str) -> float | None:
 
 
 def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
-    """What the header, or PEFT's file beside, says of each part; raises CheckpointError."""
+    """Read PEFT's settings of each part from the header, or from the file beside it; raises CheckpointError."""
     config = checkpoint.path.with_name(CONFIG)
     text, source = checkpoint.metadata.get(METADATA), f"{checkpoint.path}: {METADATA}"
     beside = text is None and checkpoint.path.name.startswith("adapter_model.") and config.is_file()
@@ -323,15 +204,15 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
         if not isinstance(values, dict):
             raise ValueError("no JSON object")
         parts = ("transformer", "text_encoder")
-        said = {
+        by_part = {
             part: {key.removeprefix(f"{part}."): value for key, value in values.items() if key.startswith(f"{part}.")}
             for part in parts
         }
         # PEFT's own file, and the header that a model of diffusers writes by itself, have no part in front.
         bare = {key: value for key, value in values.items() if not key.startswith(tuple(f"{part}." for part in parts))}
         if bare.keys() & {"r", "lora_alpha", "alpha", "peft_type"}:
-            said = {part: one or bare for part, one in said.items()}
-        return {part: read_settings(one) for part, one in said.items() if one}
+            by_part = {part: own or bare for part, own in by_part.items()}
+        return {part: read_settings(own) for part, own in by_part.items() if own}
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
@@ -340,10 +221,11 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Settings]:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What a file says an adapter is: kinds such as "lora" or "dora", ranks and alphas found, who made it, layers.
+    """A description of an adapter file, from its header and small tensors.
 
-    notes: what it says without effect · unmatched: stored layers and keys of no part · shapes: (out, in) of official
-    layers, by part, where the file tells.
+    kinds: such as "lora" or "dora" · ranks, alphas: all that occur · producer: the program that wrote it, "" if unknown
+    · layers: their number · notes: settings without effect · unmatched: stored layers and keys of no part · shapes:
+    (out, in) of official layers, by part, where the file has them.
     """
 
     kinds: tuple[str, ...]
@@ -365,9 +247,10 @@ PRODUCERS = (
 
 
 def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
-    """Kind, ranks, alphas, producer and layers of an adapter, None where a file is none; only small tensors are read.
+    """Return kinds, ranks, alphas, producer and layers of an adapter, None where the file is not an adapter.
 
-    Raises CheckpointError: settings that are not usable, two tensors for one place.
+    Only headers and tensors of at most 8 bytes are read. Raises CheckpointError: settings that are not usable, two
+    tensors for the same place.
     """
     unmatched: list[str] = []
     stored = _layers(checkpoint, unmatched)
@@ -379,18 +262,18 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for layer, place in places.items():
         roles = stored[layer]
-        if shape := _changed(checkpoint, roles):
+        if shape := _weight_shape(checkpoint, roles):
             rows = shape[0] // len(place.layers)
             shapes.setdefault(place.part, {}).update(dict.fromkeys(place.layers, (rows, *shape[1:])))
-        kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in _kinds(roles))
+        kinds.update("dora" if kind == "lora" and "magnitude" in roles else kind for kind in kinds_of(roles))
         for role in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
             if role in roles and len(shape := checkpoint.entry(roles[role]).shape) > 1:
                 ranks.add(shape[0])
         if "alpha" in roles and checkpoint.entry(roles["alpha"]).nbytes <= 8:
-            if not _whole_factors(roles):
+            if not has_no_rank(roles):
                 alphas.update(checkpoint.load(roles["alpha"]).double().flatten().tolist())
-        elif (said := settings.get(place.part)) is not None:
-            alphas.add(said.alpha_of(place.layers[0]))
+        elif (written := settings.get(place.part)) is not None:
+            alphas.add(written.alpha_of(place.layers[0]))
     parts = tuple(sorted({place.part for place in places.values()}))
     return AdapterInfo(
         kinds=tuple(sorted(kinds)),
@@ -405,8 +288,8 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
     )
 
 
-def _changed(checkpoint: Checkpoint, roles: Mapping[str, str]) -> tuple[int, ...]:
-    """The shape of the weight that a stored layer changes, from headers; () for kinds that do not tell it so."""
+def _weight_shape(checkpoint: Checkpoint, roles: Mapping[str, str]) -> tuple[int, ...]:
+    """Return the shape of the weight that a stored layer changes, from headers; () where they do not hold it."""
     shapes = {role: checkpoint.entry(key).shape for role, key in roles.items()}
     up, down = shapes.get("up", ()), shapes.get("down", ())
     if len(up) >= 2 and len(down) >= 2:
@@ -415,7 +298,7 @@ def _changed(checkpoint: Checkpoint, roles: Mapping[str, str]) -> tuple[int, ...
 
 
 def _producer(checkpoint: Checkpoint) -> str:
-    """Who wrote an adapter, as its header tells; empty where it does not."""
+    """Return the program that wrote an adapter, by its header; empty where it is unknown."""
     software = checkpoint.metadata.get("software", "")
     if "ai-toolkit" in software:
         return "ai-toolkit"

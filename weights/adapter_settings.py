@@ -1,7 +1,8 @@
-"""What PEFT's settings say of an adapter: its strength by layer, and what each of their keys means here.
+"""PEFT's settings of an adapter: its strength by layer, and the meaning of each of their keys.
 
-They stand in a file's header (diffusers) or beside it (PEFT). A key is read, inert for the reason given in `INERT`,
-or refused where it makes another change of the weights; what is left, and what was chosen to be trained, is noted.
+They are in a file's header (diffusers) or beside it (PEFT). A key is read, or without effect for the reason given in
+`INERT`, or refused where it makes another change of the weights; keys that PEFT does not know, and choices of layers,
+are noted.
 
 Source: the configurations of LoRA, LoHa and LoKr in PEFT 0.21.
 """
@@ -11,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Patterns of layer names come from strangers. `re` backtracks, so its time grows with the name's length to the power of
-# the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for ever.
-LONGEST_PATTERN, REPEATS, PATTERN_COST = 200, 3, 1 << 19
+# Patterns of layer names come from files that are not trusted. `re` backtracks, so its time grows with the length of the
+# name to the power of the repetitions in a pattern; a repeated group, a look-around or a back-reference never ends.
+MAX_PATTERN_LENGTH, MAX_REPEATS, PATTERN_COST = 200, 3, 1 << 19
 # The last form warns: Python may give nested sets a meaning.
 UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}|\[[^\]]*(?:\[|--|&&|~~|\|\|)")
 
@@ -50,17 +51,18 @@ INERT = {
     "the shapes of the factors say it": ("decompose_both", "decompose_factor", "use_effective_conv2d"),
 }  # fmt: skip
 # Keys that a note names, how much of each; and names that are looked for among a file's keys.
-SHOWN, LONGEST, MODULES = 10, 60, 100
+SHOWN_KEYS, SHOWN_CHARACTERS, MAX_MODULES = 10, 60, 100
 
 Patterns = tuple[tuple[re.Pattern[str], float], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a trainer wrote down of a part.
+    """The settings of a part of the model.
 
-    alpha, rank: of every layer (None: the tensors tell) · alphas, ranks: exceptions · root: alpha / √rank · norms:
-    whether layers have norms (DoRA), None where it does not say · whole: modules that are stored whole · notes.
+    alpha, rank: of every layer (rank None: the tensors have it) · alphas, ranks: exceptions by pattern · root: the
+    strength is alpha / √rank · norms: whether layers have norms (DoRA), None where it is not stated · whole: modules
+    that are stored whole · notes: settings without effect, in words.
     """
 
     alpha: float
@@ -73,29 +75,29 @@ class Settings:
     notes: tuple[str, ...]
 
     def alpha_of(self, layer: str) -> float:
-        """The alpha of one layer."""
-        return _of(self.alphas, layer, self.alpha)
+        """Return the alpha of a layer, by its official name."""
+        return _value_for(self.alphas, layer, self.alpha)
 
     def rank_of(self, layer: str) -> float:
-        """The rank of a layer whose tensors do not tell it; ValueError where it is not written down."""
-        rank = _of(self.ranks, layer, self.rank)
+        """Return the rank of a layer whose tensors do not have it; raises ValueError where it is not stated."""
+        rank = _value_for(self.ranks, layer, self.rank)
         if rank is None:
             raise ValueError("an alpha without a rank")
         return rank
 
 
-def _of(exceptions: Patterns, layer: str, default: Any) -> Any:
-    """A layer's own value: of the first pattern that matches the end of its name, as PEFT does."""
+def _value_for(exceptions: Patterns, layer: str, default: Any) -> Any:
+    """Return a layer's own value: of the first pattern that matches the end of its name, as PEFT does."""
     return next((value for pattern, value in exceptions if pattern.match(layer)), default)
 
 
 def read_settings(values: Mapping[str, Any]) -> Settings:
-    """PEFT's settings of one part; ValueError where one is of another kind."""
+    """Read PEFT's settings of a part; raises ValueError for another kind, or a setting that is not supported."""
     kind = str(values.get("peft_type") or "LORA").rpartition(".")[2].upper()
     if kind not in ("LORA", "LOHA", "LOKR"):
         raise ValueError(f"it is PEFT's {kind[:40]}, needed LORA, LOHA or LOKR; merge it into the model with PEFT")
-    if found := [key for key in UNSUPPORTED if values.get(key)]:
-        raise ValueError(f"{found[0]} is set, which is not supported; merge the adapter into the model with PEFT")
+    if unsupported := [key for key in UNSUPPORTED if values.get(key)]:
+        raise ValueError(f"{unsupported[0]} is set, which is not supported; merge the adapter into the model with PEFT")
     start = values.get("init_lora_weights")
     if isinstance(start, str) and start.lower() not in SAME_BASE:
         raise ValueError(
@@ -109,36 +111,42 @@ def read_settings(values: Mapping[str, Any]) -> Settings:
     norms = None if values.get("use_dora") is None else bool(values["use_dora"])
     whole = values.get("modules_to_save") or []
     whole = tuple(map(str, whole)) if isinstance(whole, list) else (str(whole),)
-    if len(whole) > MODULES:
-        raise ValueError(f"modules_to_save has {len(whole)} names, needed at most {MODULES}")
+    if len(whole) > MAX_MODULES:
+        raise ValueError(f"modules_to_save has {len(whole)} names, needed at most {MAX_MODULES}")
     return Settings(alpha, rank, bool(values.get("use_rslora")), alphas, ranks, norms, whole, tuple(_notes(values)))
 
 
 def _notes(values: Mapping[str, Any]) -> list[str]:
-    """What the settings say that has no effect here."""
+    """Return what the settings state without effect here."""
     notes = [
-        f"{key} is {str(values[key])[:LONGEST]}, but every layer in the file is used"
+        f"{key} is {str(values[key])[:SHOWN_CHARACTERS]}, but every layer in the file is used"
         for key in CHOICES
         if values.get(key) not in (None, [])
     ]
     known = {*READ, *UNSUPPORTED, *CHOICES, *(key for keys in INERT.values() for key in keys)}
     if unknown := sorted(values.keys() - known):
-        few = ", ".join(key[:LONGEST] for key in unknown[:SHOWN])
-        notes.append(f"settings that PEFT does not know, without effect: {few}{', …' if len(unknown) > SHOWN else ''}")
+        shown = ", ".join(key[:SHOWN_CHARACTERS] for key in unknown[:SHOWN_KEYS])
+        notes.append(
+            f"settings that PEFT does not know, without effect: {shown}{', …' if len(unknown) > SHOWN_KEYS else ''}"
+        )
     return notes
 
 
 def _patterns(values: Mapping[str, Any], name: str) -> Patterns:
-    """One table of exceptions, its keys compiled as PEFT matches them; ValueError for one that could take for ever."""
+    """Compile a table of exceptions as PEFT matches them; raises ValueError for a pattern that could take for ever."""
     table = values.get(name) or {}
     if not isinstance(table, dict):
         raise ValueError(f"{name} is {str(table)[:40]}, needed a table")
-    cost, found = 0.0, []
+    cost, compiled = 0.0, []
     for key, value in table.items():
-        if len(key) > LONGEST_PATTERN or (repeats := len(re.findall(r"[*+{]", key))) > REPEATS or UNSAFE.search(key):
+        if (
+            len(key) > MAX_PATTERN_LENGTH
+            or (repeats := len(re.findall(r"[*+{]", key))) > MAX_REPEATS
+            or UNSAFE.search(key)
+        ):
             raise ValueError(
-                f"{name} has the regular expression {key[:60]!r}; needed at most {LONGEST_PATTERN} characters, "
-                f"{REPEATS} repetitions, no repeated group, look-around or back-reference"
+                f"{name} has the regular expression {key[:60]!r}; needed at most {MAX_PATTERN_LENGTH} characters, "
+                f"{MAX_REPEATS} repetitions, no repeated group, look-around or back-reference"
             )
         # Ways through: of each repetition as many as a name is long, of `?` two, of groups their alternatives at most.
         groups, choices = key.count("(") + 1, key.count("|")
@@ -146,10 +154,10 @@ def _patterns(values: Mapping[str, Any], name: str) -> Patterns:
         if cost > PATTERN_COST:
             raise ValueError(f"{name} has too many patterns with repetitions; name the layers instead")
         try:
-            found.append((re.compile(rf"(.*\.)?({key})$"), _number(value, name)))
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), _number(value, name)))
         except (re.error, OverflowError) as error:
             raise ValueError(f"{name} has {key[:60]!r}, which is no regular expression ({error})") from None
-    return tuple(found)
+    return tuple(compiled)
 
 
 def _number(value: Any, name: str) -> float:

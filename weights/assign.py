@@ -1,17 +1,17 @@
-"""Give every tensor of a checkpoint to the parameter of its name, and account for every name on both sides.
+"""Assigning: every tensor of a checkpoint becomes the parameter of its name, strictly.
 
-The model stands on the meta device under the official names, so nothing is allocated twice. Everything that can be
-wrong is found from headers before the first tensor is read; a model is either filled or untouched.
+The model is on the meta device under the official names, so nothing is allocated twice. Names, shapes and dtypes are
+all checked from headers before the first tensor is read; a model is either filled or unchanged.
 
-Tensors go one by one, in their order on disk. Where dtype and device agree the parameter becomes a view of the mapped
-file and costs no memory; else it is cast on the way in, and only one stored tensor is looked at at a time. Mapped pages
-are the kernel's to drop, and a shard's map goes when the next one is opened: 24.6 GB of fp32 shards become 12.3 GB of
-bf16 without both being held.
+Tensors are read in their order on disk. Where dtype and device agree the parameter becomes a view of the mapped file
+and costs no memory; else it is cast as it is read, so only a single stored tensor is in use at a time. The operating
+system drops mapped pages, and a shard's map is released when the next is opened: 24.6 GB of fp32 shards become 12.3 GB
+of bf16 without both being held.
 
-A layer of a number format (it has a `scheme`) takes the parts of a quantized file as they lie; where the file has a
-float weight instead, that is encoded on the way in, in its stored dtype and on the device.
+A layer of a number format (it has a `scheme`) takes the parts of a quantized file as they are stored; where the file
+has a float weight instead, that is encoded as it is read, in its stored dtype and on the device.
 
-Values are not looked at, except by an encoder: a scan for NaN would read the whole file once more.
+Values are not checked, except by an encoder: a scan for NaN would read the whole file once more.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ def assign(
     unused: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Fill a model on the meta device from a checkpoint in any spelling that keymap knows, strictly.
+    """Fill a model on the meta device from a checkpoint in any spelling that `keymap` knows, strictly.
 
     dtype: of the parameters afterwards, floating; None keeps what is stored. unused: glob patterns of official names
     that are never read; what the model has under them stays on meta. progress: called with the stored bytes of each
@@ -50,19 +50,19 @@ def assign(
         layer, _, leaf = name.rpartition(".")
         scheme = formats.get(layer)
         if scheme is not None and leaf == "weight" and checkpoint.entry(name).dtype in FLOATS:
-            for part, tensor in encoded(scheme, checkpoint.load(name).to(device), name, checkpoint).items():
-                _put(model, f"{layer}.{part}", tensor)
+            for part, tensor in encode_weight(scheme, checkpoint.load(name).to(device), name, checkpoint).items():
+                _set_tensor(model, f"{layer}.{part}", tensor)
         else:
             stays = scheme is not None and leaf != "bias"
-            _put(model, name, checkpoint.load(name).to(device=device, dtype=None if stays else dtype))
+            _set_tensor(model, name, checkpoint.load(name).to(device=device, dtype=None if stays else dtype))
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
     checkpoint.release()
 
 
-def fitted(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
-    """The checkpoint under official names and without padding, for a model whose state dict is `homes`."""
-    return unpadded(official(checkpoint, homes), homes)
+def fitted(checkpoint: Checkpoint, parameters: Mapping[str, Tensor]) -> Checkpoint:
+    """Return the checkpoint under official names and without padding, for a model whose state dict is `parameters`."""
+    return unpadded(official(checkpoint, parameters), parameters)
 
 
 def verify(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> None:
@@ -71,21 +71,24 @@ def verify(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ())
 
 
 def pending(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str] = ()) -> int:
-    """The stored bytes that `assign` is going to read, what its `progress` adds up to; verifies first."""
+    """Return the stored bytes that `assign` is going to read, the sum of its `progress`; raises as `verify` does."""
     checkpoint, needed = _verified(model, checkpoint, unused)
     return sum(checkpoint.entry(name).nbytes for name in needed)
 
 
 def _verified(model: nn.Module, checkpoint: Checkpoint, unused: Sequence[str]) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint under official names, and the names to read in their order on disk; CheckpointError if unfit."""
-    homes = model.state_dict(keep_vars=True)
-    checkpoint = fitted(checkpoint, homes)
-    needs = _check(model, checkpoint, homes, unused)
+    """Return the checkpoint under official names, and the names to read in order; raises CheckpointError."""
+    parameters = model.state_dict(keep_vars=True)
+    checkpoint = fitted(checkpoint, parameters)
+    needs = _check(model, checkpoint, parameters, unused)
     return checkpoint, [name for name in checkpoint if name in needs and not _matches(name, unused)]
 
 
-def encoded(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The parts of a stored weight; CheckpointError names it where the scheme cannot take it."""
+def encode_weight(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the parts of a stored weight (out, in) in a scheme.
+
+    name, checkpoint: for the error. Raises CheckpointError where the scheme is only read, or cannot take the weight.
+    """
     if scheme.encode is None:
         raise CheckpointError(
             f"{checkpoint.path}: {name} is a plain float; {scheme.name} is only read, from files of its own producer; "
@@ -98,25 +101,25 @@ def encoded(scheme: Scheme, weight: Tensor, name: str, checkpoint: Checkpoint) -
 
 
 def schemes(model: nn.Module) -> dict[str, Scheme]:
-    """The number formats of a model's layers, by the layer's name."""
-    found = ((name, getattr(module, "scheme", None)) for name, module in model.named_modules())
-    return {name: scheme for name, scheme in found if isinstance(scheme, Scheme)}
+    """Return the number formats of a model's layers, by the layer's name."""
+    formats = ((name, getattr(module, "scheme", None)) for name, module in model.named_modules())
+    return {name: scheme for name, scheme in formats if isinstance(scheme, Scheme)}
 
 
-def _needs(model: nn.Module, homes: dict[str, Tensor], stored: dict[str, Entry]) -> dict[str, Entry]:
-    """What the model needs of a file, by name: a quantized layer its parts, or one float weight if that is stored.
+def _needs(model: nn.Module, parameters: dict[str, Tensor], stored: dict[str, Entry]) -> dict[str, Entry]:
+    """Return what the model needs of a file, by name: a quantized layer its parts, or a float weight if stored.
 
     The dtype is a torch.dtype where it must be that one, else "float"; bytes are not known.
     """
     formats = schemes(model)
     needs = {}
-    for name, home in homes.items():
+    for name, parameter in parameters.items():
         layer, _, leaf = name.rpartition(".")
         weight = stored.get(f"{layer}.weight")
         if layer not in formats or leaf == "bias":
-            needs[name] = Entry(tuple(home.shape), "float", 0)
+            needs[name] = Entry(tuple(parameter.shape), "float", 0)
         elif weight is None or weight.dtype not in FLOATS:
-            needs[name] = Entry(tuple(home.shape), home.dtype, 0)
+            needs[name] = Entry(tuple(parameter.shape), parameter.dtype, 0)
         elif leaf == "weight":
             module = model.get_submodule(layer)
             needs[name] = Entry((module.out_features, module.in_features), "float", 0)  # type: ignore[arg-type]
@@ -124,13 +127,15 @@ def _needs(model: nn.Module, homes: dict[str, Tensor], stored: dict[str, Entry])
 
 
 def _check(
-    model: nn.Module, checkpoint: Checkpoint, homes: dict[str, Tensor], unused: Sequence[str]
+    model: nn.Module, checkpoint: Checkpoint, parameters: dict[str, Tensor], unused: Sequence[str]
 ) -> dict[str, Entry]:
-    """Hold a checkpoint in official spelling to a model's names, shapes and dtypes; one CheckpointError for all."""
+    """Check a checkpoint in official spelling against a model's names, shapes and dtypes; raises CheckpointError."""
     stored = {name: checkpoint.entry(name) for name in checkpoint}
     # What is never read is needed in no format, and may be in any: a quantized embedding, say, is read by rows.
     left = {layer for layer in checkpoint.schemes if _matches(f"{layer}.weight", unused)}
-    needs = {name: need for name, need in _needs(model, homes, stored).items() if name.rpartition(".")[0] not in left}
+    needs = {
+        name: need for name, need in _needs(model, parameters, stored).items() if name.rpartition(".")[0] not in left
+    }
     missing = [name for name in needs if name not in stored and not _matches(name, unused)]
     unexpected = [name for name in stored if name not in needs and not _matches(name, unused)]
     # The shape of a tensor that is never read, or read by rows, still tells whether the file is of this model.
@@ -168,7 +173,7 @@ def _plain(dtype: torch.dtype | str) -> str:
 
 
 def _count(names: Sequence[str], what: str) -> Iterable[str]:
-    """One phrase for one kind of trouble: how many, and the first ten."""
+    """Yield a phrase for a kind of fault, with the number of tensors and the first ten, where there are any."""
     if names:
         yield f"{len(names)} tensors {what} ({', '.join(names[:10])}{', …' if len(names) > 10 else ''})"
 
@@ -177,8 +182,8 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Let a parameter or buffer be this very tensor; parameters ask for no gradient."""
+def _set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Set a parameter or buffer to this very tensor; parameters require no gradient."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     setattr(module, leaf, nn.Parameter(tensor, requires_grad=False) if leaf in module._parameters else tensor)

@@ -1,7 +1,7 @@
-"""From a path to the checkpoint that lies there: a file, or a folder with one file or with an index and its shards.
+"""Opening the checkpoint at a path: a file, or a folder with a file or with an index and its shards.
 
-The container is told from the bytes (`container.sniff`), the one file of a folder from the names that the official
-repositories use. A new container is one module with one `Checkpoint`, and one line in `READERS`.
+The container is detected by the first bytes (`container.sniff`), the file of a folder by the names that the official
+repositories use. A new container is a module with a `Checkpoint` and a line in `READERS`.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import REFUSED, Checkpoint, Container, sniff
-from s3dit.weights.formats import recognized
+from s3dit.weights.formats import recognize_formats
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index
 
@@ -22,20 +22,24 @@ READERS: dict[Container, Callable[[Path], Checkpoint]] = {"safetensors": open_fi
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a safetensors or GGUF file, or a folder with one or with the shards of an index; raises CheckpointError."""
-    return recognized(open_stored(path))
+    """Open a safetensors or GGUF file, or a folder with such a file or with the shards of an index.
+
+    Layers in a number format have a Scheme in `schemes`. Raises CheckpointError for anything else, and for a format
+    that is not supported.
+    """
+    return recognize_formats(open_stored(path))
 
 
 def open_stored(path: str | Path) -> Checkpoint:
-    """The same with every tensor as it is stored, whatever number format it belongs to (adapters have none)."""
+    """Open as `open_checkpoint` does, with every tensor as it is stored, whatever its number format."""
     path = Path(path)
     try:
         if path.is_dir():
             return _open_folder(path)
-        found = path.exists()
+        exists = path.exists()
     except OSError as error:
         raise CheckpointError(f"{path}: not readable ({error.strerror}); needed a path that can be read") from None
-    if not found:
+    if not exists:
         raise CheckpointError(f"{path}: not found; needed a .safetensors or .gguf file, or a folder with one")
     container = sniff(path)
     if container not in READERS:
@@ -44,7 +48,7 @@ def open_stored(path: str | Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    """Open the one checkpoint of a folder, sharded or not; raises CheckpointError when there is none or a choice."""
+    """Open the checkpoint of a folder, sharded or not; raises CheckpointError where there is none, or several."""
     index = _one(folder, INDEX)
     if index is not None:
         return open_index(index)
@@ -60,12 +64,12 @@ def _open_folder(folder: Path) -> Checkpoint:
 
 
 def _visible(folder: Path, suffix: str) -> list[Path]:
-    """Files by suffix, without those that macOS and downloaders hide behind a leading dot."""
+    """Return the files with a suffix, without those that macOS and downloaders hide behind a leading dot."""
     return sorted(path for path in folder.glob(f"*{suffix}") if not path.name.startswith("."))
 
 
 def _one(folder: Path, suffix: str) -> Path | None:
-    """The one file with this suffix, an official stem before any other; None when there is none."""
+    """Return the only file with this suffix, preferring an official stem; None where there is none."""
     files = _visible(folder, suffix)
     official = [path for path in files if path.name.removesuffix(suffix) in STEMS]
     files = official if len(files) > 1 and len(official) == 1 else files
@@ -78,7 +82,7 @@ def _one(folder: Path, suffix: str) -> Path | None:
 
 
 def _instead(folder: Path) -> str:
-    """What to do in a folder without safetensors, by what lies in it."""
+    """Return what to do with a folder without safetensors, by its content."""
     if (folder / "model_index.json").is_file():
         return "it is a whole model; give the folder of one part, such as transformer/"
     names = sorted(path.name for path in folder.iterdir())

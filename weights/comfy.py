@@ -1,8 +1,8 @@
 """ComfyUI's number formats: scaled fp8 in its old and new form, and the layouts that `comfy_quant` names.
 
-The new form says the format of each layer by name, in the header's metadata or in a small tensor of JSON beside the
-weight; the old one has `scale_weight` beside an fp8 weight, and a marker `scaled_fp8` for the whole file. What serves
-only to round activations (`input_scale`) is put aside: here they stay wide.
+The new form states the format of each layer by name, in the header's metadata or in a small tensor of JSON beside the
+weight; the old form has `scale_weight` beside an fp8 weight, and a marker `scaled_fp8` for the whole file. Scales that
+serve only to round activations (`input_scale`) are ignored: activations are not rounded here.
 
 Source: ComfyUI's quant_ops.py and ops.py, and the layouts of comfy-kitchen, which the tests write files with.
 """
@@ -18,10 +18,10 @@ from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped, hadamard
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.container import FLOATS, Checkpoint, Entry, parse_json
-from s3dit.weights.repack import DerivedTensors, Layer, row_shapes, rows, swapped
+from s3dit.weights.repack import DerivedTensors, Layer, row_scale_shapes, row_scales, swap_nibbles
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
-METADATA = "_quantization_metadata"
+QUANTIZATION_METADATA = "_quantization_metadata"
 # What only the rounding of activations needs.
 ACTIVATIONS = ("input_scale", "scale_input")
 # Values of four bits: two's complement, around 8, from 0, and e2m1.
@@ -31,63 +31,64 @@ UNSIGNED = tuple(range(16))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def table(values: tuple[float, ...]) -> Tensor:
-    """The part `table`, (1, 16) fp32."""
-    return torch.tensor([values], dtype=torch.float32)
+def table_part(values: tuple[float, ...]) -> Tensor:
+    """Return the part `table`, (1, 16) fp32, of these 16 values."""
+    return torch.tensor([values], dtype=torch.float32, device="cpu")
 
 
 def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
-    """The quantized layers of a file in either form; raises CheckpointError for a format that is not known."""
+    """Yield the quantized layers of a file in either form; raises CheckpointError for an unknown format."""
     for name, config in _configs(checkpoint).items():
         layer = Layer(checkpoint, name)
-        layer.drop("comfy_quant")
+        layer.ignore("comfy_quant")
         kind = config.get("format")
-        if not isinstance(kind, str) or kind not in FORMATS:
-            raise layer.error(f"its format is {kind!r}; needed one of {', '.join(FORMATS)}")
-        layer.drop(*ACTIVATIONS)
-        made = FORMATS[kind](layer, config)
+        if not isinstance(kind, str) or kind not in COMFY_FORMATS:
+            raise layer.error(f"its format is {kind!r}; needed one of {', '.join(COMFY_FORMATS)}")
+        layer.ignore(*ACTIVATIONS)
+        made = COMFY_FORMATS[kind](layer, config)
         yield _cropped(layer, made, config["orig_shape"]) if "orig_shape" in config else made
     for key in checkpoint:
         if key.endswith(".scale_weight"):
-            yield scaled(Layer(checkpoint, key.removesuffix(".scale_weight")), "scale_weight", ACTIVATIONS)
+            yield scaled_layer(Layer(checkpoint, key.removesuffix(".scale_weight")), "scale_weight", ACTIVATIONS)
 
 
 def markers(checkpoint: Checkpoint) -> list[str]:
-    """Names that only say of the whole file that it is scaled fp8."""
+    """Return the names of tensors that only mark the whole file as scaled fp8."""
     return [key for key in checkpoint if key.rpartition(".")[2] == "scaled_fp8"]
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
-    """What the file says of each layer, from metadata and tensors; a layer's own tensor comes first."""
-    found: dict[str, dict[str, Any]] = {}
-    if METADATA in checkpoint.metadata:
-        data = _json(checkpoint, METADATA, checkpoint.metadata[METADATA])
+    """Read the configuration of each layer from metadata and tensors; a layer's own tensor comes first."""
+    configs: dict[str, dict[str, Any]] = {}
+    if QUANTIZATION_METADATA in checkpoint.metadata:
+        data = _json(checkpoint, QUANTIZATION_METADATA, checkpoint.metadata[QUANTIZATION_METADATA])
         listed = data.get("layers", {})
         if not isinstance(listed, dict) or not all(isinstance(config, dict) for config in listed.values()):
             raise CheckpointError(
-                f"{checkpoint.path}: {METADATA} has no table of layers; needed one; download the file again"
+                f"{checkpoint.path}: {QUANTIZATION_METADATA} has no table of layers, which it needs; download the file "
+                "again"
             )
-        found |= listed
+        configs |= listed
     for key in checkpoint:
         if key.endswith(".comfy_quant"):
             name = key.removesuffix(".comfy_quant")
             if checkpoint.entry(key).nbytes > 1 << 16:
                 raise CheckpointError(f"{checkpoint.path}: {key} is no line of JSON; download the file again")
-            found[name] = _json(checkpoint, key, text_of(checkpoint, key))
-    return {name: config | _dict(config.get("params")) for name, config in found.items()}
+            configs[name] = _json(checkpoint, key, tensor_bytes(checkpoint, key))
+    return {name: config | _or_empty(config.get("params")) for name, config in configs.items()}
 
 
-def text_of(checkpoint: Checkpoint, key: str) -> bytes:
-    """The bytes of a small tensor, whatever its shape and dtype."""
+def tensor_bytes(checkpoint: Checkpoint, key: str) -> bytes:
+    """Return the bytes of a small tensor, whatever its shape and dtype."""
     return bytes(checkpoint.load(key).contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
-def _dict(value: Any) -> dict[str, Any]:
+def _or_empty(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
 def _json(checkpoint: Checkpoint, where: str, text: str | bytes) -> dict[str, Any]:
-    """JSON of a stranger that must be an object."""
+    """Parse JSON of a file that must be an object; raises CheckpointError."""
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -98,7 +99,7 @@ def _json(checkpoint: Checkpoint, where: str, text: str | bytes) -> dict[str, An
 
 
 def _number(layer: Layer, config: dict[str, Any], key: str, default: int) -> int:
-    """A whole number of a layer's configuration, from 2 on."""
+    """Return an integer of a layer's configuration, at least 2; raises CheckpointError."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 2:
         raise layer.error(f"{key} is {value!r}; needed a number of inputs")
@@ -106,21 +107,24 @@ def _number(layer: Layer, config: dict[str, Any], key: str, default: int) -> int
 
 
 def _rotation(layer: Layer, config: dict[str, Any]) -> Tensor:
-    """The matrix that the inputs of a layer were turned by."""
+    """Return the matrix that the inputs of a layer were rotated by; raises CheckpointError."""
     try:
         return hadamard(_number(layer, config, "convrot_groupsize", 256))
     except ValueError as error:
         raise layer.error(str(error)) from None
 
 
-def scaled(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> DerivedTensors:
-    """8-bit numbers with one scale, or one a row, in the tensor of that name."""
+def scaled_layer(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> DerivedTensors:
+    """Return an 8-bit layer with a scale, or a scale a row, in the tensor `scale`.
+
+    unused: tensors of the layer to ignore. Raises CheckpointError where shapes or dtypes do not fit.
+    """
     out, in_ = layer.matrix("weight", (E4M3, E5M2, torch.int8))
-    layer.need(scale, FLOATS, *row_shapes(out))
-    layer.drop(*unused)
+    layer.require(scale, FLOATS, *row_scale_shapes(out))
+    layer.ignore(*unused)
     dtype = layer.checkpoint.entry(layer.key("weight")).dtype
     scheme = fp8_weights if dtype == E4M3 else int8_weights if dtype == torch.int8 else e5m2
-    return layer.made(scheme, out, in_, lambda: {"weight": layer("weight"), "scale": rows(layer(scale), out)})
+    return layer.derive(scheme, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer(scale), out)})
 
 
 e5m2 = grouped("fp8-e5m2", Form(E5M2))
@@ -129,32 +133,32 @@ e5m2 = grouped("fp8-e5m2", Form(E5M2))
 def _float8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     dtype = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2}[config["format"]]
     layer.matrix("weight", (dtype,))
-    return scaled(layer, "weight_scale")
+    return scaled_layer(layer, "weight_scale")
 
 
 def _int8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     if not config.get("convrot"):
         layer.matrix("weight", (torch.int8,))
-        return scaled(layer, "weight_scale")
+        return scaled_layer(layer, "weight_scale")
     out, in_ = layer.matrix("weight", (torch.int8,))
-    layer.need("weight_scale", FLOATS, *row_shapes(out))
+    layer.require("weight_scale", FLOATS, *row_scale_shapes(out))
     rotation = _rotation(layer, config)
-    return layer.made(
+    return layer.derive(
         grouped("int8-convrot", Form(torch.int8, rotation=rotation.shape[1])),
         out,
         in_,
-        lambda: {"weight": layer("weight"), "scale": rows(layer("weight_scale"), out), "rotation": rotation},
+        lambda: {"weight": layer("weight"), "scale": row_scales(layer("weight_scale"), out), "rotation": rotation},
     )
 
 
-def unswizzled(scale: Tensor, out: int, groups: int) -> Tensor:
-    """Scales of blocks from the tiles of 128 x 4 that tensor cores read, to (out, groups)."""
+def unswizzle(scale: Tensor, out: int, groups: int) -> Tensor:
+    """Reorder block scales from the tiles of 128 x 4 that tensor cores read -> (out, groups)."""
     tiles = scale.view(-1, -(-groups // 4), 32, 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1, 4 * -(-groups // 4))[:out, :groups]
 
 
-def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Scales of blocks of `group`, in tiles or, where the shape says so, plain -> (out, in / group) of a dtype.
+def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Return how to load scales of blocks, in tiles or, where the shape shows it, in rows -> (out, in / group).
 
     Where both have one shape, as in all of Z-Image, ComfyUI's are tiles.
     """
@@ -162,26 +166,26 @@ def _blocks(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) ->
         raise layer.error(f"weight has {in_} columns; needed a multiple of {group}")
     groups = in_ // group
     tiled, flat = (-(-out // 128) * 128, -(-groups // 4) * 4), (out, groups)
-    shape = layer.need("weight_scale", (dtype, torch.uint8), tiled, flat)
+    shape = layer.require("weight_scale", (dtype, torch.uint8), tiled, flat)
 
     def make() -> Tensor:
         scale = layer("weight_scale").view(dtype)
         bits = scale.contiguous().view(torch.uint8)
-        return (unswizzled(bits, out, groups).contiguous() if shape == tiled else bits).view(dtype)
+        return (unswizzle(bits, out, groups).contiguous() if shape == tiled else bits).view(dtype)
 
     return make
 
 
 def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
-    """A layer stored with rows or columns of padding, of which `orig_shape` says so: as a float weight without them."""
+    """Return a layer without the padding that `orig_shape` states, as a float weight."""
     assert made.scheme is not None
     scheme, key = made.scheme, layer.key("weight")
     stored = layer.checkpoint.entry(key).shape
     stored = (stored[0], stored[1] * (1 if scheme.name == "mxfp8" else 2))
-    whole = isinstance(shape, list) and len(shape) == 2 and all(type(one) is int for one in shape)
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
     if scheme.name not in ("mxfp8", "nvfp4"):
         return made
-    if not whole or not all(0 <= full - one < 128 and one > 0 for one, full in zip(shape, stored, strict=True)):
+    if not is_shape or not all(0 <= full - size < 128 and size > 0 for size, full in zip(shape, stored, strict=True)):
         raise layer.error(f"orig_shape is {str(shape)[:40]} and the weight {list(stored)}; needed one a little smaller")
     out, in_ = shape
     if (out, in_) == stored:
@@ -196,57 +200,57 @@ def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
 
 def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, in_ = layer.matrix("weight", (E4M3,))
-    scale = _blocks(layer, out, in_, 32, E8M0)
-    return layer.made(
+    scale = _block_scales(layer, out, in_, 32, E8M0)
+    return layer.derive(
         grouped("mxfp8", Form(E4M3, 32, E8M0)), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}
     )
 
 
 def _nvfp4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, half = layer.matrix("weight", (torch.uint8,))
-    scale = _blocks(layer, out, 2 * half, 16, E4M3)
-    layer.need("weight_scale_2", FLOATS, (), (1,))
-    column = layer.maybe("pre_quant_scale", FLOATS, (2 * half,))
+    scale = _block_scales(layer, out, 2 * half, 16, E4M3)
+    layer.require("weight_scale_2", FLOATS, (), (1,))
+    column = layer.optional("pre_quant_scale", FLOATS, (2 * half,))
 
     def make() -> dict[str, Tensor]:
         parts = {
-            "weight": swapped(layer("weight")),
-            "table": table(E2M1),
+            "weight": swap_nibbles(layer("weight")),
+            "table": table_part(E2M1),
             "scale": scale(),
-            "channel": rows(layer("weight_scale_2"), out),
+            "channel": row_scales(layer("weight_scale_2"), out),
         }
         return parts | ({"column": layer("pre_quant_scale").float()[None]} if column else {})
 
     form = Form(torch.uint8, 16, E4M3, channel=True, column=column)
-    return layer.made(grouped("nvfp4", form), out, 2 * half, make)
+    return layer.derive(grouped("nvfp4", form), out, 2 * half, make)
 
 
 def _convrot4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, half = layer.matrix("weight", (torch.int8,))
-    layer.need("weight_scale", FLOATS, (out,), (out, 1))
+    layer.require("weight_scale", FLOATS, (out,), (out, 1))
     rotation = _rotation(layer, config)
 
     def make() -> dict[str, Tensor]:
-        packed, scale = layer("weight").view(torch.uint8), rows(layer("weight_scale"), out)
-        return {"weight": packed, "table": table(SIGNED), "scale": scale, "rotation": rotation}
+        packed, scale = layer("weight").view(torch.uint8), row_scales(layer("weight_scale"), out)
+        return {"weight": packed, "table": table_part(SIGNED), "scale": scale, "rotation": rotation}
 
     form = Form(torch.uint8, rotation=rotation.shape[1])
-    return layer.made(grouped("convrot-w4a4", form), out, 2 * half, make)
+    return layer.derive(grouped("convrot-w4a4", form), out, 2 * half, make)
 
 
 def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
-    """4-bit codes that become int8 numbers before a row's scale is applied."""
+    """Return a layer of 4-bit codes that become int8 numbers before a row's scale is applied."""
     out, half = layer.matrix("weight", (torch.int8,))
-    groups = layer.need("weight_s_rel", (E4M3, torch.float32))[-1]
+    groups = layer.require("weight_s_rel", (E4M3, torch.float32))[-1]
     group = _number(layer, config, "group_size", 16)
     if 2 * half != group * groups:
         raise layer.error(
             f"weight holds {2 * half} columns of 4 bits, weight_s_rel says {group * groups}; needed 4 bits"
         )
-    layer.need("weight_s_rel", (E4M3, torch.float32), (out, groups))
-    layer.need("weight_s_channel", FLOATS, (out,), (out, 1))
-    codebook = layer.maybe("weight_codebook", FLOATS, (16,))
-    offset = layer.maybe("weight_correction", FLOATS, (groups, out))
+    layer.require("weight_s_rel", (E4M3, torch.float32), (out, groups))
+    layer.require("weight_s_channel", FLOATS, (out,), (out, 1))
+    codebook = layer.optional("weight_codebook", FLOATS, (16,))
+    offset = layer.optional("weight_correction", FLOATS, (groups, out))
     rotation = _rotation(layer, config)
     scale_dtype = layer.checkpoint.entry(layer.key("weight_s_rel")).dtype
     assert isinstance(scale_dtype, torch.dtype)
@@ -254,9 +258,9 @@ def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     def make() -> dict[str, Tensor]:
         parts = {
             "weight": layer("weight").view(torch.uint8),
-            "table": layer("weight_codebook").float()[None] if codebook else table(CENTERED),
+            "table": layer("weight_codebook").float()[None] if codebook else table_part(CENTERED),
             "scale": layer("weight_s_rel"),
-            "channel": rows(layer("weight_s_channel"), out),
+            "channel": row_scales(layer("weight_s_channel"), out),
         }
         if offset:
             parts["offset"] = layer("weight_correction").float().T.contiguous()
@@ -266,7 +270,7 @@ def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
         torch.uint8, group, scale_dtype, channel=True, offset=torch.float32 if offset else None, rounded=True,
         rotation=rotation.shape[1],
     )  # fmt: skip
-    return layer.made(grouped("asym-w4a8", form), out, 2 * half, make)
+    return layer.derive(grouped("asym-w4a8", form), out, 2 * half, make)
 
 
 def _awq(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
@@ -275,23 +279,23 @@ def _awq(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     if 2 * half % group:
         raise layer.error(f"weight has {2 * half} columns; needed a multiple of {group}")
     shape = (2 * half // group, out)
-    layer.need("weight_scale", FLOATS, shape)
-    layer.need("weight_zeros", FLOATS, shape)
+    layer.require("weight_scale", FLOATS, shape)
+    layer.require("weight_zeros", FLOATS, shape)
     stored = (layer.checkpoint.entry(layer.key(leaf)).dtype for leaf in ("weight_scale", "weight_zeros"))
     scale, zeros = (dtype for dtype in stored if isinstance(dtype, torch.dtype))
 
     def make() -> dict[str, Tensor]:
         return {
             "weight": layer("weight").view(torch.uint8),
-            "table": table(CENTERED),
+            "table": table_part(CENTERED),
             "scale": layer("weight_scale").T.contiguous(),
             "offset": layer("weight_zeros").T.contiguous(),
         }
 
-    return layer.made(grouped("awq-w4a16", Form(torch.uint8, group, scale, offset=zeros)), out, 2 * half, make)
+    return layer.derive(grouped("awq-w4a16", Form(torch.uint8, group, scale, offset=zeros)), out, 2 * half, make)
 
 
-FORMATS: dict[str, Callable[[Layer, dict[str, Any]], DerivedTensors]] = {
+COMFY_FORMATS: dict[str, Callable[[Layer, dict[str, Any]], DerivedTensors]] = {
     "float8_e4m3fn": _float8,
     "float8_e5m2": _float8,
     "mxfp8": _mxfp8,

@@ -1,10 +1,10 @@
-"""A checkpoint: names, each with a shape, a dtype and a tensor that is read when asked for, over any container.
+"""Checkpoint, the interface of every container: names with shapes, dtypes and tensors that are loaded on demand.
 
-`Checkpoint` is what every container gives: a lazy mapping whose tensors are views of the mapped file, so that a model
-that is stored in the dtype it runs in costs no memory of its own, and the token embedding can be read by rows. `sniff`
-tells containers apart by their first bytes, never by the file's name, so a renamed file is read for what it is.
+It is a lazy mapping whose tensors are views of the mapped file, so that a model that runs in the dtype it is stored in
+costs no memory of its own, and the token embedding can be read by rows. `sniff` detects containers by their first
+bytes, never by the file's name, so a renamed file is read for what it is.
 
-This room knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
+This module knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
 """
 
 import json
@@ -25,14 +25,14 @@ from s3dit.kernels.scheme import Scheme
 
 # How a plain file is opened: a pipe may stand there, whose writer never comes. Windows has only the other flag, and
 # without it makes one byte of two at the end of a line.
-READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # What a plain weight may be stored in.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What is known of a tensor before it is read; `dtype` is a plain name where torch has no such type."""
+    """The shape, dtype and bytes of a stored tensor; `dtype` is a plain name where torch has no such type."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -40,7 +40,7 @@ class Entry:
 
 
 class Checkpoint(ABC):
-    """A lazy mapping from name to tensor; reading a header is cheap, tensors are read one by one on demand.
+    """A lazy mapping from name to tensor: opening it reads headers, tensors are read one by one on demand.
 
     `schemes` says of each quantized layer, by its name in this checkpoint, its number format; such a layer's tensors
     are `layer.part` for the parts of the scheme's spec (see `formats`).
@@ -52,24 +52,24 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk."""
+        """Return all names, in the order of the tensors on disk."""
 
     @abstractmethod
     def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor, without reading it; CheckpointError for an unknown name."""
+        """Return shape, dtype and bytes of a tensor without reading it; CheckpointError for an unknown name."""
 
     @abstractmethod
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
+        """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
     def check(self) -> None:  # noqa: B027
-        """Raise CheckpointError where a file is gone, or another one than was opened; its tensors must not be used."""
+        """Raise CheckpointError where a file is gone or was replaced since it was opened; then use no tensor of it."""
 
     def release(self) -> None:  # noqa: B027
-        """Let go of whatever keeps a file mapped besides the tensors given out; it is mapped anew when one is read."""
+        """Release maps that are held besides those of tensors given out; a later `load` maps the file anew."""
 
     def disable_mmap(self) -> None:  # noqa: B027
-        """From now on read each tensor into memory of its own, instead of giving views of a mapped file."""
+        """Read each tensor into memory of its own from now on, instead of returning views of a map."""
 
     def __contains__(self, name: object) -> bool:
         return name in self.keys()  # noqa: SIM118
@@ -82,14 +82,14 @@ class Checkpoint(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
+        """Return the bytes of all tensors as stored."""
         return sum(self.entry(name).nbytes for name in self)
 
     def rows(self, name: str, ids: Tensor) -> Tensor:
-        """Some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns); only these rows are read.
+        """Return some rows of a matrix, in a tensor of their own: ids (n,) int64 -> (n, columns).
 
-        A quantized matrix is decoded, in these rows only, to fp32.
-        Raises CheckpointError where an id lies outside the matrix: tokenizer and weights do not belong together.
+        Only these rows are read; of a quantized matrix only these rows are decoded, to fp32.
+        Raises CheckpointError where an id is outside the matrix: tokenizer and weights do not belong together.
         """
         shape = self.entry(name).shape
         if len(shape) != 2:
@@ -117,13 +117,13 @@ class Checkpoint(ABC):
         return self.schemes[layer].decode(cut)
 
     def format(self, name: str) -> str:
-        """What numbers a tensor is stored in, in a word: of its layer's scheme, or of its dtype."""
+        """Return the number format of a tensor in a word: its layer's scheme, or its dtype."""
         scheme = self.schemes.get(name.rpartition(".")[0])
         return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
 
 
 class View(Checkpoint):
-    """A checkpoint shown in another way: other names, other tensors made of its own."""
+    """A checkpoint that shows another with other names, or with tensors that are derived from its tensors."""
 
     _checkpoint: Checkpoint
 
@@ -132,7 +132,7 @@ class View(Checkpoint):
         self._checkpoint.check()
 
     def release(self) -> None:
-        """Let go of what the checkpoint below keeps mapped."""
+        """Release what the checkpoint below keeps mapped."""
         self._checkpoint.release()
 
     def disable_mmap(self) -> None:
@@ -144,9 +144,9 @@ Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty",
 
 # A header is parsed into objects ten times its size. Real ones are far below 1 MB, with a trainer's notes below 10; the
 # safetensors library would take 100 MB.
-LONGEST_HEADER = 1 << 25
+MAX_HEADER_BYTES = 1 << 25
 # Far above what any model has, in any container.
-MOST_TENSORS = 1 << 16
+MAX_TENSORS = 1 << 16
 
 REFUSED: dict[Container, str] = {
     "gguf": "is a GGUF file, where safetensors was needed; give its own path, or name it *.gguf",
@@ -155,18 +155,19 @@ REFUSED: dict[Container, str] = {
     "pointer": "is a Git LFS pointer, not the weights it stands for; run `git lfs pull` or download the file itself",
     "page": "is a web page, not weights; the download was answered with a page (login?), download it again",
     "empty": "is empty; download it again",
-    "unknown": "is neither safetensors nor GGUF, told by its first bytes; needed one of them; download it again",
+    "unknown": "is neither safetensors nor GGUF, by its first bytes; needed one of them; download it again",
 }
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse a stranger's JSON; ValueError where readers could differ: a key twice, or a number that is none.
+    """Parse JSON of unknown origin.
 
-    Python's own reader takes NaN and Infinity, which are no JSON, and makes infinity of 1e999.
+    Raises ValueError where parsers could differ: a key twice, or NaN, Infinity and 1e999, which are not JSON's numbers
+    but which Python's parser takes.
     """
     try:
         text = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_number, parse_float=_finite_number)
     except RecursionError:
         raise ValueError("lists or objects in one another, too deep") from None
 
@@ -183,35 +184,35 @@ def read_json(path: Path, most: int = 1 << 24) -> Any:
         ) from None
 
 
-def _no_number(name: str) -> NoReturn:
+def _refuse_number(name: str) -> NoReturn:
     raise ValueError(f"{name[:40]} is not a number of JSON")
 
 
-def _finite(text: str) -> float:
-    return value if math.isfinite(value := float(text)) else _no_number(text)
+def _finite_number(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _refuse_number(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
-    return found
+    return unique
 
 
 def read_regular(path: Path, most: int) -> bytes:
-    """A small plain file, whole; raises CheckpointError for anything else at that path, OSError where nothing is.
+    """Return the content of a small plain file; raises CheckpointError for anything else, OSError where nothing is.
 
-    Not a pipe, whose writer may never come, nor a device without an end; the opened file itself is looked at.
+    A pipe, whose writer may never come, and a device without an end are refused, judged by the opened file itself.
     """
     try:
-        with os.fdopen(os.open(path, READ), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
+        with os.fdopen(os.open(path, OPEN_FLAGS), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
                 raise CheckpointError(f"{path}: not a plain file; needed one; download it again")
-            if found.st_size > most:
+            if status.st_size > most:
                 raise CheckpointError(
-                    f"{path}: {found.st_size:,} bytes is too large; needed at most {most:,}; download it again"
+                    f"{path}: {status.st_size:,} bytes is too large; needed at most {most:,}; download it again"
                 )
             return file.read(most + 1)
     except ValueError as error:
@@ -221,7 +222,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def sniff(path: Path) -> Container:
-    """Tell what a file holds from its first bytes; raises CheckpointError when it cannot be read."""
+    """Return the container of a file, detected by its first bytes; raises CheckpointError when it cannot be read."""
     # Opening a pipe would wait for a writer that may never come.
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path}: not a plain file; needed a file of weights; give the path of one")
@@ -232,7 +233,7 @@ def sniff(path: Path) -> Container:
         raise CheckpointError(f"{path}: not readable ({error.strerror}); needed a file of weights") from None
     if not head:
         return "empty"
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
         return "safetensors"
     if head.startswith(b"GGUF"):
         return "gguf"

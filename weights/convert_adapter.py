@@ -1,7 +1,7 @@
-"""Adapters written anew: any dialect in, official names out, for any other tool; or ComfyUI's names.
+"""Writing adapters: an adapter of any trainer under official names, for any other tool, or under ComfyUI's names.
 
-The official form is the one that diffusers writes and reads: `transformer.<layer>.lora_A.weight` and `lora_B`, with no
-alpha beside. Kinds that diffusers does not know keep the ends of their keys that LyCORIS gave them.
+The official form is what diffusers writes and reads: `transformer.<layer>.lora_A.weight` and `lora_B`, with no
+alpha beside. Kinds that diffusers does not know keep LyCORIS's suffixes.
 """
 
 import os
@@ -17,13 +17,13 @@ from torch import Tensor
 from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import METADATA, Adapter, Deltas, read_adapter
 from s3dit.weights.checkpoint import open_checkpoint
-from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fused
+from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fuse
 
 # Layers that an error names.
-SHOWN = 10
-Spelling = Literal["official", "comfyui"]
+SHOWN_LAYERS = 10
+OutputNames = Literal["official", "comfyui"]
 # In front of the layers of a part, by spelling.
-FRONT = {
+PART_PREFIXES = {
     "official": {"transformer": "transformer.", "text_encoder": "text_encoder."},
     "comfyui": {"transformer": "diffusion_model.", "text_encoder": "text_encoders.qwen3_4b.transformer."},
 }
@@ -40,14 +40,14 @@ QKV = ("to_q", "to_k", "to_v")
 
 
 def convert_adapter(
-    source: str | Path, target: str | Path, *, version: str, spelling: Spelling = "official", force: bool = False
+    source: str | Path, target: str | Path, *, version: str, spelling: OutputNames = "official", force: bool = False
 ) -> Adapter:
-    """Write any readable adapter as one .safetensors file in official names (as diffusers reads LoRA), or ComfyUI's.
+    """Write any readable adapter as a .safetensors file in official names (as diffusers reads LoRA), or ComfyUI's.
 
-    Strength is folded into the factors, which widens one to fp32 where its dtype would lose bits. The header keeps
-    what the source's said, and names the source by hash. The file appears whole or not at all. Returns what was read.
-    Raises CheckpointError; also for a source that could only be converted in part, and a target that is there already
-    unless `force`.
+    version: of s3dit, for the metadata · force: replace a target that exists. The strength is folded into the factors,
+    which become fp32 where their dtype would lose bits. The header keeps the source's metadata and names the source by
+    hash. The file appears whole or not at all. Returns the adapter that was read. Raises CheckpointError, also for a
+    source that could only be converted in part.
     """
     target = Path(target)
     if target.suffix != ".safetensors" or not target.parent.is_dir() or target.is_dir():
@@ -58,13 +58,14 @@ def convert_adapter(
     lost = [*adapter.unmatched, *adapter.misshapen]
     if lost:
         raise CheckpointError(
-            f"{source}: {len(lost)} of its layers cannot be converted ({'; '.join(lost[:SHOWN])}); needed all of them"
+            f"{source}: {len(lost)} of its layers cannot be converted ({'; '.join(lost[:SHOWN_LAYERS])}); needed all "
+            "of them"
         )
     tensors: dict[str, Tensor] = {}
     for part, deltas in adapter.deltas.items():
-        for layer, delta in (_comfyui(deltas) if spelling == "comfyui" else deltas).items():
-            stored = _tensors(delta, peft=spelling == "official")
-            tensors |= {f"{FRONT[spelling][part]}{layer}.{leaf}": tensor for leaf, tensor in stored.items()}
+        for layer, delta in (_comfyui_deltas(deltas) if spelling == "comfyui" else deltas).items():
+            stored = _stored_tensors(delta, peft=spelling == "official")
+            tensors |= {f"{PART_PREFIXES[spelling][part]}{layer}.{leaf}": tensor for leaf, tensor in stored.items()}
     # Its alphas are folded in already; said once more, they would act twice.
     metadata = {key: value for key, value in open_checkpoint(source).metadata.items() if key != METADATA}
     metadata |= {"format": "pt", "source": f"sha256:{adapter.digest()}", "s3dit": version}
@@ -85,8 +86,8 @@ def _save(tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str])
         partial.unlink(missing_ok=True)
 
 
-def _tensors(delta: Delta, *, peft: bool) -> dict[str, Tensor]:
-    """What a Delta is stored as, by the ends of the keys."""
+def _stored_tensors(delta: Delta, *, peft: bool) -> dict[str, Tensor]:
+    """Return the tensors that a Delta is stored as, by key suffix."""
     term, stored = delta.term, {}
     if isinstance(term, LowRank):
         stored = {"lora_A.weight": term.down, "lora_B.weight": term.up}
@@ -105,19 +106,19 @@ def _tensors(delta: Delta, *, peft: bool) -> dict[str, Tensor]:
     return stored
 
 
-def _comfyui(deltas: Deltas) -> Deltas:
-    """The same under ComfyUI's names; q, k and v become one where one matrix can say what they say."""
-    left, found = dict(deltas), {}
+def _comfyui_deltas(deltas: Deltas) -> Deltas:
+    """Return deltas under ComfyUI's names; q, k and v are fused where a single matrix can hold them."""
+    left, renamed = dict(deltas), {}
     for stem in dict.fromkeys(name.rpartition(".")[0] for name in deltas if name.endswith(QKV)):
-        pieces = [left.get(f"{stem}.{one}") for one in QKV]
+        pieces = [left.get(f"{stem}.{leaf}") for leaf in QKV]
         try:
             rows = next(piece for piece in pieces if piece is not None).shape[0]
-            found[f"{stem}.qkv"] = fused(pieces, rows)
+            renamed[f"{stem}.qkv"] = fuse(pieces, rows)
         except ValueError:
             continue
-        for one in QKV:
-            left.pop(f"{stem}.{one}", None)
+        for leaf in QKV:
+            left.pop(f"{stem}.{leaf}", None)
     for name, delta in left.items():
         end = next((end for end in COMFYUI if f".{name}".endswith(f".{end}")), None)
-        found[name if end is None else name.removesuffix(end) + COMFYUI[end]] = delta
-    return found
+        renamed[name if end is None else name.removesuffix(end) + COMFYUI[end]] = delta
+    return renamed

@@ -1,15 +1,15 @@
-"""What an adapter does to one layer: a change of its weight, in the factors that it was trained in.
+"""Delta, the change that an adapter makes to a layer, and Term, the matrix of its weight in the trained factors.
 
-The kinds differ only in how they spell a matrix of the weight's shape, the term:
+The kinds of adapters differ only in how they write a matrix of the weight's shape, the term:
 
     LowRank    up · down                                      LoRA
     Hadamard   (w1a · w1b) ⊙ (w2a · w2b)                      LoHa
     Kronecker  w1 ⊗ w2                                        LoKr
     Full       the matrix itself, or a vector of a norm       differences, new weights
 
-Each multiplies tokens without becoming that matrix where it can (`times`), becomes it (`dense`), and can be cut by
-rows, which is how one matrix for q, k and v is given to three layers. The strength alpha / rank is folded into a
-factor, so a Delta alone says everything.
+Each multiplies tokens without forming that matrix where it can (`times`), forms it (`dense`), and can be cut by rows,
+which is how a matrix for q, k and v is given to three layers. The strength alpha / rank is folded into a factor, so a
+Delta needs no settings beside it.
 
 Besides, a Delta may add to the bias, replace the weight instead of adding to it, and rescale the sum to given norms
 (DoRA): with N magnitudes W'' = (W + Δ) · magnitude / norm of its rows, with K of its columns.
@@ -31,68 +31,75 @@ from s3dit.kernels.aligned import aligned
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A matrix of a weight's shape (N, K), in factors."""
+    """A matrix of a weight's shape (N, K), in factors.
+
+    The fields of a subclass are its factors: tensors of any float dtype.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix; ValueError where the factors do not fit together."""
+        """Return the shape of the matrix; raises ValueError where the factors do not fit together."""
         raise NotImplementedError
 
     def times(self, x: Tensor) -> Tensor:
-        """x (…, K) of the factors' dtype -> x @ matrix.T (…, N)."""
+        """Multiply x (…, K), of the factors' dtype, by the matrix, transposed -> (…, N)."""
         raise NotImplementedError
 
     def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
-        """y (…, N) + strength · `times(x)`; strength () fp32."""
+        """Return y (…, N) + strength · `times(x)`; strength () fp32."""
         return y + strength * self.times(x)
 
     def dense(self) -> Tensor:
-        """The matrix, fp32."""
+        """Return the matrix (N, K) in fp32."""
         raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> "Term":
-        """Some rows of the matrix."""
+        """Return the term of rows start to stop of the matrix."""
         raise NotImplementedError
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
-        """The same term of other tensors."""
+        """Return the term of the factors that `change` makes of these."""
         return type(self)(*(change(getattr(self, field.name)) for field in fields(self)))
 
     def scaled(self, factor: float) -> Self:
-        """The term times a number, which goes into the first factor."""
+        """Return the term times a number, which is multiplied into the first factor (`scale_exactly`)."""
         first = fields(self)[0].name
-        return replace(self, **{first: scaled(getattr(self, first), factor)})
+        return replace(self, **{first: scale_exactly(getattr(self, first), factor)})
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank(Term):
-    """up (N, r) · down (r, K)."""
+    """The term of LoRA: up (N, r) · down (r, K)."""
 
     up: Tensor
     down: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return (N, K); raises ValueError where the ranks differ."""
         return _product(self.up, self.down)
 
     def times(self, x: Tensor) -> Tensor:
+        """Multiply by down, then by up, so that the matrix is never formed."""
         return F.linear(F.linear(x, self.down), self.up)
 
     def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
-        # The strength goes where there are few numbers, and the sum into the second product.
+        """Add the product to y in the second multiplication, scaled where there are the fewest numbers."""
         inner = F.linear(x, self.down) * strength
         return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.up.T).view(y.shape)
 
     def dense(self) -> Tensor:
+        """Return up @ down in fp32."""
         return aligned(self.up.float()) @ aligned(self.down.float())
 
     def rows(self, start: int, stop: int) -> "LowRank":
+        """Return the same down with some rows of up."""
         return LowRank(self.up[start:stop], self.down)
 
 
 @dataclass(frozen=True, slots=True)
 class Hadamard(Term):
-    """(w1a (N, r) · w1b (r, K)) ⊙ (w2a · w2b)."""
+    """The term of LoHa: (w1a (N, r) · w1b (r, K)) ⊙ (w2a (N, s) · w2b (s, K))."""
 
     w1a: Tensor
     w1b: Tensor
@@ -101,45 +108,52 @@ class Hadamard(Term):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        one, other = _product(self.w1a, self.w1b), _product(self.w2a, self.w2b)
-        if one != other:
-            raise ValueError(f"factors of {list(one)} and {list(other)}, needed equal ones")
-        return one
+        """Return (N, K); raises ValueError where the two products differ in shape."""
+        first, second = _product(self.w1a, self.w1b), _product(self.w2a, self.w2b)
+        if first != second:
+            raise ValueError(f"factors of {list(first)} and {list(second)}, needed equal ones")
+        return first
 
     def times(self, x: Tensor) -> Tensor:
-        # Cheap beside the product with x: there are fewer ranks than tokens, by far.
+        """Form the matrix and multiply by it: cheap, because there are fewer ranks than tokens."""
         return F.linear(x, (self.w1a @ self.w1b) * (self.w2a @ self.w2b))
 
     def dense(self) -> Tensor:
+        """Return (w1a @ w1b) * (w2a @ w2b) in fp32."""
         w1a, w1b, w2a, w2b = (aligned(factor.float()) for factor in (self.w1a, self.w1b, self.w2a, self.w2b))
         return (w1a @ w1b) * (w2a @ w2b)
 
     def rows(self, start: int, stop: int) -> "Hadamard":
+        """Return the same w1b and w2b with some rows of w1a and w2a."""
         return Hadamard(self.w1a[start:stop], self.w1b, self.w2a[start:stop], self.w2b)
 
 
 @dataclass(frozen=True, slots=True)
 class Kronecker(Term):
-    """w1 (a, b) ⊗ w2 (c, d), a matrix (a · c, b · d)."""
+    """The term of LoKr: w1 (a, b) ⊗ w2 (c, d), a matrix (a · c, b · d)."""
 
     w1: Tensor
     w2: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return (a · c, b · d); raises ValueError where a factor is not a matrix."""
         if self.w1.ndim != 2 or self.w2.ndim != 2:
             raise ValueError(f"factors {list(self.w1.shape)} and {list(self.w2.shape)}, needed two matrices")
         (a, b), (c, d) = self.w1.shape, self.w2.shape
         return (a * c, b * d)
 
     def times(self, x: Tensor) -> Tensor:
+        """Multiply runs of x by w2, then by w1, so that the matrix is never formed."""
         inner = F.linear(x.unflatten(-1, (self.w1.shape[1], -1)), self.w2)  # (…, b, c)
         return (self.w1 @ inner).flatten(-2)
 
     def dense(self) -> Tensor:
+        """Return the Kronecker product in fp32."""
         return torch.kron(self.w1.float(), self.w2.float())
 
     def rows(self, start: int, stop: int) -> Term:
+        """Return some rows: as a Kronecker product where they are whole blocks of w2, else as a full matrix."""
         height = self.w2.shape[0]
         if start % height or stop % height:
             return Full(self.dense()[start:stop])
@@ -148,29 +162,34 @@ class Kronecker(Term):
 
 @dataclass(frozen=True, slots=True)
 class Full(Term):
-    """The change itself: (N, K), or of a vector's shape."""
+    """The term that is a matrix (N, K) itself, or a vector (N,) of a norm."""
 
     weight: Tensor
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight."""
         return tuple(self.weight.shape)
 
     def times(self, x: Tensor) -> Tensor:
+        """Multiply x by the matrix, transposed."""
         return F.linear(x, self.weight)
 
     def dense(self) -> Tensor:
+        """Return the matrix in fp32."""
         return self.weight.float()
 
     def rows(self, start: int, stop: int) -> "Full":
+        """Return some rows of the matrix."""
         return Full(self.weight[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """All that an adapter does to one layer; see the module's docstring.
+    """The whole change of a layer; see the module's docstring.
 
-    bias (N,) is added · magnitude (N, 1) or (1, K) rescales the sum · replaces: the term stands for the weight.
+    term (N, K), None where only the bias changes · bias (N,) is added to the layer's · magnitude (N, 1) or (1, K)
+    rescales the rows or columns of the sum · replaces: the term is the new weight instead of a summand.
     """
 
     term: Term | None
@@ -180,7 +199,7 @@ class Delta:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it fits; (N,) where only a bias is known. ValueError where its tensors disagree."""
+        """Return the shape of the weight, (N,) where only a bias is known; raises ValueError where tensors disagree."""
         if self.term is None:
             if self.bias is None or self.magnitude is not None:
                 raise ValueError("norms of rows or columns without a change of the weight")
@@ -193,22 +212,22 @@ class Delta:
         return shape
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it can change a weight of this shape."""
+        """Return whether it can change a weight of this shape."""
         return self.shape == (shape if self.term is not None else shape[:1])
 
     @property
     def idle(self) -> bool:
-        """Whether it changes nothing, whatever the weight."""
+        """Return whether it changes nothing, whatever the weight."""
         if self.replaces or self.magnitude is not None or (self.bias is not None and bool(self.bias.any())):
             return False
-        return self.term is None or not all(getattr(self.term, one.name).any() for one in fields(self.term))
+        return self.term is None or not all(getattr(self.term, factor.name).any() for factor in fields(self.term))
 
     def by_rows(self) -> bool:
-        """Whether the norms, if it has any, are those of rows."""
+        """Return whether it has norms, and they are those of rows."""
         return self.magnitude is not None and self.magnitude.shape[-1] == 1
 
-    def part(self, i: int, count: int) -> "Delta":
-        """The i-th of `count` equal runs of rows; ValueError where it cannot be cut."""
+    def row_part(self, i: int, count: int) -> "Delta":
+        """Return the i-th of `count` equal runs of rows; raises ValueError where it cannot be cut."""
         if count == 1:
             return self
         total = self.shape[0]
@@ -221,7 +240,7 @@ class Delta:
         return Delta(None if self.term is None else self.term.rows(start, stop), bias, magnitude, self.replaces)
 
     def changed(self, weight: Tensor) -> Tensor:
-        """The weight at strength 1: weight of any float dtype -> fp32."""
+        """Return the changed weight at strength 1: weight (N, K) of any float dtype -> (N, K) fp32."""
         weight = weight.float()
         if self.term is None:
             return weight
@@ -233,12 +252,12 @@ class Delta:
 
 
 def norms(weight: Tensor, *, rows: bool) -> Tensor:
-    """Euclidean norms of the rows (N, 1) or the columns (1, K) of a weight."""
+    """Return the Euclidean norms of the rows (N, 1) or the columns (1, K) of a weight, at least 1e-12."""
     return torch.linalg.vector_norm(weight, dim=1 if rows else 0, keepdim=True).clamp(min=1e-12)
 
 
-def scaled(tensor: Tensor, factor: float) -> Tensor:
-    """A tensor times a number: in its own dtype where that keeps every bit, else in fp32."""
+def scale_exactly(tensor: Tensor, factor: float) -> Tensor:
+    """Return a tensor times a number: in its own dtype where that is exact, else in fp32."""
     if factor == 1:
         return tensor
     product = tensor.double() * factor
@@ -246,18 +265,18 @@ def scaled(tensor: Tensor, factor: float) -> Tensor:
     return narrow if torch.equal(narrow.double(), product) else product.float()
 
 
-def fused(deltas: Sequence[Delta | None], rows: int) -> Delta:
-    """One Delta for several layers laid row upon row, `rows` each; None is a layer without change.
+def fuse(deltas: Sequence[Delta | None], rows: int) -> Delta:
+    """Return the Delta of several layers stacked by rows, `rows` each; None is a layer without change.
 
-    LoRA stays LoRA of the summed rank and LoHa stays LoHa, by factors along a diagonal; others become full. ValueError
-    where the layers are changed in ways that one layer cannot be.
+    LoRA stays LoRA of the summed rank and LoHa stays LoHa, by factors along a diagonal; others become full. Raises
+    ValueError where layers have norms or new weights, which cannot be stacked.
     """
-    found = [delta for delta in deltas if delta is not None]
-    if any(delta.magnitude is not None or delta.replaces for delta in found):
+    changes = [delta for delta in deltas if delta is not None]
+    if any(delta.magnitude is not None or delta.replaces for delta in changes):
         raise ValueError("norms or new weights, which are of one layer each")
     none = torch.zeros(rows, dtype=torch.float32)
     biases = [none if delta is None or delta.bias is None else delta.bias.float() for delta in deltas]
-    bias = torch.cat(biases) if any(delta.bias is not None for delta in found) else None
+    bias = torch.cat(biases) if any(delta.bias is not None for delta in changes) else None
     terms = [None if delta is None else delta.term for delta in deltas]
     there = [term for term in terms if term is not None]
     if not there:
@@ -274,14 +293,14 @@ def fused(deltas: Sequence[Delta | None], rows: int) -> Delta:
 
 
 def _diagonal(terms: Sequence[Term | None], rows: int, leaf: str) -> Tensor:
-    """One factor of several terms along a diagonal; nothing for a layer without one but its rows."""
+    """Return a factor of several terms along a diagonal; a layer without a term gets rows of zeros."""
     first = next(getattr(term, leaf) for term in terms if term is not None)
     blocks = [first.new_zeros(rows, 0) if term is None else getattr(term, leaf) for term in terms]
     return torch.block_diag(*blocks)
 
 
-def _product(one: Tensor, other: Tensor) -> tuple[int, ...]:
-    """The shape of a product of two factors."""
-    if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[0]:
-        raise ValueError(f"factors {list(one.shape)} and {list(other.shape)}, needed [N, r] and [r, K]")
-    return (one.shape[0], other.shape[1])
+def _product(left: Tensor, right: Tensor) -> tuple[int, ...]:
+    """Return the shape of a product of two factors; raises ValueError where they are not [N, r] and [r, K]."""
+    if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0]:
+        raise ValueError(f"factors {list(left.shape)} and {list(right.shape)}, needed [N, r] and [r, K]")
+    return (left.shape[0], right.shape[1])

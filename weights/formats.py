@@ -1,11 +1,11 @@
-"""Number formats as files store them: which layers of a checkpoint are quantized, how, and their parts as Schemes say.
+"""Number formats as files store them: which layers of a checkpoint are quantized, by which Scheme.
 
-`recognized` looks at a checkpoint's names, dtypes and metadata, and at the configuration beside it, never at the file's
-name, and gives it back with its `schemes`. A producer whose tensors are not the parts that a Scheme names is shown
-through a view (`stored.RepackedView`) that makes them so, one layer at a time, when they are asked for. A room each
-knows the producers: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and plain fp8 are here.
+`recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
+by the file's name, and returns the checkpoint with its `schemes`. Where a producer stores other tensors than the
+Scheme has, a view (`repack.RepackedView`) derives the Scheme's tensors, layer by layer, when they are loaded. Each
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
 
-The names of layers are the file's own here; `keymap` turns them into official ones afterwards.
+The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
 
 import math
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.gguf import GGUF, scales_of
+from s3dit.kernels.gguf import GGUF, block_scales
 from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry, read_json
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, widened
+from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, upcast_tensor
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
-FINER = {"int4": "int8-weights"}
+FINER_SCHEMES = {"int4": "int8-weights"}
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 MLX = (
     "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
@@ -35,36 +35,36 @@ MLX = (
 )
 
 
-def recognized(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the number formats of its layers; raises CheckpointError for a format that is not known."""
+def recognize_formats(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with the number formats of its layers; raises CheckpointError for unsupported formats."""
     _refuse_mlx(checkpoint)
     _refuse_named(checkpoint)
     if "scheme" in checkpoint.metadata:
-        checkpoint.schemes = _own(checkpoint)
+        checkpoint.schemes = _own_schemes(checkpoint)
         return checkpoint
     if isinstance(checkpoint, GGUFFile):
-        made = list(_blocks(checkpoint))
+        made = list(_gguf_layers(checkpoint))
         return RepackedView(checkpoint, made) if made else checkpoint
     if all(checkpoint.entry(name).dtype in FLOATS for name in checkpoint):
         return checkpoint
-    made = list(_foreign(checkpoint))
-    taken = {name for one in made for name in one.sources} | set(comfy.markers(checkpoint))
-    made += libraries.by_row(checkpoint, taken)
-    taken |= {name for one in made for name in one.sources}
-    made += _cast(checkpoint, taken)
+    made = list(_marked_layers(checkpoint))
+    taken = {name for derived in made for name in derived.sources} | set(comfy.markers(checkpoint))
+    made += libraries.row_scaled_layers(checkpoint, taken)
+    taken |= {name for derived in made for name in derived.sources}
+    made += _unscaled_fp8(checkpoint, taken)
     _refuse_rest(checkpoint, taken)
     return RepackedView(checkpoint, made, comfy.markers(checkpoint))
 
 
 def _refuse_mlx(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for MLX's files, whose packed weights are uint32, and names a dialect of their own."""
+    """Raise CheckpointError for MLX's files, whose packed weights are uint32, under names of their own."""
     quantized = any(key.endswith(".biases") and f"{key[:-7]}.scales" in checkpoint for key in checkpoint)
     if quantized or "mflux_version" in checkpoint.metadata:
         raise CheckpointError(f"{checkpoint.path}: {MLX}")
 
 
 # Formats that are known and not read, by ends of keys that no other format has.
-UNREAD = (
+UNREAD_FORMATS = (
     ("GPTQ", r"\.g_idx$"),
     ("AWQ", r"\.qzeros$"),
     ("compressed-tensors", r"\.weight_packed$"),
@@ -81,10 +81,10 @@ NVFP4 = ("weight_scale_2", "weight_global_scale", "input_global_scale")
 
 
 def _refuse_named(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError for a number format that can be told, and that nobody here reads."""
+    """Raise CheckpointError for a number format that is known by its keys and not supported."""
     names = "\n".join(checkpoint)
-    name = next((name for name, pattern in UNREAD if re.search(pattern, names, re.MULTILINE)), None)
-    if name is None and comfy.METADATA not in checkpoint.metadata:
+    name = next((name for name, pattern in UNREAD_FORMATS if re.search(pattern, names, re.MULTILINE)), None)
+    if name is None and comfy.QUANTIZATION_METADATA not in checkpoint.metadata:
         packed = (key[:-7] for key in checkpoint if key.endswith(".weight") and f"{key}_scale" in checkpoint)
         if any(
             checkpoint.entry(f"{layer}.weight").dtype == torch.uint8
@@ -94,10 +94,10 @@ def _refuse_named(checkpoint: Checkpoint) -> None:
         ):
             name = "NVFP4 in the form of ModelOpt or LightX2V"
     if name is not None:
-        raise CheckpointError(_unread(checkpoint, name))
+        raise CheckpointError(_unsupported_error(checkpoint, name))
 
 
-def _unread(checkpoint: Checkpoint, name: str) -> str:
+def _unsupported_error(checkpoint: Checkpoint, name: str) -> str:
     return (
         f"{checkpoint.path}: {name} is a number format that this engine does not read; needed bf16, or a format of "
         "ComfyUI, nunchaku, bitsandbytes, torchao, SDNQ or GGUF; take the bf16 files and --quantize int4 or fp8"
@@ -105,7 +105,7 @@ def _unread(checkpoint: Checkpoint, name: str) -> str:
 
 
 # Who writes tensors of these names, by the ends of their keys.
-MARKS = (
+PRODUCER_MARKS = (
     ("bitsandbytes", r"\.quant_state\.bitsandbytes__\w+$|\.SCB$"),
     ("torchao", r"\._weight_qdata$"),
     ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
@@ -118,83 +118,83 @@ MARKS = (
 
 
 def producer(checkpoint: Checkpoint) -> str:
-    """Who quantized a checkpoint, given as stored, as its metadata and keys tell; empty where they do not.
+    """Return the program that quantized a checkpoint, given as stored, by its metadata and keys; "" if unknown.
 
-    Formats that are named only to be refused are told too.
+    Formats that are only refused have a producer too.
     """
     if "scheme" in checkpoint.metadata:
         return "s3dit"
-    if comfy.METADATA in checkpoint.metadata:
+    if comfy.QUANTIZATION_METADATA in checkpoint.metadata:
         return "ComfyUI (comfy_quant)"
     if isinstance(checkpoint, GGUFFile):
         return checkpoint.metadata.get("general.quantized_by", "") or "GGUF"
     names = "\n".join(checkpoint)
-    found = (name for name, pattern in (*UNREAD, *MARKS) if re.search(pattern, names, re.MULTILINE))
-    method = _beside(checkpoint).get("quant_method")
-    return "SDNQ" if method in ("sdnq", "sdnq_training") else next(found, "")
+    marked = (name for name, pattern in (*UNREAD_FORMATS, *PRODUCER_MARKS) if re.search(pattern, names, re.MULTILINE))
+    method = _quantization_config(checkpoint).get("quant_method")
+    return "SDNQ" if method in ("sdnq", "sdnq_training") else next(marked, "")
 
 
-def _own(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """The layers of a file that `s3dit quantize` wrote: metadata says the format, dtypes which layers are in it."""
+def _own_schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Return the schemes of a file of `s3dit quantize`: metadata names the format, dtypes show its layers."""
     name = checkpoint.metadata["scheme"]
     if name not in SCHEMES:
         raise CheckpointError(
             f"{checkpoint.path}: its metadata says scheme {name!r}; needed {', '.join(SCHEMES)} or plain floats; take "
             "the unquantized files, or a newer s3dit"
         )
-    finer = SCHEMES[FINER.get(name, name)]
+    finer = SCHEMES[FINER_SCHEMES.get(name, name)]
     dtypes = {key.removesuffix(".weight"): checkpoint.entry(key).dtype for key in checkpoint if key.endswith(".weight")}
     return {
         layer: finer if dtype == torch.int8 else SCHEMES[name] for layer, dtype in dtypes.items() if dtype not in FLOATS
     }
 
 
-def _foreign(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
-    """The layers of every producer that marks what it does."""
+def _marked_layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
+    """Yield the layers of every producer that marks its layers."""
     yield from comfy.layers(checkpoint)
     yield from libraries.layers(checkpoint)
     yield from nunchaku.layers(checkpoint)
-    config = _beside(checkpoint)
+    config = _quantization_config(checkpoint)
     if config.get("quant_method") in ("sdnq", "sdnq_training"):
         yield from sdnq.layers(checkpoint, config)
 
 
-def _beside(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The quantization_config in the folder of a checkpoint, empty where there is none."""
+def _quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the quantization_config in the folder of a checkpoint, empty where there is none."""
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     for name, key in (("config.json", "quantization_config"), ("quantization_config.json", None)):
         try:
             data = read_json(folder / name)
         except FileNotFoundError:
             continue
-        found = data.get(key) if key is not None and isinstance(data, dict) else data
-        if isinstance(found, dict):
-            return found
+        config = data.get(key) if key is not None and isinstance(data, dict) else data
+        if isinstance(config, dict):
+            return config
     return {}
 
 
-def _cast(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTensors]:
-    """Plain fp8, without a scale: matrices stay so, with the scale 1; anything else is small and becomes bf16."""
+def _unscaled_fp8(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTensors]:
+    """Yield tensors in fp8 without a scale: matrices with the scale 1; others are small and become bf16."""
     for name in checkpoint:
         dtype, shape = checkpoint.entry(name).dtype, checkpoint.entry(name).shape
         if name in taken or dtype not in FP8:
             continue
         layer = Layer(checkpoint, name.removesuffix(".weight"))
         if not name.endswith(".weight") or len(shape) != 2 or 0 in shape:
-            yield widened(checkpoint, name, torch.bfloat16)
+            yield upcast_tensor(checkpoint, name, torch.bfloat16)
             continue
-        layer.need("weight", FP8)
+        layer.require("weight", FP8)
         scheme = fp8_weights if dtype == FP8[0] else comfy.e5m2
-        yield layer.made(scheme, *shape, make=_ones(layer, shape[0]))
+        yield layer.derive(scheme, *shape, make=_with_unit_scale(layer, shape[0]))
 
 
-def _ones(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
-    """The weight as it lies, with the scale 1."""
-    return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1, dtype=torch.float32)}
+def _with_unit_scale(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
+    """Return how to load a stored weight with the scale 1."""
+    return lambda: {"weight": layer("weight"), "scale": torch.ones(out, 1, dtype=torch.float32, device="cpu")}
 
 
 def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
-    """Raise CheckpointError for weights that are no floats and that nobody knows."""
+    """Raise CheckpointError for weights that are neither floats nor in a format that is known."""
     known = (*FLOATS, *FP8, torch.float64)
     rest = [
         name
@@ -210,8 +210,8 @@ def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
         )
 
 
-def _blocks(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
-    """GGUF's tensors in blocks: matrices of layers as they lie, others decoded to fp32."""
+def _gguf_layers(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
+    """Yield GGUF's tensors in blocks: matrices of layers as they are stored, others decoded to fp32."""
     for name, kind in checkpoint.ggml_types.items():
         if kind not in GGUF:
             raise CheckpointError(
@@ -220,38 +220,38 @@ def _blocks(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
             )
         shape, layer = checkpoint.shapes[name], Layer(checkpoint, name.removesuffix(".weight"))
         if name.endswith(".weight") and len(shape) == 2 and 0 not in shape:
-            layer.need("weight", (torch.uint8,))
-            yield layer.made(GGUF[kind], *shape, make=_stored(layer, kind))
+            layer.require("weight", (torch.uint8,))
+            yield layer.derive(GGUF[kind], *shape, make=_checked_blocks(layer, kind))
         else:
             entry = Entry(shape, torch.float32, 4 * math.prod(shape))
-            yield DerivedTensors({name: entry}, (name,), _plain(checkpoint, name, kind))
+            yield DerivedTensors({name: entry}, (name,), _decoded_tensor(checkpoint, name, kind))
 
 
-def _stored(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
-    """The blocks as they lie in the file, once their scales were looked at."""
+def _checked_blocks(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
+    """Return how to load blocks as they are stored, once their scales were checked."""
 
-    good = False
+    checked = False
 
     def make() -> dict[str, Tensor]:
-        nonlocal good
+        nonlocal checked
         weight = layer("weight")
-        if not good:
-            layer.numbers("weight", scales_of(kind, weight))
-        good = True
+        if not checked:
+            layer.check_finite("weight", block_scales(kind, weight))
+        checked = True
         return {"weight": weight}
 
     return make
 
 
-def _plain(checkpoint: GGUFFile, name: str, kind: str) -> Callable[[], dict[str, Tensor]]:
-    """A tensor in blocks that is no layer, decoded."""
+def _decoded_tensor(checkpoint: GGUFFile, name: str, kind: str) -> Callable[[], dict[str, Tensor]]:
+    """Return how to load a tensor in blocks that is not a layer, decoded."""
 
     def make() -> dict[str, Tensor]:
         blocks, shape = checkpoint.load(name), checkpoint.shapes[name]
         if not blocks.numel():
-            return {name: torch.empty(shape, dtype=torch.float32)}
+            return {name: torch.empty(shape, dtype=torch.float32, device="cpu")}
         decoded = GGUF[kind].decode({"weight": blocks.reshape(-1, blocks.shape[-1])})
-        Layer(checkpoint, name).numbers("", decoded)
+        Layer(checkpoint, name).check_finite("", decoded)
         return {name: decoded.view(shape)}
 
     return make

@@ -1,13 +1,13 @@
-"""GGUF: header, metadata and tensor table, read by hand, with every length held to the file before it is believed.
+"""GGUF files: header, metadata and tensor table, with every length checked against the file before it is used.
 
-A file from the internet may claim anything: 10^9 tensors, a string of 2^63 bytes, tensors that lie over each other.
-So nothing is allocated by what a number says; a count must fit into the bytes that are left, and arrays of the metadata
-(a vocabulary has 151,936 strings) stay where they are until they are asked for. The file is mapped privately: tensors
-are views of the map, a write into one never reaches the file.
+A file from the internet may claim anything: 10^9 tensors, a string of 2^63 bytes, tensors that overlap. So nothing is
+allocated by what a number states; a count must fit into the bytes that are left, and arrays of the metadata (a
+vocabulary has 151,936 strings) are read only when they are asked for. The file is mapped privately: tensors are views
+of the map, and writing into a view never changes the file.
 
-Dimensions are stored fastest first, so torch's shape is the reverse. A tensor of whole numbers or floats is what it is
-in torch; one in blocks is bytes, uint8 (…, bytes a row), since blocks run along a row: cutting by rows is exact.
-`ggml_types` names the block format of such a tensor and `shapes` what it stands for; `formats` makes a Scheme of it.
+Dimensions are stored fastest first, so torch's shape is the reverse. A tensor of integers or floats has its dtype in
+torch; a tensor in blocks is bytes, uint8 (…, bytes a row), since blocks run along a row: cutting by rows is exact.
+`ggml_types` has the block type of such a tensor and `shapes` the shape of its decoded values; `formats` makes a Scheme.
 
 Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little endian; block sizes of ggml.
 """
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Entry
-from s3dit.weights.mapped_file import MappedFile, Stored
+from s3dit.weights.container import MAX_TENSORS, REFUSED, Entry
+from s3dit.weights.mapped_file import MappedFile, StoredCheckpoint
 
 # Type id -> name, numbers in a block, bytes of a block.
-BLOCKS = {
+GGML_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292),
@@ -38,7 +38,7 @@ BLOCKS = {
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
-PLAIN = {
+PLAIN_TYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
@@ -48,28 +48,28 @@ SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 STRING, ARRAY = 8, 9
 
 # Far above what any model has: 40 keys, names of 90 bytes, a chat template of 10 kB.
-MOST_KEYS, LONGEST_NAME, LONGEST_TEXT, MOST_DIMS = 1 << 12, 1 << 10, 1 << 20, 4
+MAX_KEYS, MAX_NAME_BYTES, MAX_TEXT_BYTES, MAX_DIMENSIONS = 1 << 12, 1 << 10, 1 << 20, 4
 ALIGNMENTS = [1 << i for i in range(3, 17)]
 
 
 @dataclass(frozen=True, slots=True)
 class Array:
-    """A list of the metadata that was not read yet: type of its items, how many, and where the first one lies."""
+    """A list of the metadata that was not read: type of its items, how many, and where the first begins."""
 
     kind: int
     count: int
     start: int
 
 
-class GGUFFile(Stored):
-    """Tensors of one GGUF file.
+class GGUFFile(StoredCheckpoint):
+    """The checkpoint of a GGUF file.
 
-    fields: the metadata as it is typed, with `Array` for lists (`items` reads one) · ggml_types: block format of the
-    tensors that are in one, such as "Q4_K" · shapes: torch's shape of what each tensor stands for.
+    fields: the metadata with its types, with `Array` for lists (`items` reads a list) · ggml_types: block type of the
+    tensors that are in blocks, such as "Q4_K" · shapes: torch's shape of the values of each tensor.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the header; raises CheckpointError for anything that does not hold."""
+        """Read the header; raises CheckpointError for anything that is inconsistent."""
         self._file = MappedFile(path)
         self._files = [self._file]
         if self._file.container != "gguf":
@@ -86,15 +86,15 @@ class GGUFFile(Stored):
         self._read_table(reader, tensors)
 
     def _read_table(self, reader: "_Reader", count: int) -> None:
-        """The tensor table; every tensor must lie inside the file, and none over another."""
+        """Read the tensor table; every tensor must be inside the file, and none may overlap another."""
         alignment = self.fields.get("general.alignment", 32)
         if isinstance(alignment, bool) or alignment not in ALIGNMENTS:
             raise reader.error(f"general.alignment is {str(alignment)[:40]}; needed a power of two from 8 to 65536")
-        found = sorted((reader.tensor() for _ in range(count)), key=lambda row: row[3])
+        listed = sorted((reader.tensor() for _ in range(count)), key=lambda row: row[3])
         data = -(-reader.at // alignment) * alignment
         end = 0
-        for name, shape, kind, offset in found:
-            block, size, unit = BLOCKS[kind]
+        for name, shape, kind, offset in listed:
+            block, size, unit = GGML_TYPES[kind]
             length = math.prod(shape) // size * unit
             if offset % alignment or offset < end or data + offset + length > len(reader.data):
                 raise reader.error(
@@ -105,26 +105,26 @@ class GGUFFile(Stored):
                 raise reader.error(f"{name} is listed twice")
             end = offset + length
             self.shapes[name], self._starts[name] = shape, data + offset
-            if block in PLAIN:
-                self._entries[name] = Entry(shape, PLAIN[block], length)
+            if block in PLAIN_TYPES:
+                self._entries[name] = Entry(shape, PLAIN_TYPES[block], length)
             else:
                 self.ggml_types[name] = block
                 self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
 
     def load(self, name: str) -> Tensor:
-        """One tensor as stored (blocks as uint8), on the CPU, a view of the mapped file."""
+        """Return a tensor as stored (blocks as uint8), on the CPU: a view of the mapped file."""
         entry = self.entry(name)
         assert isinstance(entry.dtype, torch.dtype)
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         return self._file.read(self._starts[name], entry.nbytes).view(entry.dtype).view(entry.shape)
 
     def format(self, name: str) -> str:
-        """What numbers a tensor is stored in, as ggml calls it."""
+        """Return the number format of a tensor as ggml calls it."""
         return self.ggml_types.get(name) or super().format(name)
 
     def items(self, key: str) -> list[Any]:
-        """A list of the metadata, read now; CheckpointError where there is none, or one of lists."""
+        """Read a list of the metadata; raises CheckpointError where there is none."""
         array = self.fields.get(key)
         if not isinstance(array, Array):
             raise CheckpointError(f"{self.path}: its metadata has no list {key!r}; take a complete GGUF file")
@@ -132,15 +132,15 @@ class GGUFFile(Stored):
 
 
 class _Reader:
-    """A cursor over the mapped header that believes nothing: what does not fit into the file is an error."""
+    """A cursor over the mapped header: whatever does not fit into the file is an error."""
 
     def __init__(self, data: mmap.mmap, path: Path, at: int = 4) -> None:
         self.data, self.path, self.at = data, path, at
 
-    def error(self, found: str) -> CheckpointError:
+    def error(self, fault: str) -> CheckpointError:
         """What to raise for a header that does not hold."""
         return CheckpointError(
-            f"{self.path}: broken GGUF: {found}; the file is short, damaged or hostile; download it again"
+            f"{self.path}: broken GGUF: {fault}; the file is short, damaged or hostile; download it again"
         )
 
     def open(self) -> int:
@@ -154,7 +154,7 @@ class _Reader:
             )
         tensors, self._keys = self.scalar("Q"), self.scalar("Q")
         # The least that a tensor and a key take in the file.
-        for what, count, most, least in (("tensors", tensors, MOST_TENSORS, 32), ("keys", self._keys, MOST_KEYS, 13)):
+        for what, count, most, least in (("tensors", tensors, MAX_TENSORS, 32), ("keys", self._keys, MAX_KEYS, 13)):
             if count > most or count * least > self.left:
                 raise self.error(f"it claims {count} {what} in {self.left} bytes, needed at most {most}")
         return tensors
@@ -189,20 +189,20 @@ class _Reader:
 
     def fields(self) -> dict[str, Any]:
         """All metadata, lists unread."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         for _ in range(self._keys):
-            key = self.text(LONGEST_NAME)
-            if key in found:
+            key = self.text(MAX_NAME_BYTES)
+            if key in fields:
                 raise self.error(f"the key {key!r} is there twice")
-            found[key] = self.value(self.scalar("I"))
-        return found
+            fields[key] = self.value(self.scalar("I"))
+        return fields
 
     def value(self, kind: int) -> Any:
         """One value of a metadata type; a list is walked over, so that all of it is known to be there."""
         if kind in SCALARS:
             return self.scalar(SCALARS[kind])
         if kind == STRING:
-            return self.text(LONGEST_TEXT)
+            return self.text(MAX_TEXT_BYTES)
         if kind != ARRAY:
             raise self.error(f"a value of type {kind}, needed one of 0 to 12")
         inner, count = self.scalar("I"), self.scalar("Q")
@@ -231,23 +231,23 @@ class _Reader:
     def array(self, array: Array) -> Iterator[Any]:
         """The items of a list, from the cursor on."""
         for _ in range(array.count):
-            yield self.text(LONGEST_TEXT) if array.kind == STRING else self.scalar(SCALARS[array.kind])
+            yield self.text(MAX_TEXT_BYTES) if array.kind == STRING else self.scalar(SCALARS[array.kind])
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, torch's shape, type id and offset of the next tensor of the table."""
-        name = self.text(LONGEST_NAME)
+        name = self.text(MAX_NAME_BYTES)
         dims = self.scalar("I")
-        if dims > MOST_DIMS:
-            raise self.error(f"{name} has {dims} dimensions, needed at most {MOST_DIMS}")
+        if dims > MAX_DIMENSIONS:
+            raise self.error(f"{name} has {dims} dimensions, needed at most {MAX_DIMENSIONS}")
         sizes = [self.scalar("Q") for _ in range(dims)]
         kind, offset = self.scalar("I"), self.scalar("Q")
-        if kind not in BLOCKS:
+        if kind not in GGML_TYPES:
             raise self.error(f"{name} is of type {kind}, which is none of ggml's")
         # A size of zero hides no wild one beside it.
         if math.prod(size or 1 for size in sizes) >= 1 << 48:
             raise self.error(f"{name} has the sizes {sizes}")
-        block, size, _ = BLOCKS[kind]
+        block, size, _ = GGML_TYPES[kind]
         row = sizes[0] if sizes else 1
-        if row % size or (block not in PLAIN and 0 in sizes):
+        if row % size or (block not in PLAIN_TYPES and 0 in sizes):
             raise self.error(f"{name} has {sizes} numbers, {block} needs rows of a multiple of {size}")
         return name, tuple(reversed(sizes)), kind, offset

@@ -1,11 +1,11 @@
-"""From what a user calls a model to files on this machine: a path, or "org/name" through the Hugging Face cache.
+"""Local files of a model by its name: a path, or "org/name" through the Hugging Face cache.
 
-The cache is the one that every tool of the family shares, so a model that diffusers has fetched is not fetched again.
-One request asks for the list of a repository's files; `wanted` and `adapter_files` decide from it which of them an
-engine reads, and exactly these are downloaded. Where the Hub is not reached, the same choice is made from the cache.
-`HF_HUB_OFFLINE`, `HF_HOME` and tokens work as they do everywhere.
+The cache is shared with diffusers and other tools, so a model that they have fetched is not fetched again. A single
+request asks for the list of a repository's files; `wanted` and `adapter_files` choose from it which files are read, and
+exactly these are downloaded. Where the Hub is not reached, the same choice is made from the cache. `HF_HUB_OFFLINE`,
+`HF_HOME` and tokens work as they do everywhere.
 
-Names come from users only, never from a file. The embedded model is not a name for this room; the pipeline knows it.
+Names come from users only, never from a file. The embedded model has no name here; the pipeline knows it.
 """
 
 import errno
@@ -22,57 +22,57 @@ from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import INDEX, STEMS
 from s3dit.weights.safetensors_dir import SUFFIX, read_index
 
-HOME = "Tongyi-MAI/Z-Image-Turbo"
+OFFICIAL_REPOSITORY = "Tongyi-MAI/Z-Image-Turbo"
 # Folders of the official layout that hold weights; siglip is an Omni model's.
 WEIGHTS = ("transformer", "text_encoder", "vae", "siglip")
-PARTS = (*WEIGHTS, "tokenizer")
+MODEL_FOLDERS = (*WEIGHTS, "tokenizer")
 ENDINGS = (SUFFIX, ".gguf")
 # What is read of a folder besides its weights, and of the whole.
 CONFIGS = ("config.json", "quantization_config.json")
-WHOLE = (
+ROOT_FILES = (
     "model_index.json", "s3dit.json", "scheduler/scheduler_config.json", "siglip_processor/preprocessor_config.json",
 )  # fmt: skip
 # Generations of a tokenizer, of which the first is read, and what is read with any.
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-WORDS = tuple(name for row in TOKENIZERS for name in row)
+TOKENIZER_FILES = tuple(name for row in TOKENIZERS for name in row)
 BESIDE = ("tokenizer_config.json", "chat_template.jinja")
 # What a repository of one adapter calls it, and what is read beside a file that is named.
 ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", *(f"{stem}{SUFFIX}" for stem in STEMS))
-SIDES = (*CONFIGS, "adapter_config.json")
+SETTINGS_FILES = (*CONFIGS, "adapter_config.json")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # Characters of a name at most; the Hub's own bound for a repository is 96.
-LONGEST = 400
+MAX_NAME_LENGTH = 400
 
 Files = Collection[str]
 
 
-def resolve(name: str, parts: Collection[str] = PARTS) -> Path:
-    """The local path of a model: an existing file or folder as it is, a Hub repository, or one file of it.
+def resolve(name: str, parts: Collection[str] = MODEL_FOLDERS) -> Path:
+    """Return the local path of a model: an existing file or folder as it is, a Hub repository, or a file of it.
 
     parts: folders of the official layout that will be read; of others only the configuration is fetched. Raises
-    CheckpointError when it is none of these, or when the Hub does not give it; the message is one line.
+    CheckpointError when it is none of these, or when the Hub does not give it; the message is a single line.
     """
     if (path := _local(name)) is not None:
         return path
-    repository, inner = _names(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    repository, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
     if inner:
         return _file(repository, inner)
     return _fetch(repository, lambda files: wanted(files, parts, repository))[0]
 
 
 def resolve_file(name: str) -> Path:
-    """The local path of one file of weights: as it is, or "org/name/file.safetensors" or "org/name" of the Hub.
+    """Return the local path of a file of weights: a path, or "org/name/file.safetensors" or "org/name" of the Hub.
 
     A bare repository gives the file that PEFT or diffusers would have written, or the only one. Raises CheckpointError.
     """
     if (path := _local(name)) is not None:
         return path
     needed = f"the path of a file of weights ({SUFFIX}), or one of the Hub as in org/name/file{SUFFIX}"
-    repository, inner = _names(name, needed)
+    repository, inner = _split_name(name, needed)
     # A file that is not here is far likelier than a repository of such a name.
     if not inner and repository.endswith(ENDINGS):
-        raise _neither(name, needed)
+        raise _not_found_error(name, needed)
     if inner:
         return _file(repository, inner)
     folder, files = _fetch(repository, lambda files: adapter_files(files, repository))
@@ -82,48 +82,52 @@ def resolve_file(name: str) -> Path:
 
 
 def peek(name: str) -> tuple[Path, list[str] | None]:
-    """The local path of what `resolve` would give, without its weights, and the files that are not in the cache.
+    """Return the local path that `resolve` would, without fetching weights, and the files that are not in the cache.
 
-    None for them: it is a path, not a name of the Hub. What the cache holds is taken as it is, of the revision that it
-    has; else the list of files is asked for, and only settings and indexes are downloaded. Raises CheckpointError.
+    None instead of those files: it is a path, not a name of the Hub. The cache is used as it is, at its revision; else
+    the list of files is asked for, and only settings and indexes are downloaded. Raises CheckpointError.
     """
     if (path := _local(name)) is not None:
         return path, None
-    repository, inner = _names(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    repository, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
     choose = _chooser(repository, inner)
     from huggingface_hub import HfApi, constants, snapshot_download
 
     chosen, snapshot = None, _cached(repository)
     if snapshot is not None:
         with suppress(CheckpointError):
-            chosen = choose(_known(repository, snapshot))
-    if snapshot is None or chosen is None or _lacking(snapshot, chosen):
+            chosen = choose(_known_files(repository, snapshot))
+    if snapshot is None or chosen is None or _missing_files(snapshot, chosen):
         # Of the revision that is there, so that the cache goes on standing for that one.
         revision = None if snapshot is None else snapshot.name
         try:
-            told = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-            chosen = choose({one.rfilename for one in told.siblings or ()})
-            small = [glob.escape(one) for one in chosen if one.endswith(".json") and Path(one).name not in WORDS]
+            info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            chosen = choose({file.rfilename for file in info.siblings or ()})
+            small = [
+                glob.escape(file)
+                for file in chosen
+                if file.endswith(".json") and Path(file).name not in TOKENIZER_FILES
+            ]
             if small:
                 snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=small))
         except CheckpointError:
             raise
         except _errors() as error:
             if chosen is None:
-                raise CheckpointError(f"{repository}: {_fault(error)}") from None
+                raise CheckpointError(f"{repository}: {_explain_error(error)}") from None
     folder = snapshot or Path(constants.HF_HUB_CACHE) / repository
-    one = inner or (chosen[0] if Path(chosen[0]).name in ADAPTERS[:2] else "")
-    return folder / one, _lacking(folder, chosen)
+    file = inner or (chosen[0] if Path(chosen[0]).name in ADAPTERS[:2] else "")
+    return folder / file, _missing_files(folder, chosen)
 
 
 def _chooser(repository: str, inner: str) -> Callable[[Files], list[str]]:
-    """What of a repository's files is read: of one file, of a model, or of an adapter."""
+    """Return the function that chooses which of a repository's files are read: of a file, a model, or an adapter."""
 
     def choose(files: Files) -> list[str]:
         if inner:
-            return _inner(repository, inner, files)
+            return _one_file(repository, inner, files)
         try:
-            return wanted(files, PARTS, repository)
+            return wanted(files, MODEL_FOLDERS, repository)
         except CheckpointError:
             if not any(name in files for name in ADAPTERS[:2]):
                 raise
@@ -132,77 +136,77 @@ def _chooser(repository: str, inner: str) -> Callable[[Files], list[str]]:
     return choose
 
 
-def _lacking(snapshot: Path, chosen: list[str]) -> list[str]:
+def _missing_files(snapshot: Path, chosen: list[str]) -> list[str]:
     return [name for name in chosen if not (snapshot / name).is_file()]
 
 
 def wanted(files: Files, parts: Collection[str], repository: str) -> list[str]:
-    """The files of a repository that will be read for these parts; raises CheckpointError for another layout."""
+    """Return the files of a repository that will be read for these parts; raises CheckpointError for other layouts."""
     homes = [part for part in WEIGHTS if any(file.startswith(f"{part}/") for file in files)]
     if set(parts) == {"tokenizer"}:
-        if not (words := _tokenizer(files, "tokenizer/") or _tokenizer(files, "")):
+        if not (tokenizer_files := _tokenizer(files, "tokenizer/") or _tokenizer(files, "")):
             raise CheckpointError(f"{repository}: holds no tokenizer; needed tokenizer.json in it or in tokenizer/")
-        return words
-    if not homes and not any(_prefer(_of(files, ""), ending) for ending in ENDINGS):
-        raise _layout(repository, files)
+        return tokenizer_files
+    if not homes and not any(_prefer(_visible_names(files, ""), ending) for ending in ENDINGS):
+        raise _layout_error(repository, files)
     asked = {part for part in parts if part in WEIGHTS[:3]}
     if homes and asked and not asked & set(homes):
-        raise _layout(repository, files, sorted(asked)[0])
-    found = [file for file in WHOLE if file in files]
+        raise _layout_error(repository, files, sorted(asked)[0])
+    chosen = [file for file in ROOT_FILES if file in files]
     for part in homes or [""]:
         prefix = f"{part}/" if part else ""
         # At the root may lie an adapter as well, whose settings say its strength.
-        found += [prefix + name for name in (CONFIGS if part else SIDES) if prefix + name in files]
+        chosen += [prefix + name for name in (CONFIGS if part else SETTINGS_FILES) if prefix + name in files]
         if part not in parts and part:
             continue
         weights = _weights(files, prefix)
         if not weights:
-            raise _layout(repository, files, part)
-        found += weights
-    return found + (_tokenizer(files, "tokenizer/") if "tokenizer" in parts else [])
+            raise _layout_error(repository, files, part)
+        chosen += weights
+    return chosen + (_tokenizer(files, "tokenizer/") if "tokenizer" in parts else [])
 
 
 def adapter_files(files: Files, repository: str) -> list[str]:
-    """The one file of weights of a repository, and what is read beside it; CheckpointError where it is a choice."""
+    """Return a repository's only file of weights, and files read beside it; CheckpointError where it has several."""
     usual = [name for name in ADAPTERS if name in files]
     every = sorted(file for file in files if file.endswith(SUFFIX))
     if not usual and len(every) != 1:
-        few = ", ".join(every[:6]) + (", …" if len(every) > 6 else "")
+        shown = ", ".join(every[:6]) + (", …" if len(every) > 6 else "")
         raise CheckpointError(
-            f"{repository}: holds {len(every)} files *{SUFFIX}{f' ({few})' if every else ''} and none under the usual "
-            f"names; needed one; name it, as in {repository}/{every[0] if every else f'file{SUFFIX}'}"
+            f"{repository}: holds {len(every)} files *{SUFFIX}{f' ({shown})' if every else ''} and none under the "
+            f"usual names; needed one; name it, as in {repository}/{every[0] if every else f'file{SUFFIX}'}"
         )
     return _with_sides(usual[0] if usual else every[0], files)
 
 
 def _with_sides(file: str, files: Files) -> list[str]:
     folder = file[: file.rfind("/") + 1]
-    return [file, *(folder + name for name in SIDES if folder + name in files)]
+    return [file, *(folder + name for name in SETTINGS_FILES if folder + name in files)]
 
 
-def _of(files: Files, prefix: str) -> list[str]:
-    """Names in one folder of a repository, without those that are hidden."""
+def _visible_names(files: Files, prefix: str) -> list[str]:
+    """Return the names in a folder of a repository, without those that are hidden."""
     names = (file.removeprefix(prefix) for file in files if file.startswith(prefix))
     return sorted(name for name in names if "/" not in name and not name.startswith("."))
 
 
 def _prefer(names: Iterable[str], ending: str) -> list[str]:
-    """Names with that ending: the official one alone where there is one (as `checkpoint` opens a folder)."""
-    found = [name for name in names if name.endswith(ending)]
-    official = [name for name in found if name.removesuffix(ending) in STEMS]
-    return official if len(official) == 1 else found
+    """Return names with that ending: the official name alone where there is one (as `checkpoint` opens a folder)."""
+    matching = [name for name in names if name.endswith(ending)]
+    official = [name for name in matching if name.removesuffix(ending) in STEMS]
+    return official if len(official) == 1 else matching
 
 
 def _weights(files: Files, prefix: str) -> list[str]:
-    """The weights of one folder: an index and its shards, or one file; none where it is a choice, or not there."""
-    names = _of(files, prefix)
+    """Return the weights of a folder: an index and its shards, or a file; nothing where it has none, or several."""
+    names = _visible_names(files, prefix)
     if len(index := _prefer(names, INDEX)) == 1:
         shard = re.compile(re.escape(index[0].removesuffix(INDEX)) + r"-\d+-of-\d+\.safetensors")
         every = [name for name in names if name.endswith(SUFFIX)]
         return [prefix + name for name in index + ([name for name in every if shard.fullmatch(name)] or every)]
     for ending in ENDINGS:
-        if found := _prefer(names, ending):
-            return [prefix + found[0]] if len(found) == 1 else []
+        if candidates := _prefer(names, ending):
+            return [prefix + candidates[0]] if len(candidates) == 1 else []
     return []
 
 
@@ -211,35 +215,39 @@ def _tokenizer(files: Files, prefix: str) -> list[str]:
     return [prefix + name for name in (*there, *(BESIDE if there else ())) if prefix + name in files]
 
 
-def _layout(repository: str, files: Files, part: str = "") -> CheckpointError:
-    """The error of a repository, or of a part's folder, that does not hold one checkpoint."""
+def _layout_error(repository: str, files: Files, part: str = "") -> CheckpointError:
+    """Return the error of a repository, or of a part's folder, that does not hold exactly one checkpoint."""
     weights = sorted(file for file in files if file.endswith(ENDINGS) and file.startswith(f"{part}/" if part else ""))
-    few = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
-    where = f"{part}/ holds" if part else f"is not in the layout of {HOME}, with a folder for each part; it holds"
+    shown = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
+    where = (
+        f"{part}/ holds"
+        if part
+        else f"is not in the layout of {OFFICIAL_REPOSITORY}, with a folder for each part; it holds"
+    )
     way = f"name one file for its part, as in --transformer {repository}/{weights[0]}" if weights else "take another"
     return CheckpointError(
-        f"{repository}: {where} {len(weights)} files *{SUFFIX} or *.gguf{f' ({few})' if weights else ''}; needed one "
+        f"{repository}: {where} {len(weights)} files *{SUFFIX} or *.gguf{f' ({shown})' if weights else ''}; needed one "
         f"checkpoint; {way}"
     )
 
 
 def _file(repository: str, inner: str) -> Path:
-    """One file of a repository, with the small ones that are read beside it."""
-    folder, _ = _fetch(repository, partial(_inner, repository, inner))
+    """Fetch a file of a repository, with the small files that are read beside it."""
+    folder, _ = _fetch(repository, partial(_one_file, repository, inner))
     return folder / inner
 
 
-def _inner(repository: str, inner: str, files: Files) -> list[str]:
-    """One file of a repository's, and those that are read beside it; CheckpointError where it has none of that name."""
+def _one_file(repository: str, inner: str, files: Files) -> list[str]:
+    """Return a file of a repository, and those read beside it; CheckpointError where it has none of that name."""
     if inner in files:
         return _with_sides(inner, files)
     others = sorted(file for file in files if file.endswith(ENDINGS))
-    few = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
-    raise CheckpointError(f"{repository}: the repository holds no {inner}; needed one of its files: {few or 'none'}")
+    shown = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
+    raise CheckpointError(f"{repository}: the repository holds no {inner}; needed one of its files: {shown or 'none'}")
 
 
 def _local(name: str) -> Path | None:
-    """The path of that name, None where nothing lies there; raises CheckpointError for what can be no path."""
+    """Return the path of that name, None where nothing is there; raises CheckpointError for what cannot be a path."""
     try:
         path = Path(name).expanduser()
         return path if name and path.exists() else None
@@ -250,56 +258,56 @@ def _local(name: str) -> Path | None:
         ) from None
 
 
-def _names(name: str, needed: str) -> tuple[str, str]:
-    """Repository and file of a Hub name, which is never a path out of it; raises CheckpointError."""
+def _split_name(name: str, needed: str) -> tuple[str, str]:
+    """Return repository and file of a Hub name, which is never a path out of it; raises CheckpointError."""
     repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
     steps = inner.split("/") if inner else []
     plain = all(step not in ("", ".", "..") and step.isprintable() and "\\" not in step for step in steps)
     bare = name.count("/") == 1 or inner.endswith(ENDINGS)
     # The Hub's own rules for a repository, so that nobody is asked for what cannot be.
-    if len(name) > LONGEST or not REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
-        raise _neither(name, needed)
+    if len(name) > MAX_NAME_LENGTH or not REPOSITORY.fullmatch(repository) or "--" in repository or ".." in repository:
+        raise _not_found_error(name, needed)
     if not plain or not bare or len(repository) > 96 or repository.endswith((".git", "-", ".")):
-        raise _neither(name, needed)
+        raise _not_found_error(name, needed)
     return repository, inner
 
 
-def _neither(name: str, needed: str) -> CheckpointError:
+def _not_found_error(name: str, needed: str) -> CheckpointError:
     return CheckpointError(f"{name[:80]!r}: no such file or folder; needed {needed}")
 
 
 def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path, list[str]]:
-    """The folder of a repository in the cache, with the files that `choose` takes from its list; CheckpointError."""
+    """Return the folder of a repository in the cache, with the files that `choose` takes; raises CheckpointError."""
     # Slow to import, and needed by few runs.
     from huggingface_hub import HfApi, constants, snapshot_download
 
     snapshot, errors = None, _errors()
     try:
         siblings = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or ()
-        files = {one.rfilename for one in siblings}
+        files = {sibling.rfilename for sibling in siblings}
     except errors as error:
-        fault, snapshot = _fault(error), _cached(repository)
+        fault, snapshot = _explain_error(error), _cached(repository)
         if snapshot is None:
             raise CheckpointError(f"{repository}: {fault}") from None
-        files = _known(repository, snapshot)
+        files = _known_files(repository, snapshot)
     chosen = choose(files)
     if snapshot is None:
         try:
             return Path(snapshot_download(repository, allow_patterns=[glob.escape(name) for name in chosen])), chosen
         except errors as error:
-            fault, snapshot = _fault(error), _cached(repository)
+            fault, snapshot = _explain_error(error), _cached(repository)
         if snapshot is None:
             raise CheckpointError(f"{repository}: {fault}")
-    if lacking := _lacking(snapshot, chosen):
-        few = ", ".join(lacking[:4]) + (", …" if len(lacking) > 4 else "")
+    if missing := _missing_files(snapshot, chosen):
+        shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
         raise CheckpointError(
-            f"{repository}: download incomplete: missing {few} ({len(lacking)} of {len(chosen)} files); {fault}"
+            f"{repository}: download incomplete: missing {shown} ({len(missing)} of {len(chosen)} files); {fault}"
         )
     return snapshot, chosen
 
 
 def _cached(repository: str) -> Path | None:
-    """The newest snapshot in the cache, complete or not."""
+    """Return the newest snapshot in the cache, complete or not; None where there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -309,30 +317,30 @@ def _cached(repository: str) -> Path | None:
         return None if path is None else Path(path)
 
 
-def _known(repository: str, snapshot: Path) -> set[str]:
-    """Files that a repository is known to have: by the list that was kept of it, by what is there, and what that says.
+def _known_files(repository: str, snapshot: Path) -> set[str]:
+    """Return the files that a repository is known to have: by the cached list, by what is there, and by indexes.
 
-    Links whose file is gone count as known. The shards of an index that is there, too; and where no list was kept, the
-    folders that model_index.json names.
+    Links whose file is gone count as known. So do the shards of an index that is there, and where no list was cached,
+    the folders that model_index.json names.
     """
-    found = {
+    known = {
         (Path(folder) / name).relative_to(snapshot).as_posix()
         for folder, _, names in os.walk(snapshot)
         for name in names
     }
-    listed = _listed(repository)
-    for index in [name for name in found if name.endswith(INDEX) and (snapshot / name).is_file()]:
+    listed = _cached_list(repository)
+    for index in [name for name in known if name.endswith(INDEX) and (snapshot / name).is_file()]:
         shards = set(read_index(snapshot / index).values())
-        found |= {f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards if Path(name).name == name}
+        known |= {f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards if Path(name).name == name}
     if not listed and (snapshot / "model_index.json").exists():
         for part in WEIGHTS[:3]:
-            if not any(name.startswith(f"{part}/") and name.endswith(ENDINGS) for name in found):
-                found.add(f"{part}/{STEMS[part == 'text_encoder']}{SUFFIX}")
-    return found | listed
+            if not any(name.startswith(f"{part}/") and name.endswith(ENDINGS) for name in known):
+                known.add(f"{part}/{STEMS[part == 'text_encoder']}{SUFFIX}")
+    return known | listed
 
 
-def _listed(repository: str) -> set[str]:
-    """The list of files that huggingface_hub keeps beside a snapshot since 1.22; empty where there is none."""
+def _cached_list(repository: str) -> set[str]:
+    """Return the list of files that huggingface_hub keeps beside a snapshot since 1.22; empty without one."""
     try:
         from huggingface_hub import get_cached_repo_tree
         from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -345,7 +353,7 @@ def _listed(repository: str) -> set[str]:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What the client of the Hub raises when it does not give something."""
+    """Return the exceptions that the client of the Hub raises when it cannot give something."""
     from huggingface_hub import errors
 
     # HTTPError is the root of the HTTP client in use, which is another one in each major version of the library;
@@ -355,15 +363,15 @@ def _errors() -> tuple[type[Exception], ...]:
     return (errors.HTTPError, OSError, ValueError, KeyError, TypeError, RuntimeError, *more)  # type: ignore[attr-defined]
 
 
-def _fault(error: Exception) -> str:
-    """What happened, and what to do, in one line."""
+def _explain_error(error: Exception) -> str:
+    """Return what happened, and what to do, in a single line."""
     from huggingface_hub import errors
 
     # A file that is not in the cache, because it was not given.
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, _errors()):
-        return _fault(error.__cause__)
+        return _explain_error(error.__cause__)
     status = getattr(getattr(error, "response", None), "status_code", None)
-    again = "try again, or give the path of a folder"
+    remedy = "try again, or give the path of a folder"
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated; accept its terms on huggingface.co and log in with `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
@@ -381,7 +389,7 @@ def _fault(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no room is left on the disk of the Hugging Face cache; free some, or set HF_HOME to another place"
     if isinstance(error, errors.HfHubHTTPError) or status is not None:
-        return f"the Hub did not give it ({_first_line(error)}); {again}"
+        return f"the Hub did not give it ({_first_line(error)}); {remedy}"
     kinds = (errors.HTTPError, ConnectionError, TimeoutError)  # type: ignore[attr-defined]
     verb = "was not reached" if isinstance(error, kinds) else "did not give it"
     return f"the Hub {verb} ({_first_line(error)}); run again online, or give the path of a folder"

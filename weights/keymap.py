@@ -1,16 +1,16 @@
-"""Spellings: the names that tensors carry in files that are not the official directory, as short tables.
+"""Spellings: the names of tensors in files that are not the official directory, as short tables of substitutions.
 
-The official directory's names are the names of our modules. Another spelling is a few substitutions, said once and not
-once a layer; which one a file has is told from one telling key. `official` gives the same checkpoint under official
-names, its tensors views of the stored ones: a fused `qkv` becomes three layers by rows, plain or quantized alike,
-because dim 0 of every part of a layer is the output channel, or the part is shared by all rows. Two things more differ
-between writers and carry no meaning: pad tokens of one dimension, and attention of the autoencoder as 1×1 convolutions.
+The official directory's names are the names of our modules. Which spelling a file has is detected by a single key.
+`official` returns the same checkpoint under official names, its tensors views of the stored ones: a fused `qkv` becomes
+three layers by rows, whether float or quantized, because dim 0 of every part of a layer is the output channel, or the
+part is shared by all rows. Two more differences between writers carry no meaning and are undone: pad tokens of one
+dimension, and attention of the autoencoder as 1×1 convolutions.
 
-What stands before the names of a part in a file of several (`model.diffusion_model.`) is for `parts`.
+Prefixes of parts in a file of several (`model.diffusion_model.`) are removed by `split_checkpoint`.
 
 Source: key sets of Comfy-Org's and FLUX.1's files, of llama.cpp for qwen3, of transformers 4.51 (`Qwen3ForCausalLM`:
 with `model.`) and 5.x (`Qwen3Model`: without), whose `Siglip2VisionModel` lost its `vision_model.` likewise. Adapters
-spell in their own ways, see `adapter`.
+have spellings of their own, see `dialects`.
 """
 
 import re
@@ -23,17 +23,18 @@ from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, View
 
 # In an official name: one stored tensor is several, cut into equal runs of rows.
-FUSED = re.compile(r"\{(.*)\}")
+FUSED_PATTERN = re.compile(r"\{(.*)\}")
 PAD_TOKENS = ("x_pad_token", "cap_pad_token", "siglip_pad_token")
 # Linear layers that a writer may store as 1×1 convolutions.
-POINTWISE = re.compile(r".*\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
+POINTWISE_CONVOLUTION = re.compile(r".*\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Spelling:
-    """Substitutions (pattern, replacement) that make official names, one after the other; `tell` is a key it has.
+    """Substitutions (pattern, replacement) that make official names, applied in order.
 
-    A replacement with {a,b} makes one name of each: the stored tensor is cut into as many equal runs of rows.
+    name: of the writer · tell: a key that only this spelling has. A replacement with {a,b} makes a name of each: the
+    stored tensor is cut into as many equal runs of rows.
     """
 
     name: str
@@ -41,14 +42,14 @@ class Spelling:
     table: tuple[tuple[str, str], ...] = ()
 
     def to_official(self, key: str, keys: Collection[str] = ()) -> list[str]:
-        """The official names of a stored key: one, or several where it is fused. keys: all of the file's."""
+        """Return the official names of a stored key, several where it is fused; keys: all of the file's."""
         for pattern, replacement in self.table:
             key = re.sub(pattern, replacement, key)
         if UP.match(key):
             # LDM counts the decoder's levels from the picture, diffusers from the latents.
-            levels = 1 + max(int(found[1]) for one in keys if (found := UP_STORED.match(one)))
-            key = UP.sub(lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.", key)
-        fused = FUSED.search(key)
+            levels = 1 + max(int(match[1]) for stored in keys if (match := UP_STORED.match(stored)))
+            key = UP.sub(lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", key)
+        fused = FUSED_PATTERN.search(key)
         return [key.replace(fused[0], piece) for piece in fused[1].split(",")] if fused else [key]
 
 
@@ -123,7 +124,7 @@ SPELLINGS = (
 
 
 def detect(keys: Collection[str], names: Collection[str] = ()) -> Spelling:
-    """The spelling whose telling key is there, and is meant for one of the model's names; else the official one."""
+    """Return the spelling whose telling key is there, and belongs to the model's names; else the official spelling."""
 
     def fits(spelling: Spelling) -> bool:
         return spelling.tell in keys and (not names or spelling.to_official(spelling.tell)[0] in names)
@@ -132,17 +133,17 @@ def detect(keys: Collection[str], names: Collection[str] = ()) -> Spelling:
 
 
 def official(checkpoint: Checkpoint, names: Collection[str] = ()) -> Checkpoint:
-    """The checkpoint under official names; itself when it is spelled so already.
+    """Return the checkpoint under official names; itself where it has them already.
 
     names: those of the model that it is for; a checkpoint of another model is left as it is.
     """
     spelling = detect(checkpoint, names)
-    renamed = Respelled(checkpoint, spelling)
+    renamed = RenamedView(checkpoint, spelling)
     return renamed if renamed.changed else checkpoint
 
 
-class Respelled(View):
-    """A checkpoint whose keys read in the official spelling: each a stored key, and which run of its rows."""
+class RenamedView(View):
+    """A checkpoint under official names: each is a stored key, or a run of its rows."""
 
     def __init__(self, checkpoint: Checkpoint, spelling: Spelling) -> None:
         self.path = checkpoint.path
@@ -168,18 +169,18 @@ class Respelled(View):
 
     @property
     def changed(self) -> bool:
-        """Whether anything reads differently from the checkpoint below."""
+        """Return whether any name or shape differs from the checkpoint below."""
         return any(name != key or self._reshaped(name) for name, (key, *_) in self._stored.items())
 
     def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk."""
+        """Return all names, in the order of the tensors on disk."""
         return list(self._stored)
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
 
     def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor; CheckpointError for an unknown name."""
+        """Return shape, dtype and bytes of a tensor; raises CheckpointError for an unknown name."""
         rows, shape = self._rows(name), self._reshaped(name)
         entry = self._checkpoint.entry(self._key(name))
         if rows is not None:
@@ -187,18 +188,18 @@ class Respelled(View):
         return entry if shape is None else Entry(shape, entry.dtype, entry.nbytes)
 
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, a view of what the checkpoint below gives."""
+        """Return a tensor in its stored dtype, a view of the tensor of the checkpoint below."""
         rows, shape = self._rows(name), self._reshaped(name)
         tensor = self._checkpoint.load(self._key(name))
         tensor = tensor if rows is None else tensor[rows]
         return tensor if shape is None else tensor.view(shape)
 
     def format(self, name: str) -> str:
-        """The number format of one tensor, as the checkpoint below says it."""
+        """Return the number format of a tensor, from the checkpoint below."""
         return self._checkpoint.format(self._key(name))
 
     def _key(self, name: str) -> str:
-        """The stored key of an official name."""
+        """Return the stored key of an official name; raises CheckpointError for an unknown name."""
         if name not in self._stored:
             raise CheckpointError(
                 f"{self.path}: no tensor {name!r} among {len(self._stored)}; the files are of another model"
@@ -206,7 +207,7 @@ class Respelled(View):
         return self._stored[name][0]
 
     def _rows(self, name: str) -> slice | None:
-        """Which rows of the stored tensor a name stands for; None for all, or where they share it."""
+        """Return the rows of the stored tensor that a name has; None for all, or where they are shared."""
         key = self._key(name)
         _, run, runs = self._stored[name]
         shape = self._checkpoint.entry(key).shape
@@ -222,8 +223,8 @@ class Respelled(View):
         return slice(run * shape[0] // runs, (run + 1) * shape[0] // runs)
 
     def _reshaped(self, name: str) -> tuple[int, ...] | None:
-        """The shape that a tensor is shown in, where the writer has chosen another one."""
+        """Return the official shape of a tensor whose writer chose another shape, None where it is stored so."""
         shape = self._checkpoint.entry(self._key(name)).shape
         if name in PAD_TOKENS and len(shape) == 1:
             return (1, *shape)
-        return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) and POINTWISE.fullmatch(name) else None
+        return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) and POINTWISE_CONVOLUTION.fullmatch(name) else None

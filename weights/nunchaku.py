@@ -2,8 +2,8 @@
 
 A weight is 4-bit codes in groups of 64 (INT4) or 16 (FP4), after its input was divided by a smoothing factor, plus a
 branch of low rank in bf16. Everything is packed in the order in which the lanes of a GPU's warp read it, in tiles of
-128 rows; here it is put back into rows, once, when a layer is read. Activations stay wide, where nunchaku rounds them
-to 4 bits: the same weights, a smaller error, other bits.
+128 rows; here it is put back into rows, once, when a layer is read. Activations are not rounded, where nunchaku rounds
+them to 4 bits: the same weights, a smaller error, other bits.
 
 Source: the layouts of nunchaku's kernels and of its weight packer.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int4 import pack
-from s3dit.weights.comfy import E2M1, SIGNED, table
+from s3dit.weights.comfy import E2M1, SIGNED, table_part
 from s3dit.weights.container import FLOATS, Checkpoint
 from s3dit.weights.repack import DerivedTensors, Layer
 
@@ -24,7 +24,7 @@ TILE = 128
 
 
 def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
-    """The quantized layers of a file; raises CheckpointError for what they cannot mean."""
+    """Yield the quantized layers of a file; raises CheckpointError where they are inconsistent."""
     for key in checkpoint:
         if key.endswith(".qweight"):
             yield _layer(Layer(checkpoint, key.removesuffix(".qweight")))
@@ -39,41 +39,43 @@ def _layer(layer: Layer) -> DerivedTensors:
         raise layer.error(f"qweight stands for {out} x {in_}; needed multiples of {TILE}")
     fp4 = layer.has("wscales") and layer.checkpoint.entry(layer.key("wscales")).dtype == E4M3
     group = 16 if fp4 else 64
-    layer.need("wscales", (E4M3,) if fp4 else FLOATS, (in_ // group, out))
-    layer.need("smooth_factor", FLOATS, (in_,))
-    rank = layer.need("proj_down", FLOATS)[-1]
+    layer.require("wscales", (E4M3,) if fp4 else FLOATS, (in_ // group, out))
+    layer.require("smooth_factor", FLOATS, (in_,))
+    rank = layer.require("proj_down", FLOATS)[-1]
     if rank % 16:
         raise layer.error(f"its branch has the rank {rank}; needed a multiple of 16")
     low = layer.checkpoint.entry(layer.key("proj_down")).dtype
     assert isinstance(low, torch.dtype)
-    layer.need("proj_down", (low,), (in_, rank))
-    layer.need("proj_up", (low,), (out, rank))
-    columns = fp4 and layer.maybe("wcscales", FLOATS, (out,))
-    whole = fp4 and layer.maybe("wtscale", FLOATS, (), (1,))
-    layer.drop("smooth_factor_orig", "wcscales", "wtscale")
+    layer.require("proj_down", (low,), (in_, rank))
+    layer.require("proj_up", (low,), (out, rank))
+    has_columns = fp4 and layer.optional("wcscales", FLOATS, (out,))
+    has_total = fp4 and layer.optional("wtscale", FLOATS, (), (1,))
+    layer.ignore("smooth_factor_orig", "wcscales", "wtscale")
     dtype = layer.checkpoint.entry(layer.key("wscales")).dtype
     assert isinstance(dtype, torch.dtype)
 
     def make() -> dict[str, Tensor]:
-        parts = {"weight": pack(codes(layer("qweight"), out, in_)), "table": table(E2M1 if fp4 else SIGNED)}
-        parts["scale"] = micro(layer("wscales"), out) if fp4 else vectors(layer("wscales"), out)
+        parts = {"weight": pack(unpack_codes(layer("qweight"), out, in_)), "table": table_part(E2M1 if fp4 else SIGNED)}
+        parts["scale"] = unpack_block_scales(layer("wscales"), out) if fp4 else unpack_vectors(layer("wscales"), out)
         if fp4:
             channel = (
-                vectors(layer("wcscales")[None], out).float() if columns else torch.ones(out, 1, dtype=torch.float32)
+                unpack_vectors(layer("wcscales")[None], out).float()
+                if has_columns
+                else torch.ones(out, 1, dtype=torch.float32, device="cpu")
             )
-            parts["channel"] = channel * layer("wtscale").float() if whole else channel
-        parts["column"] = 1 / vectors(layer("smooth_factor")[None], in_).float().T
-        up, down = (fragments(layer(leaf)) for leaf in ("proj_up", "proj_down"))
+            parts["channel"] = channel * layer("wtscale").float() if has_total else channel
+        parts["column"] = 1 / unpack_vectors(layer("smooth_factor")[None], in_).float().T
+        up, down = (unpack_fragments(layer(leaf)) for leaf in ("proj_up", "proj_down"))
         # Tiles of 16 x 16; those of `up` hold rows first, those of `down` ranks.
         parts["up"] = up.permute(0, 2, 1, 3).reshape(out, rank)
         return parts | {"down": down.permute(1, 2, 0, 3).reshape(1, rank, in_)}
 
     form = Form(torch.uint8, group, dtype, channel=fp4, column=True, rank=rank, low=low)
-    return layer.made(grouped("svdq-fp4" if fp4 else "svdq-int4", form), out, in_, make)
+    return layer.derive(grouped("svdq-fp4" if fp4 else "svdq-int4", form), out, in_, make)
 
 
-def codes(packed: Tensor, out: int, in_: int) -> Tensor:
-    """Codes (out, in) uint8 of bytes that hold them in the order of a tensor core's operands."""
+def unpack_codes(packed: Tensor, out: int, in_: int) -> Tensor:
+    """Unpack bytes that hold 4-bit codes in the order of a tensor core's operands -> (out, in) uint8."""
     packed = packed.contiguous().view(torch.uint8)
     halves = torch.stack((packed & 15, packed >> 4), -1)
     # Row: tile, 16 of 8 (a), the halves of 16 (d), 8 (b); column: tile, the halves of 64 (f), 8 of 4 (c), 8 (g).
@@ -81,21 +83,21 @@ def codes(packed: Tensor, out: int, in_: int) -> Tensor:
     return lanes.permute(0, 2, 5, 3, 1, 6, 4, 7).reshape(out, in_)
 
 
-def vectors(packed: Tensor, length: int) -> Tensor:
-    """Vectors (groups, length) packed for a warp -> (length, groups)."""
+def unpack_vectors(packed: Tensor, length: int) -> Tensor:
+    """Unpack vectors (groups, length) from the order of a warp -> (length, groups)."""
     lanes = packed.contiguous().view(length // TILE, len(packed), 1, 8, 4, 2, 2)
     return lanes.permute(0, 2, 3, 5, 4, 6, 1).reshape(length, len(packed))
 
 
-def micro(packed: Tensor, out: int) -> Tensor:
-    """Scales of 16 columns, e4m3 (in / 16, out) packed -> (out, in / 16)."""
+def unpack_block_scales(packed: Tensor, out: int) -> Tensor:
+    """Unpack scales of 16 columns, e4m3 (in / 16, out), -> (out, in / 16)."""
     bits = packed.contiguous().view(torch.uint8)
     lanes = bits.view(out // TILE, -1, 1, 8, 4, 4, 4)
     return lanes.permute(0, 2, 5, 4, 3, 1, 6).reshape(out, -1).view(E4M3)
 
 
-def fragments(packed: Tensor) -> Tensor:
-    """A matrix (channels, rank) packed for a tensor core -> its tiles (channels / 16, rank / 16, 16, 16)."""
+def unpack_fragments(packed: Tensor) -> Tensor:
+    """Unpack a matrix (channels, rank) of a tensor core -> tiles (channels / 16, rank / 16, 16, 16)."""
     channels, rank = packed.shape
     lanes = packed.contiguous().view(channels // 16, rank // 16, 8, 4, 2, 2, 1, 2)
     return lanes.permute(0, 1, 4, 2, 6, 5, 3, 7).reshape(channels // 16, rank // 16, 16, 16)

@@ -1,12 +1,12 @@
-"""A model directory into a smaller one, layer by layer, in a number format; and how such a directory is read.
+"""Quantizing a model directory into a smaller one, layer by layer; and the formats that such a directory is run in.
 
-The weights stream: one tensor is read, encoded and written at a time, so a model of any size needs the memory of its
-largest layer a few times over. What is not encoded is copied as it is stored; parts that are left alone are hard links
-where the file system has them. The new directory appears whole, under its name, or not at all.
+The weights are streamed: each tensor is read, encoded and written before the next, so a model of any size needs the
+memory of its largest layer a few times over. What is not encoded is copied as it is stored; parts that are not
+quantized are hard links where the file system has them. The new directory appears whole, under its name, or not at all.
 
-The format is said in the metadata of each file, with a hash of what it was made of, and is read from nowhere else;
-which layers are in it is told by their dtype. Layers that Z-Image is sensitive to stay wide: embedders, modulation and
-the final layer, 2 % of the numbers, and the last layers of the text encoder.
+The metadata of each file names the format, with a hash of the source; dtypes show which layers are in it. Layers that
+Z-Image is sensitive to are not quantized: embedders, modulation and the final layer, 2 % of the numbers, and the last
+layers of the text encoder.
 """
 
 import hashlib
@@ -26,43 +26,46 @@ from torch import Tensor
 from s3dit.errors import BackendError, CheckpointError
 from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES
-from s3dit.weights.assign import encoded
+from s3dit.weights.assign import encode_weight
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.container import FLOATS
-from s3dit.weights.formats import FINER
+from s3dit.weights.formats import FINER_SCHEMES
 from s3dit.weights.model_folder import building, left_out
 from s3dit.weights.safetensors_dir import SUFFIX
 
 # Layers that may be of a number format, by part, under official names.
-LAYERS = {
+QUANTIZABLE = {
     "transformer": re.compile(
         r"()(layers|noise_refiner|context_refiner)\.(\d+)\.(attention\.to_([qkv]|out\.0)|feed_forward\.w[123])"
     ),
     "text_encoder": re.compile(r"(model\.)?(layers)\.(\d+)\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"),
 }
 # What attention hands on: a sixth of the weights, and half of the error of a 4-bit model. They are given 8 bits.
-SENSITIVE = re.compile(r"\.(to_v|to_out\.0|v_proj|o_proj)$")
-# The last layers of the text encoder stay wide, at most this many and at most a quarter; one more is never computed.
-WIDE_LAST = 8
+SENSITIVE_LAYERS = re.compile(r"\.(to_v|to_out\.0|v_proj|o_proj)$")
+# The last layers of the text encoder are not quantized, at most this many and at most a quarter; the very last is
+# never computed.
+LAST_LAYERS_KEPT = 8
 # Bytes of one file of the new directory, gathered in memory; read before the source's map is let go; hashed at a time.
-SHARD, MAPPED, CHUNK = 1 << 30, 1 << 29, 1 << 24
+SHARD_BYTES, MAPPED_BYTES, HASH_BYTES = 1 << 30, 1 << 29, 1 << 24
 # Stands in the headers for the hash of the source until that is known.
 UNKNOWN = "sha256:" + "-" * 64
-# Room that is asked for besides the weights.
+# Bytes of free disk that are needed besides the weights.
 SPARE = 64 << 20
 STEM = {"text_encoder": "model"}
 
 
 def scheme_named(name: str) -> Scheme:
-    """The number format of a name that a user gave; raises BackendError."""
+    """Return the number format of a name that a user gave; raises BackendError."""
     if name not in SCHEMES:
         raise BackendError(f"number format is {name!r}; needed one of {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
 
 def schemes_for(part: str, checkpoint: Checkpoint, asked: str | None) -> dict[str, Scheme]:
-    """The number formats that a part's layers are to be run in, as the checkpoint spells them: those it is stored in,
-    or for plain floats the one asked for, if any; raises CheckpointError and BackendError.
+    """Return the number formats that a part's layers are to be run in, under the checkpoint's names.
+
+    They are the formats that it is stored in, or for floats the format `asked`, if any. Raises CheckpointError where it
+    is stored in another format than was asked for, and BackendError for a format that does not exist.
     """
     wanted = None if asked is None else scheme_named(asked)
     stored = named(checkpoint.schemes)
@@ -73,28 +76,30 @@ def schemes_for(part: str, checkpoint: Checkpoint, asked: str | None) -> dict[st
         )
     if stored or wanted is None:
         return dict(checkpoint.schemes)
-    return chosen(part, (name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")), wanted)
+    return quantizable_layers(
+        part, (name.removesuffix(".weight") for name in checkpoint if name.endswith(".weight")), wanted
+    )
 
 
 def named(schemes: Mapping[str, Scheme]) -> str:
-    """What a part is called whose layers are in these formats: the commonest one; empty for plain floats."""
+    """Return the name of a part whose layers are in these formats: the most frequent; empty for floats."""
     counts = Counter(scheme.name for scheme in schemes.values())
     return max(counts, key=counts.__getitem__, default="")
 
 
-def chosen(part: str, names: Iterable[str], scheme: Scheme) -> dict[str, Scheme]:
-    """Of a part's layers, those that are safe to quantize, and how; none for a part that is small anyway."""
-    pattern = LAYERS.get(part)
-    found = {name: match for name in names if pattern is not None and (match := pattern.fullmatch(name))}
-    wide = 0
-    count = 1 + max((int(match[3]) for match in found.values() if match[2] == "layers"), default=0)
+def quantizable_layers(part: str, names: Iterable[str], scheme: Scheme) -> dict[str, Scheme]:
+    """Return the layers of a part that can be quantized, each with its scheme; none for a small part."""
+    pattern = QUANTIZABLE.get(part)
+    matches = {name: match for name in names if pattern is not None and (match := pattern.fullmatch(name))}
+    kept = 0
+    count = 1 + max((int(match[3]) for match in matches.values() if match[2] == "layers"), default=0)
     if part == "text_encoder":
-        wide = 1 + min(WIDE_LAST, count // 4)
-    finer = SCHEMES[FINER.get(scheme.name, scheme.name)]
+        kept = 1 + min(LAST_LAYERS_KEPT, count // 4)
+    finer = SCHEMES[FINER_SCHEMES.get(scheme.name, scheme.name)]
     return {
-        name: finer if SENSITIVE.search(name) else scheme
-        for name, match in found.items()
-        if not wide or int(match[3]) < count - wide
+        name: finer if SENSITIVE_LAYERS.search(name) else scheme
+        for name, match in matches.items()
+        if not kept or int(match[3]) < count - kept
     }
 
 
@@ -116,7 +121,7 @@ def quantize(
     checkpoints = check(source, target, schemes, force=force)
     target = target.resolve()
     with building(target) as built:
-        shutil.copytree(source, built, copy_function=_link, ignore=_left_out(source, schemes))
+        shutil.copytree(source, built, copy_function=_link, ignore=_ignored(source, schemes))
         for part, checkpoint in checkpoints.items():
             try:
                 _write(checkpoint, part, built / part, schemes[part], version, progress or (lambda count: None))
@@ -127,7 +132,7 @@ def quantize(
 
 
 def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: bool = False) -> dict[str, Checkpoint]:
-    """Raise the CheckpointError that `quantize` would raise before it writes; the checkpoints of the parts."""
+    """Raise the CheckpointError that `quantize` would raise before it writes; return the checkpoints of the parts."""
     if not source.is_dir():
         raise CheckpointError(f"{source}: not a folder; needed a model in the official directory layout")
     check_target(source, target, force=force)
@@ -136,11 +141,11 @@ def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: b
     needed = SPARE
     for part, checkpoint in checkpoints.items():
         stored = named(checkpoint.schemes)
-        odd = [name for name in checkpoint if checkpoint.entry(name).dtype not in FLOATS]
-        if stored or odd:
-            what = stored or f"not plain floats ({odd[0]})"
+        not_floats = [name for name in checkpoint if checkpoint.entry(name).dtype not in FLOATS]
+        if stored or not_floats:
+            what = stored or f"not plain floats ({not_floats[0]})"
             raise CheckpointError(f"{checkpoint.path}: is {what} already; needed the unquantized files")
-        needed += _size(checkpoint, schemes_for(part, checkpoint, schemes[part].name))
+        needed += _quantized_size(checkpoint, schemes_for(part, checkpoint, schemes[part].name))
     others = (path for path in source.rglob("*") if path.is_file() and path.relative_to(source).parts[0] not in schemes)
     # Links take no room, but a file system without them would copy.
     needed += sum(path.stat().st_size for path in others if path.stat().st_dev != real.parent.stat().st_dev)
@@ -149,7 +154,7 @@ def check(source: Path, target: Path, schemes: Mapping[str, Scheme], *, force: b
 
 
 def check_target(source: Path, target: Path, *, force: bool = False) -> None:
-    """Raise the CheckpointError of a directory that cannot be made, or not be replaced."""
+    """Raise CheckpointError for a directory that cannot be made, or not be replaced."""
     real, home = target.resolve(), source.resolve()
     if real.is_relative_to(home) or home.is_relative_to(real):
         raise CheckpointError(f"{target}: overlaps with the source {source}; needed a folder beside it")
@@ -162,7 +167,7 @@ def check_target(source: Path, target: Path, *, force: bool = False) -> None:
 
 
 def check_room(target: Path, needed: int) -> None:
-    """Raise the CheckpointError of a disk that has too little room for that many bytes."""
+    """Raise CheckpointError where the disk of `target` has less than `needed` bytes free."""
     folder = target.resolve().parent
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -172,12 +177,12 @@ def check_room(target: Path, needed: int) -> None:
         )
 
 
-def _size(checkpoint: Checkpoint, inside: Mapping[str, Scheme]) -> int:
-    """Bytes of a checkpoint once it is quantized; raises CheckpointError for widths that the scheme cannot take."""
+def _quantized_size(checkpoint: Checkpoint, quantized: Mapping[str, Scheme]) -> int:
+    """Return the bytes of a checkpoint once quantized; raises CheckpointError for widths that do not fit."""
     total = 0
     for name in checkpoint:
         entry = checkpoint.entry(name)
-        scheme = inside.get(name.removesuffix(".weight"))
+        scheme = quantized.get(name.removesuffix(".weight"))
         if scheme is None:
             total += entry.nbytes
             continue
@@ -190,20 +195,20 @@ def _size(checkpoint: Checkpoint, inside: Mapping[str, Scheme]) -> int:
     return total
 
 
-def _left_out(source: Path, schemes: Collection[str]) -> Callable[[str, list[str]], list[str]]:
-    """What copytree skips: the weights of parts that are written anew, and what `left_out` does not let out."""
-    strangers = left_out(source)
+def _ignored(source: Path, schemes: Collection[str]) -> Callable[[str, list[str]], list[str]]:
+    """Return copytree's `ignore`: the weights of parts that are written anew, and what `left_out` ignores."""
+    foreign = left_out(source)
 
     def ignore(folder: str, names: list[str]) -> list[str]:
         anew = Path(folder).name in schemes and Path(folder).parent == source
         weights = (SUFFIX, f"{SUFFIX}.index.json")
-        return [*strangers(folder, names), *(name for name in names if anew and name.endswith(weights))]
+        return [*foreign(folder, names), *(name for name in names if anew and name.endswith(weights))]
 
     return ignore
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link to a file of weights, where there are such links; a copy of any other, which one may want to edit."""
+    """Make a hard link to a file of weights, where that is possible; copy any other file, which a user may edit."""
     real = os.path.realpath(source)
     try:
         if not source.endswith(SUFFIX):
@@ -216,10 +221,10 @@ def _link(source: str, target: str) -> None:
 def _write(
     checkpoint: Checkpoint, part: str, folder: Path, scheme: Scheme, version: str, progress: Callable[[int], None]
 ) -> None:
-    """Stream one part into shards of its folder, and write the index that names them."""
-    inside = schemes_for(part, checkpoint, scheme.name)
-    wide = sorted(name for name in checkpoint if name.removesuffix(".weight") not in inside)
-    skipped = json.dumps(wide)
+    """Stream a part into shards of its folder, and write the index that names them."""
+    quantized = schemes_for(part, checkpoint, scheme.name)
+    kept = sorted(name for name in checkpoint if name.removesuffix(".weight") not in quantized)
+    skipped = json.dumps(kept)
     metadata = {"format": "pt", "scheme": scheme.name, "source": UNKNOWN, "skipped": skipped, "s3dit": version}
     shards = Shards(folder, STEM.get(part, "diffusion_pytorch_model"), metadata)
     digest = hashlib.sha256()
@@ -229,15 +234,15 @@ def _write(
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         _hash(digest, tensor)
         layer = name.removesuffix(".weight")
-        if layer in inside:
-            parts = encoded(inside[layer], tensor, name, checkpoint)
+        if layer in quantized:
+            parts = encode_weight(quantized[layer], tensor, name, checkpoint)
             shards.add({f"{layer}.{leaf}": value for leaf, value in parts.items()})
         else:
             # A view would hold the whole map of the source.
             shards.add({name: tensor.clone()})
         progress(tensor.nbytes)
         read += tensor.nbytes
-        if read > MAPPED:
+        if read > MAPPED_BYTES:
             # Mapped pages count as memory: with the last tensor that looks at it the map goes, and a new one is made.
             del tensor
             checkpoint.release()
@@ -248,13 +253,13 @@ def _write(
 
 
 def _hash(digest: "hashlib._Hash", tensor: Tensor) -> None:
-    """Feed the bytes of a tensor to a digest, some at a time."""
-    for run in tensor.contiguous().view(-1).view(torch.uint8).split(CHUNK):
+    """Feed the bytes of a tensor to a digest, a chunk at a time."""
+    for run in tensor.contiguous().view(-1).view(torch.uint8).split(HASH_BYTES):
         digest.update(run.numpy())
 
 
 class Shards:
-    """Tensors gathered into files of at most SHARD bytes, and the index that names them."""
+    """Tensors gathered into files of at most SHARD_BYTES, and the index that names them."""
 
     def __init__(self, folder: Path, stem: str, metadata: dict[str, str]) -> None:
         self.folder, self.stem, self.metadata = folder, stem, metadata
@@ -264,15 +269,15 @@ class Shards:
         self._total = 0
 
     def add(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of one layer; a file that is full is written."""
+        """Add the tensors of a layer; a file that is full is written."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if self._held and self._held + size > SHARD:
+        if self._held and self._held + size > SHARD_BYTES:
             self._flush()
         self._tensors |= tensors
         self._held, self._total = self._held + size, self._total + size
 
     def close(self, source: str) -> None:
-        """Write what is left, the index, and into every header the hash of the source, which is known only now."""
+        """Write the last file and the index, and the hash of the source, known only now, into every header."""
         self._flush()
         count = len(self._files)
         weight_map: dict[str, str] = {}

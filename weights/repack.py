@@ -1,11 +1,11 @@
-"""Layers of other producers shown as the parts of a Scheme: what `formats` and its rooms are written with.
+"""Layers of other producers shown as the parts of a Scheme: what `formats` and the producers' modules are written with.
 
-`Layer` is one quantized layer as a file holds it: its tensors by the last part of their names. A producer's room asks
-it for what it needs, which checks shapes and dtypes from the header alone, and gets a `DerivedTensors`: entries that a
-view can show at once, and a function that makes the tensors when they are asked for, one layer at a time.
-`RepackedView` is that view.
+`Layer` is a quantized layer as a file holds it: its tensors by the last part of their names. A producer's module checks
+the tensors that it needs by `Layer.require`, from the header alone, and gets a `DerivedTensors`: entries that a view
+can show at once, and a function that makes the tensors when they are loaded, layer by layer. `RepackedView` is that
+view.
 
-What a tensor holds is looked at when it is made: a scale that is NaN or infinite would spoil a whole picture.
+Values are checked when they are made: a scale that is NaN or infinite would spoil a whole picture.
 """
 
 import math
@@ -20,17 +20,17 @@ from s3dit.kernels.scheme import Scheme
 from s3dit.weights.container import Checkpoint, Entry, View
 
 # Of formats that ComfyUI pads with zeros: to which multiple rows and columns are, and how many columns a number holds.
-PADDED = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
+PADDED_FORMATS = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
 # Bits from which on an 8-bit float is no number, its sign apart: e4m3 has one NaN, e5m2 infinity and NaN.
-NO_NUMBER = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+FIRST_NAN_BITS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 
 
 @dataclass(frozen=True, slots=True)
 class DerivedTensors:
-    """Tensors that are made of stored ones.
+    """Tensors that are made of stored tensors.
 
-    entries: what is shown, by full name · sources: the stored names that it takes the place of · make: the tensors, by
-    full name, raising CheckpointError · layer, scheme: where they are the parts of one.
+    entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
+    full name, raising CheckpointError · layer, scheme: where they are the parts of a layer.
     """
 
     entries: dict[str, Entry]
@@ -41,30 +41,30 @@ class DerivedTensors:
 
 
 class Layer:
-    """A quantized layer as stored: `layer("weight")` reads one of its tensors, `need` holds its entry to the rules."""
+    """A quantized layer as stored: `layer("weight")` reads a tensor of it, `require` checks its shape and dtype."""
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         self.checkpoint, self.name = checkpoint, name
         self._taken: list[str] = []
 
     def key(self, leaf: str) -> str:
-        """The full name of one of its tensors."""
+        """Return the full name of a tensor of the layer."""
         return f"{self.name}.{leaf}"
 
     def has(self, leaf: str) -> bool:
-        """Whether it has such a tensor."""
+        """Return whether it has such a tensor."""
         return self.key(leaf) in self.checkpoint
 
     def __call__(self, leaf: str) -> Tensor:
-        """Read a tensor."""
+        """Load a tensor."""
         return self.checkpoint.load(self.key(leaf))
 
-    def error(self, found: str) -> CheckpointError:
-        """What to raise where the layer is not as it must be."""
-        return CheckpointError(f"{self.checkpoint.path}: {self.name}: {found}; download the file again, or another one")
+    def error(self, fault: str) -> CheckpointError:
+        """Return the CheckpointError of a layer that is not as it must be."""
+        return CheckpointError(f"{self.checkpoint.path}: {self.name}: {fault}; download the file again, or another one")
 
-    def need(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> tuple[int, ...]:
-        """The shape of a tensor that must be there, of one of these dtypes and shapes (any, if none is given)."""
+    def require(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of a tensor that must be there, of one of these dtypes and, if given, shapes."""
         if not self.has(leaf):
             raise self.error(f"no {leaf}; needed one beside its weight")
         entry, dtypes = self.checkpoint.entry(self.key(leaf)), tuple(dtypes)
@@ -77,25 +77,28 @@ class Layer:
         return entry.shape
 
     def matrix(self, leaf: str, dtypes: Iterable[torch.dtype]) -> tuple[int, int]:
-        """Rows and columns of a tensor that must be a matrix, not empty, of one of these dtypes."""
-        shape = self.need(leaf, dtypes)
+        """Return rows and columns of a tensor that must be a matrix, not empty, of one of these dtypes."""
+        shape = self.require(leaf, dtypes)
         if len(shape) != 2 or 0 in shape:
             raise self.error(f"{leaf} is {list(shape)}; needed a matrix")
         return shape[0], shape[1]
 
-    def maybe(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> bool:
-        """`need`, where the tensor is there at all; whether it is."""
+    def optional(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> bool:
+        """Return whether the tensor is there; if it is, `require` it."""
         if self.has(leaf):
-            self.need(leaf, dtypes, *shapes)
+            self.require(leaf, dtypes, *shapes)
             return True
         return False
 
-    def drop(self, *leaves: str) -> None:
-        """Take tensors that nobody reads out of sight, where they are there."""
+    def ignore(self, *leaves: str) -> None:
+        """Hide tensors that are not read, where they are there."""
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
-    def made(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> DerivedTensors:
-        """The parts that `make` will give, as the scheme's spec says; raises CheckpointError for widths it refuses."""
+    def derive(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> DerivedTensors:
+        """Return the parts of a scheme that `make` will return, for a weight (out, in).
+
+        Raises CheckpointError for widths that the scheme refuses; loading raises it for NaN and infinity.
+        """
         try:
             spec = scheme.spec(out, in_)
         except ValueError as error:
@@ -108,7 +111,7 @@ class Layer:
             # An embedding is made for every prompt; its numbers are looked at once.
             for part, tensor in parts.items():
                 if part not in good:
-                    self.numbers(part, tensor)
+                    self.check_finite(part, tensor)
                 good.add(part)
             return {self.key(part): tensor.contiguous() for part, tensor in parts.items()}
 
@@ -118,11 +121,11 @@ class Layer:
         }
         return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
 
-    def numbers(self, part: str, tensor: Tensor) -> None:
+    def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
-        if tensor.dtype in NO_NUMBER:
+        if tensor.dtype in FIRST_NAN_BITS:
             bits = tensor.contiguous().view(torch.uint8) & 0x7F
-            wrong = int(bits.max()) >= NO_NUMBER[tensor.dtype]
+            wrong = int(bits.max()) >= FIRST_NAN_BITS[tensor.dtype]
         else:
             wrong = tensor.dtype.is_floating_point and not bool(tensor.float().isfinite().all())
         if wrong:
@@ -133,37 +136,37 @@ def _plain(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def rows(scale: Tensor, out: int) -> Tensor:
-    """A scale of one number, or one an output channel in any shape -> (out, 1) fp32."""
+def row_scales(scale: Tensor, out: int) -> Tensor:
+    """Return a scale of one number, or a number for each output channel in any shape, as (out, 1) fp32."""
     return scale.float().reshape(-1, 1).expand(out, 1)
 
 
-def row_shapes(out: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes that `rows` takes."""
+def row_scale_shapes(out: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes that `row_scales` takes."""
     return (), (1,), (1, 1), (out,), (out, 1)
 
 
-def swapped(packed: Tensor) -> Tensor:
-    """Bytes (…) with their halves changed over."""
+def swap_nibbles(packed: Tensor) -> Tensor:
+    """Return bytes (…), uint8, with their two halves exchanged."""
     packed = packed.view(torch.uint8)
     return packed << 4 | packed >> 4
 
 
-def widened(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> DerivedTensors:
-    """A tensor that is no layer's weight, in an 8-bit float, as a plain tensor in a dtype that holds it exactly."""
+def upcast_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> DerivedTensors:
+    """Return a tensor in an 8-bit float, which is not a layer's weight, in a dtype that holds it exactly."""
     entry = checkpoint.entry(name)
     layer, _, leaf = name.rpartition(".")
 
     def make() -> dict[str, Tensor]:
         tensor = checkpoint.load(name)
-        Layer(checkpoint, layer).numbers(leaf, tensor)
+        Layer(checkpoint, layer).check_finite(leaf, tensor)
         return {name: tensor.to(dtype)}
 
     return DerivedTensors({name: Entry(entry.shape, dtype, math.prod(entry.shape) * dtype.itemsize)}, (name,), make)
 
 
 class RepackedView(View):
-    """A checkpoint in which some tensors are shown as others are made of them, and some not at all."""
+    """A checkpoint in which derived tensors replace stored ones, and some are hidden."""
 
     def __init__(self, checkpoint: Checkpoint, made: Iterable[DerivedTensors], dropped: Iterable[str] = ()) -> None:
         self.path, self.metadata = checkpoint.path, checkpoint.metadata
@@ -173,12 +176,12 @@ class RepackedView(View):
         first: dict[str, DerivedTensors] = {}
         hidden = set(dropped)
         place = {name: i for i, name in enumerate(checkpoint)}
-        for one in made:
-            hidden.update(one.sources)
-            first[min(one.sources, key=place.__getitem__)] = one
-            self._made |= dict.fromkeys(one.entries, one)
-            if one.scheme is not None:
-                self.schemes[one.layer] = one.scheme
+        for derived in made:
+            hidden.update(derived.sources)
+            first[min(derived.sources, key=place.__getitem__)] = derived
+            self._made |= dict.fromkeys(derived.entries, derived)
+            if derived.scheme is not None:
+                self.schemes[derived.layer] = derived.scheme
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:
@@ -189,19 +192,19 @@ class RepackedView(View):
         self._held: tuple[DerivedTensors, dict[str, Tensor]] | None = None
 
     def release(self) -> None:
-        """Let go of the layer made last, and of what the checkpoint below keeps mapped."""
+        """Release the layer that was made last, and what the checkpoint below keeps mapped."""
         self._held = None
         super().release()
 
     def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk, the parts of a layer together."""
+        """Return all names, in the order of the tensors on disk, the parts of a layer together."""
         return list(self._names)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
     def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor, made or stored; CheckpointError for an unknown name."""
+        """Return shape, dtype and bytes of a tensor, derived or stored; CheckpointError for an unknown name."""
         if name in self._made:
             return self._made[name].entries[name]
         if name not in self._names:
@@ -209,7 +212,7 @@ class RepackedView(View):
         return self._checkpoint.entry(name)
 
     def load(self, name: str) -> Tensor:
-        """One tensor on the CPU, to be treated as read-only; raises CheckpointError where it cannot be made."""
+        """Return a tensor on the CPU, to be treated as read-only; raises CheckpointError where it cannot be made."""
         if name not in self._made:
             self.entry(name)
             return self._checkpoint.load(name)
@@ -221,39 +224,40 @@ class RepackedView(View):
 
 
 def unpadded(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
-    """A checkpoint whose padded layers are float weights of the shape that a model has for them.
+    """Return the checkpoint with its padded layers as float weights of the shape that a model has for them.
 
-    homes: what the model has, by the names of the checkpoint. Only ComfyUI's newest files say the shape themselves.
+    parameters: the model's state dict, under the names of the checkpoint. Only ComfyUI's newest files state the shape
+    themselves.
     """
     parts: dict[str, list[str]] = {}
     for name in checkpoint:
         layer, _, leaf = name.rpartition(".")
-        if leaf != "bias" and layer in checkpoint.schemes and checkpoint.schemes[layer].name in PADDED:
+        if leaf != "bias" and layer in checkpoint.schemes and checkpoint.schemes[layer].name in PADDED_FORMATS:
             parts.setdefault(layer, []).append(name)
     made = [
-        _cut(checkpoint, layer, names, tuple(homes[key].shape))
+        _cropped_layer(checkpoint, layer, names, tuple(homes[key].shape))
         for layer, names in parts.items()
         if (key := f"{layer}.weight") in homes and _is_padded(checkpoint, layer, tuple(homes[key].shape))
     ]
     if not made:
         return checkpoint
     view = RepackedView(checkpoint, made)
-    cut = {name for one in made for name in one.entries}
+    cut = {name for derived in made for name in derived.entries}
     view.schemes = {layer: kind for layer, kind in checkpoint.schemes.items() if f"{layer}.weight" not in cut}
     return view
 
 
 def _is_padded(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored layer is one of this shape and padding."""
-    multiple, packed = PADDED[checkpoint.schemes[layer].name]
+    """Return whether a stored layer has this shape and padding."""
+    multiple, packed = PADDED_FORMATS[checkpoint.schemes[layer].name]
     rows, columns = checkpoint.entry(f"{layer}.weight").shape
-    full = tuple(-(-one // multiple) * multiple for one in shape)
+    full = tuple(-(-size // multiple) * multiple for size in shape)
     # A layer that is swapped already has its home in the form that is stored.
     return shape != full == (rows, columns * packed) and shape != (rows, columns)
 
 
-def _cut(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> DerivedTensors:
-    """The rows and columns of a layer that are no padding, as a float weight."""
+def _cropped_layer(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> DerivedTensors:
+    """Return the rows and columns of a layer that are not padding, as a float weight."""
     scheme, (out, in_) = checkpoint.schemes[layer], shape
 
     def make() -> dict[str, Tensor]:

@@ -1,13 +1,12 @@
-"""Safetensors: one file, or the shards that an index names.
+"""Safetensors: a file, or the shards that an index names.
 
-Headers are read and judged here, as strictly as the safetensors library does: its own reading maps a file with memory
-reserved for all of it, which a file larger than memory has no room for, and keeps some bytes of every tensor that was
-ever asked for. Tensors are views of a map (`mapped_file`), which they hold alive by themselves, and nothing else does:
-one file is kept mapped at a time, so a shard that was read through, and whose tensors were cast, leaves memory whole
-before the next is touched.
+Headers are read and checked here, as strictly as the safetensors library does: its own reader maps a file with memory
+reserved for all of it, for which a file larger than memory has no room, and keeps some bytes of every tensor that was
+ever loaded. Tensors are views of a map (`mapped_file`), which they keep alive by themselves; a single file is kept
+mapped at a time, so a shard whose tensors were cast leaves memory before the next is read.
 
 All headers are read when the files are opened (a few hundred kB), so a folder with a missing, cut or foreign shard is
-refused before the first tensor. An index is data of a stranger: the names in it must stay inside the folder.
+refused before the first tensor is read. An index is not trusted: the names in it must stay inside the folder.
 
 Source: https://github.com/huggingface/safetensors (format), transformers' sharded index (`weight_map`).
 """
@@ -20,9 +19,9 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import MOST_TENSORS, REFUSED, Checkpoint, Entry, parse_json, read_json
-from s3dit.weights.mapped_file import MappedFile, Stored
-from s3dit.weights.model_folder import contained, homes
+from s3dit.weights.container import MAX_TENSORS, REFUSED, Checkpoint, Entry, parse_json, read_json
+from s3dit.weights.mapped_file import MappedFile, StoredCheckpoint
+from s3dit.weights.model_folder import allowed_places, contained
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -44,18 +43,18 @@ DTYPES = {
 }
 
 # Bits of a number in types that torch has not, or not in that form.
-BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
+OTHER_DTYPE_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64}
 SUFFIX = ".safetensors"
 # torch takes 64.
-MOST_DIMENSIONS = 32
+MAX_DIMENSIONS = 32
 # Of a file, on every file system in use.
-LONGEST_NAME = 255
+MAX_FILE_NAME = 255
 # Bytes; the official one has 50 kB.
-LARGEST_INDEX = 1 << 24
+MAX_INDEX_BYTES = 1 << 24
 
 
-class SafetensorsFiles(Stored):
-    """Tensors of one or several safetensors files, under one roof."""
+class SafetensorsFiles(StoredCheckpoint):
+    """The checkpoint of one or several safetensors files."""
 
     def __init__(self, path: Path, shards: list[Path]) -> None:
         self.path = path
@@ -76,11 +75,11 @@ class SafetensorsFiles(Stored):
             self.metadata = metadata | self.metadata
 
     def shards(self) -> dict[str, str]:
-        """The name of the file that holds each tensor."""
+        """Return the name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, on the CPU: a view of the mapped file (misaligned, or not mapped: a copy)."""
+        """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, a copy where misaligned."""
         entry = self.entry(name)
         file, start = self._home[name]
         if not isinstance(entry.dtype, torch.dtype):
@@ -88,7 +87,7 @@ class SafetensorsFiles(Stored):
                 f"{file.path}: {name} is of the type {entry.dtype}, which torch has not; take a file in another format"
             )
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype)
+            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
         # As many maps are held as are read from: one.
         for other in self._files:
             if other is not file:
@@ -99,14 +98,14 @@ class SafetensorsFiles(Stored):
 
 
 def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dict[str, str]]:
-    """The tensors of one file in the order of their bytes, where each begins, and the file's own metadata.
+    """Return the tensors of a file in the order of their bytes, where each begins, and the file's metadata.
 
-    Raises CheckpointError for anything that does not hold: what is listed must fill the file exactly, end to end.
+    Raises CheckpointError where the header is inconsistent: its tensors must fill the file exactly, end to end.
     """
 
-    def error(found: str) -> CheckpointError:
+    def error(detail: str) -> CheckpointError:
         return CheckpointError(
-            f"{file.path}: {file.size:,} bytes, not a whole safetensors file ({found}); the download was cut short or "
+            f"{file.path}: {file.size:,} bytes, not a whole safetensors file ({detail}); the download was cut short or "
             "damaged, download it again"
         )
 
@@ -116,9 +115,9 @@ def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dic
     text = file.head(8 + length)[8:]
     if len(text) < length:
         raise error(f"its header is said to have {length:,} bytes")
-    if text.count(b'"data_offsets"') > MOST_TENSORS:
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
         raise CheckpointError(
-            f"{file.path}: lists more than {MOST_TENSORS} tensors; needed those of one model; do not use it"
+            f"{file.path}: lists more than {MAX_TENSORS} tensors; needed those of one model; do not use it"
         )
     try:
         header = parse_json(text)
@@ -129,7 +128,7 @@ def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dic
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise error("its metadata is no object of strings")
     for name, tensor in header.items():
-        if wrong := _fault(tensor):
+        if wrong := _entry_fault(tensor):
             raise error(f"{name[:80]!r}: {wrong}")
     entries, starts, at = {}, {}, 0
     for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -143,55 +142,55 @@ def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dic
     return entries, starts, metadata
 
 
-def _fault(tensor: Any) -> str:
-    """What is wrong with one entry of a header by itself, or nothing."""
+def _entry_fault(tensor: Any) -> str:
+    """Return what is wrong with an entry of a header by itself, or nothing."""
     if not isinstance(tensor, dict) or not {"dtype", "shape", "data_offsets"} <= set(tensor):
         return "no dtype, shape and data_offsets"
     dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
-    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in BITS):
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in OTHER_DTYPE_BITS):
         return f"its dtype is {dtype!r:.40}"
-    for found in (shape, offsets):
-        if not isinstance(found, list) or not all(type(one) is int and 0 <= one < 1 << 63 for one in found):
+    for counts in (shape, offsets):
+        if not isinstance(counts, list) or not all(type(count) is int and 0 <= count < 1 << 63 for count in counts):
             return "its shape or data_offsets are no list of counts"
-    if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS:
+    if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         return f"{len(offsets)} data_offsets and {len(shape)} dimensions"
-    bits = math.prod(shape) * (BITS[dtype] if dtype in BITS else 8 * DTYPES[dtype].itemsize)
+    bits = math.prod(shape) * (OTHER_DTYPE_BITS[dtype] if dtype in OTHER_DTYPE_BITS else 8 * DTYPES[dtype].itemsize)
     if 8 * (offsets[1] - offsets[0]) != bits:
         return f"{offsets[1] - offsets[0]} bytes for {shape} of {dtype}"
     return ""
 
 
 def open_file(path: Path) -> Checkpoint:
-    """Open one safetensors file; raises CheckpointError."""
+    """Open a safetensors file; raises CheckpointError."""
     return SafetensorsFiles(path, [path])
 
 
 def open_index(index: Path) -> Checkpoint:
-    """Open the shards that an index names, holding the index to what the shards contain; raises CheckpointError."""
+    """Open the shards that an index names, and check the index against their content; raises CheckpointError."""
     home = read_index(index)
-    shards = [inside(index.parent, name) for name in sorted(set(home.values()))]
+    shards = [shard_path(index.parent, name) for name in sorted(set(home.values()))]
     checkpoint = SafetensorsFiles(index.parent, shards)
-    found = checkpoint.shards()
-    absent = [f"{name} (not in {home[name]})" for name in home if found.get(name) != home[name]]
-    extra = [f"{name} (in {found[name]})" for name in found if name not in home]
+    actual = checkpoint.shards()
+    absent = [f"{name} (not in {home[name]})" for name in home if actual.get(name) != home[name]]
+    extra = [f"{name} (in {actual[name]})" for name in actual if name not in home]
     if absent or extra:
         raise CheckpointError(
             f"{index}: the index and the shards disagree: {len(absent)} tensors are not where it says"
-            f"{_listed(absent)}, {len(extra)} are in a shard but not in the index{_listed(extra)}; the files are of "
-            "different downloads, fetch the folder again"
+            f"{_first_ten(absent)}, {len(extra)} are in a shard but not in the index{_first_ten(extra)}; the files are "
+            "of different downloads, fetch the folder again"
         )
     return checkpoint
 
 
-def _listed(items: list[str]) -> str:
-    """The first ten, in words."""
+def _first_ten(items: list[str]) -> str:
+    """Return the first ten items as a text."""
     return f": {', '.join(items[:10])}{', …' if len(items) > 10 else ''}" if items else ""
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The `weight_map` of an index: tensor name -> file name; raises CheckpointError."""
+    """Return the `weight_map` of an index: tensor name -> file name; raises CheckpointError."""
     try:
-        data = read_json(path, LARGEST_INDEX)
+        data = read_json(path, MAX_INDEX_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed the index of the shards; download it again") from None
     home = data.get("weight_map") if isinstance(data, dict) else None
@@ -200,8 +199,8 @@ def read_index(path: Path) -> dict[str, str]:
     return home
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The path of a shard, which must be a plain safetensors file of this folder; raises CheckpointError.
+def shard_path(folder: Path, name: str) -> Path:
+    """Return the path of a shard, which must be a plain safetensors file of this folder; raises CheckpointError.
 
     A symlink may stay in the folder or lead to `blobs` of the same Hugging Face cache entry, where its snapshots point.
     """
@@ -211,9 +210,9 @@ def inside(folder: Path, name: str) -> Path:
             "do not use this folder, fetch the model from its official place"
         )
     path = folder / name
-    if len(name) > LONGEST_NAME or not path.exists():
+    if len(name) > MAX_FILE_NAME or not path.exists():
         raise CheckpointError(f"{path}: missing, the index names it; download this shard")
-    if not contained(path, homes(folder)):
+    if not contained(path, allowed_places(folder)):
         raise CheckpointError(
             f"{path}: a link that leaves the folder ({path.resolve()}), or no plain file; needed a file inside; move "
             "the file here, or link the folder as a whole"

@@ -1,9 +1,9 @@
-"""The parts of a model that one checkpoint holds: transformer, text encoder and autoencoder, alone or all in one file.
+"""The parts of a model in a checkpoint: transformer, text encoder and autoencoder, alone or all in a single file.
 
-A part is told by a tensor that it cannot do without and that no writer quantizes, a norm or a bias; what stands before
-that name in the file is the part's prefix. Each part is given as a checkpoint of its own, without the prefix, in the
-file's spelling; `keymap` does the rest. Files of other models and of adapters are told for what they
-are, since "521 tensors missing" helps nobody.
+A part is detected by a tensor that it always has and that no writer quantizes, a norm or a bias; what stands before
+that name in the file is the part's prefix. Each part becomes a checkpoint of its own, without the prefix, in the file's
+spelling; `keymap` makes the names official. Files of other models and of adapters are recognized and named in the
+error, since "521 tensors missing" helps nobody.
 
 Source: prefixes as seen in Comfy-Org's, SeeSee21's, leejet's and diffusers' files.
 """
@@ -27,8 +27,8 @@ PREFIXES = {
     ),
     "vae": ("vae.", "first_stage_model.", ""),
 }  # fmt: skip
-# Of each part: tensors of which it has one, whoever wrote it.
-TELLS = {
+# Of each part: tensors of which every file has one.
+MARKER_TENSORS = {
     "transformer": ("cap_embedder.0.weight",),
     "text_encoder": (
         "model.layers.0.input_layernorm.weight", "layers.0.input_layernorm.weight", "blk.0.attn_norm.weight",
@@ -37,7 +37,7 @@ TELLS = {
 }  # fmt: skip
 
 # What else people hold, by the end of a key that only it has; the first that fits is said.
-OTHERS = (
+OTHER_MODELS = (
     ("dec_net.cond_embed.weight", "a pixel-space derivative of Z-Image without a VAE"),
     ("t_embedder_2.mlp.0.weight", "TwinFlow-Z-Image, a derivative with a second timestep"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX model"),
@@ -58,12 +58,12 @@ OTHERS = (
     ("decoder.conv1.weight", "the VAE of a Wan or Qwen-Image model"),
 )
 ADAPTER = re.compile(r"\.(lora_[AB]|lora[_.](down|up)|lokr_\w+|hada_\w+)(\.|$)|\.diff(_b)?$")
-CONTROL = "control_layers.0."
+CONTROL_KEY = "control_layers.0."
 
 
 @dataclass(frozen=True, slots=True)
 class SplitCheckpoint:
-    """What `split` sees in a checkpoint: its parts, the prefix of each, and keys that belong to none of them."""
+    """The parts of a checkpoint, the prefix of each, and `rest`, the keys that belong to none of them."""
 
     parts: dict[str, Checkpoint]
     prefixes: dict[str, str]
@@ -71,11 +71,11 @@ class SplitCheckpoint:
 
 
 def split(checkpoint: Checkpoint) -> SplitCheckpoint:
-    """Take a checkpoint apart; CheckpointError says what it is where it holds no part of a Z-Image model."""
+    """Split a checkpoint into its parts; CheckpointError says what it is where it holds no part of a Z-Image model."""
     keys = dict.fromkeys(checkpoint)
     prefixes = {part: prefix for part in PARTS if (prefix := _prefix(part, keys)) is not None}
     if not prefixes:
-        raise CheckpointError(f"{checkpoint.path}: {kind(keys)}")
+        raise CheckpointError(f"{checkpoint.path}: {describe_other(keys)}")
     if "transformer" in prefixes:
         _check_transformer(checkpoint, keys, prefixes["transformer"])
     if "vae" in prefixes:
@@ -88,7 +88,7 @@ def split(checkpoint: Checkpoint) -> SplitCheckpoint:
     taken: set[str] = set()
     for part, prefix in prefixes.items():
         own = [key for key in keys if (key.startswith(prefix) if prefix else not key.startswith(named))]
-        parts[part] = Part(checkpoint, prefix, own) if len(prefixes) > 1 or prefix else checkpoint
+        parts[part] = PartView(checkpoint, prefix, own) if len(prefixes) > 1 or prefix else checkpoint
         taken.update(own)
     if len([prefix for prefix in prefixes.values() if not prefix]) > 1:
         raise CheckpointError(
@@ -99,12 +99,12 @@ def split(checkpoint: Checkpoint) -> SplitCheckpoint:
 
 
 def part_of(keys: Collection[str]) -> str | None:
-    """The part that a checkpoint with these keys holds, the first of several; None where it holds none."""
+    """Return the part that a checkpoint with these keys holds, the first of several; None where it holds none."""
     return next((part for part in PARTS if _prefix(part, keys) is not None), None)
 
 
-def kind(keys: Collection[str]) -> str:
-    """What a checkpoint is that holds no part of the model, in a clause that says what to do."""
+def describe_other(keys: Collection[str]) -> str:
+    """Return what a checkpoint is that holds no part of the model, in a clause that says what to do."""
     if any(map(ADAPTER.search, keys)):
         if other := family(keys):
             return f"is an adapter of {other}, not a model; needed a part of Z-Image, or an adapter trained on it"
@@ -112,31 +112,31 @@ def kind(keys: Collection[str]) -> str:
             "is an adapter (LoRA or one of its kin), not a model; draw with a model and add --lora FILE, or convert it "
             "to a *.safetensors"
         )
-    if any(CONTROL in key for key in keys):
+    if any(CONTROL_KEY in key for key in keys):
         return "is a ControlNet of Z-Image, not the model; draw with a model and add --control FILE:IMAGE"
-    if other := _other(keys):
+    if other := _other_model(keys):
         return f"is {other}; needed a part of Z-Image: its transformer, a Qwen3 text encoder, or FLUX.1's VAE"
-    few = ", ".join(list(keys)[:3])
+    shown = ", ".join(list(keys)[:3])
     return (
-        f"no part of a Z-Image model among its {len(keys)} tensors ({few or 'none'}); needed a transformer, a Qwen3 "
+        f"no part of a Z-Image model among its {len(keys)} tensors ({shown or 'none'}); needed a transformer, a Qwen3 "
         "text encoder, or FLUX.1's VAE; take another file"
     )
 
 
-def _other(keys: Collection[str]) -> str | None:
-    """The other model that keys belong to, where it is a known one; anything may stand before a key."""
-    return next((what for tell, what in OTHERS if any(f".{key}".endswith(f".{tell}") for key in keys)), None)
+def _other_model(keys: Collection[str]) -> str | None:
+    """Return the other model that keys belong to, if it is known; any prefix may stand before a key."""
+    return next((what for marker, what in OTHER_MODELS if any(f".{key}".endswith(f".{marker}") for key in keys)), None)
 
 
 def _prefix(part: str, keys: Collection[str]) -> str | None:
-    """What stands before a part's names; None where the part is not there."""
-    return next((p for p in PREFIXES[part] for tell in TELLS[part] if p + tell in keys), None)
+    """Return the prefix of a part's names; None where the part is not there."""
+    return next((p for p in PREFIXES[part] for marker in MARKER_TENSORS[part] if p + marker in keys), None)
 
 
 def _check_transformer(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> None:
-    """Z-Image's kin have its names: Lumina 2 and what was made of it lack the learned padding."""
-    for tell, what in OTHERS[:2]:
-        if prefix + tell in keys:
+    """Raise CheckpointError for relatives of Z-Image: Lumina 2 and its derivatives lack the padding tokens."""
+    for marker, what in OTHER_MODELS[:2]:
+        if prefix + marker in keys:
             raise CheckpointError(f"{checkpoint.path}: is {what}; needed Z-Image itself")
     if f"{prefix}cap_pad_token" not in keys:
         width = checkpoint.entry(f"{prefix}cap_embedder.0.weight").shape[-1:]
@@ -145,28 +145,28 @@ def _check_transformer(checkpoint: Checkpoint, keys: Collection[str], prefix: st
 
 
 def _check_text(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> None:
-    """Of the language models with these names, Qwen3 is the one that normalizes queries."""
-    tells = ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
-    if not any(prefix + tell in keys for tell in tells):
+    """Raise CheckpointError for other language models: of those with these names, Qwen3 normalizes queries."""
+    markers = ("model.layers.0.self_attn.q_norm.weight", "layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
+    if not any(prefix + marker in keys for marker in markers):
         raise CheckpointError(
-            f"{checkpoint.path}: its text encoder has no q_norm, so it is {_other(keys) or 'another language model'}; "
-            "needed Qwen3-4B"
+            f"{checkpoint.path}: its text encoder has no q_norm, so it is "
+            f"{_other_model(keys) or 'another language model'}; needed Qwen3-4B"
         )
 
 
 def _check_vae(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> None:
-    """FLUX.1's autoencoder has 16 channels and no quantization convolutions."""
+    """Raise CheckpointError for other autoencoders: FLUX.1's has 16 channels and no quant_conv."""
     channels = checkpoint.entry(f"{prefix}decoder.conv_in.weight").shape
     if len(channels) != 4 or channels[1] != 16 or f"{prefix}post_quant_conv.weight" in checkpoint:
-        other = f"is {_other(keys)}: " if _other(keys) else ""
+        other = f"is {_other_model(keys)}: " if _other_model(keys) else ""
         raise CheckpointError(
             f"{checkpoint.path}: {other}its VAE has latents of {channels[1] if len(channels) > 1 else '?'} channels; "
             "needed FLUX.1's, of 16 and without quant_conv; take ae.safetensors or the model's own vae/"
         )
 
 
-class Part(View):
-    """Some tensors of a checkpoint, without the prefix that their names have in it."""
+class PartView(View):
+    """The tensors of a part of a checkpoint, without the prefix of their names."""
 
     def __init__(self, checkpoint: Checkpoint, prefix: str, keys: Iterable[str]) -> None:
         self.path, self.metadata = checkpoint.path, checkpoint.metadata
@@ -182,22 +182,22 @@ class Part(View):
         }
 
     def keys(self) -> list[str]:
-        """All names, in the order in which the tensors lie on disk."""
+        """Return all names, in the order of the tensors on disk."""
         return list(self._keys)
 
     def __contains__(self, name: object) -> bool:
         return name in self._keys
 
     def entry(self, name: str) -> Entry:
-        """Shape, dtype and bytes of one tensor; CheckpointError for an unknown name."""
+        """Return shape, dtype and bytes of a tensor; raises CheckpointError for an unknown name."""
         return self._checkpoint.entry(self._key(name))
 
     def load(self, name: str) -> Tensor:
-        """One tensor in its stored dtype, as the whole checkpoint gives it."""
+        """Return a tensor in its stored dtype, from the whole checkpoint."""
         return self._checkpoint.load(self._key(name))
 
     def format(self, name: str) -> str:
-        """The number format of one tensor, as the whole checkpoint says it."""
+        """Return the number format of a tensor, from the whole checkpoint."""
         return self._checkpoint.format(self._key(name))
 
     def _key(self, name: str) -> str:

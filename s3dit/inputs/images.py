@@ -80,7 +80,7 @@ class Picture:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """Height and width in pixels."""
         if isinstance(self.content, Tensor):
             return self.content.shape[1], self.content.shape[2]
         return self.content.height, self.content.width

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError
-from s3dit.kernels.aligned import FEW_ROWS, aligned
+from s3dit.kernels.aligned import MAX_ALIGNED_ROWS, aligned
 from s3dit.kernels.scheme import QuantizedRows, Scheme
 from s3dit.kernels.schemes import linear
 
@@ -39,7 +39,7 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.dtype == x.dtype:
             weight = self.weight
-            if x.shape[:-1].numel() < FEW_ROWS:
+            if x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
                 x, weight = aligned(x), aligned(weight)
             return F.linear(x, weight, bias)
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.

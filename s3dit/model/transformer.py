@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.kernels.attention import Spans, attention, attention8
+from s3dit.kernels.dispatch import Op
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.kernels.swiglu import swiglu
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
         rounded = (torch.int8,) if self.eight_bit else ()
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS, *rounded)
-        mix = attention8 if self.eight_bit else attention
+        mix: Op[..., Tensor] = attention8 if self.eight_bit else attention
         return self.to_out[0](mix(q, k, v, spans, spans).flatten(1))
 
 

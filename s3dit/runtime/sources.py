@@ -21,7 +21,7 @@ from s3dit.model.part_specs import SPECS
 from s3dit.runtime.model_config import compose
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.hub import PARTS as REPOSITORY_PARTS
+from s3dit.weights.hub import MODEL_FOLDERS as REPOSITORY_PARTS
 from s3dit.weights.hub import resolve
 from s3dit.weights.split_checkpoint import PARTS, split
 

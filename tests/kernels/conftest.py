@@ -33,10 +33,10 @@ def assert_close():
             assert got.dtype == expected.dtype and got.shape == expected.shape
             assert relative(got, expected) < CLOSE[got.dtype]
             return
-        assert got.wide == expected.wide and got.values.dtype == expected.values.dtype
+        assert got.original_dtype == expected.original_dtype and got.values.dtype == expected.values.dtype
         assert got.values.shape == expected.values.shape and got.scale.shape == expected.scale.shape
         # The reference has rounded the largest number of a row once more: half an ulp.
-        assert relative(got.scale, expected.scale) < 3 * CLOSE[got.wide]
+        assert relative(got.scale, expected.scale) < 3 * CLOSE[got.original_dtype]
         assert relative(got.dequantize(), expected.dequantize()) < CLOSE[got.values.dtype]
 
     return check
@@ -88,4 +88,4 @@ def poison(monkeypatch):
 @pytest.fixture
 def kernel_of():
     """The Triton implementation of an Op."""
-    return lambda op: next(stand_in.function for stand_in in op.stand_ins if stand_in.backend == "triton")
+    return lambda op: next(each.function for each in op.implementations if each.backend == "triton")

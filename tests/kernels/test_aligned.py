@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s3dit import Pipeline
-from s3dit.kernels.aligned import ALIGNMENT, FEW_ROWS
+from s3dit.kernels.aligned import ALIGNMENT, MAX_ALIGNED_ROWS
 from s3dit.model.linear import Linear
 from s3dit.pipeline import EMBEDDED
 
-# Of one prompt below FEW_ROWS tokens, with guidance, so that all kinds of few rows are met.
+# Of one prompt below MAX_ALIGNED_ROWS tokens, with guidance, so that all kinds of small products are met.
 REQUEST = {
     "prompt": "a red star", "seed": 3, "height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.5,
     "output_type": "latent",
@@ -60,7 +60,7 @@ class Products(TorchDispatchMode):
         if name in PRODUCTS and operands[0].dtype == torch.float32:
             # A bias is copied to where the sums go; it is no operand.
             operands = operands[1:] if name.startswith(("addmm", "baddbmm", "addmv")) else operands[:2]
-            if min(one.shape[-2] if one.dim() > 1 else 1 for one in operands[:1]) < FEW_ROWS:
+            if min(one.shape[-2] if one.dim() > 1 else 1 for one in operands[:1]) < MAX_ALIGNED_ROWS:
                 self.few += 1
                 wrong = [one for one in operands if one.data_ptr() % ALIGNMENT]
                 self.misaligned += [(name, [tuple(one.shape) for one in operands])] if wrong else []

@@ -11,7 +11,7 @@ from s3dit.kernels import attention as room
 from s3dit.kernels.attention import Spans, attention, attention8, attention_lse
 from s3dit.kernels.dispatch import set_backend
 from s3dit.kernels.scheme import quantize_rows
-from s3dit.kernels.tune import chosen, trying
+from s3dit.kernels.tune import config_in_force, trying
 
 LENGTHS = [((1,), (1,)), ((31,), (31,)), ((32, 32), (32, 32)), ((1, 33, 63), (1, 33, 63)), ((5, 7), (100, 31))]
 EMPTY = [((0, 7), (3, 5)), ((4, 7, 2), (3, 0, 5)), ((0,), (0,))]
@@ -73,9 +73,9 @@ def test_flash_kernel_in_other_tiles(config, device, kernel_of, poison):
     args = packed((33, 70), (100, 31), 64, torch.float16, device, heads=1)
     tiles = {"BLOCK_M": config[0], "BLOCK_N": config[1], "num_warps": 4, "num_stages": 2}
     with trying("attention", tiles):
-        assert chosen("attention", "d64 short", device) == tiles
+        assert config_in_force("attention", "d64 short", device) == tiles
         assert relative(kernel_of(attention)(*args), exact(*args)[0]) < 1e-3
-    assert chosen("attention", "d64 short", device) != tiles
+    assert config_in_force("attention", "d64 short", device) != tiles
 
 
 @pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, *EMPTY])
@@ -136,7 +136,7 @@ def test_an_item_without_keys_gives_zeros():
 
 @pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, ((0, 7), (3, 5))])
 def test_head_by_head_on_one_core(q_lengths, k_lengths, monkeypatch, poison):
-    monkeypatch.setattr(room, "SCORES", 100)
+    monkeypatch.setattr(room, "SCORE_CHUNK", 100)
     args = packed(q_lengths, k_lengths, 32, torch.bfloat16)
     # weights and values of 8 bits, as in torch's own
     assert relative(room._by_heads(*args), exact(*args)[0]) < 5e-3

@@ -21,9 +21,15 @@ def double():
     set_backend("auto")
 
 
-def test_first_stand_in_that_may_serve(double):
+def test_first_implementation_that_may_serve(double):
     assert double(torch.ones(1), True) == "torch"
     assert double(torch.ones(1), False) == "reference"
+
+
+def test_keywords_are_those_of_the_reference(double):
+    assert double(when=True, x=torch.ones(1)) == "torch" and double(torch.ones(1), when=False) == "reference"
+    with pytest.raises(TypeError, match="missing a required argument: 'when'"):
+        double(torch.ones(1), where=True)
 
 
 def test_forced_reference(double):

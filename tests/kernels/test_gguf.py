@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from s3dit.errors import BackendError
-from s3dit.kernels.gguf import BLOCKS, GGUF, scales_of
-from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul
-from s3dit.kernels.matmul import launch_mixed
+from s3dit.kernels.gguf import BLOCKS, GGUF, block_scales
+from s3dit.kernels.gguf_matmul import KERNELS, gguf_dequantize, gguf_matmul, packed_blocks
+from s3dit.kernels.mixed_matmul import launch_mixed
 from s3dit.kernels.schemes import linear
 
 gguf = pytest.importorskip("gguf", reason="needs gguf-py as reference: pip install 's3dit[test]'")
@@ -40,7 +40,7 @@ def test_decoded_to_the_bits_of_gguf(kind):
     assert GGUF[kind].spec(7, 768) == {"weight": (tuple(rows.shape), torch.uint8)}
     decoded = GGUF[kind].decode({"weight": rows})
     assert decoded.shape == (7, 768) and torch.equal(decoded, by_gguf(kind, rows))
-    assert scales_of(kind, rows).shape == (7 * 768 // BLOCKS[kind].elements, len(BLOCKS[kind].scales))
+    assert block_scales(kind, rows).shape == (7 * 768 // BLOCKS[kind].elements, len(BLOCKS[kind].scales))
 
 
 def test_sizes_are_those_of_gguf():
@@ -53,7 +53,7 @@ def test_sizes_are_those_of_gguf():
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 def test_cpu_against_float64(kind, wide, monkeypatch):
-    monkeypatch.setattr("s3dit.kernels.scheme.PIECE", 256 * 5)
+    monkeypatch.setattr("s3dit.kernels.scheme.WEIGHT_CHUNK", 256 * 5)
     rows, x, bias = random_blocks(kind, 33, 256), torch.randn(2, 9, 256).to(wide), torch.randn(33)
     expected = F.linear(x.double(), by_gguf(kind, rows).double(), bias.double())
     for out in (linear(x, GGUF[kind], {"weight": rows}, bias), GGUF[kind].linear.reference(x, {"weight": rows}, bias)):
@@ -73,14 +73,14 @@ def test_few_rows(kind, m, n, blocks, splits, dtype, device, poison):
     in_ = 256 * blocks if BLOCKS[kind].elements == 256 else 96 * blocks
     rows, bias = random_blocks(kind, n, in_).to(device), torch.randn(n, device=device)
     x = torch.randn(m, in_, device=device).to(dtype)
-    out = launch_mixed(x, rows, None, None, bias, 32, 32, splits, KERNELS[kind][2])
+    out = launch_mixed(x, packed_blocks(rows, kind), bias, 32, 32, splits)
     expected = F.linear(x.double(), by_gguf(kind, rows).to(device).double(), bias.double())
     assert out.dtype == dtype and relative(out, expected) < ROUNDING[dtype]
 
 
 @pytest.mark.parametrize("kind", KERNELS)
 def test_many_rows(kind, dtype, device, poison, monkeypatch):
-    monkeypatch.setattr("s3dit.kernels.gguf_matmul.FEW", 16)
+    monkeypatch.setattr("s3dit.kernels.gguf_matmul.FUSED_ROWS", 16)
     in_ = 512 if BLOCKS[kind].elements == 256 else 160
     rows, x = random_blocks(kind, 35, in_).to(device), torch.randn(3, 7, in_, device=device).to(dtype)
     expected = by_gguf(kind, rows).to(device)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from s3dit.kernels.dispatch import set_backend
 from s3dit.kernels.gguf import GGUF
-from s3dit.kernels.grouped import Form, grouped, hadamard, turned
+from s3dit.kernels.grouped import Form, grouped, hadamard, rotate
 from s3dit.kernels.schemes import linear
 from s3dit.model.linear import QuantLinear
 
@@ -73,7 +73,7 @@ FORMS = {
 @pytest.mark.parametrize("shape", [(1, 128), (33, 128), (2, 7, 128), (0, 128)])
 def test_against_the_formula(name, shape, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("s3dit.kernels.scheme.PIECE", 128 * 9)
+    monkeypatch.setattr("s3dit.kernels.scheme.WEIGHT_CHUNK", 128 * 9)
     form = FORMS[name]
     scheme = grouped(name, form)
     parts = fill(scheme, 40, 128)
@@ -121,7 +121,7 @@ def test_a_rotation_undoes_itself(size):
     # entries of 1 / sqrt(size), which fp32 rounds where that is no power of two
     assert torch.allclose(matrix.double() @ matrix.double(), torch.eye(size).double(), atol=1e-6)
     x = torch.randn(3, 256)
-    assert relative(turned(turned(x, {"rotation": matrix[None]}), {"rotation": matrix[None]}), x) < 1e-6
+    assert relative(rotate(rotate(x, {"rotation": matrix[None]}), {"rotation": matrix[None]}), x) < 1e-6
 
 
 def test_sizes_that_do_not_fit():

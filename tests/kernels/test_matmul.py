@@ -4,11 +4,6 @@ Tolerances are relative. fp32 results 1e-6: fp32 sums of at most some hundred pr
 unit in the last place, 2⁻¹¹ and 2⁻⁸. e4m3 on a GPU 1e-3: a Hopper tensor core keeps about 14 bits of such a sum.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,18 +11,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from s3dit.errors import BackendError
 from s3dit.kernels import dispatch, int8, matmul, scheme, tune
+from s3dit.kernels import mixed_matmul as mixed
 from s3dit.kernels.dispatch import INTERPRETED, set_backend
-from s3dit.kernels.matmul import (
-    Tile,
-    candidates,
-    choose,
-    dequantize,
-    launch_mixed,
-    launch_scaled,
-    mixed_matmul,
-    quantize_rows,
-    scaled_matmul,
-)
+from s3dit.kernels.matmul import Tile, best_tile, launch_scaled, scaled_matmul, tile_candidates
+from s3dit.kernels.mixed_matmul import dequantize_weight, launch_mixed, mixed_matmul, packed_weight
+from s3dit.kernels.rows import launch_quantize_rows
 from s3dit.kernels.schemes import SCHEMES, linear
 
 CUDA = torch.cuda.is_available()
@@ -71,6 +59,11 @@ def numbers(*shape, dtype, device):
     return (x.round().clamp(-127, 127) if dtype == torch.int8 else x).to(dtype)
 
 
+def quantized(x, dtype):
+    """Rows rounded by the Triton kernel."""
+    return scheme.QuantizedRows(*launch_quantize_rows(x, dtype), x.dtype)
+
+
 def skip_without_e4m3(dtype):
     if dtype == FP8 and CUDA and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("e4m3 needs capability 8.9")
@@ -93,7 +86,7 @@ def test_scaled_matmul(dtype, described, m, n, k, device):
     bias = torch.randn(n, device=device)
     expected = x.double() @ weight.double().T * x_scale * w_scale.T + bias
     depth = 32 if k % 64 else 64
-    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flat=False)):
+    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
         out = launch_scaled(x, weight, x_scale, w_scale, bias, torch.float32, tile, described)
         assert relative(out, expected) < (1e-3 if dtype == FP8 and CUDA else 1e-6)
 
@@ -122,18 +115,18 @@ def test_rows_that_lie_apart(device):
 
 def test_choice_of_tiles():
     """Large tiles where they fill all SMs, smaller ones where they would leave half of them idle, none too large."""
-    assert choose(4224, 20480, 2, 2, 132, True)[:2] == (128, 256)
-    assert choose(1088, 3840, 2, 2, 132, True)[:2] != (128, 256)
-    assert choose(64, 2560, 1, 2, 132, True)[:2] == (64, 64)
+    assert best_tile(4224, 20480, 2, 2, 132, True)[:2] == (128, 256)
+    assert best_tile(1088, 3840, 2, 2, 132, True)[:2] != (128, 256)
+    assert best_tile(64, 2560, 1, 2, 132, True)[:2] == (64, 64)
     for described, limit in ((True, 227), (False, 99)):
         for itemsize in (1, 2):
             for out_itemsize in (2, 4):
                 for m in (32, 1088, 4224, 16512):
-                    tile = choose(m, 3840, itemsize, out_itemsize, 132, described)
+                    tile = best_tile(m, 3840, itemsize, out_itemsize, 132, described)
                     copies = tile.stages * (tile.m + tile.n) * tile.k * itemsize
                     out = tile.m * tile.n * out_itemsize // (1 + tile.halves) if described else 0
                     assert copies + out < limit * 1024
-                    given = candidates(itemsize, out_itemsize, described)
+                    given = tile_candidates(itemsize, out_itemsize, described)
                     assert tile in (Tile(**fields) for fields in given)
 
 
@@ -165,7 +158,7 @@ def test_few_rows(dtype, kind, m, n, k, splits, device):
     parts, weight = weights(kind, n, k, device)
     x, bias = torch.randn(m, k, device=device).to(dtype), torch.randn(n, device=device)
     for b in (None, bias):
-        out = launch_mixed(x, *parts, b, block_m=32, block_n=32, splits=splits)
+        out = launch_mixed(x, packed_weight(*parts), b, block_m=32, block_n=32, splits=splits)
         expected = F.linear(x.double(), weight, None if b is None else b.double())
         assert out.dtype == dtype
         assert relative(out, expected) < 2 * ROUNDING[dtype]
@@ -177,8 +170,8 @@ def test_few_rows(dtype, kind, m, n, k, splits, device):
 def test_dequantize_and_many_rows(dtype, kind, device, monkeypatch):
     skip_without_e4m3(FP8 if kind == "fp8" else None)
     parts, weight = weights(kind, 33, 320, device)
-    assert relative(dequantize(*parts, dtype), weight) < ROUNDING[dtype]
-    monkeypatch.setattr(matmul, "FEW", 16)
+    assert relative(dequantize_weight(*parts, dtype), weight) < ROUNDING[dtype]
+    monkeypatch.setattr(mixed, "FUSED_ROWS", 16)
     x, bias = torch.randn(2, 9, 320, device=device).to(dtype), torch.randn(33, device=device)
     out = mixed_matmul(x, *parts, bias)
     assert relative(out, F.linear(x.double(), weight, bias.double())) < 2 * ROUNDING[dtype]
@@ -193,8 +186,8 @@ def test_quantize_rows(dtype, k, device):
     x = torch.randn(3, 4, k + 5, device=device)[..., 5:] * torch.logspace(-6, 6, 12, device=device).view(3, 4, 1)
     x[0, 0] = 0
     x = x[:, 1:] if k == 100 else x
-    got, expected = quantize_rows(x, dtype), scheme.quantize_rows(x, dtype)
-    assert got.wide == x.dtype and got.scale.shape == (*x.shape[:-1], 1)
+    got, expected = quantized(x, dtype), scheme.quantize_rows(x, dtype)
+    assert got.original_dtype == x.dtype and got.scale.shape == (*x.shape[:-1], 1)
     assert torch.equal(got.scale, expected.scale)
     assert torch.equal(got.values.float(), expected.values.float())
 
@@ -206,7 +199,7 @@ def test_a_nan_spoils_its_row_and_no_other(dtype, device):
     skip_without_e4m3(dtype)
     x, weight = torch.randn(3, 32, device=device), numbers(32, 32, dtype=dtype, device=device)
     x[1, 5] = float("nan")
-    rows = quantize_rows(x, dtype)
+    rows = quantized(x, dtype)
     out = scaled_matmul(rows.values, weight, rows.scale, None, None, torch.float32)
     assert not out[1].isfinite().any()
     assert out[::2].isfinite().all()
@@ -218,7 +211,7 @@ def test_one_graph_for_all_lengths(device):
     weight, scale = numbers(48, 64, dtype=torch.int8, device=device), torch.rand(48, 1, device=device)
 
     def layer(x):
-        rows = quantize_rows(x, torch.int8)
+        rows = quantized(x, torch.int8)
         return scaled_matmul(rows.values, weight, rows.scale, scale, None, x.dtype) + mixed_matmul(
             x, weight, scale, None, None
         )
@@ -261,13 +254,13 @@ def test_formats_without_triton(name):
     parts = chosen.encode(torch.randn(80, 128))
     x, bias = torch.randn(2, 33, 128, dtype=torch.bfloat16), torch.randn(80)
     expected = chosen.linear.reference(x, parts, bias)
-    stand_ins = [s for s in chosen.linear.stand_ins if (s.device, s.backend) == ("cuda", "torch")]
-    assert stand_ins
-    for stand_in in stand_ins:
-        if stand_in.function.__name__ == "_int_mm" and not int8.INTEGER_DOT:
+    implementations = [s for s in chosen.linear.implementations if (s.device, s.backend) == ("cuda", "torch")]
+    assert implementations
+    for implementation in implementations:
+        if implementation.function is int8._int_mm and not int8.INTEGER_DOT:
             continue  # This CPU's integer product saturates, so it cannot play the GPU's.
         # Wide x: bf16 rounds the weight and the result.
-        assert relative(stand_in.function(x, parts, bias), expected) < 2**-7
+        assert relative(implementation.function(x, parts, bias), expected) < 2**-7
 
 
 def test_what_a_gpu_lacks_is_said(monkeypatch):
@@ -286,9 +279,9 @@ def test_what_a_gpu_lacks_is_said(monkeypatch):
 def test_tile_of_the_table(device, monkeypatch):
     """A row of the tuning table, or a tile being tried, comes before our own estimate."""
     weight, out = torch.empty(48, 64, device=device).half(), torch.empty(33, 48, device=device)
-    assert matmul._tuned(33, weight, out, 4, False) == choose(33, 48, 2, 4, 4, False)
+    assert matmul._tuned_tile(33, weight, out, 4, False) == best_tile(33, 48, 2, 4, 4, False)
     with tune.trying("matmul float16", {"m": 16, "n": 32, "k": 32, "warps": 4}):
-        assert matmul._tuned(33, weight, out, 4, False) == Tile(16, 32, 32, 4)
+        assert matmul._tuned_tile(33, weight, out, 4, False) == Tile(16, 32, 32, 4)
 
 
 @needs_triton
@@ -305,87 +298,6 @@ def test_schemes_in_one_graph(name, device, force):
         x = torch.randn(2, rows, 128, device=device).half()
         assert torch.equal(compiled(x), linear(x, chosen, parts))
     assert counter.frame_count == 1
-
-
-# Every launch compiles instead, for another GPU: the tensors stay on the CPU, and nothing is computed.
-COMPILED = """
-import sys
-import types
-
-import torch
-
-torch.cuda.is_available = lambda: True
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-from s3dit.kernels import gguf_matmul, grouped, matmul
-from s3dit.kernels.gguf import GGUF
-from s3dit.kernels.schemes import SCHEMES
-
-capability, limit = int(sys.argv[1]), int(sys.argv[2])
-names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8"}
-names[torch.float8_e4m3fn] = "fp8e4nv"
-assembly = []
-
-def launch(kernel, grid):
-    def compiled(*given, **options):
-        signature, constants, aligned = {}, {}, {}
-        for i, (parameter, value) in enumerate(zip(kernel.params, given, strict=True)):
-            if parameter.is_constexpr or value is None:
-                signature[parameter.name], constants[(i,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + names[value.dtype]
-                aligned[(i,)] = [["tt.divisibility", 16]]
-            elif isinstance(value, int):
-                signature[parameter.name] = "i32"
-            else:
-                block = ",".join(map(str, value.block_shape))
-                signature[parameter.name] = f"tensordesc<{names[value.base.dtype]}[{block}]>"
-        source = ASTSource(kernel, signature, constants, aligned)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        assert built.metadata.shared <= limit * 1024, (kernel.__name__, options, built.metadata.shared)
-        assembly.append(built.asm["ptx"])
-    return compiled
-
-triton.JITFunction.__getitem__ = launch
-matmul._describable = lambda *tensors: capability >= 90
-matmul._programs = lambda device: 132
-grouped.F = gguf_matmul.F = matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
-matmul.rounded = matmul.quantize_rows
-form = grouped.Form(torch.uint8, 16, torch.bfloat16, True, torch.bfloat16, rounded=True)
-packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form(torch.float8_e4m3fn, 128)))
-for rows in (64, 4224):
-    for scheme in (*SCHEMES.values(), GGUF["Q8_0"], GGUF["Q5_K"], GGUF["Q6_K"], *packed):
-        parts = {part: torch.zeros(shape, dtype=dtype) for part, (shape, dtype) in scheme.spec(3840, 10240).items()}
-        x = torch.zeros(rows, 10240, dtype=torch.bfloat16)
-        x = matmul.quantize_rows(x, scheme.activation) if scheme.activation else x
-        next(s for s in scheme.linear.stand_ins if s.backend == "triton").function(x, parts, None)
-found = " ".join(assembly)
-words = ["wgmma.mma_async", "f32.bf16.bf16", "f32.e4m3.e4m3", "s32.s8.s8", "cp.async.bulk.tensor"]
-assert capability < 90 or all(word in found for word in words), [word for word in words if word not in found]
-"""
-
-
-@needs_triton
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("capability, shared", [(90, 227), (89, 99)])
-def test_kernels_compile_for_gpus(capability, shared, tmp_path):
-    """With the tiles of the model, and without a GPU: finds what the interpreter forgives.
-
-    Such are names that Triton does not know, types, more KiB of shared memory than there are, tensor cores left idle.
-    """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(capability), str(shared)],
-        cwd=Path(__file__).resolve().parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
 
 
 @needs_gpu

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from s3dit.errors import BackendError
-from s3dit.kernels.dispatch import missing, set_backend
+from s3dit.kernels.dispatch import set_backend, why_unsupported
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm, rms_norm_modulate
 from s3dit.model.layers import rope_table
 
@@ -138,7 +138,7 @@ def test_what_kernels_refuse(device):
 )
 def test_old_gpus_are_refused(found, input_dtype, words, monkeypatch):
     monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
-    assert words in missing(torch.ones(1, dtype=torch.float16), (torch.float16,), input_dtype)
+    assert words in why_unsupported(torch.ones(1, dtype=torch.float16), (torch.float16,), input_dtype)
 
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fused, norms, scaled
+from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fuse, norms, scale_exactly
 
 OUT, IN = 24, 8
 
@@ -75,19 +75,19 @@ def test_fused_is_what_its_pieces_are_row_upon_row(random):
         "mixed": [Delta(Full(random(OUT, IN))), Delta(LowRank(random(OUT, 2), random(2, IN)))],
     }
     for first, second in kinds.values():
-        whole = fused([first, None, second], OUT)
+        whole = fuse([first, None, second], OUT)
         wanted = torch.cat([first.term.dense(), torch.zeros(OUT, IN), second.term.dense()])
         assert torch.allclose(whole.term.dense(), wanted, atol=1e-6) and whole.shape == (3 * OUT, IN)
         for i, piece in enumerate((first, None, second)):
             dense = torch.zeros(OUT, IN) if piece is None else piece.term.dense()
-            assert torch.allclose(whole.part(i, 3).term.dense(), dense, atol=1e-6)
-    bias = fused([None, Delta(None, torch.ones(OUT)), None], OUT)
+            assert torch.allclose(whole.row_part(i, 3).term.dense(), dense, atol=1e-6)
+    bias = fuse([None, Delta(None, torch.ones(OUT)), None], OUT)
     assert bias.term is None and bias.bias.sum() == OUT and bias.bias[OUT:-OUT].sum() == OUT
 
 
 def test_a_strength_keeps_every_bit(random):
     half = random(9, 9, dtype=torch.bfloat16)
-    assert scaled(half, 1.0) is half
-    assert scaled(half, 0.25).dtype == torch.bfloat16 and torch.equal(scaled(half, 0.25) * 4, half)
-    third = scaled(half, 1 / 3)
+    assert scale_exactly(half, 1.0) is half
+    assert scale_exactly(half, 0.25).dtype == torch.bfloat16 and torch.equal(scale_exactly(half, 0.25) * 4, half)
+    third = scale_exactly(half, 1 / 3)
     assert third.dtype == torch.float32 and torch.allclose(third.double(), half.double() / 3, rtol=1e-7)

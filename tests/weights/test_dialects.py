@@ -6,7 +6,7 @@ from s3dit.weights import dialects
 
 
 def found(key):
-    layer, role = dialects.split(key)
+    layer, role = dialects.split_key(key)
     place = dialects.place(layer)
     return None if place is None else (place.part, place.layers, role)
 
@@ -75,15 +75,15 @@ def test_fused_layers_are_several():
 
 
 def test_official_words_are_told_from_others():
-    assert dialects.place("lora_unet_layers_0_attention_to_q").plain
-    assert not dialects.place("layers.0.attention.out").plain
+    assert dialects.place("lora_unet_layers_0_attention_to_q").is_official
+    assert not dialects.place("layers.0.attention.out").is_official
 
 
 @pytest.mark.parametrize(
     "key", ["layers.0.attention.to_q.weight", "lora", "", "alpha", "x.lora_A", "a.lora_A.b.c.weight"]
 )
 def test_what_is_no_adapters_key(key):
-    assert dialects.split(key) is None
+    assert dialects.split_key(key) is None
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,12 @@ def test_what_no_part_has(layer):
 
 def test_no_two_layers_share_a_spelling():
     """One flat spelling is one layer: else a file would be read as something else than it says."""
-    for table in (dialects.BLOCK, dialects.OUTSIDE):
-        spellings = [dialects.flat(one) for name, others in table.items() for one in (name, *others)]
+    for table in (dialects.BLOCK_LAYERS, dialects.OUTSIDE_BLOCKS):
+        spellings = [dialects.flatten_path(one) for name, others in table.items() for one in (name, *others)]
         assert len(spellings) == len(set(spellings))
-    assert not {dialects.flat(name) for name in dialects.FUSED} & set(dialects._spellings(dialects.BLOCK))
+    assert not {dialects.flatten_path(name) for name in dialects.FUSED_LAYERS} & set(
+        dialects._spellings(dialects.BLOCK_LAYERS)
+    )
 
 
 FAMILIES = {

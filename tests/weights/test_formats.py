@@ -86,7 +86,7 @@ def test_decoded_and_multiplied(name, tmp_path, monkeypatch):
     cut = {part: tensor[64:128] if len(tensor) != 1 else tensor for part, tensor in parts.items()}
     assert torch.equal(scheme.decode(cut), scheme.decode(parts)[64:128]) or "up" in parts
     assert relative(scheme.decode(cut), expected[LAYER][64:128]) < EXACT
-    monkeypatch.setattr("s3dit.kernels.scheme.PIECE", 384 * 100)
+    monkeypatch.setattr("s3dit.kernels.scheme.WEIGHT_CHUNK", 384 * 100)
     for wide, bound in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7)):
         x, bias = torch.randn(2, 9, 384).to(wide), torch.randn(256)
         exact = F.linear(x.double(), expected[LAYER], bias.double())
@@ -303,14 +303,14 @@ def test_what_is_broken_is_said(name, harm, words, tmp_path):
 
 def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
     from s3dit.kernels.grouped import Form, grouped
-    from s3dit.weights.assign import encoded
+    from s3dit.weights.assign import encode_weight
 
     save_file({"a.weight": torch.ones(2, 16)}, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
     scheme = grouped("nvfp4", Form(torch.uint8, 16))
     assert isinstance(scheme, Scheme) and grouped("nvfp4", Form(torch.uint8, 16)) is scheme
     with pytest.raises(CheckpointError, match="a.weight is a plain float; nvfp4 is only read"):
-        encoded(scheme, checkpoint.load("a.weight"), "a.weight", checkpoint)
+        encode_weight(scheme, checkpoint.load("a.weight"), "a.weight", checkpoint)
 
 
 @pytest.mark.parametrize(

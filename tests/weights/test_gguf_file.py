@@ -9,7 +9,7 @@ import torch
 from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.container import sniff
-from s3dit.weights.gguf_file import BLOCKS, PLAIN, GGUFFile
+from s3dit.weights.gguf_file import GGML_TYPES, PLAIN_TYPES, GGUFFile
 
 gguf = pytest.importorskip("gguf", reason="GGUF files are made by gguf-py: pip install 's3dit[test]'")
 
@@ -55,7 +55,7 @@ def path(tmp_path):
 
 def test_blocks_are_those_of_ggml():
     theirs = {kind.value: (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-    assert theirs == BLOCKS
+    assert theirs == GGML_TYPES
 
 
 def test_every_byte_and_shape(path):
@@ -164,4 +164,4 @@ def test_hostile_headers(case, tmp_path):
 def test_an_empty_file_of_gguf_is_told(tmp_path):
     (tmp_path / "x").write_bytes(header())
     assert sniff(tmp_path / "x") == "gguf" and len(open_checkpoint(tmp_path / "x")) == 0
-    assert set(PLAIN) <= {name for name, *_ in BLOCKS.values()}
+    assert set(PLAIN_TYPES) <= {name for name, *_ in GGML_TYPES.values()}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import open_checkpoint
-from s3dit.weights.container import LONGEST_HEADER, MOST_TENSORS, sniff
+from s3dit.weights.container import MAX_HEADER_BYTES, MAX_TENSORS, sniff
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.split_checkpoint import split
 
@@ -205,7 +205,7 @@ HOSTILE = {
     "metadata that is no text": file({"__metadata__": {"x": [1]}, "a": tensor()}, bytes(4)),
     "no object": file(b"[1, 2]"),
     "too many tensors": file(
-        b'{"a":' + b",".join([A.replace(b'"dtype"', b'"data_offsets"')] * (MOST_TENSORS + 1)) + b"}"
+        b'{"a":' + b",".join([A.replace(b'"dtype"', b'"data_offsets"')] * (MAX_TENSORS + 1)) + b"}"
     ),
 }
 
@@ -224,8 +224,8 @@ def test_the_classics_of_safetensors(case, tmp_path):
 def test_a_header_longer_than_sense(tmp_path):
     """A hole on the disk with a header of 64 MB is refused before it is read."""
     with (tmp_path / "x").open("wb") as opened:
-        opened.write(struct.pack("<Q", 2 * LONGEST_HEADER) + b"{")
-        opened.truncate(2 * LONGEST_HEADER + 100)
+        opened.write(struct.pack("<Q", 2 * MAX_HEADER_BYTES) + b"{")
+        opened.truncate(2 * MAX_HEADER_BYTES + 100)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match="neither safetensors nor GGUF"):
         open_checkpoint(tmp_path / "x")

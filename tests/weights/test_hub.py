@@ -16,7 +16,7 @@ from s3dit.errors import CheckpointError
 from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.sources import open_sources
 from s3dit.weights.adapter import read_adapter
-from s3dit.weights.hub import PARTS, resolve, resolve_file
+from s3dit.weights.hub import MODEL_FOLDERS, resolve, resolve_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import Hub  # noqa: E402
@@ -218,7 +218,7 @@ def test_another_layout_is_refused_before_a_byte_of_weights(hub, files):
 
 def test_what_has_no_weights_at_all(hub):
     hub.repositories["org/files"] = {"README.md": b"x", "vae/diffusion_pytorch_model.bin": b"x"}
-    for parts in (PARTS, ["vae"], ["transformer"]):
+    for parts in (MODEL_FOLDERS, ["vae"], ["transformer"]):
         with pytest.raises(CheckpointError, match="org/files: .*0 files .*needed one checkpoint; take another"):
             resolve("org/files", parts)
     with pytest.raises(CheckpointError, match="holds no tokenizer"):
@@ -500,7 +500,7 @@ def test_look_leaves_the_revision_that_is_there(hub, tmp_path, capsys, monkeypat
     """A cache without its transformer still serves, offline, who gives that, after the Hub has a newer revision."""
     from s3dit.weights.hub import resolve
 
-    folder = resolve("org/name", [part for part in PARTS if part != "transformer"])
+    folder = resolve("org/name", [part for part in MODEL_FOLDERS if part != "transformer"])
     hub.repositories["org/name"] = MODEL | OTHERS | {"new.json": b"{}"}
     said, _ = looked(capsys, "org/name")
     assert "transformer/diffusion_pytorch_model.safetensors" in said

@@ -158,17 +158,17 @@ def test_no_part_of_a_model_is_mapped_where_that_is_disabled(tmp_path):
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("only Linux lists a process's maps")
-
-    # A copy of its own: other tests of this process may hold the embedded model.
-    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    # A folder of its own: pipelines of other tests in this process may map the embedded model.
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED, model)
 
     def mapped(pipe):
         pictures.append(pipe(prompt="", **SHORT).latents)
-        return any(str(folder) in line and ".safetensors" in line for line in maps.read_text().splitlines())
+        return any(str(model) in line and ".safetensors" in line for line in maps.read_text().splitlines())
 
     pictures = []
-    kept = Pipeline.load(folder, residency="resident", dtype="bf16")
+    kept = Pipeline.load(model, residency="resident", dtype="bf16")
     assert mapped(kept)
     del kept
-    assert not mapped(Pipeline.load(folder, residency="resident", dtype="bf16", disable_mmap=True))
+    assert not mapped(Pipeline.load(model, residency="resident", dtype="bf16", disable_mmap=True))
     assert torch.equal(pictures[0][0], pictures[1][0])

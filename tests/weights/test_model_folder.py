@@ -11,7 +11,7 @@ from s3dit.errors import CheckpointError
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED
 from s3dit.weights import quantize as room
-from s3dit.weights.model_folder import building, left_out, put
+from s3dit.weights.model_folder import building, left_out, put_in_place
 from s3dit.weights.quantize import quantize
 
 WRITERS = {
@@ -71,7 +71,7 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "work").mkdir()
     with pytest.raises(FileNotFoundError):
-        put(tmp_path / "work" / "built", tmp_path / "old")
+        put_in_place(tmp_path / "work" / "built", tmp_path / "old")
     assert (tmp_path / "old").is_dir()
 
 
@@ -79,7 +79,7 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_be_put(tmp_path):
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_source_that_is_replaced_meanwhile_is_noticed(tmp_path, monkeypatch, writer, mapped):
     """By the next map of it, or at the end: the hash that is written down, and all tensors, are of one file."""
-    monkeypatch.setattr(room, "MAPPED", mapped)
+    monkeypatch.setattr(room, "MAPPED_BYTES", mapped)
     source = shutil.copytree(EMBEDDED, tmp_path / "source")
     (weights,) = (source / "transformer").glob("*.safetensors")
     seen = []

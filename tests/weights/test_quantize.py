@@ -15,7 +15,7 @@ from s3dit.kernels.schemes import SCHEMES
 from s3dit.pipeline import EMBEDDED
 from s3dit.weights import quantize as room
 from s3dit.weights.checkpoint import open_checkpoint
-from s3dit.weights.quantize import chosen, quantize
+from s3dit.weights.quantize import quantizable_layers, quantize
 
 WEIGHTS = "diffusion_pytorch_model-00001-of-00001.safetensors"
 LAYER = "layers.3.attention.to_q"
@@ -61,8 +61,8 @@ def test_the_file_is_mapped_as_it_lies_and_says_what_it_is(int8):
 
 
 def test_many_shards_and_fresh_maps_change_nothing(int8, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "SHARD", 1 << 20)
-    monkeypatch.setattr(room, "MAPPED", 1 << 18)
+    monkeypatch.setattr(room, "SHARD_BYTES", 1 << 20)
+    monkeypatch.setattr(room, "MAPPED_BYTES", 1 << 18)
     one, many = (open_checkpoint(f / "transformer") for f in (int8, write(tmp_path / "many")))
     assert len(list((tmp_path / "many" / "transformer").glob("*.safetensors"))) > 3
     assert many.metadata == one.metadata and set(many) == set(one)
@@ -78,13 +78,13 @@ def test_what_is_chosen():
         "noise_refiner.1.feed_forward.w2",
     ]
     int8, int4 = SCHEMES["int8"], SCHEMES["int4"]
-    assert chosen("transformer", names, int8) == dict.fromkeys((names[0], names[1], names[-1]), int8)
+    assert quantizable_layers("transformer", names, int8) == dict.fromkeys((names[0], names[1], names[-1]), int8)
     finer = {names[0]: int4, names[1]: SCHEMES["int8-weights"], names[-1]: int4}
-    assert chosen("transformer", names, int4) == finer
+    assert quantizable_layers("transformer", names, int4) == finer
     layers = [f"model.layers.{i}.mlp.up_proj" for i in range(36)]
     # The last of 36 is never computed, eight before it are sensitive.
-    assert list(chosen("text_encoder", [*layers, "lm_head"], int8)) == layers[:27]
-    assert chosen("vae", ["decoder.conv_in"], int8) == {}
+    assert list(quantizable_layers("text_encoder", [*layers, "lm_head"], int8)) == layers[:27]
+    assert quantizable_layers("vae", ["decoder.conv_in"], int8) == {}
 
 
 FAULTS = {
