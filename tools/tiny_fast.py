@@ -86,7 +86,7 @@ def _ropes(axes: tuple[int, ...], theta: float) -> tuple[tuple[Tensor, Tensor], 
 
 
 def fast_forward(dit: Transformer, x: Tensor, t: Tensor, features: Tensor, lengths: list[int]) -> Tensor:
-    """Compute the velocity (B, 64, 64) of x (B, 64, 64) patches, t (B,), packed features (n, cap), lengths of captions."""
+    """Compute the velocity (B, 64, 64) of x (B, 64, 64) patches, t (B,), packed features (n, cap) and lengths."""
     if max(lengths) > CAPTION:
         raise ValueError(f"found a caption of {max(lengths)} tokens; needed at most {CAPTION}; shorten it")
     image_rope, text_rope, rope = _ropes(tuple(dit.config.axes_dims), dit.config.rope_theta)

@@ -79,7 +79,7 @@ class Model(nn.Module):
             gates[1::2] = 0.3
 
     def forward(self, x: Tensor, t: Tensor, features: list[Tensor]) -> Tensor:
-        """Compute the velocity (B, 64, 64) of x (B, 64, 64) patches, t (B,), features (tokens, hidden) of each caption."""
+        """Compute the velocity (B, 64, 64) of x (B, 64, 64) patches, t (B,), features (tokens, hidden) each."""
         with torch.autocast("cpu", torch.bfloat16, enabled=fast_bf16(torch.device("cpu"))):
             return fast_forward(self.dit, x, t, torch.cat(features), [len(one) for one in features]).float()
 
