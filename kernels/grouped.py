@@ -43,7 +43,6 @@ from s3dit.kernels.scheme import (
     weight_chunks,
 )
 
-BYTE = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 # What mixed_matmul dequantizes.
 MIXED_DTYPES = (torch.int8, torch.float8_e4m3fn)
 

@@ -24,7 +24,7 @@ from s3dit.weights.checkpoint import Checkpoint, open_stored
 from s3dit.weights.container import parse_json, read_json
 from s3dit.weights.delta import Delta
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ADAPTER_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 METADATA = "lora_adapter_metadata"
 CONFIG = "adapter_config.json"
@@ -143,7 +143,7 @@ def _load(checkpoint: Checkpoint, layer: str, keys: Mapping[str, str]) -> dict[s
                 f"{checkpoint.path}: {key} is {list(tensor.shape)}, of rank 0; needed a trained adapter; download it "
                 "again"
             )
-        if role not in ("alpha", "shape") and tensor.dtype not in (*FLOATS, *FP8_DTYPES):
+        if role not in ("alpha", "shape") and tensor.dtype not in (*ADAPTER_FLOATS, *FP8_DTYPES):
             raise CheckpointError(
                 f"{checkpoint.path}: {key} is {tensor.dtype}; needed float32, bfloat16, float16 or an 8-bit float; "
                 "save it in one of them"

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Patterns of layer names come from files that are not trusted. `re` backtracks, so its time grows with the length of
-# the name to the power of the repetitions in a pattern; a repeated group, a look-around or a back-reference never ends.
+# Patterns of layer names come from files that are not trusted. `re` backtracks, so its time grows with the length of a
+# name to the power of the repetitions in a pattern; a repeated group, a look-around or a back-reference could take for
+# ever.
 MAX_PATTERN_LENGTH, MAX_REPEATS, PATTERN_COST = 200, 3, 1 << 19
 # The last form warns: Python may give nested sets a meaning.
 UNSAFE = re.compile(r"\)[*+{]|\(\?[^:]|\\[1-9]|[*+}?][*+{]|\{,?\d{3,}|\{\d+,\d{3,}|\[[^\]]*(?:\[|--|&&|~~|\|\|)")

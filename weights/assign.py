@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import FLOATS, Checkpoint, Entry
+from s3dit.weights.container import FLOATS, Checkpoint, Entry, dtype_name
 from s3dit.weights.keymap import official
 from s3dit.weights.repack import unpadded
 
@@ -145,9 +145,11 @@ def _check(
         for name, entry, need in pairs
         if entry.shape != need.shape
     ]
-    floats = [f"{name} {_plain(e.dtype)}" for name, e, need in pairs if need.dtype == "float" and e.dtype not in FLOATS]
+    floats = [
+        f"{name} {dtype_name(e.dtype)}" for name, e, need in pairs if need.dtype == "float" and e.dtype not in FLOATS
+    ]
     codes = [
-        f"{name} {_plain(entry.dtype)}, needed {_plain(need.dtype)}"
+        f"{name} {dtype_name(entry.dtype)}, needed {dtype_name(need.dtype)}"
         for name, entry, need in pairs
         if need.dtype not in ("float", entry.dtype)
     ]
@@ -166,10 +168,6 @@ def _check(
             f"the same model, {remedy}"
         )
     return needs
-
-
-def _plain(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _count(names: Sequence[str], what: str) -> Iterable[str]:

@@ -27,7 +27,6 @@ ACTIVATIONS = ("input_scale", "scale_input")
 # Values of four bits: two's complement, around 8, from 0, and e2m1.
 SIGNED = (*range(8), *range(-8, 0))
 CENTERED = tuple(range(-8, 8))
-UNSIGNED = tuple(range(16))
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 

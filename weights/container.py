@@ -39,6 +39,11 @@ class Entry:
     nbytes: int
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """Return the name of a dtype without "torch.", such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class Checkpoint(ABC):
     """A lazy mapping from name to tensor: opening it reads headers, tensors are read one by one on demand.
 
@@ -119,7 +124,7 @@ class Checkpoint(ABC):
     def format(self, name: str) -> str:
         """Return the number format of a tensor in a word: its layer's scheme, or its dtype."""
         scheme = self.schemes.get(name.rpartition(".")[0])
-        return scheme.name if scheme is not None else str(self.entry(name).dtype).removeprefix("torch.")
+        return scheme.name if scheme is not None else dtype_name(self.entry(name).dtype)
 
 
 class View(Checkpoint):

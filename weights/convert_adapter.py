@@ -66,7 +66,7 @@ def convert_adapter(
         for layer, delta in (_comfyui_deltas(deltas) if spelling == "comfyui" else deltas).items():
             stored = _stored_tensors(delta, peft=spelling == "official")
             tensors |= {f"{PART_PREFIXES[spelling][part]}{layer}.{leaf}": tensor for leaf, tensor in stored.items()}
-    # Its alphas are folded in already; said once more, they would act twice.
+    # Its alphas are folded in already; written as well, they would act twice.
     metadata = {key: value for key, value in open_checkpoint(source).metadata.items() if key != METADATA}
     metadata |= {"format": "pt", "source": f"sha256:{adapter.digest()}", "s3dit": version}
     _save(tensors, target, metadata)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
-from s3dit.weights.container import Checkpoint, Entry, View
+from s3dit.weights.container import Checkpoint, Entry, View, dtype_name
 
 # Of formats that ComfyUI pads with zeros: to which multiple rows and columns are, and how many columns a number holds.
 PADDED_FORMATS = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
@@ -69,7 +69,7 @@ class Layer:
             raise self.error(f"no {leaf}; needed one beside its weight")
         entry, dtypes = self.checkpoint.entry(self.key(leaf)), tuple(dtypes)
         if entry.dtype not in dtypes:
-            raise self.error(f"{leaf} is {_plain(entry.dtype)}; needed {' or '.join(map(_plain, dtypes))}")
+            raise self.error(f"{leaf} is {dtype_name(entry.dtype)}; needed {' or '.join(map(dtype_name, dtypes))}")
         if shapes and entry.shape not in [tuple(shape) for shape in shapes]:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
             raise self.error(f"{leaf} is {list(entry.shape)}; needed {wanted}")
@@ -130,10 +130,6 @@ class Layer:
             wrong = tensor.dtype.is_floating_point and not bool(tensor.float().isfinite().all())
         if wrong:
             raise self.error(f"{part} holds NaN or infinity; needed finite numbers")
-
-
-def _plain(dtype: torch.dtype | str) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def row_scales(scale: Tensor, out: int) -> Tensor:

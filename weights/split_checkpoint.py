@@ -36,7 +36,7 @@ MARKER_TENSORS = {
     "vae": ("decoder.conv_in.bias",),
 }  # fmt: skip
 
-# What else people hold, by the end of a key that only it has; the first that fits is said.
+# What else people hold, by the end of a key that only it has; the first that fits is named in the error.
 OTHER_MODELS = (
     ("dec_net.cond_embed.weight", "a pixel-space derivative of Z-Image without a VAE"),
     ("t_embedder_2.mlp.0.weight", "TwinFlow-Z-Image, a derivative with a second timestep"),

@@ -26,7 +26,7 @@ def relative(got, expected):
 
 @pytest.fixture
 def assert_close():
-    """Compare what a kernel gave with its reference, tensors or Rows."""
+    """Compare what a kernel gave with its reference, tensors or QuantizedRows."""
 
     def check(got, expected):
         if not isinstance(expected, QuantizedRows):

@@ -148,7 +148,7 @@ def fake(x, device):
 
 
 @pytest.mark.parametrize(
-    "found, dtype, lengths, name",
+    "capability, dtype, lengths, name",
     [
         ((9, 0), torch.bfloat16, (64, 64), "cudnn"),
         ((9, 0), torch.bfloat16, (64, 32), "flash"),
@@ -160,13 +160,13 @@ def fake(x, device):
         ((7, 5), torch.float16, (64, 32), "sdpa"),
     ],
 )
-def test_who_serves_on_a_gpu(found, dtype, lengths, name, monkeypatch):
-    monkeypatch.setattr(room, "capability", lambda device: found)
-    monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: found)
+def test_the_implementation_on_a_gpu(capability, dtype, lengths, name, monkeypatch):
+    monkeypatch.setattr(room, "capability", lambda device: capability)
+    monkeypatch.setattr("s3dit.kernels.dispatch.capability", lambda device: capability)
     q = fake(torch.empty(sum(lengths), 3, 128, dtype=dtype), "cuda")
     spans = Spans.of(lengths)
-    said = attention.explain(q, q, q, spans, spans)
-    assert [line[0] for line in said if line[2] == "chosen"] == [name], said
+    lines = attention.explain(q, q, q, spans, spans)
+    assert [line[0] for line in lines if line[2] == "chosen"] == [name], lines
 
 
 @pytest.mark.parametrize("op", [attention, attention8])

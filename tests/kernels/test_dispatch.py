@@ -1,4 +1,4 @@
-"""An Op takes the first implementation that may serve, obeys a forced backend, and can be replaced in a `with`."""
+"""An Op runs the first implementation that can run, obeys a forced backend, and can be replaced in a `with`."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def double():
     set_backend("auto")
 
 
-def test_first_implementation_that_may_serve(double):
+def test_the_first_implementation_that_can_run(double):
     assert double(torch.ones(1), True) == "torch"
     assert double(torch.ones(1), False) == "reference"
 
@@ -53,11 +53,11 @@ def test_forced_backend_that_cannot_run_is_an_error(double, monkeypatch):
     monkeypatch.setattr(dispatch, "_backend", "triton")
     with pytest.raises(BackendError, match="no kernel of double may run: needs cuda tensors, found cpu"):
         double(torch.ones(1), True)
-    said = ["needs cuda tensors, found cpu", "backend 'triton' is forced"]
-    assert [reason for *_, reason in double.explain(torch.ones(1), True)][1:] == said
+    reasons = ["needs cuda tensors, found cpu", "backend 'triton' is forced"]
+    assert [reason for *_, reason in double.explain(torch.ones(1), True)][1:] == reasons
 
 
-def test_explain_says_who_and_why(double):
+def test_explain_lists_implementations_and_reasons(double):
     x = torch.ones(1)
     reasons = [(backend, reason) for _, backend, reason in double.explain(x, True)]
     assert reasons[0] == ("torch", "chosen")

@@ -181,7 +181,7 @@ def test_dequantize_and_many_rows(dtype, kind, device, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.int8, FP8])
 @pytest.mark.parametrize("k", [1, 33, 100, 256])
 def test_quantize_rows(dtype, k, device):
-    """As the plain form does, bit for bit."""
+    """As scheme.quantize_rows does, bit for bit."""
     skip_without_e4m3(dtype)
     x = torch.randn(3, 4, k + 5, device=device)[..., 5:] * torch.logspace(-6, 6, 12, device=device).view(3, 4, 1)
     x[0, 0] = 0
@@ -235,7 +235,7 @@ def force():
 @pytest.mark.parametrize("name", SCHEMES)
 @pytest.mark.parametrize("rows", [(2, 3), (2, 33)])
 def test_schemes_by_triton(name, rows, device, force):
-    """Forced, the kernels serve each format as its reference does."""
+    """Forced, the kernels give for each format what its reference gives."""
     chosen = SCHEMES[name]
     skip_without_e4m3(FP8 if "fp8" in name else None)
     parts = {part: t.to(device) for part, t in chosen.encode(torch.randn(80, 128)).items()}
@@ -263,7 +263,7 @@ def test_formats_without_triton(name):
         assert relative(implementation.function(x, parts, bias), expected) < 2**-7
 
 
-def test_what_a_gpu_lacks_is_said(monkeypatch):
+def test_what_a_gpu_lacks_is_explained(monkeypatch):
     parts = SCHEMES["fp8"].encode(torch.randn(32, 64))
     x = torch.randn(4, 64).half()
     monkeypatch.setattr(dispatch, "capability", lambda device: (8, 0))

@@ -143,7 +143,7 @@ def test_old_gpus_are_refused(found, input_dtype, words, monkeypatch):
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, rows", [(1, 1), (63, 3), (100, 1), (130, 130)])
-def test_pieces_on_the_cpu_give_the_same_bits(n, rows, wide, input_dtype, poison):
+def test_chunks_on_the_cpu_give_the_same_bits(n, rows, wide, input_dtype, poison):
     x, w, table, row = modulated(n, 100, rows, wide, "cpu")
     rest, v, gate, _ = modulated(n, 100, rows, wide, "cpu")
     calls = [

@@ -107,7 +107,7 @@ def test_widths_that_do_not_fit():
         SCHEMES["int4"].spec(10, 100)
 
 
-def test_every_e4m3_widens_exactly():
+def test_every_e4m3_is_cast_exactly():
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     codes = codes[codes.float().isfinite()]
     assert torch.equal(cast_codes(codes, torch.bfloat16), codes.bfloat16())

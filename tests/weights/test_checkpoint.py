@@ -55,7 +55,7 @@ def table(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_foreign_container_is_told_by_its_bytes(kind, tmp_path):
+def test_foreign_container_is_detected_by_its_bytes(kind, tmp_path):
     """The name says safetensors, the bytes say something else: the bytes win, and the message says what to do."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(FOREIGN[kind])

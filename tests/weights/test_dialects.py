@@ -74,7 +74,7 @@ def test_fused_layers_are_several():
     )
 
 
-def test_official_words_are_told_from_others():
+def test_official_spellings_are_marked():
     assert dialects.place("lora_unet_layers_0_attention_to_q").is_official
     assert not dialects.place("layers.0.attention.out").is_official
 

@@ -161,7 +161,7 @@ def test_hostile_headers(case, tmp_path):
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_an_empty_file_of_gguf_is_told(tmp_path):
+def test_an_empty_file_of_gguf_is_named(tmp_path):
     (tmp_path / "x").write_bytes(header())
     assert sniff(tmp_path / "x") == "gguf" and len(open_checkpoint(tmp_path / "x")) == 0
     assert set(PLAIN_TYPES) <= {name for name, *_ in GGML_TYPES.values()}

@@ -32,7 +32,7 @@ def test_every_prefix(part, prefix, tmp_path):
         found.parts[part].load("nothing")
 
 
-def test_all_in_one_with_a_bare_transformer_and_a_stranger(tmp_path):
+def test_all_in_one_with_a_bare_transformer_and_a_foreign_tensor(tmp_path):
     shapes = TRANSFORMER | {f"vae.{key}": shape for key, shape in VAE.items()}
     shapes |= {f"text_encoders.qwen3_4b.transformer.{key}": shape for key, shape in TEXT.items()}
     found = split(held(tmp_path, shapes))
@@ -83,7 +83,7 @@ def test_what_else_people_hold(shapes, words, tmp_path):
     assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
 
 
-def test_mlx_is_told_before_its_packed_weights_are_taken_for_broken(tmp_path):
+def test_mlx_is_detected_before_its_packed_weights_are_taken_for_broken(tmp_path):
     """4 bits as mflux packs them: eight codes in a uint32, a scale and a bias every 64 inputs."""
     tensors = {key: torch.zeros(shape) for key, shape in TRANSFORMER.items()} | {
         "layers.0.w.weight": torch.zeros(8, 16, dtype=torch.uint32),
@@ -95,6 +95,6 @@ def test_mlx_is_told_before_its_packed_weights_are_taken_for_broken(tmp_path):
         open_checkpoint(tmp_path)
 
 
-def test_mlx_without_quantization_is_told_by_its_metadata(tmp_path):
+def test_mlx_without_quantization_is_detected_by_its_metadata(tmp_path):
     with pytest.raises(CheckpointError, match="form of Apple's MLX"):
         split(held(tmp_path, TRANSFORMER, mflux_version="0.13.0"))
