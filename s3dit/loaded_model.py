@@ -7,11 +7,13 @@ thread has switched on in torch (autocast, gradients, a default device) changes 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, cast, overload
 
 import torch
 from torch import Tensor
 
+from s3dit import values
+from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.inputs import references
 from s3dit.kernels.dispatch import use_backend
@@ -55,6 +57,7 @@ class LoadedModel:
 
     def encode(self, texts: str | Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (tokens, cap_feat_dim) each, the caller's own: what `prompt_embeds` takes."""
+        values.texts("texts", texts)
         texts = [texts] if isinstance(texts, str) else texts
         with self._turn():
             ids = [tuple(self.tokenizer.segments(text, 0, max_sequence_length)[0]) for text in texts]
@@ -78,9 +81,17 @@ class LoadedModel:
 
         The mode of what the autoencoder answers, or with generators, one a picture, a sample.
         """
+        for picture in pixels:
+            values.check_floats("pixels", picture, "pictures (3, H, W) in [-1, 1], floats, in a list")
+            if picture.ndim != 3 or picture.shape[0] != 3 or any(side % 8 for side in picture.shape[1:]):
+                raise RequestError(f"pixels have shape {tuple(picture.shape)}; needed (3, H, W), multiples of 8")
         with self._turn():
             return self.encoders.encode_images(pixels, generators)
 
+    @overload
+    def velocity(self, latents: Tensor, t: float | Tensor, prompt_embeds: "Embeds") -> Tensor: ...
+    @overload
+    def velocity(self, latents: Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds") -> list[Tensor]: ...
     def velocity(
         self, latents: Tensor | Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds"
     ) -> Tensor | list[Tensor]:
@@ -89,34 +100,41 @@ class LoadedModel:
         latents: (B, 16, H/8, W/8), or a list of (16, H/8, W/8), each also with one frame, (…, 16, 1, H/8, W/8), as
         diffusers' transformer takes them · t: 0 noise to 1 image (1 - sigma), one for all or (B,) · prompt_embeds: as
         in a Request, one an item -> fp32, in the form of `latents`: latents + (sigma - sigma_next) · velocity is the
-        next state. Raises RequestError.
+        next state. Gradients flow to whatever wants them: latents, t, features, parameters. Raises RequestError.
         """
         config, device = self.config.transformer, self.placement.device
-        items = [_without_frame(item) for item in latents]
+        items = [_without_frame(values.tensor_of(item)) for item in latents]
         grids = [(item.shape[1] // 2, item.shape[2] // 2) for item in items]
         request = Request(prompt_embeds=prompt_embeds)
         request.check_embeds(config.cap_feat_dim)
         texts = [PromptEmbeds(features) for features in request.embeds]
-        times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)
+        times = _times(t)
         if not items or len(texts) != len(items) or len(times) not in (1, len(items)):
             raise RequestError(
                 f"{len(items)} latents, {len(texts)} prompt_embeds and {len(times)} of t; needed one of prompt_embeds "
                 "for each of latents, and one t, or as many"
             )
+        wanted = torch.is_grad_enabled()
         with self._turn():
             transformer = self.parts["transformer"]
             assert isinstance(transformer, Transformer)
-            layout = layout_of(grids, [(len(text),) for text in texts], (), config, device)
-            context = transformer.context(layout, torch.cat(self.encoders.encode_texts(texts)))
-            x = torch.cat([patchify(item.float().contiguous()) for item in items]).to(device)
-            pieces = split_latents(transformer(x, times.to(device), context).float(), grids)
-        out = [piece.reshape(item.shape) for piece, item in zip(pieces, latents, strict=True)]
-        return torch.stack(out) if isinstance(latents, Tensor) else out
+            leaves = (*items, times, *request.embeds, *transformer.parameters())
+            with torch.set_grad_enabled(wanted and any(leaf.requires_grad for leaf in leaves)):
+                layout = layout_of(grids, [(len(text),) for text in texts], (), config, device)
+                context = transformer.context(layout, torch.cat(self.encoders.encode_texts(texts)))
+                x = torch.cat([patchify(item.float().contiguous()) for item in items]).to(device)
+                pieces = split_latents(transformer(x, times.to(device), context).float(), grids)
+                out = [piece.reshape(item.shape) for piece, item in zip(pieces, latents, strict=True)]
+                return out if isinstance(latents, list | tuple) else torch.stack(out)
 
     def decode(self, latents: Sequence[Tensor], tile: int | None = None) -> list[Tensor]:
-        """Pictures (3, H, W) fp32 in about [-1, 1] of latents (16, H/8, W/8); large ones by tiles."""
+        """Pictures (3, H, W) fp32 in about [-1, 1] of latents (16, H/8, W/8), in a list or batch; large ones by tiles.
+
+        tile: the side of one, in latent cells (default: as memory allows). Raises RequestError.
+        """
+        items = [_without_frame(values.tensor_of(item), even=False) for item in latents]
         with self._turn():
-            return self.encoders.decode(latents, tile)
+            return self.encoders.decode(items, tile)
 
     @property
     def placement(self) -> Placement:
@@ -164,10 +182,25 @@ class LoadedModel:
                 self._computing = False
 
 
-def _without_frame(item: Tensor) -> Tensor:
-    """One item's latents as (16, H/8, W/8); RequestError where they are none."""
+def _without_frame(item: Tensor, even: bool = True) -> Tensor:
+    """One item's latents as (16, H/8, W/8); RequestError where they are none. even: whether sides must be."""
+    values.check_floats("latents", item, "floats (16, H/8, W/8) an item")
     shape = tuple(item.shape)
     item = item[:, 0] if item.ndim == 4 and item.shape[1] == 1 else item
-    if item.ndim != 3 or item.shape[0] != 16 or item.shape[1] % 2 or item.shape[2] % 2 or not item.numel():
-        raise RequestError(f"latents have shape {shape} an item; needed (16, H/8, W/8), both sides even")
+    odd = even and any(side % 2 for side in item.shape[1:])
+    if item.ndim != 3 or item.shape[0] != 16 or odd or not item.numel():
+        raise RequestError(f"latents have shape {shape} an item; needed (16, H/8, W/8)" + ", both even" * even)
     return item
+
+
+def _times(t: float | Tensor) -> Tensor:
+    """The times of items as (1,) or (B,) fp32; RequestError where one is not from 0 to 1."""
+    try:
+        times = torch.as_tensor(t, dtype=torch.float32).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        raise RequestError(f"t is {shown(t)}; needed a number from 0 (noise) to 1 (image), or one an item") from None
+    if times.is_meta or not ((times >= 0) & (times <= 1)).all():
+        raise RequestError(
+            f"t is {shown(t)}; needed numbers from 0 (noise) to 1 (image): 1 - sigma, or (1000 - timestep) / 1000"
+        )
+    return times

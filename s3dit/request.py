@@ -222,8 +222,9 @@ class Request:
 
     def __post_init__(self) -> None:
         """Bring values into one form: lists of batches, Python's numbers, features by prompt; and check them."""
-        for name in (*IMAGES, "reference", "latents"):
+        for name in (*IMAGES, "reference"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
+        object.__setattr__(self, "latents", values.latents_of(self.latents))
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.metadata["kind"] in values.NUMERIC:
@@ -245,11 +246,13 @@ class Request:
                     "dataclasses.replace"
                 )
             return request
-        known = [spec.name for spec in fields(cls)]
+        # As the command line calls them, too: steps for num_inference_steps.
+        known = {spec.metadata["flag"].strip("-").replace("-", "_"): spec.name for spec in fields(cls)}
+        known |= {spec.name: spec.name for spec in fields(cls)}
         for name in wanted:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            if name not in cls.__dataclass_fields__:
+                near = [name] if name in known else get_close_matches(name, known, 1)
+                hint = f"did you mean {known[near[0]]}?" if near else f"there are {', '.join(cls.__dataclass_fields__)}"
                 raise RequestError(f"a request has no field {shown(name)}; {hint}")
         if request is not None:
             if "prompt" in wanted:
@@ -324,10 +327,10 @@ class Request:
             return list(value) * self.count
         if len(value) == len(self.prompts):
             return [item for item in value for _ in range(self.num_images_per_prompt)]
-        raise RequestError(
-            f"{name} has {len(value)} entries; needed 1, {len(self.prompts)} (a prompt each) or {self.count} "
-            "(a picture each)"
-        )
+        prompts, pictures = len(self.prompts), self.count
+        each = [f"{prompts} (a prompt each)"] if prompts > 1 else []
+        each += [f"{pictures} (a picture each)"] if pictures > prompts else []
+        raise RequestError(f"{name} has {len(value)} entries; needed {' or '.join(['1', *each])}")
 
     def seeds(self) -> list[int]:
         """One seed a picture: as given, or counted up over the pictures that share a seed."""

@@ -77,6 +77,8 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
 def without_effect(request: Request, config: ModelConfig) -> Iterator[str]:
     """One note for each field of a resolved request that was given and changes nothing, or works against the model."""
     if request.guidance_scale:
+        if request.cfg_truncation > 1:
+            yield "cfg_truncation above 1 has no effect: t ends at 1"
         if config.variant == "turbo":
             yield (
                 f"guidance_scale {request.guidance_scale:g}: Turbo is distilled to draw without guidance, which takes "
@@ -93,10 +95,18 @@ def without_effect(request: Request, config: ModelConfig) -> Iterator[str]:
             yield f"{name} has no effect: guidance is off; give guidance_scale, such as 4, to models that have it"
     if request.seed == -1:
         yield "seed -1 is a seed like any other; leave seed out for a random one"
+    masked = request.mask_image is not None or request.extend is not None
+    if request.image is not None and request.strength == 1 and not masked:
+        yield "image gives its size and nothing else: strength 1 redraws all of it; give less, such as 0.6"
     if request.image is None and request.posterior != "mode":
         yield "posterior has no effect: there is no start image"
-    if request.mask_image is None and request.extend is None and not request.composite:
-        yield "composite has no effect: there is no mask"
+    if not request.composite and (not masked or request.output_type == "latent"):
+        yield f"composite has no effect: there {'is no mask' if not masked else 'are latents and no pictures'}"
+    if request.num_inference_steps == 1 and request.image is None and request.upscale is None:
+        if request.solver != "euler":
+            yield f"solver {request.solver} has no effect: a single step is one of euler"
+        if request.schedule not in ("official", config.scheduler.schedule):
+            yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
     if request.sigmas is not None and request.schedule == "simple":
         yield "the values of sigmas have no effect: schedule simple spaces as many steps by itself"
     elif request.sigmas is not None and request.schedule != "official":

@@ -4,7 +4,9 @@ A record is a request that draws its picture again alone, and what drew it; `sav
 the `save` of each picture.
 """
 
+import os
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,42 @@ from s3dit.request import IMAGES
 class DrawnImage(Image.Image):
     """A Pillow image whose `save` writes what drew it into a PNG, JPEG or WebP file, as `s3dit generate` does.
 
-    metadata: what is written. What `resize`, `crop` and the like give back is another picture, without it.
+    metadata: what is written; a copy of its own, which goes along when the picture is copied or pickled. What `resize`,
+    `crop` and the like give back is another picture, without it. Pillow's other formats have no place for it. Whoever
+    paints over the picture should drop it: `metadata = None`.
     """
 
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any] | None = None
 
     def save(self, fp: Any, format: str | None = None, **params: Any) -> None:
         """Pillow's `save`, with the metadata where the caller gives none; RequestError where it does not fit."""
-        form = format or ENDINGS.get(Path(str(getattr(fp, "name", fp))).suffix.lower(), "")
-        form = {"JPG": "JPEG"}.get(form.upper(), form.upper())
+        place = getattr(fp, "name", fp)
+        name = os.fsdecode(place) if isinstance(place, str | bytes | os.PathLike) else ""
+        form = (format or ENDINGS.get(Path(name).suffix.lower(), "")).upper()
+        form = {"JPG": "JPEG"}.get(form, form)
         if form in ENDINGS.values() and not {"pnginfo", "exif"} & set(params):
             params |= carried(self.metadata, self.size, form)
         super().save(fp, format, **params)
 
+    def copy(self) -> "DrawnImage":
+        """A copy that carries the same metadata."""
+        return with_metadata(super().copy(), self.metadata)
 
-def with_metadata(image: Image.Image, metadata: Mapping[str, Any]) -> DrawnImage:
-    """The same image as a DrawnImage."""
+    __copy__ = copy
+
+    def __getstate__(self) -> list[Any]:
+        return [*super().__getstate__(), self.metadata]
+
+    def __setstate__(self, state: list[Any]) -> None:
+        *image, self.metadata = state
+        super().__setstate__(image)
+
+
+def with_metadata(image: Image.Image, metadata: Mapping[str, Any] | None) -> DrawnImage:
+    """The same image as a DrawnImage, with a copy of the metadata."""
     drawn = DrawnImage()
     vars(drawn).update(vars(image))
-    drawn.metadata = metadata
+    drawn.metadata = deepcopy(metadata)
     return drawn
 
 
@@ -66,6 +85,8 @@ class Result:
         """
         if not self.images:
             raise RequestError("there are latents and no pictures; needed output_type pil or tensor; see pipe.decode")
+        if not isinstance(path, str | Path):
+            raise RequestError(f"path is a {type(path).__name__}; needed a file name; images[0].save takes more")
         path, n = Path(path), len(self.images)
         paths = [path] if n == 1 else [path.with_stem(f"{path.stem}-{i}") for i in range(1, n + 1)]
         for image, where, metadata in zip(self.images, paths, self.metadata, strict=True):

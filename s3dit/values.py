@@ -37,6 +37,29 @@ def as_list(value: Any) -> list[Any]:
     return [] if value is None else list(value) if several(value) else [value]
 
 
+def tensor_of(value: Any) -> Any:
+    """An array of numpy as a tensor that shares its memory; anything else as it is."""
+    import numpy as np
+    import torch
+
+    # Arrays of objects and of text stay, and are refused by name.
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" else value
+
+
+def check_floats(name: str, tensor: Any, needed: str) -> None:
+    """Check that a value is a tensor of finite floats that has its numbers at hand; the message ends with `needed`."""
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise RequestError(f"{name} is {shown(tensor)}; needed {needed}")
+    if not tensor.is_floating_point() or tensor.is_meta or tensor.layout != torch.strided:
+        kind = f"{tensor.dtype} on {tensor.device}".removeprefix("torch.")
+        kind += "" if tensor.layout == torch.strided else f", {str(tensor.layout).removeprefix('torch.')}"
+        raise RequestError(f"{name} holds a tensor of {kind}; needed {needed}")
+    if not tensor.isfinite().all():
+        raise RequestError(f"{name} holds NaN or infinity; needed finite numbers: {needed}")
+
+
 def one_by_one(given: Any) -> Any:
     """Make a list of what is several images in one: a batch of an array or tensor; anything else stays as it is."""
     return list(given) if getattr(given, "ndim", None) == 4 else given
@@ -190,59 +213,59 @@ def generators(name: str, value: Any) -> None:
         raise RequestError(f"{name} is {shown(value)}; needed a torch.Generator, or one a picture; or give seed")
 
 
+def latents_of(value: Any) -> Any:
+    """Latents as a list of tensors, one a picture, from a batch, a single one (16, H/8, W/8), a list, or arrays."""
+    if value is None or isinstance(value, list | tuple):
+        return value if value is None else [tensor_of(latent) for latent in value]
+    tensor = tensor_of(value)
+    return [tensor] if getattr(tensor, "ndim", None) == 3 else one_by_one(tensor)
+
+
 def latents(name: str, value: Any) -> None:
     """Check that a value is a list of latents (16, H/8, W/8), one a picture; `one_by_one` makes one of a batch."""
-    import torch
-
+    needed = "floats (pictures, 16, height/8, width/8), or a list of (16, height/8, width/8)"
     given = value if isinstance(value, list | tuple) else [value]
-    if not all(isinstance(latent, torch.Tensor) and latent.is_floating_point() for latent in given) or not given:
-        raise RequestError(
-            f"{name} is {shown(value)}; needed a tensor of floats (pictures, 16, height/8, width/8), or a list of them"
-        )
+    if not given:
+        raise RequestError(f"{name} is {shown(value)}; needed {needed}")
     for latent in given:
+        check_floats(name, latent, needed)
         if latent.ndim != 3 or latent.shape[0] != 16:
             raise RequestError(
                 f"{name} has shape {tuple(latent.shape)} a picture; needed (16, height/8, width/8), in a list or batch"
             )
-    if not all(latent.isfinite().all() for latent in given):
-        raise RequestError(f"{name} holds NaN or infinity; needed the starting noise, finite numbers")
 
 
 def embeds_of(name: str, value: Any) -> Any:
     """Features of prompts in one form: one tensor (tokens, width), or a tuple of such, one a prompt.
 
     value: that, or a batch (prompts, tokens, width), or one padded on the right with the lengths of its prompts: a pair
-    (batch, lengths). Raises RequestError.
+    (batch, lengths); tensors or arrays. Raises RequestError.
     """
-    import torch
-
-    def fail(what: str) -> RequestError:
-        return RequestError(
-            f"{name} {what}; needed features (tokens, width) as pipe.encode gives them, a list of them, or a padded "
-            "batch (prompts, tokens, width) with its lengths: (batch, lengths)"
-        )
-
+    needed = (
+        "features (tokens, width) as pipe.encode gives them, a list of them, or a padded batch (prompts, tokens, "
+        "width) with its lengths: (batch, lengths)"
+    )
     lengths = None
     if isinstance(value, tuple) and len(value) == 2 and getattr(value[0], "ndim", None) == 3:
         value, lengths = value[0], plain(value[1])
-    if isinstance(value, torch.Tensor) and value.ndim == 3:
+    value = tensor_of(value)
+    if getattr(value, "ndim", None) == 3:
         lengths = [value.shape[1]] * len(value) if lengths is None else lengths
-        if not isinstance(lengths, list | tuple) or len(lengths) != len(value):
-            raise fail(f"has {len(value)} prompts and lengths {shown(lengths)}")
-        if not all(_number(n) and 1 <= n <= value.shape[1] for n in lengths):
-            raise fail(f"has {value.shape[1]} tokens a prompt and lengths {shown(lengths)}")
+        right = isinstance(lengths, list | tuple) and len(lengths) == len(value)
+        if not right or not all(_number(n) and 1 <= n <= value.shape[1] for n in lengths):
+            raise RequestError(
+                f"{name} has {len(value)} prompts, {value.shape[1]} tokens a prompt and lengths {shown(lengths)}; "
+                f"needed {needed}"
+            )
         value = [features[:n] for features, n in zip(value, lengths, strict=True)]
-    given = value if isinstance(value, list | tuple) else [value]
+    given = [tensor_of(features) for features in value] if isinstance(value, list | tuple) else [value]
     if not given or len(given) > MOST_PICTURES:
-        raise fail(f"has {len(given):,} prompts")
+        raise RequestError(f"{name} has {len(given):,} prompts; needed {needed}")
     for features in given:
-        if not isinstance(features, torch.Tensor) or not features.is_floating_point():
-            raise fail(f"is {shown(features)}")
+        check_floats(name, features, needed)
         if features.ndim != 2 or not 1 <= len(features) <= MOST_TOKENS:
-            raise fail(f"has shape {tuple(features.shape)}")
-        if not features.isfinite().all():
-            raise RequestError(f"{name} holds NaN or infinity; needed finite numbers, as pipe.encode gives them")
-    return value if isinstance(value, torch.Tensor) else tuple(value)
+            raise RequestError(f"{name} has shape {tuple(features.shape)}; needed {needed}")
+    return tuple(given) if isinstance(value, list | tuple) else given[0]
 
 
 def embeds(name: str, value: Any) -> None:

@@ -17,7 +17,10 @@ def public(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
             yield node.name, node
             for inner in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) and not inner.name.startswith("_"):
+                if not isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef) or inner.name.startswith("_"):
+                    continue
+                # The types of an @overload are described where the body is.
+                if not any(ast.unparse(decorator) == "overload" for decorator in inner.decorator_list):
                     yield f"{node.name}.{inner.name}", inner
 
 

@@ -76,10 +76,10 @@ def test_features_need_no_text_encoder_and_are_no_one_s_to_replay():
         ({"prompt_embeds": torch.zeros(3)}, r"prompt_embeds has shape \(3,\)"),
         ({"prompt_embeds": torch.zeros(0, 128)}, r"prompt_embeds has shape \(0, 128\)"),
         ({"prompt_embeds": []}, "prompt_embeds has 0 prompts"),
-        ({"prompt_embeds": torch.zeros(3, 128, dtype=torch.int64)}, "prompt_embeds is "),
+        ({"prompt_embeds": torch.zeros(3, 128, dtype=torch.int64)}, "prompt_embeds holds a tensor of int64 on cpu"),
         ({"prompt_embeds": "a fox"}, "prompt_embeds is 'a fox'"),
         ({"prompt_embeds": torch.full((3, 128), float("nan"))}, "prompt_embeds holds NaN"),
-        ({"prompt_embeds": (torch.zeros(2, 3, 128), [3])}, "2 prompts and lengths"),
+        ({"prompt_embeds": (torch.zeros(2, 3, 128), [3])}, "2 prompts, 3 tokens a prompt and lengths"),
         ({"prompt_embeds": (torch.zeros(2, 3, 128), [3, 4])}, "3 tokens a prompt and lengths"),
         ({"prompt_embeds": (torch.zeros(2, 3, 128), [3, 0])}, "3 tokens a prompt and lengths"),
         ({"prompt_embeds": torch.zeros(3, 128), "prompt": "a"}, "both prompt and prompt_embeds"),
@@ -92,6 +92,12 @@ def test_features_need_no_text_encoder_and_are_no_one_s_to_replay():
         ({"prompt": "a", "latents": [torch.zeros(16, 8, 8)] * 2}, "latents has 2 entries; needed 1"),
         ({"prompt": "a", "latents": torch.zeros(1, 4, 8, 8)}, r"latents has shape \(4, 8, 8\)"),
         ({"prompt": "a", "latents": []}, "latents is"),
+        (
+            {"prompt": "a", "latents": torch.zeros(1, 16, 8, 8, device="meta")},
+            "latents holds a tensor of float32 on meta",
+        ),
+        ({"prompt": "a", "latents": torch.zeros(1, 16, 8, 8, dtype=torch.int32)}, "latents holds a tensor of int32"),
+        ({"prompt_embeds": torch.zeros(3, 128).to_sparse()}, "prompt_embeds holds a tensor of .*sparse"),
     ],
 )
 def test_wrong_features_and_latents_are_named(pipe, fields, message):
@@ -145,6 +151,11 @@ def test_velocity_at_a_time_for_each(pipe):
         (torch.zeros(1, 16, 8, 8), torch.zeros(2), 1, "and 2 of t"),
         (torch.zeros(1, 16, 7, 8), 0.5, 1, r"latents have shape \(16, 7, 8\)"),
         (torch.zeros(16, 8, 8), 0.5, 1, r"latents have shape \(8, 8\)"),
+        (torch.full((1, 16, 8, 8), float("nan")), 0.5, 1, "latents holds NaN"),
+        (torch.zeros(1, 16, 8, 8), 500, 1, "t is 500; needed numbers from 0"),
+        (torch.zeros(1, 16, 8, 8), float("nan"), 1, "t is nan"),
+        (torch.zeros(1, 16, 8, 8), "late", 1, "t is 'late'"),
+        (torch.zeros(1, 16, 8, 8, device="meta"), 0.5, 1, "latents holds a tensor of float32 on meta"),
     ],
 )
 def test_wrong_arguments_of_velocity(pipe, latents, t, count, message):
@@ -217,3 +228,51 @@ def test_errors_are_at_the_door(pipe):
     with pytest.raises(AttributeError, match="no attribute 'Pipelin'"):
         _ = s3dit.Pipelin
     assert Request.of("a").prompts == ["a"]
+
+
+def test_gradients_flow_through_velocity_where_they_are_wanted(pipe):
+    (features,) = pipe.encode("a red star")
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    plain = pipe.velocity(noise, 0.5, features)
+    assert not plain.requires_grad
+    leaves = noise.clone().requires_grad_(), torch.tensor(0.5, requires_grad=True), features.clone().requires_grad_()
+    with_gradient = pipe.velocity(*leaves)
+    # 1e-5: with gradients the Ops run their references.
+    assert (with_gradient - plain).norm() < 1e-5 * plain.norm()
+    with_gradient.square().sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() and leaf.grad.any() for leaf in leaves)
+    with torch.no_grad():
+        assert not pipe.velocity(*leaves).requires_grad
+    pipe.clear()
+
+
+def test_arrays_are_tensors(pipe):
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(1))
+    (features,) = pipe.encode("a red star")
+    options = {"num_inference_steps": 1, "output_type": "latent"}
+    expected = pipe(prompt_embeds=features, latents=noise, **options).latents[0]
+    for latents, embeds in (
+        (noise.numpy(), features.numpy()),
+        (noise[0].numpy(), [features.numpy()]),
+        (noise[0], features),
+    ):
+        assert torch.equal(pipe(prompt_embeds=embeds, latents=latents, **options).latents[0], expected)
+    assert torch.equal(pipe.velocity(noise.numpy(), 0.5, features.numpy()), pipe.velocity(noise, 0.5, features))
+    pictures = [
+        pipe.decode(form)[0] for form in ([expected], expected[None], [expected[:, None]], expected[None].numpy())
+    ]
+    assert all(torch.equal(picture, pictures[0]) for picture in pictures)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda pipe: pipe.encode(3), lambda pipe: pipe.encode(None), lambda pipe: pipe.encode([]),
+        lambda pipe: pipe.decode([torch.zeros(4, 8, 8)]), lambda pipe: pipe.decode(torch.zeros(16, 8, 8)),
+        lambda pipe: pipe.decode([torch.full((16, 8, 8), float("inf"))]),
+        lambda pipe: pipe.encode_images([torch.zeros(3, 12, 16)]), lambda pipe: pipe.encode_images([3]),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_of_the_stages_are_request_errors(pipe, call):
+    with pytest.raises(RequestError):
+        call(pipe)

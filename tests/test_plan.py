@@ -72,11 +72,18 @@ WITHOUT_EFFECT = [
     ({"cfg_truncation": 0.5}, "cfg_truncation has no effect"),
     ({"posterior": "sample"}, "posterior has no effect"),
     ({"composite": False}, "composite has no effect"),
-    ({"sigmas": [1.0], "schedule": "simple"}, "the values of sigmas have no effect"),
-    ({"sigmas": [1.0], "schedule": "karras"}, "of sigmas only their number, the first and the last count"),
+    ({"sigmas": [1.0, 0.5], "num_inference_steps": None, "schedule": "simple"}, "the values of sigmas have no effect"),
+    (
+        {"sigmas": [1.0, 0.5], "num_inference_steps": None, "schedule": "karras"},
+        "of sigmas only their number, the first and the last count",
+    ),
     ({"latents": torch.zeros(1, 16, 8, 8), "seed": 3}, "seed has no effect"),
     ({"latents": torch.zeros(1, 16, 8, 8), "generator": torch.Generator()}, "generator has no effect"),
     ({"prompt": None, "prompt_embeds": torch.zeros(3, 128), "max_sequence_length": 9}, "max_sequence_length has no"),
+    ({"solver": "heun"}, "solver heun has no effect: a single step"),
+    ({"schedule": "beta"}, "schedule beta has no effect: a single step"),
+    ({"image": torch.zeros(3, 64, 64), "strength": 1.0}, "image gives its size and nothing else"),
+    ({"guidance_scale": 1.0, "cfg_truncation": 2.0}, "cfg_truncation above 1 has no effect"),
     ({"seed": -1}, "seed -1 is a seed like any other"),
 ]
 
@@ -96,7 +103,7 @@ def test_what_has_no_effect_is_said_once(pipe, fields, note):
     [
         {"negative_prompt": ""}, {"negative_prompt": "blue", "guidance_scale": 1.0}, {"seed": 5},
         {"latents": torch.zeros(1, 16, 8, 8)}, {"latents": torch.zeros(1, 16, 8, 8), "seed": 1, "upscale": 2},
-        {"latents": torch.zeros(1, 16, 8, 8), "seed": 1, "solver": "euler_ancestral"},
+        {"latents": torch.zeros(1, 16, 8, 8), "seed": 1, "solver": "euler_ancestral", "num_inference_steps": 2},
         {"sigmas": [1.0], "schedule": "official"},
     ],
 )  # fmt: skip

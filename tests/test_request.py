@@ -25,7 +25,10 @@ WRONG = [
     ({"prompt": b"x"}, "prompt is a bytes"),
     ({"prompt": ["a", 3]}, "prompt holds a int"),
     ({"prompt": []}, "empty list"),
-    ({"prompt": ["a", "b"], "negative_prompt": ["c"] * 3}, "negative_prompt has 3 entries; needed 1, 2"),
+    (
+        {"prompt": ["a", "b"], "negative_prompt": ["c"] * 3},
+        "negative_prompt has 3 entries; needed 1 or 2 .a prompt each",
+    ),
     ({"height": 0}, "height is 0"),
     ({"height": -16}, "height is -16"),
     ({"width": 100}, "nearest that work are 96 or 112"),
@@ -249,3 +252,9 @@ def test_the_keywords_of_a_call_are_the_fields():
         return {field: kind.strip("'") for field, kind in found.items()}
 
     assert annotations("request_fields", "RequestFields") == annotations("request", "Request")
+
+
+def test_a_field_of_the_command_line_or_of_another_program_is_named():
+    for wrong, right in (("steps", "num_inference_steps"), ("count", "num_images_per_prompt"), ("mask", "mask_image")):
+        with pytest.raises(RequestError, match=f"no field '{wrong}'; did you mean {right}"):
+            Request.of("a", **{wrong: 2})

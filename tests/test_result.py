@@ -1,6 +1,9 @@
 """What a call gives back: files that carry what drew them, by `Result.save` and by each picture's own `save`."""
 
+import copy
 import io
+import os
+import pickle
 
 import pytest
 from PIL import Image
@@ -78,3 +81,25 @@ def test_tensors_are_saved_and_latents_are_not(pipe, tmp_path):
         latent.save(tmp_path / "b.png")
     with pytest.raises(RequestError, match="needed a name that ends in"):
         as_pil.save(tmp_path / "b")
+
+
+def test_copies_and_pickles_carry_it(result, tmp_path):
+    picture = result.images[1]
+    copies = [copy.copy(picture), copy.deepcopy(picture), picture.copy(), pickle.loads(pickle.dumps(picture))]
+    copies.append(copy.deepcopy(result).images[1])
+    for i, again in enumerate(copies):
+        again.save(tmp_path / f"{i}.png")
+        assert read_metadata(tmp_path / f"{i}.png") == result.metadata[1]
+        assert again.tobytes() == picture.tobytes()
+    assert picture.metadata is not result.metadata[1]
+    copies[0].metadata = None
+    copies[0].save(tmp_path / "none.png")
+    with pytest.raises(RequestError, match="carries no s3dit metadata"):
+        read_metadata(tmp_path / "none.png")
+
+
+def test_a_name_in_bytes_and_a_place_that_is_no_name(result, tmp_path):
+    result.images[0].save(os.fsencode(tmp_path / "a.png"))
+    assert read_metadata(tmp_path / "a.png") == result.metadata[0]
+    with pytest.raises(RequestError, match="path is a BytesIO; needed a file name"):
+        result.save(io.BytesIO())

@@ -17,13 +17,16 @@ SPELLINGS = {
     "-H": "--height", "-W": "--width", "-s": "--seed", "-b": "--count", "-i": "--image", "-m": "--model",
     "--cfg-scale": "--cfg", "--num-images": "--count", "--batch-count": "--count", "--batch-size": "--count",
     "--sampler": "--solver", "--sampling-method": "--solver", "--scheduler": "--schedule", "--flow-shift": "--shift",
-    "--init-img": "--image", "--init-image": "--image", "--image-path": "--image", "--image-strength": "--strength",
+    "--init-img": "--image", "--init-image": "--image", "--image-path": "--image",
     "--denoise": "--strength", "--negative": "--negative-prompt", "--lora-paths": "--lora",
     "--diffusion-model": "--transformer", "--llm": "--text-encoder", "--control-net": "--control",
     "--ref-image": "--reference", "--out": "--output",
 }  # fmt: skip
 # Spellings that mean one thing here and another there.
-UNCLEAR = {"-n": "--count (how many pictures) or --negative-prompt", "-q": "--quantize or --quality"}
+UNCLEAR = {
+    "-n": "--count (how many pictures) or --negative-prompt", "-q": "--quantize or --quality",
+    "--image-strength": "--strength, how much of the image is redrawn: 1 minus what mflux calls image strength",
+}  # fmt: skip
 LESS_MEMORY = "give a budget with --vram 4GiB, or --residency streamed"
 INTO_CONTROL = "it is part of the control: --control FILE:IMAGE:STRENGTH"
 # Options of other programs that are none here, and what does the same.
@@ -110,7 +113,10 @@ class Parser(argparse.ArgumentParser):
             self.error(f"there is no option {name}; {ANSWERS[name]}")
         if owners := [command for command, parser in others.items() if name in parser.options]:
             self.error(f"there is no option {name} here; s3dit {owners[0]} has it")
-        nearest = get_close_matches(name, self.options, 1, 0.6)
+        shown = [option for option, action in self.options.items() if action.help is not argparse.SUPPRESS]
+        # --vae-path is --vae before it is --image-path; an option under --help before another program's.
+        begun = sorted((option for option in shown if name.startswith(f"{option}-")), key=len, reverse=True)
+        nearest = begun or get_close_matches(name, shown, 1, 0.6) or get_close_matches(name, self.options, 1, 0.6)
         self.error(f"there is no option {name}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
 
 
