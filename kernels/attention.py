@@ -6,9 +6,10 @@ has its own, grouped, causal attention). An item without queries gives no rows; 
 a log-sum-exp of minus infinity, which is what merging partial results by it needs.
 
 Three Ops: `attention`; `attention_lse`, which also gives the log-sum-exp of each row of scores, from which maps are
-made; `attention8`, which multiplies q by k in int8, as an opt-in. In `attention8` the mean of an item's keys is first
-subtracted from them: it adds the same number to all scores of a query, which softmax cancels, and without it a large
-channel would take the range of int8 from all others. Relative error against exact attention, normal q, k and v: 9e-3.
+made; `attention8`, which multiplies q by k in int8, and is what runs under numerics "approximate" on a GPU. In
+`attention8` the mean of an item's keys is first subtracted from them: it adds the same number to all scores of a query,
+which softmax cancels, and without it a large channel would take the range of int8 from all others. Its relative error
+against exact attention of normal q, k and v is 9e-3.
 
 The Triton kernel that serves them is in `flash_attention`. Source: SageAttention (Zhang et al. 2024, section 4) for
 subtracting the mean.
@@ -242,7 +243,7 @@ attention.on("cpu", "torch", when=_first_refusal(_has_keys, _single_core))(_by_h
 for _device in ("cpu", "cuda", "mps"):
     attention.on(_device, "torch", when=_has_keys)(_sdpa)
 attention_lse.on("cuda", "triton", when=_flash_supported)(_flash_lse)
-attention8.on("cuda", "triton", when=_flash_supported)(_flash8)
+attention8.on("cuda", "triton", when=_flash_supported, numerics="approximate", bound=2e-2)(_flash8)
 
 
 @torch.library.custom_op("s3dit::attention", mutates_args=())

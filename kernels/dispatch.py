@@ -45,6 +45,10 @@ else:
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
+# How near an implementation is to its reference, each kind including those before it.
+NUMERICS = ("exact", "lossless", "approximate")
+# What a lossless implementation is within unless it says otherwise: roundings of the result's dtype (its epsilon).
+ROUNDINGS = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,17 @@ class Implementation:
     """A faster implementation of an Op.
 
     device: type of the device that it runs on, such as "cuda" · backend: "torch" or "triton" · function: takes the Op's
-    arguments · when: takes them too, and returns True, or False or a text that says what is missing.
+    arguments · when: takes them too, and returns True, or False or a text that says what is missing · numerics: "exact"
+    gives the reference's bits, "lossless" the same arithmetic with sums in another order, "approximate" less · bound of
+    ‖result - reference‖ / ‖reference‖: 0 if exact, in epsilons of the result's dtype if lossless, else as a number.
     """
 
     device: str
     backend: str
     function: Callable[..., Any]
     when: Callable[..., bool | str]
+    numerics: str = "lossless"
+    bound: float = ROUNDINGS
 
     def why_not(self, device: str, args: tuple[Any, ...]) -> str:
         """Return the reason why it cannot run with these arguments on this device type, "" where it can."""
@@ -82,6 +90,7 @@ class _Thread(threading.local):
 
     # Not a ContextVar, which torch.compile cannot trace.
     backend: str | None = None
+    numerics: str = "lossless"
     calls: list[Call] | None = None
 
 
@@ -126,6 +135,36 @@ def backend() -> str:
     return _thread.backend or _backend
 
 
+def check_numerics(name: str) -> None:
+    """Raise BackendError for a kind of numerics that does not exist."""
+    if name not in NUMERICS:
+        raise BackendError(f"numerics is {name!r}; needed one of {', '.join(NUMERICS)}")
+
+
+@contextmanager
+def use_numerics(name: str) -> Iterator[None]:
+    """Let this thread's Ops run only implementations that are at least so near to their references, inside the `with`.
+
+    name: exact, lossless (what holds outside) or approximate. Raises BackendError where it does not exist.
+    """
+    check_numerics(name)
+    before, _thread.numerics = _thread.numerics, name
+    try:
+        yield
+    finally:
+        _thread.numerics = before
+
+
+def numerics() -> str:
+    """Return the numerics in force for this thread: exact, lossless or approximate."""
+    return _thread.numerics
+
+
+def may_approximate(x: Any) -> bool:
+    """Return whether an approximation made for GPUs may be computed from x: on one, under numerics "approximate"."""
+    return _thread.numerics == "approximate" and _device((x,)) == "cuda"
+
+
 @contextmanager
 def record_calls() -> Iterator[list[Call]]:
     """Record every call of an Op by this thread inside the `with`, and run its reference: for fake tensors."""
@@ -159,16 +198,24 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
 
     def on(
-        self, device: str, backend: str, when: Callable[..., bool | str] = lambda *args: True
+        self,
+        device: str,
+        backend: str,
+        when: Callable[..., bool | str] = lambda *args: True,
+        numerics: str = "lossless",
+        bound: float | None = None,
     ) -> Callable[[Implemented], Implemented]:
         """Register an implementation for a device type; those registered first are tried first.
 
         device: such as "cpu" · backend: "torch" or "triton" · when: gets the call's arguments and returns True, or
-        False or a text that says what is missing. Returns a decorator that gives the function back as it is.
+        False or a text that says what is missing · numerics, bound: as in `Implementation`. Returns a decorator that
+        gives the function back as it is.
         """
+        check_numerics(numerics)
+        limit = bound if bound is not None else 0.0 if numerics == "exact" else ROUNDINGS
 
         def register(function: Implemented) -> Implemented:
-            self.implementations.append(Implementation(device, backend, function, when))
+            self.implementations.append(Implementation(device, backend, function, when, numerics, limit))
             return function
 
         return register
@@ -185,14 +232,21 @@ class Op(Generic[P, R]):
             return self.reference
         device = _device(args)
         for candidate in self.implementations:
-            if in_force in ("auto", candidate.backend) and not candidate.why_not(device, args):
+            if in_force in ("auto", candidate.backend) and not self._why_not(candidate, device, args):
                 return candidate.function
         # An Op without any kernel of the forced backend is plain torch by design, not by falling back.
         kernels = [candidate for candidate in self.implementations if candidate.backend == "triton"]
         if in_force == "triton" and kernels:
-            why = "; ".join(dict.fromkeys(candidate.why_not(device, args) for candidate in kernels))
+            why = "; ".join(dict.fromkeys(self._why_not(candidate, device, args) for candidate in kernels))
             raise BackendError(f"backend 'triton' is forced but no kernel of {self.name} may run: {why}; use 'auto'")
         return self.reference
+
+    @staticmethod
+    def _why_not(candidate: Implementation, device: str, args: tuple[Any, ...]) -> str:
+        """Return the reason why an implementation cannot run, or may not by the numerics in force; "" where it may."""
+        if NUMERICS.index(candidate.numerics) > NUMERICS.index(_thread.numerics):
+            return f"is {candidate.numerics}, where numerics {_thread.numerics!r} is asked for"
+        return candidate.why_not(device, args)
 
     def explain(self, *args: Any) -> list[tuple[str, str, str]]:
         """List what a call could run: (implementation, backend, "chosen" or why not) in order, the reference last."""
@@ -201,7 +255,7 @@ class Op(Generic[P, R]):
             return [(self._override.__name__, "override", "chosen")]
         for candidate in self.implementations:
             name = candidate.function.__name__.strip("_")
-            reason = candidate.why_not(device, args)
+            reason = self._why_not(candidate, device, args)
             if not reason and backend() not in ("auto", candidate.backend):
                 reason = f"backend {backend()!r} is forced"
             lines.append((name, candidate.backend, reason or (f"{chosen} comes first" if chosen else "chosen")))

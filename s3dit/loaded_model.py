@@ -16,7 +16,7 @@ from s3dit import values
 from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.inputs import references
-from s3dit.kernels.dispatch import use_backend
+from s3dit.kernels.dispatch import use_backend, use_numerics
 from s3dit.model.layout import patchify
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.tokenizer import Tokenizer
@@ -46,10 +46,12 @@ class LoadedModel:
         vram: int | None = None,
         graphs: bool = False,
         backend: str | None = None,
+        numerics: str = "lossless",
     ) -> None:
-        """vram: a budget in bytes · graphs: record the transformer's passes · backend: of this pipeline's calls."""
+        """vram: a budget in bytes · graphs: record the transformer's passes · backend, numerics: of its calls."""
         self.sources, self.folder, self.config = sources, sources.path, sources.config
-        self.parts, self.vram, self.graphs, self.backend = components, vram, graphs, backend
+        self.parts, self.vram, self.graphs = components, vram, graphs
+        self.backend, self.numerics = backend, numerics
         self.tokenizer = Tokenizer(sources.tokenizer)
         self.lora = Adapters(components)
         self.encoders = Encoders(components, vram)
@@ -176,7 +178,7 @@ class LoadedModel:
                 )
             self._computing = True
             try:
-                with own_settings(self.placement.device), use_backend(self.backend):
+                with own_settings(self.placement.device), use_backend(self.backend), use_numerics(self.numerics):
                     yield
             finally:
                 self._computing = False

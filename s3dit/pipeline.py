@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from s3dit import __version__
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
 from s3dit.inputs import control_hints, images, references, start_image
-from s3dit.kernels.dispatch import check_backend
+from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel
 from s3dit.model.transformer import Context, Transformer
 from s3dit.plan import Plan, make_plan, out_of_memory
@@ -48,6 +48,7 @@ from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
+Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
 
@@ -68,6 +69,7 @@ class Pipeline(LoadedModel):
         dtype: str | torch.dtype | None = None,
         residency: Mode | None = None,
         backend: str | None = None,
+        numerics: Numerics = "lossless",
         vram: str | int | None = None,
         compile: bool = False,
         graphs: bool = False,
@@ -83,7 +85,9 @@ class Pipeline(LoadedModel):
         loads the parts in turn, "resident" keeps them all, "streamed" also brings their blocks in one by one · vram: a
         budget such as "4GiB", from which each request's residency follows (see `budget`) · compile: compile the
         transformer's blocks, in the first pass · graphs: record the transformer's passes as CUDA graphs, one a size
-        · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · quantize,
+        · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · numerics: how
+        near that is to the references: "exact" takes implementations with the same bits only, "lossless" (default) also
+        those that sum in another order, "approximate" also 8-bit attention on a GPU · quantize,
         quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
         product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
         quantized model is run in its own format · disable_mmap: read weights into memory instead of mapping their
@@ -104,12 +108,13 @@ class Pipeline(LoadedModel):
             check_compiler(placement.device)
         if backend is not None:
             check_backend(backend)
+        check_numerics(numerics)
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         formats = {"transformer": quantize, "text_encoder": quantize_text}
         with own_settings(placement.device):
             sources = open_sources(model, given, tokenizer, EMBEDDED)
             components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap)
-            return cls(sources, components, vram=size, graphs=graphs, backend=backend)
+            return cls(sources, components, vram=size, graphs=graphs, backend=backend, numerics=numerics)
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
@@ -175,6 +180,7 @@ class Pipeline(LoadedModel):
             "torch": torch.__version__,
             "variant": self.config.variant,
             "placement": str(self.placement),
+            "numerics": self.numerics,
             "threads": torch.get_num_threads(),
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},

@@ -16,6 +16,7 @@ import torch
 from s3dit.errors import BackendError
 from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
+from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import Grid, Layout, edit, text_to_image
 from s3dit.model.tokenizer import Tokenizer
@@ -93,6 +94,8 @@ def make_plan(
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
+    if numerics() == "approximate" and components.placement.device.type != "cuda":
+        notes.append("numerics approximate has no effect here: what approximates runs on CUDA devices only")
     captions = _captions(request, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     work = Work(

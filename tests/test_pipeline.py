@@ -199,3 +199,21 @@ def test_what_is_kept_does_not_depend_on_what_was_drawn_before():
         fresh = Pipeline.load(device="cpu", dtype="fp32", residency="resident")
         assert torch.equal(features, fresh.encode([prompt])[0])
         assert torch.equal(pipe(prompt=prompt, **options).latents[0], fresh(prompt=prompt, **options).latents[0])
+
+
+def test_numerics_are_kept_remembered_and_checked():
+    options = {"prompt": PROMPTS[0], "seed": 1, "num_inference_steps": 2, "height": 64, "width": 64}
+    drawn = {}
+    for name in ("exact", "lossless", "approximate"):
+        own = Pipeline.load(device="cpu", dtype="fp32", numerics=name)
+        result = own(**options)
+        assert result.metadata[0]["engine"]["numerics"] == name
+        assert any("numerics approximate has no effect" in note for note in own.plan(**options).notes) == (
+            name == "approximate"
+        )
+        drawn[name] = result.latents[0]
+    reference = Pipeline.load(device="cpu", dtype="fp32", backend="reference")(**options).latents[0]
+    assert torch.equal(drawn["exact"], reference) and torch.equal(drawn["lossless"], drawn["approximate"])
+    assert 0 < relative(drawn["lossless"], reference) < 1e-5
+    with pytest.raises(BackendError, match="numerics is 'fast'; needed one of exact, lossless, approximate"):
+        Pipeline.load(numerics="fast")

@@ -133,6 +133,11 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend", metavar="NAME", help="which implementations compute: auto (default), reference, torch or triton"
     )
+    group.add_argument(
+        "--numerics", metavar="NAME", default="lossless",
+        help="how near they are to the references: exact (the same bits), lossless (sums in another order; default), "
+        "approximate (also 8-bit attention on a GPU)",
+    )  # fmt: skip
 
 
 def check_format(option: str, name: str | None) -> None:

@@ -56,7 +56,8 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
             args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
             tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
             device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
-            vram=args.vram, compile=args.compile, graphs=args.graphs, disable_mmap=args.disable_mmap,
+            numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
+            disable_mmap=args.disable_mmap,
         )  # fmt: skip
         for change in changes(pipe, replay.engine):
             say(f"{args.replay} was drawn {change}: not the same to the bit")

@@ -66,15 +66,17 @@ def to_json(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:
 def explain(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:
     """Which implementation runs each operation of a model call, and why not the others, as JSON values.
 
-    backend, device · operations: a list of name, shape and dtype of the first argument, count of such calls, chosen
-    (the implementation, None if there is none) and others (reason by implementation). Runs on the meta device.
+    backend, numerics, device · operations: a list of name, shape and dtype of the first argument, count of such calls,
+    chosen (the implementation with its backend and numerics, None if there is none) and others (reason by
+    implementation). Runs on the meta device.
     """
-    from s3dit.kernels.dispatch import backend, record_calls, use_backend
+    from s3dit.kernels.dispatch import backend, numerics, record_calls, use_backend, use_numerics
 
     with record_calls() as calls:
         pipe.dry_run(plan)
-    with use_backend(pipe.backend):
-        return {"backend": backend(), "device": str(pipe.placement), "operations": _explained(calls)}
+    with use_backend(pipe.backend), use_numerics(pipe.numerics):
+        place = {"backend": backend(), "numerics": numerics(), "device": str(pipe.placement)}
+        return place | {"operations": _explained(calls)}
 
 
 def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]") -> list[dict[str, Any]]:
@@ -82,8 +84,12 @@ def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]") -> list[dict[str, Any]
     rows: dict[str, dict[str, Any]] = {}
     for op, args in calls:
         x, answers = args[0], op.explain(*args)
-        chosen = next((f"{name} ({kind})" for name, kind, why in answers if why == "chosen"), None)
-        others = {f"{name} ({kind})": why for name, kind, why in answers if f"{name} ({kind})" != chosen}
+        classes = {each.function.__name__.strip("_"): each.numerics for each in op.implementations}
+        labels = {
+            name: f"{name} ({kind}" + (f", {classes[name]})" if name in classes else ")") for name, kind, _ in answers
+        }
+        chosen = next((labels[name] for name, _, why in answers if why == "chosen"), None)
+        others = {labels[name]: why for name, _, why in answers if labels[name] != chosen}
         row: dict[str, Any] = {"name": op.name, "shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")}
         row |= {"chosen": chosen, "others": others}
         rows.setdefault(repr(row), row | {"count": 0})["count"] += 1
@@ -92,7 +98,7 @@ def _explained(calls: "list[tuple[Op, tuple[Any, ...]]]") -> list[dict[str, Any]
 
 def kernels_text(kernels: dict[str, Any]) -> str:
     """What `explain` gives as text: a line for each kind of call, and one for each implementation that is not taken."""
-    lines = [f"backend {kernels['backend']}, {kernels['device']}"]
+    lines = [f"backend {kernels['backend']}, {kernels['numerics']}, {kernels['device']}"]
     for row in kernels["operations"]:
         question = f"{row['name']} {'×'.join(map(str, row['shape']))} {row['dtype']}"
         lines.append(f"  {row['count']:3} × {question}: {row['chosen'] or 'none'}")

@@ -3,7 +3,7 @@
 `Encoders` runs a model's text encoder, vision tower and autoencoder, whose weights come into memory when something has
 to be computed. Features of prompts and references are kept, so that more pictures of a prompt never load the text
 encoder again. What is kept is dropped when what it was computed with is no longer the same: another adapter, another
-parameter, another backend.
+parameter, another backend or numerics.
 """
 
 from collections import OrderedDict
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.inputs.references import Reference, ReferenceFeatures
-from s3dit.kernels.dispatch import backend, overridden
+from s3dit.kernels.dispatch import backend, numerics, overridden
 from s3dit.model.text_encoder import EMBEDDING
 from s3dit.model.vae import Autoencoder
 from s3dit.runtime import budget
@@ -102,7 +102,7 @@ class Encoders:
             raise
         if overridden() or components.watched(*present):
             return FeatureCache(cache.limit)
-        state = (backend(), *components.state(*present))
+        state = (backend(), numerics(), *components.state(*present))
         if state != cache.state:
             cache.clear()
         cache.state = state

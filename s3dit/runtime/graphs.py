@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError
-from s3dit.kernels.dispatch import backend, overridden
+from s3dit.kernels.dispatch import backend, numerics, overridden
 from s3dit.model.hooks import Own, watched
 from s3dit.runtime.block_streaming import repeated, tensors
 
@@ -178,7 +178,7 @@ class Replay:
         if watched(model.modules()) or overridden():
             return model(*args)
         parts = [flatten(arg) for arg in args]
-        signature = (backend(), *(shape for shape, _ in parts))
+        signature = (backend(), numerics(), *(shape for shape, _ in parts))
         if signature not in self._recordings:
             self._recordings[signature] = self._recorded(args, parts)
             while len(self._recordings) > self._keep:

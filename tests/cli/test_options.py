@@ -245,7 +245,7 @@ def test_kernels_are_part_of_the_plan_as_json(capsys):
     assert kernels["backend"] == "auto" and kernels["device"].startswith("cpu")
     attention = [row for row in kernels["operations"] if row["name"] == "attention"]
     assert attention and all(row["count"] > 0 and row["chosen"] and len(row["shape"]) == 3 for row in attention)
-    assert attention[0]["others"]["cudnn (torch)"] == "needs cuda tensors, found cpu"
+    assert attention[0]["others"]["cudnn (torch, lossless)"] == "needs cuda tensors, found cpu"
 
 
 def test_a_callback_of_reading_ends_with_its_block():
