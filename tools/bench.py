@@ -2,7 +2,7 @@
 
     python tools/bench.py transformer        one refiner of each kind and --layers main blocks, 512², 64 text tokens
     python tools/bench.py text               a 20-token prompt; diffusers pads to 512
-    python tools/bench.py vae                decode of a 512² picture
+    python tools/bench.py vae                decode of a picture of --side pixels (default 512)
     python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps
     python tools/bench.py table FILE         the README's table from a file of results
     python tools/bench.py --quality …        what number formats cost in quality (bench_formats.py; --quality --help)
@@ -134,7 +134,7 @@ def bench_text(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def bench_vae(args: argparse.Namespace) -> dict[str, Any]:
-    """Decode a 512² picture with the official autoencoder."""
+    """Decode a picture of --side pixels with the official autoencoder."""
     import torch
     from diffusers import AutoencoderKL
 
@@ -151,10 +151,10 @@ def bench_vae(args: argparse.Namespace) -> dict[str, Any]:
     ours = Autoencoder(VAEConfig(3, 3, 16, (128, 256, 512, 512), 2, 32, 0.3611, 0.1159))
     ours.load_state_dict(theirs.state_dict())
     ours = ours.to(place("cpu", "bf16").compute).eval()
-    latents = torch.randn(1, 16, 64, 64)
+    latents = torch.randn(1, 16, args.side // 8, args.side // 8)
     with torch.inference_mode():
         return beside(
-            "VAE decode, 512², bf16 weights",
+            f"VAE decode, {args.side}², bf16 weights",
             lambda: ours.decode(latents),
             lambda: theirs.decode(latents.bfloat16(), return_dict=False),
             args.repeat,
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("what", choices=("transformer", "text", "vae", "checkpoint", "table"))
     parser.add_argument("file", nargs="?", type=Path, help="results, for table")
     parser.add_argument("--layers", type=int, default=1, help="main blocks, or text layers (default 1)")
+    parser.add_argument("--side", type=int, default=512, help="of the picture that vae decodes (default 512)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path, help="append the result to this file")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the 20 GB model goes")

@@ -179,8 +179,8 @@ class Upsample(nn.Module):
         """Apply to x (B, width, H, W) -> (B, width, 2H, 2W), same dtype."""
         small = 4 * x.shape[2] * x.shape[3] <= SMALL_POSITIONS
         # A hook on the convolution is called once, and sees the rounding of one.
-        simple = torch.is_grad_enabled() or small or watched((self.conv,)) or not x.is_contiguous()
-        if simple or x.device.type != "cpu" or x.dtype.itemsize < 4:
+        simple = torch.is_grad_enabled() or small or watched((self.conv,))
+        if simple or x.device.type != "cpu":
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self._by_phases(x)
 
@@ -190,11 +190,17 @@ class Upsample(nn.Module):
         An even row reads the rows before and at it, an odd one those at and after it; so do columns.
         """
         height, width = x.shape[2:]
-        x, weight = F.pad(x, (1, 1, 1, 1)), self.conv.weight
-        out = x.new_empty(len(x), len(weight), 2 * height, 2 * width)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        # Sums of weights are rounded once, to the dtype of the picture.
+        weight = self.conv.weight.to(torch.promote_types(x.dtype, torch.float32))
+        out = torch.empty(
+            (len(x), len(weight), 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=layout
+        )
+        x = F.pad(x, (1, 1, 1, 1))
         for i, rows in enumerate(_halves(weight, 2)):
             for j, phase in enumerate(_halves(rows, 3)):
                 part = x[:, :, i : i + height + 1, j : j + width + 1]
+                phase = phase.to(x.dtype).contiguous(memory_format=layout)
                 out[:, :, i::2, j::2] = F.conv2d(part, phase, self.conv.bias)
         return out
 
