@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from s3dit import __version__
+from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
 from s3dit.inputs import control_hints, images, references, start_image
@@ -145,6 +146,8 @@ class Pipeline(LoadedModel):
         fields: those of `Request` · on_step sees every Step, for bars and previews; for anything else use `stream`.
         Other threads wait until the pictures are done: `on_step` may use the pipeline, but not wait for one that does.
         """
+        if on_step is not None and not callable(on_step):
+            raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
             with out_of_memory(plan):

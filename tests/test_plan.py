@@ -56,6 +56,11 @@ def test_one_check_one_opening_one_tokenization(pipe, counted, tmp_path):
     }  # fmt: skip
 
 
+def test_what_is_no_function_is_refused_before_anything_is_drawn(pipe):
+    with pytest.raises(RequestError, match="on_step is 3; needed a function"):
+        pipe("a red star", on_step=3, **SIZE)
+
+
 def test_a_plan_is_run_as_it_is(pipe, counted):
     plan = pipe.plan("a red star", seed=1, **SIZE)
     counted.clear()
