@@ -169,10 +169,10 @@ def test_a_budget_is_said_on_stderr_and_draws_the_same_picture(tmp_path, capsys)
 def test_plan_kernels(capsys):
     assert run("plan", PROMPT, "--device", "cpu", "--kernels", "--guidance", 1) == 0
     out = capsys.readouterr().out
-    assert "backend auto, cpu" in out
+    assert "backend auto, lossless, cpu" in out
     for op in ("attention 192×6×32", "rms_norm_modulate 192×192", "gated_residual", "qk_norm_rope", "swiglu"):
         assert f"× {op}" in out
-    assert "not cudnn (torch): needs cuda tensors, found cpu" in out
+    assert "not cudnn (torch, lossless): needs cuda tensors, found cpu" in out
     assert "not reference (reference): in_place comes first" in out
 
 
