@@ -110,6 +110,8 @@ class Pipeline(LoadedModel):
         if backend is not None:
             check_backend(backend)
         check_numerics(numerics)
+        if compile and numerics == "exact":
+            raise RequestError("both compile and numerics exact are given; compiled blocks round in other places")
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         formats = {"transformer": quantize, "text_encoder": quantize_text}
         with own_settings(placement.device):

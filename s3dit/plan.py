@@ -89,13 +89,13 @@ def make_plan(
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
-    unused = tuple(without_effect(request, config))
+    unused = tuple(without_effect(request, sources))
+    if numerics() == "approximate" and components.placement.device.type != "cuda":
+        unused += ("numerics approximate has no effect here: what approximates runs on CUDA devices only",)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
-    if numerics() == "approximate" and components.placement.device.type != "cuda":
-        notes.append("numerics approximate has no effect here: what approximates runs on CUDA devices only")
     captions = _captions(request, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     work = Work(

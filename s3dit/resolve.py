@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from s3dit.errors import RequestError
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
-from s3dit.runtime.sources import SHIFT_NOTE, Sources
+from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
 REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
@@ -74,12 +74,14 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
         yield "the model was trained for sides of 512 to 2048 pixels; other sizes draw, but less well"
 
 
-def without_effect(request: Request, config: ModelConfig) -> Iterator[str]:
+def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     """One note for each field of a resolved request that was given and changes nothing, or works against the model."""
+    config = sources.config
     if request.guidance_scale:
         if request.cfg_truncation > 1:
             yield "cfg_truncation above 1 has no effect: t ends at 1"
-        if config.variant == "turbo":
+        # Not where Turbo is a guess, which the user may have corrected with this very guidance.
+        if config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes:
             yield (
                 f"guidance_scale {request.guidance_scale:g}: Turbo is distilled to draw without guidance, which takes "
                 "twice the work here and often makes the picture worse; its own is 0"

@@ -8,6 +8,7 @@ by `Request.check`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from typing import Any, get_args
 
@@ -154,7 +155,7 @@ def sigmas(name: str, value: Any) -> None:
     given = list(value)
     if not all(_number(entry, int | float) for entry in given):
         raise RequestError(f"{name} holds something else than numbers; needed floats between 0 and 1")
-    descending = all(a > b for a, b in zip(given, given[1:], strict=False))
+    descending = all(a > b for a, b in pairwise(given))
     if not given or not descending or not 0 < given[0] <= 1 or not given[-1] >= 0:
         raise RequestError(
             f"{name} is {shown(value)}; needed a descending list that starts at 1 or below and stays at 0 or above"
@@ -235,16 +236,19 @@ def latents(name: str, value: Any) -> None:
             )
 
 
+# What prompt_embeds may be.
+EMBEDS_FORMS = (
+    "features (tokens, width) as pipe.encode gives them, a list of them, or a padded batch (prompts, tokens, width) "
+    "with its lengths: (batch, lengths)"
+)
+
+
 def embeds_of(name: str, value: Any) -> Any:
-    """Features of prompts in one form: one tensor (tokens, width), or a tuple of such, one a prompt.
+    """Features of prompts in one form, not yet checked: one tensor (tokens, width), or a tuple of such, one a prompt.
 
     value: that, or a batch (prompts, tokens, width), or one padded on the right with the lengths of its prompts: a pair
-    (batch, lengths); tensors or arrays. Raises RequestError.
+    (batch, lengths); tensors or arrays. Raises RequestError for lengths that are not the batch's.
     """
-    needed = (
-        "features (tokens, width) as pipe.encode gives them, a list of them, or a padded batch (prompts, tokens, "
-        "width) with its lengths: (batch, lengths)"
-    )
     lengths = None
     if isinstance(value, tuple) and len(value) == 2 and getattr(value[0], "ndim", None) == 3:
         value, lengths = value[0], plain(value[1])
@@ -255,22 +259,21 @@ def embeds_of(name: str, value: Any) -> Any:
         if not right or not all(_number(n) and 1 <= n <= value.shape[1] for n in lengths):
             raise RequestError(
                 f"{name} has {len(value)} prompts, {value.shape[1]} tokens a prompt and lengths {shown(lengths)}; "
-                f"needed {needed}"
+                f"needed {EMBEDS_FORMS}"
             )
         value = [features[:n] for features, n in zip(value, lengths, strict=True)]
-    given = [tensor_of(features) for features in value] if isinstance(value, list | tuple) else [value]
-    if not given or len(given) > MOST_PICTURES:
-        raise RequestError(f"{name} has {len(given):,} prompts; needed {needed}")
-    for features in given:
-        check_floats(name, features, needed)
-        if features.ndim != 2 or not 1 <= len(features) <= MOST_TOKENS:
-            raise RequestError(f"{name} has shape {tuple(features.shape)}; needed {needed}")
-    return tuple(given) if isinstance(value, list | tuple) else given[0]
+    return tuple(tensor_of(features) for features in value) if isinstance(value, list | tuple) else value
 
 
 def embeds(name: str, value: Any) -> None:
-    """Check that a value is features of prompts, in a form that `embeds_of` reads."""
-    embeds_of(name, value)
+    """Check what `embeds_of` gives: features of finite floats, (tokens, width) each."""
+    given = value if isinstance(value, tuple) else (value,)
+    if not given or len(given) > MOST_PICTURES:
+        raise RequestError(f"{name} has {len(given):,} prompts; needed {EMBEDS_FORMS}")
+    for features in given:
+        check_floats(name, features, EMBEDS_FORMS)
+        if features.ndim != 2 or not 1 <= len(features) <= MOST_TOKENS:
+            raise RequestError(f"{name} has shape {tuple(features.shape)}; needed {EMBEDS_FORMS}")
 
 
 def floats_of(text: str) -> list[float]:

@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from s3dit import BackendError, Pipeline, Request, RequestError
 
@@ -276,3 +277,27 @@ def test_arrays_are_tensors(pipe):
 def test_wrong_arguments_of_the_stages_are_request_errors(pipe, call):
     with pytest.raises(RequestError):
         call(pipe)
+
+
+def test_a_part_that_somebody_has_is_changed_with_the_others(tmp_path):
+    """Merging and restoring make other weights of a part: whoever has it gets them, and is not left with the old."""
+    layer, options = "transformer.layers.0.attention.to_q", SIZE | {"prompt": PROMPTS[0]}
+    factors = {"lora_A": torch.ones(2, 192), "lora_B": torch.full((192, 2), 0.02)}
+    save_file({f"{layer}.{name}.weight": factor for name, factor in factors.items()}, tmp_path / "style.safetensors")
+    alone, held = (Pipeline.load(device="cpu", dtype="fp32") for _ in range(2))
+    plain = alone(**options).latents[0]
+    transformer = held.transformer
+    before = transformer.layers[0].attention.to_q.weight.clone()
+    for pipe in (alone, held):
+        pipe.lora.attach(tmp_path / "style.safetensors")
+        pipe.lora.merge()
+    weight = transformer.layers[0].attention.to_q.weight
+    assert held.parts.held == ("transformer",) and not weight.is_meta
+    assert (weight - before - 0.04).abs().max() < 1e-6
+    assert torch.equal(held(**options).latents[0], alone(**options).latents[0])
+    weight.data.zero_()
+    with torch.no_grad():
+        transformer.layers[1].attention.to_q.weight.zero_()
+    held.parts.restore("transformer")
+    assert torch.equal(held(**options).latents[0], alone(**options).latents[0])
+    assert transformer.layers[1].attention.to_q.weight.any() and not torch.equal(plain, held(**options).latents[0])

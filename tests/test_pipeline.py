@@ -217,3 +217,5 @@ def test_numerics_are_kept_remembered_and_checked():
     assert 0 < relative(drawn["lossless"], reference) < 1e-5
     with pytest.raises(BackendError, match="numerics is 'fast'; needed one of exact, lossless, approximate"):
         Pipeline.load(numerics="fast")
+    with pytest.raises(RequestError, match="both compile and numerics exact"):
+        Pipeline.load(device="cpu", compile=True, numerics="exact")

@@ -19,6 +19,7 @@ control images (canny, depth, pose); in which steps a ControlNet acts (`inputs/c
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -124,7 +125,7 @@ class ControlNetConfig:
 
 def _listed(places: Sequence[int]) -> str:
     step = places[1] - places[0] if len(places) > 1 else 0
-    even = len(places) > 4 and all(b - a == step for a, b in zip(places, places[1:], strict=False))
+    even = len(places) > 4 and all(b - a == step for a, b in pairwise(places))
     shown = f"{places[0]}, {places[1]}, … {places[-1]}" if even else ", ".join(map(str, places))
     return f"{shown} ({len(places)})"
 

@@ -18,6 +18,7 @@ file. Not here: quantization convolutions (the file has none), training losses, 
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -214,9 +215,11 @@ class Encoder(nn.Module):
         super().__init__()
         widths, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        sizes = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
         self.down_blocks = nn.ModuleList(
-            [DownBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in sizes]
+            [
+                DownBlock(width, out, layers, groups, last=i == len(widths))
+                for i, (width, out) in enumerate(pairwise((widths[0], *widths)), 1)
+            ]
         )
         self.mid_block = MidBlock(widths[-1], groups)
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
@@ -240,9 +243,11 @@ class Decoder(nn.Module):
         layers = config.layers_per_block + 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
-        sizes = zip((widths[0], *widths), widths, range(len(widths)), strict=False)
         self.up_blocks = nn.ModuleList(
-            [UpBlock(width, out, layers, groups, last=i == len(widths) - 1) for width, out, i in sizes]
+            [
+                UpBlock(width, out, layers, groups, last=i == len(widths))
+                for i, (width, out) in enumerate(pairwise((widths[0], *widths)), 1)
+            ]
         )
         self.conv_norm_out = GroupNorm(groups, widths[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)

@@ -142,7 +142,7 @@ class Hosts(Protocol):
     def changed_by_hand(self, part: str) -> bool:
         """Return whether a user has changed parameters of a part."""
 
-    def free(self) -> None:
+    def reload(self) -> None:
         """Free the memory of every part."""
 
 
@@ -189,8 +189,8 @@ class Adapters:
                 for part, component in self._held(deltas):
                     attach_one(loaded, name, part, component, self._parts.placement)
             except BaseException:
-                # A part that comes in again has nothing half attached.
-                self._parts.free()
+                # A part that is loaded again has nothing half attached.
+                self._parts.reload()
                 raise
             self._loaded[name] = loaded
             self._tell(deltas)
@@ -251,7 +251,7 @@ class Adapters:
             for adapter in chosen:
                 self._loaded[adapter].merged = True
                 self._tell(self._loaded[adapter].deltas)
-            self._parts.free()
+            self._parts.reload()
 
     def records(self) -> list[dict[str, Any]]:
         """Return what a picture's metadata says of the adapters: file, hash, strength, if partial or merged."""

@@ -257,6 +257,18 @@ class Residency:
         with self.lock:
             self._let_go(*(held for held in self.held if held == name))
             self.component(name).restore()
+            self._load_pinned()
+
+    def reload(self) -> None:
+        """Free every part, because what `load` makes of it is another now; those with a `handle` are loaded at once."""
+        with self.lock:
+            self._let_go(*self._held)
+            self._load_pinned()
+
+    def _load_pinned(self) -> None:
+        """Load what somebody has a handle of and is not in memory."""
+        for name in self.pinned:
+            self[name]
 
     def watched(self, *names: str) -> bool:
         """Return whether a user has put hooks into one of these parts."""

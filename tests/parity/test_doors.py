@@ -2,6 +2,8 @@
 
 import torch
 
+from s3dit import Pipeline
+
 
 def test_velocity_as_diffusers_transformer(ours, reference):
     g = torch.Generator().manual_seed(4)
@@ -36,3 +38,12 @@ def test_guidance_on_a_distilled_model_is_remarked_on(ours):
     plan = ours.plan("a fox", guidance_scale=2.5, **wanted)
     assert plan.unused and plan.unused[0].startswith("guidance_scale 2.5: Turbo is distilled")
     assert not ours.plan("a fox", **wanted).unused
+
+
+def test_guidance_is_not_blamed_where_turbo_is_a_guess(official_dir):
+    """A single file does not say what it is of, and --guidance is how a user says Z-Image."""
+    parts = {part: official_dir / part for part in ("transformer", "text_encoder", "vae")}
+    pipe = Pipeline.load(**parts, tokenizer=official_dir, device="cpu", dtype="fp32")
+    assert pipe.sources.guessed and pipe.config.variant == "turbo"
+    plan = pipe.plan("a fox", guidance_scale=4, shift=6, height=64, width=64, num_inference_steps=1)
+    assert not plan.unused
