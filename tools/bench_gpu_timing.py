@@ -115,9 +115,9 @@ class Timer:
 
     def release(self) -> None:
         """Free what earlier measurements held, and measure peak memory anew."""
-        # Recorded graphs are in reference cycles.
-        gc.collect()
         if self.cuda:
+            # Recorded graphs are in reference cycles.
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
