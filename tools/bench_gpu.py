@@ -150,9 +150,12 @@ def main(argv: list[str]) -> None:
     mend_links()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    machine = place()
+    machine = place(args.dry)
     if machine["gpu"] == "none" and not args.dry:
-        raise SystemExit("found no GPU (nvidia-smi names none); run this where there is one, or with --dry")
+        raise SystemExit(
+            "found no GPU (neither nvidia-smi nor torch names any); needed a CUDA device; run this where there is one, "
+            "or with --dry"
+        )
 
     def command(name: str, seconds: float) -> list[str]:
         """Return the program of a stage: this one, with the stage's name and seconds."""

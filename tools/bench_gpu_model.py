@@ -91,7 +91,7 @@ def _fill(model: nn.Module, device: torch.device) -> None:
             spec = layer.scheme.spec(layer.out_features, layer.in_features)
             layer._buffers.update(random_tensors(spec, device))
     for owner, leaf, tensor in list(tensors(model)):
-        if tensor.is_meta:
+        if isinstance(tensor, nn.Parameter):
             values = torch.empty(tensor.shape, dtype=BF16, device=device)
             if tensor.dim() == 1 and leaf == "weight":
                 values.fill_(1.0)  # of a norm

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,10 +48,15 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
-def place() -> dict[str, str]:
-    """Return what figures depend on, without importing torch: gpu, driver, torch, triton, commit."""
+def place(dry: bool) -> dict[str, str]:
+    """Return what figures depend on: gpu and driver ("none" where there is none), torch, triton, commit.
+
+    torch is asked for the GPU's name only where nvidia-smi is missing, in another process, and never in a dry run.
+    """
     query = program_output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader").partition("\n")[0]
     gpu, _, driver = query.partition(", ")
+    if not gpu and not dry:
+        gpu = program_output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")
     commit = program_output("git", "rev-parse", "--short", "HEAD")
     commit = commit or next((os.environ[name] for name in COMMIT_VARIABLES if os.environ.get(name)), "unknown")
     versions = {name: package_version(name) for name in ("torch", "triton")}

@@ -159,11 +159,11 @@ def kernel_tests(bench: Bench) -> Iterator[Row]:
     with path.open("w", encoding="utf-8") as file:
         limit = max(1.0, bench.left() - 3)
         try:
-            subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit)
-            ended = True
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=limit)
+            end: Row = {"ended": True, "exit_code": done.returncode}
         except subprocess.TimeoutExpired:
-            ended = False
-    yield count_outcomes(path.read_text(encoding="utf-8", errors="replace")) | {"ended": ended}
+            end = {"ended": False}
+    yield count_outcomes(path.read_text(encoding="utf-8", errors="replace")) | end
 
 
 def count_outcomes(text: str) -> Row:
@@ -202,14 +202,14 @@ def accuracy(bench: Bench) -> Iterator[Row]:
     if bench.dry:
         fields |= {"num_inference_steps": 1, "height": 64, "width": 64}
     expected: dict[str | None, Tensor] = {}
+    guided = fields | batch | {"guidance_scale": 2.0}
+    measure = partial(_case, bench, "fp32", {}, guided, {})
+    yield from bench.attempt(10, measure, format="fp32", options={"guided batch of two sizes": True})
     for number_format, options in CASES:
         if bench.dry:
             options = {name: value for name, value in options.items() if name not in CUDA_OPTIONS and value != "triton"}
         measure = partial(_case, bench, number_format, options, fields, expected)
         yield from bench.attempt(10, measure, format=number_format, options=options)
-    guided = fields | batch | {"guidance_scale": 2.0}
-    measure = partial(_case, bench, "fp32", {}, guided, {})
-    yield from bench.attempt(10, measure, format="fp32", options={"guided batch of two sizes": True})
 
 
 def _case(
