@@ -204,7 +204,7 @@ def main() -> None:
     if "--gpu" in sys.argv:
         import bench_gpu
 
-        bench_gpu.main([one for one in sys.argv[1:] if one != "--gpu"])
+        bench_gpu.main([word for word in sys.argv[1:] if word != "--gpu"])
         return
     if "--quality" in sys.argv:
         import bench_formats
