@@ -143,7 +143,7 @@ class Hosts(Protocol):
         """Return whether a user has changed parameters of a part."""
 
     def reload(self) -> None:
-        """Free the memory of every part."""
+        """Free every part, and load again those that somebody has."""
 
 
 class Adapters:
