@@ -2,6 +2,8 @@
 
 A stage measures one thing after another through `Bench.attempt`: an error in a measurement is its row and the next one
 goes on; a measurement for which too little time is left is skipped and says so.
+
+It is one file, though long: a stage is read with what it measures, and no two of them share more than the `Bench`.
 """
 
 import importlib.util
