@@ -15,8 +15,10 @@ from s3dit.kernels.rows import (
     FLOAT_DTYPES,
     MAX_ROW_WIDTH,
     empty_rows,
+    encode_rows,
     flatten_rows,
     holding,
+    magnitude_bits,
     max_code,
     round_rows,
     row_blocks,
@@ -43,20 +45,33 @@ def _inverse_rms(squares: "Any", D: tl.constexpr, eps: "Any") -> Any:
 
 
 @kernel
+def _write_normed(
+    y: "Any", factors: "Any", out: "Any", out_scale: "Any", n: "Any", d: "Any", N: "Any", eps: "Any", D: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Normalize rows n, y (rows, BLOCK) fp32, scale them by the factors and write them, rounded where MAX_CODE > 0."""
+    inverse = _inverse_rms(y * y, D, eps)
+    y *= factors
+    if MAX_CODE > 0:
+        # Codes do not depend on what all numbers of a row are multiplied by; only the scale does.
+        y, scale = encode_rows(y, magnitude_bits(y), inverse, MAX_CODE)
+        tl.store(out_scale + n, scale, mask=n < N)
+    else:
+        y *= inverse
+    tl.store(out + n * D + d, y.to(out.dtype.element_ty), mask=(n < N) & (d < D))
+
+
+@kernel
 def _norm_kernel(
     x: "Any", x_stride: "Any", factor: "Any", factor_stride: "Any", row: "Any", out: "Any", out_scale: "Any", N: "Any",
-    eps: "Any", D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, LARGEST: tl.constexpr,
+    eps: "Any", D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr, MAX_CODE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Compute rms_norm or rms_norm_modulate of ROWS rows."""
     n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     d = tl.arange(0, BLOCK)[None, :]
-    inside = (n < N) & (d < D)
-    y = tl.load(x + n * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-    y = y * _inverse_rms(y * y, D, eps) * _factors(factor, factor_stride, row, n, d, N, D, SHARED)
-    if LARGEST > 0:
-        y, scale = round_rows(y, LARGEST)
-        tl.store(out_scale + n, scale, mask=n < N)
-    tl.store(out + n * D + d, y.to(out.dtype.element_ty), mask=inside)
+    y = tl.load(x + n * x_stride + d, mask=(n < N) & (d < D), other=0.0).to(tl.float32)
+    factors = _factors(factor, factor_stride, row, n, d, N, D, SHARED)
+    _write_normed(y, factors, out, out_scale, n, d, N, eps, D, MAX_CODE)
 
 
 @kernel
@@ -64,7 +79,7 @@ def _residual_kernel(
     residual: "Any", residual_stride: "Any", x: "Any", x_stride: "Any", gate: "Any", gate_stride: "Any",
     factor: "Any", factor_stride: "Any", row: "Any", out: "Any", normed: "Any", normed_scale: "Any", N: "Any",
     eps: "Any", D: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, NEXT: tl.constexpr,
-    SHARED: tl.constexpr, LARGEST: tl.constexpr,
+    SHARED: tl.constexpr, MAX_CODE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Compute gated_residual, gated_residual_norm or (not GATED) residual_norm of ROWS rows."""
     n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -78,12 +93,8 @@ def _residual_kernel(
     tl.store(out + n * D + d, y, mask=inside)
     if NEXT:
         # The norm is of the numbers as they were stored, rounded.
-        y = y.to(tl.float32)
-        y = y * _inverse_rms(y * y, D, eps) * _factors(factor, factor_stride, row, n, d, N, D, SHARED)
-        if LARGEST > 0:
-            y, scale = round_rows(y, LARGEST)
-            tl.store(normed_scale + n, scale, mask=n < N)
-        tl.store(normed + n * D + d, y.to(normed.dtype.element_ty), mask=inside)
+        factors = _factors(factor, factor_stride, row, n, d, N, D, SHARED)
+        _write_normed(y.to(tl.float32), factors, normed, normed_scale, n, d, N, eps, D, MAX_CODE)
 
 
 @kernel
@@ -109,7 +120,7 @@ def _load_pairs(
 def _rotate_heads(
     x: "Any", token: "Any", head: "Any", weight: "Any", cos: "Any", sin: "Any", out: "Any", out_scale: "Any", n: "Any",
     eps: "Any", H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
-    LARGEST: tl.constexpr,
+    MAX_CODE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Normalize, rotate and write all H heads of token n; HEADS and HALF are powers of two that hold H and D / 2."""
     h = tl.arange(0, HEADS)[:, None]
@@ -119,8 +130,8 @@ def _rotate_heads(
     inverse = _inverse_rms(a * a + b * b, D, eps)
     a, b = a * inverse * a_weight, b * inverse * b_weight
     y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, 2 * HALF))
-    if LARGEST > 0:
-        y, scale = round_rows(y, LARGEST)
+    if MAX_CODE > 0:
+        y, scale = round_rows(y, MAX_CODE)
         tl.store(out_scale + n * H + h, scale, mask=h < H)
     y = y.to(out.dtype.element_ty)
     place = out + (n * H + h) * D
@@ -139,7 +150,7 @@ def _norm_rope_kernel(
     q: "Any", q_token: "Any", q_head: "Any", k: "Any", k_token: "Any", k_head: "Any", q_weight: "Any", k_weight: "Any",
     rope: "Any", q_out: "Any", q_scale: "Any", k_out: "Any", eps: "Any", Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     D: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
-    LARGEST: tl.constexpr,
+    MAX_CODE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Compute qk_norm_rope of one token: its angles are read once for all heads of q and k."""
     n = tl.program_id(0).to(tl.int64)
@@ -149,7 +160,7 @@ def _norm_rope_kernel(
         k, k_token, k_head, k_weight, cos, sin, k_out, q_scale, n, eps, K_HEADS, D, K_BLOCK, HALF, HALVES, 0.0
     )  # fmt: skip
     _rotate_heads(
-        q, q_token, q_head, q_weight, cos, sin, q_out, q_scale, n, eps, Q_HEADS, D, Q_BLOCK, HALF, HALVES, LARGEST
+        q, q_token, q_head, q_weight, cos, sin, q_out, q_scale, n, eps, Q_HEADS, D, Q_BLOCK, HALF, HALVES, MAX_CODE
     )  # fmt: skip
 
 
@@ -201,7 +212,7 @@ def launch_residual_norm(
     out, normed, scale = _fake_residual_norm(residual, x, gate, factor, row, eps, input_dtype)
     residual, x = flatten_rows(residual), flatten_rows(x)
     n, width = x.shape
-    gates, factors = (x[:1] if table is None else flatten_rows(table) for table in (gate, factor))
+    gates, factors = (x if table is None else flatten_rows(table) for table in (gate, factor))
     programs, rows, block, warps = row_blocks(n, width)
     if n:
         _residual_kernel[(programs,)](

@@ -1,8 +1,8 @@
 """Rounding of rows to 8 bits inside Triton kernels, and the Op that rounds activations: `quantize_activations`.
 
 A kernel that has whole rows of an output in registers rounds them before it writes: half the bytes written, and no pass
-of its own. `empty_rows` allocates its outputs, `round_rows` rounds, `as_output` returns them. The result is that of
-`scheme.quantize_rows`.
+of its own. `empty_rows` allocates its outputs, `round_rows` rounds (or `magnitude_bits` and `encode_rows`, for rows in
+pieces or with a common factor), `as_output` returns them. The result is that of `scheme.quantize_rows`.
 """
 
 from typing import Any
@@ -17,24 +17,44 @@ from s3dit.kernels.scheme import MAX_CODES, MIN_MAGNITUDE, QuantizedRows, quanti
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Numbers of the longest row that a program holds in registers.
 MAX_ROW_WIDTH = 16384
-# A row kernel gives each program this many numbers or one row, and each thread sixteen of them.
+# A row kernel gives each program this many numbers or one row, and each thread 32 of them: what a program does once,
+# such as its sums over threads, is a smaller part of the instructions than with 16, by a fifth.
 PROGRAM_NUMBERS = 4096
 MIN_MAGNITUDE_BITS = tl.constexpr(torch.tensor(MIN_MAGNITUDE).view(torch.int32).item())
 
 
 @kernel
-def round_rows(y: "Any", max_code: tl.constexpr) -> Any:
-    """Round y (R, D) fp32 for a type whose largest number is `max_code` -> values, in fp32, and scale (R, 1)."""
-    # Without their signs, the bits of floats are ordered like the floats, and those of NaN are above infinity's: the
-    # maximum of integers passes NaN on, which int8 cannot hold, so that the scale makes the whole row NaN again.
-    magnitude = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
-    magnitude = tl.maximum(magnitude, MIN_MAGNITUDE_BITS).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(magnitude, max_code)
-    values = y * tl.div_rn(max_code, magnitude)
-    if max_code == 127.0:
-        # 1.5 · 2²³ leaves an fp32 no bits for a fraction: rounds half to even, as torch does.
-        values = (values + 12582912.0) - 12582912.0
-    return values, scale
+def magnitude_bits(y: "Any") -> Any:
+    """Return the largest magnitude of each row of y (R, D) fp32, as the bits of an fp32 (R, 1).
+
+    Without their signs, the bits of floats are ordered like the floats, and those of NaN are above infinity's: unlike
+    the maximum of floats, that of integers passes NaN on.
+    """
+    return tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+
+
+@kernel
+def encode_rows(y: "Any", bits: "Any", factor: "Any", MAX_CODE: tl.constexpr) -> Any:
+    """Round y · factor to int8 or e4m3, the type whose largest number is MAX_CODE -> codes (R, D) and scale (R, 1).
+
+    y (R, D) fp32, a part of rows whose largest magnitudes have these bits · factor: a positive number of each row.
+    """
+    bits = (bits.to(tl.float32, bitcast=True) * factor).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    # NaN is the larger here too, and makes the scale NaN, and so the whole row: int8 could not hold it.
+    magnitude = tl.maximum(bits, MIN_MAGNITUDE_BITS).to(tl.float32, bitcast=True)
+    values = y * (factor * tl.div_rn(MAX_CODE, magnitude))
+    if MAX_CODE == 127.0:
+        # 1.5 · 2²³ leaves an fp32 no bits for a fraction: rounds half to even, as torch does, into the lowest byte.
+        codes = (values + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        codes = values.to(tl.float8e4nv)
+    return codes, tl.div_rn(magnitude, MAX_CODE)
+
+
+@kernel
+def round_rows(y: "Any", MAX_CODE: tl.constexpr) -> Any:
+    """Round whole rows y (R, D) fp32 by their largest magnitudes -> codes and scale as `encode_rows` returns them."""
+    return encode_rows(y, magnitude_bits(y), 1.0, MAX_CODE)
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -72,7 +92,17 @@ def row_blocks(rows: int, width: int) -> tuple[int, int, int, int]:
     """Return how rows of this width are distributed: programs, rows a program, power of two that holds a row, warps."""
     block = max(16, holding(width))
     each = max(1, PROGRAM_NUMBERS // block)
-    return -(-rows // each), each, block, min(16, max(4, block * each // 512))
+    return -(-rows // each), each, block, min(16, max(4, block * each // 1024))
+
+
+def row_pieces(width: int) -> tuple[int, int]:
+    """Return two powers of two, the first the larger, that together hold a row with less waste than one; (…, 0) if one.
+
+    10,240 numbers are 8,192 and 2,048, where one power of two would be 16,384.
+    """
+    whole = holding(width)
+    tail = holding(max(16, width - whole // 2))
+    return (whole // 2, tail) if tail < whole // 2 else (whole, 0)
 
 
 @kernel
@@ -83,8 +113,8 @@ def _quantize_rows_kernel(
     """Round ROWS rows (N, K); each is read once and held in registers."""
     n, k = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, BLOCK)[None, :]
     inside = (n < N) & (k < K)
-    y, unit = round_rows(tl.load(x + n * x_stride + k, mask=inside, other=0.0).to(tl.float32), MAX_CODE)
-    tl.store(values + n * K + k, y.to(values.dtype.element_ty), mask=inside)
+    codes, unit = round_rows(tl.load(x + n * x_stride + k, mask=inside, other=0.0).to(tl.float32), MAX_CODE)
+    tl.store(values + n * K + k, codes, mask=inside)
     tl.store(scale + n, unit, mask=n < N)
 
 
@@ -99,8 +129,9 @@ def launch_quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     n, k = x.shape
     programs, each, block, warps = row_blocks(n, k)
     if n:
+        # Without fused products and sums, which would round a code once where the reference rounds twice.
         _quantize_rows_kernel[(programs,)](
-            x, values, scale, n, x.stride(0), k, max_code(dtype), each, block, num_warps=warps
+            x, values, scale, n, x.stride(0), k, max_code(dtype), each, block, num_warps=warps, enable_fp_fusion=False
         )  # fmt: skip
     return values, scale
 

@@ -1,4 +1,4 @@
-"""Kernels of the number formats, compiled for GPUs that need not be there."""
+"""Kernels of the number formats and of rows, compiled for GPUs that need not be there."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ needs_triton = pytest.mark.skipif(
 )
 
 # Every launch compiles instead, for another GPU: the tensors stay on the CPU, and nothing is computed.
-COMPILED = """
+COMPILER = """
 import sys
 import types
 
@@ -26,14 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from s3dit.kernels import gguf_matmul, grouped, matmul, mixed_matmul
-from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.rows import launch_quantize_rows
-from s3dit.kernels.scheme import QuantizedRows
-from s3dit.kernels.schemes import SCHEMES
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
-names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8"}
+names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
 names[torch.float8_e4m3fn] = "fp8e4nv"
 assembly = []
 
@@ -48,6 +44,8 @@ def launch(kernel, grid):
                 aligned[(i,)] = [["tt.divisibility", 16]]
             elif isinstance(value, int):
                 signature[parameter.name] = "i32"
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
             else:
                 block = ",".join(map(str, value.block_shape))
                 signature[parameter.name] = f"tensordesc<{names[value.base.dtype]}[{block}]>"
@@ -58,6 +56,40 @@ def launch(kernel, grid):
     return compiled
 
 triton.JITFunction.__getitem__ = launch
+"""
+
+ROW_KERNELS = """
+from s3dit.kernels.norm_kernels import launch_norm, launch_norm_rope, launch_residual_norm
+from s3dit.kernels.swiglu import swiglu
+
+x, weight, head = torch.zeros(3, 3840).bfloat16(), torch.zeros(3840).bfloat16(), torch.zeros(128).bfloat16()
+factor, row, rope = torch.zeros(2, 3840), torch.zeros(3, dtype=torch.int64), torch.zeros(3, 64, 2)
+q, k, product = x.view(3, 30, 128), x[:, :1024].view(3, 8, 128), torch.zeros(3, 20480).bfloat16()
+activate = next(s.function for s in swiglu.implementations if s.backend == "triton")
+for dtype in (None, torch.int8, torch.float8_e4m3fn) if capability >= 89 else (None, torch.int8):
+    for table in (factor, factor[:1]):
+        launch_norm(x, table, row, 1e-5, dtype)
+        launch_residual_norm(x, x, table, table, row, 1e-5, dtype)
+    activate(*product.chunk(2, -1), dtype)
+    if dtype is not None:
+        launch_quantize_rows(x, dtype)
+launch_norm(x, weight, None, 1e-5, None)
+launch_residual_norm(x, x, factor, None, row, 1e-5, None)
+launch_residual_norm(x, x, None, weight, None, 1e-5, None)
+for dtype, halves in ((None, False), (torch.int8, False), (None, True)):
+    launch_norm_rope(q, k, head, head, rope, 1e-5, dtype, halves)
+found = "".join(assembly)
+# Pairs of numbers are converted by one instruction.
+words = ["cvt.rn.bf16x2.f32"] + ["cvt.rn.satfinite.e4m3x2.f32"] * (capability >= 90)
+assert all(word in found for word in words), words
+"""
+
+PRODUCTS = """
+from s3dit.kernels import gguf_matmul, grouped, matmul, mixed_matmul
+from s3dit.kernels.gguf import GGUF
+from s3dit.kernels.scheme import QuantizedRows
+from s3dit.kernels.schemes import SCHEMES
+
 matmul._describable = lambda *tensors: capability >= 90
 matmul.program_count = mixed_matmul.program_count = lambda device: 132
 grouped.F = gguf_matmul.F = mixed_matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
@@ -77,16 +109,20 @@ assert capability < 90 or all(word in found for word in words), [word for word i
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-@pytest.mark.parametrize("capability, shared", [(90, 227), (89, 99)])
-def test_kernels_compile_for_gpus(capability, shared, tmp_path):
-    """With the tiles of the model, and without a GPU: finds what the interpreter forgives.
+@pytest.mark.parametrize(
+    "kernels, capability, shared",
+    [(PRODUCTS, 90, 227), (PRODUCTS, 89, 99), *((ROW_KERNELS, target, 48) for target in (80, 89, 90, 120))],
+    ids=["products-90", "products-89", "rows-80", "rows-89", "rows-90", "rows-120"],
+)
+def test_kernels_compile_for_gpus(kernels, capability, shared, tmp_path):
+    """At the sizes of the model, and without a GPU: finds what the interpreter forgives.
 
     Such are names that Triton does not know, types, more KiB of shared memory than there are, tensor cores left idle.
     """
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(capability), str(shared)],
+        [sys.executable, "-c", COMPILER + kernels, str(capability), str(shared)],
         cwd=Path(__file__).resolve().parents[2],
         env=environment,
         capture_output=True,
