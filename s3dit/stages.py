@@ -109,10 +109,7 @@ def memory_plan(components: Components, size: int, work: Work, tokens: int) -> b
     activations: dict[str, list[tuple[int | None, int]]] = {
         "text_encoder": [(None, budget.encoder_work(config.text_encoder, work.new_tokens, compute))],
         "transformer": [(None, passing)],
-        "vae": [
-            (tile, max(budget.decoder_work(config.vae, *side, tile, compute, device) for side in sides))
-            for tile in tiles
-        ],
+        "vae": [(tile, max(budget.decoder_work(config.vae, *side, tile, compute) for side in sides)) for tile in tiles],
     }
     if config.vision is not None:
         patches = sum(len(reference.patches) for reference in pictures)

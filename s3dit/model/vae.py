@@ -17,7 +17,7 @@ file. Not here: quantization convolutions (the file has none), training losses, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 import torch
@@ -33,41 +33,105 @@ SMALLEST_TILE = 8
 
 # Positions up to which torch's GroupNorm is within 1.3e-5 in channels last too; up to there its bits are diffusers'.
 SMALL_POSITIONS = 128 * 128
+# Numbers of a group whose moments are taken at a time: sums of so few, in fp32, are accurate, and stay in the cache.
+MOMENTS_CHUNK = 1 << 13
+# Keeps the scale of a group of equal numbers finite; far below any variance that counts.
+SMALLEST_EPS = 1e-30
+# Numbers of a strip of rows; 16 MiB in 16 bits.
+STRIP = 1 << 23
+
+# Mean and variance of every channel's group, (C,) each.
+Moments = tuple[Tensor, Tensor]
 
 
-def _normalized(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """GroupNorm of x (B, C, H, W), accurate at every size in either memory layout.
-
-    torch's own on a CPU adds up plain squares in fp32 where memory is channels last: at 1024² positions it is off by
-    2e-4, and by 1e-2 where the mean is 30 deviations. There the squares are taken around the mean, row by row, and the
-    rows added in fp64: 4e-8 off, for half as much time again of what is a twentieth of the whole.
-    """
+def _large(x: Tensor) -> bool:
+    """Return whether x (B, C, H, W) is worth strips: many positions in channels last on a CPU, without gradients."""
     small = x.shape[2] * x.shape[3] <= SMALL_POSITIONS
-    if torch.is_grad_enabled() or x.is_contiguous() or small or x.device.type != "cpu":
-        return nn.GroupNorm.forward(norm, x)
-    upcast = torch.promote_types(x.dtype, torch.float32)
-    size = norm.num_channels // norm.num_groups
-    mean = x.mean((2, 3), dtype=upcast).double().unflatten(1, (-1, size)).mean(2)
-    centered = x.to(upcast) - mean.repeat_interleave(size, 1).to(upcast)[:, :, None, None]
-    squares = torch.linalg.vector_norm(centered, dim=3).double().square().mean(2) / x.shape[3]
-    variance = squares.unflatten(1, (-1, size)).mean(2)
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(size, 1) * norm.weight.double()
-    centered *= scale.to(upcast)[:, :, None, None]
-    centered += norm.bias.to(upcast)[:, None, None]
-    return centered.to(x.dtype)
+    return not (small or torch.is_grad_enabled() or x.is_contiguous() or x.device.type != "cpu")
+
+
+def _strips(x: Tensor) -> Iterator[slice]:
+    """Yield slices of rows of x (1, C, H, W), of at most STRIP numbers each."""
+    rows = max(1, STRIP // (x.shape[1] * x.shape[3]))
+    yield from (slice(start, min(start + rows, x.shape[2])) for start in range(0, x.shape[2], rows))
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that is accurate at every size in either memory layout; see `_normalized`."""
+    """GroupNorm that is accurate at every size in either memory layout.
+
+    torch's own on a CPU adds up plain squares in fp32 where memory is channels last: at 1024² positions it is off by
+    2e-4, by 3e-3 where the mean is 3 deviations, by a quarter where it is 30. There the moments are taken by chunks of
+    rows and put together in fp64; then one pass applies them, as torch's batch norm with given moments.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W), any float dtype -> same shape and dtype."""
-        return _normalized(x, self)
+        if not _large(x):
+            return super().forward(x)
+        return torch.cat([self.applied(picture, self.moments(picture)) for picture in x.split(1)])
+
+    def applied(self, rows: Tensor, moments: Moments) -> Tensor:
+        """Normalize rows of a picture (1, C, h, W) by the moments of the whole -> same shape and dtype."""
+        mean, variance = moments
+        return F.batch_norm(rows, mean, variance, self.weight.to(mean.dtype), self.bias.to(mean.dtype), eps=self.eps)
+
+    def moments(self, picture: Tensor) -> Moments:
+        """Take the moments of a picture (1, C, H, W) in channels last, in at least fp32."""
+        channels, height, width = picture.shape[1:]
+        upcast = torch.promote_types(picture.dtype, torch.float32)
+        size = channels // self.num_groups
+        near = torch.zeros(1, channels, 1, 1, dtype=upcast)
+        if picture.dtype == upcast:
+            # Around a mean of few pixels: squares of what is far from 0 would lose the digits that differ. Numbers of
+            # 16 bits have none to lose: at 30 deviations the scale is off by 1.6e-3, less than their rounding.
+            near = picture[:, :, :1].mean(3, keepdim=True).unflatten(1, (-1, size)).mean(2).repeat_interleave(size, 1)
+        # With weights of its own, torch gives the moments of 16-bit floats in fp32.
+        weights = torch.ones(channels, dtype=upcast), torch.zeros(channels, dtype=upcast)
+        means, variances, shares = [], [], []
+        for chunk in picture.split(max(1, MOMENTS_CHUNK // (size * width)), dim=2):
+            positions = chunk.shape[2] * width
+            # No other function of torch takes both moments so fast; what it normalizes is small, and thrown away.
+            _, mean, scale = torch.native_group_norm(
+                chunk - near if picture.dtype == upcast else chunk, *weights, 1, channels, positions, self.num_groups,
+                SMALLEST_EPS,
+            )  # fmt: skip
+            means.append(mean[0].double())
+            variances.append(scale[0].double().pow(-2))
+            shares.append(positions / (height * width))
+        share = torch.tensor(shares, dtype=torch.float64)[:, None]
+        each = torch.stack(means)
+        mean = (share * each).sum(0)
+        variance = (share * (torch.stack(variances) + (each - mean).square())).sum(0)
+        mean = mean.repeat_interleave(size) + near.double().flatten()
+        return mean.to(upcast), variance.repeat_interleave(size).to(upcast)
 
 
 def _silu(x: Tensor) -> Tensor:
     """SiLU, in place where no gradient needs x."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def _convolved(x: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """Compute conv(SiLU(norm(x))) of x (B, C, H, W), conv 3 × 3 with a border of zeros -> (B, out, H, W).
+
+    A large picture goes strip by strip of its rows, each with a row of its neighbours on either side and normalized by
+    the moments of the whole: the same numbers, and no normalized copy of all of it is ever made. Hooks on either see it
+    whole.
+    """
+    if not _large(x) or watched((norm, conv)):
+        return conv(_silu(norm(x)))
+    shape = (len(x), conv.out_channels, *x.shape[2:])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    for picture, target in zip(x.split(1), out.split(1), strict=True):
+        moments, height = norm.moments(picture), picture.shape[2]
+        for strip in _strips(picture):
+            first, last = max(strip.start - 1, 0), min(strip.stop + 1, height)
+            rows = F.silu(norm.applied(picture[:, :, first:last], moments), inplace=True)
+            above, below = first - strip.start + 1, strip.stop + 1 - last
+            if above or below:
+                rows = F.pad(rows, (0, 0, above, below))
+            target[:, :, strip] = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+    return out
 
 
 class Resnet(nn.Module):
@@ -83,9 +147,16 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, width, H, W) -> (B, out, H, W), same dtype."""
-        h = self.conv1(_silu(self.norm1(x)))
-        h = self.conv2(_silu(self.norm2(h)))
-        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+        h = _convolved(x, self.norm1, self.conv1)
+        h = _convolved(h, self.norm2, self.conv2)
+        shortcut = self.conv_shortcut
+        if not _large(h) or (shortcut is not None and watched((shortcut,))):
+            return (x if shortcut is None else shortcut(x)) + h
+        for picture, target in zip(x.split(1), h.split(1), strict=True):
+            for strip in _strips(picture):
+                rows = picture[:, :, strip]
+                target[:, :, strip] += rows if shortcut is None else shortcut(rows)
+        return h
 
 
 class Attention(nn.Module):
@@ -138,10 +209,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double both sides by repeating pixels, then smooth with a 3×3 convolution.
 
-    Where pixels are repeated, nine products fall on four different ones. A large picture in fp32 on a CPU is made as
-    its four phases, every second row and column, each a 2×2 convolution of the small picture by sums of the weights:
-    2.25 times less work, and the repeated picture is never made. It rounds in other places than diffusers does (2e-7),
-    so small pictures, which are quick anyway, are not.
+    Where pixels are repeated, nine products fall on four different ones. On a CPU a picture is made as its four phases,
+    every second row and column, each a 2×2 convolution of the small picture by sums of the weights: 2.25 times less
+    work, and the repeated picture is never made. It rounds in other places than diffusers does (2e-7 in fp32), so small
+    pictures in fp32, which are quick anyway, are not.
     """
 
     def __init__(self, width: int) -> None:
@@ -150,10 +221,10 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, width, H, W) -> (B, width, 2H, 2W), same dtype."""
-        small = 4 * x.shape[2] * x.shape[3] <= SMALL_POSITIONS
+        small = 4 * x.shape[2] * x.shape[3] <= SMALL_POSITIONS and x.dtype.itemsize > 2
         # A hook on the convolution is called once, and sees the rounding of one.
-        simple = torch.is_grad_enabled() or small or watched((self.conv,)) or not x.is_contiguous()
-        if simple or x.device.type != "cpu" or x.dtype.itemsize < 4:
+        simple = torch.is_grad_enabled() or small or watched((self.conv,))
+        if simple or x.device.type != "cpu":
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self._by_phases(x)
 
@@ -163,11 +234,16 @@ class Upsample(nn.Module):
         An even row reads the rows before and at it, an odd one those at and after it; so do columns.
         """
         height, width = x.shape[2:]
-        x, weight = F.pad(x, (1, 1, 1, 1)), self.conv.weight
-        out = x.new_empty(len(x), len(weight), 2 * height, 2 * width)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        # Sums of weights are rounded once, to the dtype of the picture.
+        weight = self.conv.weight.to(torch.promote_types(x.dtype, torch.float32))
+        shape = (len(x), len(weight), 2 * height, 2 * width)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        x = F.pad(x, (1, 1, 1, 1))
         for i, rows in enumerate(_halves(weight, 2)):
             for j, phase in enumerate(_halves(rows, 3)):
                 part = x[:, :, i : i + height + 1, j : j + width + 1]
+                phase = phase.to(x.dtype).contiguous(memory_format=layout)
                 out[:, :, i::2, j::2] = F.conv2d(part, phase, self.conv.bias)
         return out
 
@@ -230,7 +306,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(_silu(self.conv_norm_out(self.mid_block(x))))
+        return _convolved(self.mid_block(x), self.conv_norm_out, self.conv_out)
 
 
 class Decoder(nn.Module):
@@ -257,7 +333,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(_silu(self.conv_norm_out(x)))
+        return _convolved(x, self.conv_norm_out, self.conv_out)
 
 
 class Autoencoder(nn.Module):

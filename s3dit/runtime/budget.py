@@ -223,14 +223,14 @@ def vision_work(config: VisionConfig, patches: int, dtype: torch.dtype) -> int:
     return patches * (per_patch * dtype.itemsize + 8 * width) + 4 * width * hidden
 
 
-def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype, device: str) -> int:
+def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, dtype: torch.dtype) -> int:
     """Return the bytes that decoding a picture of height × width pixels allocates at most.
 
     Three tensors of the widest channels at full resolution (256 in the official model: the input, its normed copy, the
-    output), five where a CPU norms 16-bit floats in fp32, of the whole picture or one tile; and the result, twice.
+    output; in 16 bits on a CPU, which goes by strips, 2.6 were seen), of the whole picture or one tile; and the result,
+    twice.
     """
     channels = max(config.block_out_channels[:2])
-    copies = 5 if device == "cpu" and dtype.itemsize == 2 else 3
     side = 8 * tile if tile is not None else max(height, width)
     pixels = min(height, side) * min(width, side)
-    return pixels * (copies * channels * dtype.itemsize + 128) + 24 * height * width
+    return pixels * (3 * channels * dtype.itemsize + 128) + 24 * height * width

@@ -205,5 +205,5 @@ class Encoders:
         compute, device = components.placement.compute, components.placement.device.type
         room = self.vram - budget.RESERVE[device] - components.sizes("vae")[1]
         config = components.config.vae
-        work = partial(budget.decoder_work, config, 8 * rows, 8 * columns, dtype=compute, device=device)
+        work = partial(budget.decoder_work, config, 8 * rows, 8 * columns, dtype=compute)
         return next((tile for tile in budget.TILES if work(tile=tile) <= room), budget.TILES[-1]) or large

@@ -130,7 +130,7 @@ def test_official_sizes():
         weights = sizes(encoder, bf16, encoder.unused), sizes(Transformer(dit), bf16)
     assert sum(map(len, (weights[0][1], weights[1][1]))) == 35 + 34
     assert weights[1][0] + sum(weights[1][1]) == 2 * 6_154_908_736
-    works = [(tile, decoder_work(vae, 1024, 1024, tile, bf16, "cuda")) for tile in (None, 96, 64, 48)]
+    works = [(tile, decoder_work(vae, 1024, 1024, tile, bf16)) for tile in (None, 96, 64, 48)]
     needs = {
         "text_encoder": Need(*weights[0], ((None, encoder_work(text, 128, bf16)),)),
         "transformer": Need(*weights[1], ((None, transformer_work(dit, 4096 + 128, bf16)),)),
@@ -277,8 +277,8 @@ def test_the_decoders_formula(config, dtype, tile):
     model = built(Autoencoder, config.vae, dtype)
     z = torch.randn(1, 16, 32, 24)
     most = measured(lambda: model.decode(z, tile))
-    # 1.3 to 1.5 were seen; 2.1 by tiles of 16-bit floats, whose norms in fp32 do not all live at once.
-    assert most <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu") < (1.6 if tile is None else 2.3) * most
+    # 1.3 to 1.6 were seen, and 1.2 at 1024² with the official widths in bf16, whose strips take 1.38 GB.
+    assert most <= decoder_work(config.vae, 256, 192, tile, dtype) < 1.7 * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -286,7 +286,7 @@ def test_the_decoders_formula(config, dtype, tile):
 def test_encoding_pictures_takes_no_more_than_decoding_them(config, dtype, tile):
     model = built(Autoencoder, config.vae, dtype)
     pixels = torch.rand(1, 3, 256, 192)
-    assert measured(lambda: model.encode(pixels, tile=tile)) <= decoder_work(config.vae, 256, 192, tile, dtype, "cpu")
+    assert measured(lambda: model.encode(pixels, tile=tile)) <= decoder_work(config.vae, 256, 192, tile, dtype)
 
 
 def test_sizes_are_what_is_held(config):
