@@ -5,6 +5,7 @@ of its own. `empty_rows` allocates its outputs, `round_rows` rounds (or `magnitu
 pieces or with a common factor), `as_output` returns them. The result is that of `scheme.quantize_rows`.
 """
 
+import struct
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ MAX_ROW_WIDTH = 16384
 # A row kernel gives each program this many numbers or one row, and each thread 32 of them: what a program does once,
 # such as its sums over threads, is a smaller part of the instructions than with 16, by a fifth.
 PROGRAM_NUMBERS = 4096
-MIN_MAGNITUDE_BITS = tl.constexpr(torch.tensor(MIN_MAGNITUDE).view(torch.int32).item())
+MIN_MAGNITUDE_BITS = tl.constexpr(int.from_bytes(struct.pack("<f", MIN_MAGNITUDE), "little"))
 
 
 @kernel

@@ -225,7 +225,8 @@ def main() -> None:
     if args.what == "table":
         print(table(args.file))
         return
-    if not args.no_tests and subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/kernels", "tests/parity"], cwd=ROOT).returncode:
+    guards = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "tests/parity"]
+    if not args.no_tests and subprocess.run(guards, cwd=ROOT).returncode:
         raise SystemExit("the tests fail: no figures on red")
     bench = {"transformer": bench_transformer, "text": bench_text, "vae": bench_vae, "checkpoint": bench_checkpoint}
     line = json.dumps(bench[args.what](args) | {"machine": machine()}, ensure_ascii=False)

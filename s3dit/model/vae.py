@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3dit.kernels.group_norm import Moments, group_moments, normalize
 from s3dit.model.config import VAEConfig
 from s3dit.model.hooks import watched
 from s3dit.model.linear import Linear
@@ -33,15 +34,8 @@ SMALLEST_TILE = 8
 
 # Positions up to which torch's GroupNorm is within 1.3e-5 in channels last too; up to there its bits are diffusers'.
 SMALL_POSITIONS = 128 * 128
-# Numbers of a group whose moments are taken at a time: sums of so few, in fp32, are accurate, and stay in the cache.
-MOMENTS_CHUNK = 1 << 13
-# Keeps the scale of a group of equal numbers finite; far below any variance that counts.
-SMALLEST_EPS = 1e-30
 # Numbers of a strip of rows; 16 MiB in 16 bits.
 STRIP = 1 << 23
-
-# Mean and variance of every channel's group, (C,) each.
-Moments = tuple[Tensor, Tensor]
 
 
 def _large(x: Tensor) -> bool:
@@ -57,53 +51,17 @@ def _strips(x: Tensor) -> Iterator[slice]:
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm that is accurate at every size in either memory layout.
-
-    torch's own on a CPU adds up plain squares in fp32 where memory is channels last: at 1024² positions it is off by
-    2e-4, by 3e-3 where the mean is 3 deviations, by a quarter where it is 30. There the moments are taken by chunks of
-    rows and put together in fp64; then one pass applies them, as torch's batch norm with given moments.
-    """
+    """GroupNorm that is accurate at every size in either memory layout; see `kernels.group_norm`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W), any float dtype -> same shape and dtype."""
         if not _large(x):
             return super().forward(x)
-        return torch.cat([self.applied(picture, self.moments(picture)) for picture in x.split(1)])
+        return torch.cat([self.applied(each, group_moments(each, self.num_groups)) for each in x.split(1)])
 
     def applied(self, rows: Tensor, moments: Moments) -> Tensor:
         """Normalize rows of a picture (1, C, h, W) by the moments of the whole -> same shape and dtype."""
-        mean, variance = moments
-        return F.batch_norm(rows, mean, variance, self.weight.to(mean.dtype), self.bias.to(mean.dtype), eps=self.eps)
-
-    def moments(self, picture: Tensor) -> Moments:
-        """Take the moments of a picture (1, C, H, W) in channels last, in at least fp32."""
-        channels, height, width = picture.shape[1:]
-        upcast = torch.promote_types(picture.dtype, torch.float32)
-        size = channels // self.num_groups
-        near = torch.zeros(1, channels, 1, 1, dtype=upcast)
-        if picture.dtype == upcast:
-            # Around a mean of few pixels: squares of what is far from 0 would lose the digits that differ. Numbers of
-            # 16 bits have none to lose: at 30 deviations the scale is off by 1.6e-3, less than their rounding.
-            near = picture[:, :, :1].mean(3, keepdim=True).unflatten(1, (-1, size)).mean(2).repeat_interleave(size, 1)
-        # With weights of its own, torch gives the moments of 16-bit floats in fp32.
-        weights = torch.ones(channels, dtype=upcast), torch.zeros(channels, dtype=upcast)
-        means, variances, shares = [], [], []
-        for chunk in picture.split(max(1, MOMENTS_CHUNK // (size * width)), dim=2):
-            positions = chunk.shape[2] * width
-            # No other function of torch takes both moments so fast; what it normalizes is small, and thrown away.
-            _, mean, scale = torch.native_group_norm(
-                chunk - near if picture.dtype == upcast else chunk, *weights, 1, channels, positions, self.num_groups,
-                SMALLEST_EPS,
-            )  # fmt: skip
-            means.append(mean[0].double())
-            variances.append(scale[0].double().pow(-2))
-            shares.append(positions / (height * width))
-        share = torch.tensor(shares, dtype=torch.float64)[:, None]
-        each = torch.stack(means)
-        mean = (share * each).sum(0)
-        variance = (share * (torch.stack(variances) + (each - mean).square())).sum(0)
-        mean = mean.repeat_interleave(size) + near.double().flatten()
-        return mean.to(upcast), variance.repeat_interleave(size).to(upcast)
+        return normalize(rows, moments, self.weight, self.bias, self.eps)
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -123,7 +81,7 @@ def _convolved(x: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
     shape = (len(x), conv.out_channels, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     for picture, target in zip(x.split(1), out.split(1), strict=True):
-        moments, height = norm.moments(picture), picture.shape[2]
+        moments, height = group_moments(picture, norm.num_groups), picture.shape[2]
         for strip in _strips(picture):
             first, last = max(strip.start - 1, 0), min(strip.stop + 1, height)
             rows = F.silu(norm.applied(picture[:, :, first:last], moments), inplace=True)

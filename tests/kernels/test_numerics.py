@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s3dit.errors import BackendError
-from s3dit.kernels import attention, dispatch, norm, rows, swiglu
+from s3dit.kernels import attention, dispatch, group_norm, norm, rows, swiglu
 from s3dit.kernels.attention import Spans
 from s3dit.kernels.dispatch import INTERPRETED, NUMERICS, use_backend, use_numerics
 from s3dit.kernels.gguf import GGUF
@@ -36,6 +36,7 @@ def arguments(dtype, N=70):
         norm.residual_norm: (x, y, weight, 1e-6), norm.gated_residual: (x, y, gate, row, 1e-6),
         norm.gated_residual_norm: (x, y, gate, factor, row, 1e-6),
         norm.qk_norm_rope: (q, k, draw(HEAD), draw(HEAD), draw(N, HEAD // 2, 2).float(), 1e-6),
+        group_norm.group_moments: (draw(1, 8, N, 40).contiguous(memory_format=torch.channels_last), 4),
         swiglu.swiglu: (draw(N, DIM), draw(N, DIM)), rows.quantize_activations: (x, torch.int8),
     }  # fmt: skip
     for scheme in SCHEMES.values():
