@@ -1,15 +1,16 @@
 """Measure the number formats: speed and memory at the official width, and what they cost in quality.
 
     python tools/bench_formats.py transformer      one forward of --layers main blocks, 512² + 64 tokens, each format
-    python tools/bench_formats.py products         a product with 3840 × 3840 weights at --tokens, each format and GGUF's
+    python tools/bench_formats.py products         a product by 3840 × 3840 at --tokens, each format and GGUF's
     python tools/bench_formats.py memory           a full-size random model: quantize it, draw 256², peaks of memory
     python tools/bench_formats.py quality          velocity error on the embedded model, teacher-forced, against fp32
     python tools/bench_formats.py quality --score 500        and the share of pictures that show their prompt
     python tools/bench.py --quality …                        the same, from the program that measures the rest
 
-Every measurement is one JSON line; `quality` prints a markdown table. products: medians, `against_bf16` is the format's time over that of bf16, both in turn. transformer: random weights, all formats in one
+Every measurement is one JSON line; `quality` prints a markdown table. transformer: random weights, all formats in one
 process and each beside bf16 measured just before it; times are medians, of processor time with --cpu-time (on a machine
-that others use), `ratio` is bf16's time over the format's. memory needs 36 GB of disk under --folder.
+that others use), `ratio` is bf16's time over the format's. products: medians, each in turn with bf16; `against_bf16` is
+the format's time over that of bf16. memory needs 36 GB of disk under --folder.
 """
 
 import argparse
@@ -193,7 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("transformer", "products", "memory", "quality"))
     parser.add_argument("--formats", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
-    parser.add_argument("--gguf", nargs="*", default=["Q8_0", "Q4_K", "Q5_K", "Q6_K"], choices=list(GGUF), help="products")
+    parser.add_argument(
+        "--gguf", nargs="*", default=["Q8_0", "Q4_K", "Q5_K", "Q6_K"], choices=list(GGUF), help="products"
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[64, 320, 1088], help="products (64 320 1088)")
     parser.add_argument("--layers", type=int, default=1, help="transformer: main blocks (default 1)")
     parser.add_argument("--repeat", type=int, default=3)
@@ -202,7 +205,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="transformer: processor time instead of the clock")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="memory: where the models go")
     args = parser.parse_args(argv)
-    bench = {"transformer": bench_transformer, "products": bench_products, "memory": bench_memory, "quality": bench_quality}[args.what]
+    bench = {
+        "transformer": bench_transformer,
+        "products": bench_products,
+        "memory": bench_memory,
+        "quality": bench_quality,
+    }[args.what]
     with torch.inference_mode():
         for row in bench(args):
             print(json.dumps(row | {"machine": machine()}, ensure_ascii=False), flush=True)
