@@ -1,20 +1,27 @@
-"""Moments of groups of channels, for GroupNorm of pictures that are taken in pieces: the Op `group_moments`.
+"""GroupNorm of pictures in channels last, in two Ops: `group_moments`, and `normalize_rows` by them, with SiLU or not.
 
 torch's GroupNorm of a CPU adds up plain squares in fp32 where memory is channels last: at 1024² positions it is off by
-2e-4, by 3e-3 where the mean is 3 deviations, by a quarter where it is 30. And it makes a normalized copy of the whole
-picture at once. With the moments at hand, rows are normalized wherever they are needed (`normalize`).
+2e-4, by 3e-3 where the mean is 3 deviations, by a quarter where it is 30. That of CUDA copies such a picture to the
+other layout, and takes the moments with one program a group. And both make a normalized copy of all of it: with the
+moments at hand, rows are normalized where they are needed.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op
+from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
+from s3dit.kernels.rows import FLOAT_DTYPES, holding
 
 # Numbers of a group whose moments are taken at a time: sums of so few, in fp32, are accurate, and stay in the cache.
 CHUNK = 1 << 13
 # Keeps the scale of a group of equal numbers finite; far below any variance that counts.
 SMALLEST_EPS = 1e-30
+
+# Of the kernels: numbers that a program has in registers at a time, and programs that a picture is shared among.
+PROGRAM_NUMBERS, PROGRAMS = 4096, 512
 
 # Mean and variance of every channel's group, (C,) each.
 Moments = tuple[Tensor, Tensor]
@@ -70,7 +77,136 @@ def _by_chunks(picture: Tensor, groups: int) -> Moments:
     return mean.to(upcast), variance.repeat_interleave(size).to(upcast)
 
 
-def normalize(rows: Tensor, moments: Moments, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Normalize rows of a picture (1, C, h, W) by moments of the whole, scale and shift -> same shape and dtype."""
-    mean, variance = moments
-    return F.batch_norm(rows, mean, variance, weight.to(mean.dtype), bias.to(mean.dtype), eps=eps)
+@op
+def normalize_rows(
+    rows: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """Compute (rows - mean) / sqrt(variance + eps) · weight + bias, and SiLU of that if asked for.
+
+    rows (1, C, h, W) · mean, variance (C,) of at least fp32 · weight, bias (C,) -> same shape and dtype.
+    """
+    normed = F.batch_norm(rows, mean, variance, weight.to(mean.dtype), bias.to(mean.dtype), eps=eps)
+    return F.silu(normed, inplace=not torch.is_grad_enabled()) if silu else normed
+
+
+@kernel
+def _moments_kernel(
+    x: "Any", partial: "Any", N: "Any", STEPS: "Any", C: tl.constexpr, ROWS: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Take mean and sum of squares around it of each channel, of STEPS · ROWS positions -> partial (2, programs, C)."""
+    channel = tl.arange(0, C)
+    start = tl.program_id(0).to(tl.int64) * STEPS * ROWS
+    # Around the first position: squares of what is far from 0 would lose the digits that differ.
+    near = tl.load(x + start * C + channel).to(tl.float32)
+    total, squares = tl.zeros((ROWS, C), tl.float32), tl.zeros((ROWS, C), tl.float32)
+    for step in range(STEPS):
+        n = (start + step * ROWS + tl.arange(0, ROWS))[:, None]
+        y = tl.load(x + n * C + channel[None, :], mask=n < N, other=0.0).to(tl.float32) - near[None, :]
+        y = tl.where(n < N, y, 0.0)
+        total += y
+        squares += y * y
+    count = tl.minimum(N - start, STEPS * ROWS).to(tl.float32)
+    mean = tl.sum(total, 0) / count
+    at = partial + tl.program_id(0) * C + channel
+    tl.store(at, near + mean)
+    tl.store(at + tl.num_programs(0) * C, tl.maximum(tl.sum(squares, 0) - count * mean * mean, 0.0))
+
+
+@kernel
+def _combine_kernel(
+    partial: "Any", moments: "Any", N: "Any", EACH: "Any", PROGRAMS: "Any", C: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Put a group's partial moments together -> moments (2, C): mean and variance of each of its channels."""
+    channel = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    program = tl.arange(0, BLOCK)[:, None]
+    inside = program < PROGRAMS
+    count = tl.where(inside, tl.minimum(N - program * EACH, EACH), 0).to(tl.float32)
+    at = partial + program * C + channel[None, :]
+    means = tl.load(at, mask=inside, other=0.0)
+    numbers = N.to(tl.float32) * SIZE
+    # Around one of the means, for the digits again.
+    near = tl.load(partial + tl.program_id(0) * SIZE)
+    mean = near + tl.sum(tl.sum((means - near) * count, 1), 0) / numbers
+    squares = tl.load(at + PROGRAMS * C, mask=inside, other=0.0) + count * (means - mean) * (means - mean)
+    variance = tl.sum(tl.sum(squares, 1), 0) / numbers
+    tl.store(moments + channel, mean + tl.zeros((SIZE,), tl.float32))
+    tl.store(moments + C + channel, variance + tl.zeros((SIZE,), tl.float32))
+
+
+@kernel
+def _normalize_kernel(
+    x: "Any", mean: "Any", variance: "Any", weight: "Any", bias: "Any", out: "Any", N: "Any", eps: "Any",
+    C: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Compute normalize_rows of ROWS positions."""
+    channel = tl.arange(0, C)[None, :]
+    n = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    factor = tl.rsqrt(tl.load(variance + channel) + eps) * tl.load(weight + channel).to(tl.float32)
+    y = tl.load(x + n * C + channel, mask=n < N, other=0.0).to(tl.float32) - tl.load(mean + channel)
+    y = y * factor + tl.load(bias + channel).to(tl.float32)
+    if SILU:
+        # The sigmoid as the square of a reciprocal root, as in `swiglu`.
+        root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))
+        y = y * (root * root)
+    tl.store(out + n * C + channel, y.to(out.dtype.element_ty), mask=n < N)
+
+
+@launcher(lambda picture, groups: picture.new_empty(2, picture.shape[1], dtype=torch.float32))
+def launch_moments(picture: Tensor, groups: int) -> Tensor:
+    """Take the moments of a picture (1, C, H, W) in channels last, C a power of two -> mean, variance: (2, C) fp32."""
+    channels, positions = picture.shape[1], picture.shape[2] * picture.shape[3]
+    rows = max(1, PROGRAM_NUMBERS // channels)
+    steps = max(1, -(-positions // (rows * PROGRAMS)))
+    programs = -(-positions // (rows * steps))
+    partial = torch.empty(2, programs, channels, dtype=torch.float32, device=picture.device)
+    moments = torch.empty(2, channels, dtype=torch.float32, device=picture.device)
+    _moments_kernel[(programs,)](picture, partial, positions, steps, channels, rows, num_warps=4)
+    _combine_kernel[(groups,)](
+        partial,
+        moments,
+        positions,
+        rows * steps,
+        programs,
+        channels,
+        channels // groups,
+        holding(programs),
+        num_warps=8,
+    )
+    return moments
+
+
+@launcher(lambda rows, *args: torch.empty_like(rows))
+def launch_normalize(
+    rows: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    """Compute `normalize_rows` of rows (1, C, h, W) in channels last, C a power of two."""
+    out = torch.empty_like(rows)
+    channels, positions = rows.shape[1], rows.shape[2] * rows.shape[3]
+    each = max(1, PROGRAM_NUMBERS // channels)
+    if positions:
+        _normalize_kernel[(-(-positions // each),)](
+            rows, mean, variance, weight, bias, out, positions, eps, channels, each, silu, num_warps=4
+        )
+    return out
+
+
+def _in_kernel(picture: Tensor, *args: Any) -> bool | str:
+    """Return True, or why the kernels cannot take this picture."""
+    channels = picture.shape[1]
+    if not picture.is_contiguous(memory_format=torch.channels_last) or channels != holding(channels):
+        return "takes pictures in channels last whose channels are a power of two"
+    return why_unsupported(picture, FLOAT_DTYPES) or True
+
+
+@group_moments.on("cuda", "triton", when=_in_kernel, bound=256.0)
+def _triton_moments(picture: Tensor, groups: int) -> Moments:
+    mean, variance = launch_moments(picture, groups)
+    return mean, variance
+
+
+@normalize_rows.on("cuda", "triton", when=_in_kernel)
+def _triton_normalize(
+    rows: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool
+) -> Tensor:
+    return launch_normalize(rows, mean, variance, weight, bias, eps, silu)

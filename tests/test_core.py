@@ -21,7 +21,7 @@ BOUND = 3000
 # that draws nothing.
 BORDER = {"__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "terminal", "values"}
 # Files of model/ that only some requests need.
-OPTIONAL = {"controlnet", "vision_encoder"}
+OPTIONAL = {"controlnet", "tiles", "vision_encoder"}
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

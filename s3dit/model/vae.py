@@ -16,7 +16,6 @@ Source: FLUX.1 `modules/autoencoder.py`; names of parameters are those of diffus
 file. Not here: quantization convolutions (the file has none), training losses, choice of the tile.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -24,13 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3dit.kernels.group_norm import Moments, group_moments, normalize
+from s3dit.kernels.group_norm import Moments, group_moments, normalize_rows
 from s3dit.model.config import VAEConfig
 from s3dit.model.hooks import watched
 from s3dit.model.linear import Linear
-
-# The smallest tile, in latent cells: below it a tile is mostly overlap and its statistics say little of the picture.
-SMALLEST_TILE = 8
+from s3dit.model.tiles import by_tiles, check_tile
 
 # Positions up to which torch's GroupNorm is within 1.3e-5 in channels last too; up to there its bits are diffusers'.
 SMALL_POSITIONS = 128 * 128
@@ -38,15 +35,19 @@ SMALL_POSITIONS = 128 * 128
 STRIP = 1 << 23
 
 
-def _large(x: Tensor) -> bool:
-    """Return whether x (B, C, H, W) is worth strips: many positions in channels last on a CPU, without gradients."""
-    small = x.shape[2] * x.shape[3] <= SMALL_POSITIONS
-    return not (small or torch.is_grad_enabled() or x.is_contiguous() or x.device.type != "cpu")
+def _in_strips(x: Tensor) -> bool:
+    """Return whether x (B, C, H, W) is normalized by moments of the whole: in channels last, without gradients.
+
+    On a CPU only where there are many positions; elsewhere torch's GroupNorm is good enough there.
+    """
+    small = x.device.type == "cpu" and x.shape[2] * x.shape[3] <= SMALL_POSITIONS
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return last and not small and not torch.is_grad_enabled()
 
 
 def _strips(x: Tensor) -> Iterator[slice]:
-    """Yield slices of rows of x (1, C, H, W), of at most STRIP numbers each."""
-    rows = max(1, STRIP // (x.shape[1] * x.shape[3]))
+    """Yield slices of rows of x (1, C, H, W), on a CPU of at most STRIP numbers each; a GPU takes all at once."""
+    rows = max(1, STRIP // (x.shape[1] * x.shape[3])) if x.device.type == "cpu" else x.shape[2]
     yield from (slice(start, min(start + rows, x.shape[2])) for start in range(0, x.shape[2], rows))
 
 
@@ -55,13 +56,13 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (B, C, H, W), any float dtype -> same shape and dtype."""
-        if not _large(x):
+        if not _in_strips(x):
             return super().forward(x)
-        return torch.cat([self.applied(each, group_moments(each, self.num_groups)) for each in x.split(1)])
+        return torch.cat([self.applied(each, group_moments(each, self.num_groups), False) for each in x.split(1)])
 
-    def applied(self, rows: Tensor, moments: Moments) -> Tensor:
-        """Normalize rows of a picture (1, C, h, W) by the moments of the whole -> same shape and dtype."""
-        return normalize(rows, moments, self.weight, self.bias, self.eps)
+    def applied(self, rows: Tensor, moments: Moments, silu: bool) -> Tensor:
+        """Normalize rows of a picture (1, C, h, W) by the moments of the whole, then SiLU if asked for."""
+        return normalize_rows(rows, *moments, self.weight, self.bias, self.eps, silu)
 
 
 def _silu(x: Tensor) -> Tensor:
@@ -76,7 +77,7 @@ def _convolved(x: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
     the moments of the whole: the same numbers, and no normalized copy of all of it is ever made. Hooks on either see it
     whole.
     """
-    if not _large(x) or watched((norm, conv)):
+    if not _in_strips(x) or watched((norm, conv)):
         return conv(_silu(norm(x)))
     shape = (len(x), conv.out_channels, *x.shape[2:])
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -84,7 +85,7 @@ def _convolved(x: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
         moments, height = group_moments(picture, norm.num_groups), picture.shape[2]
         for strip in _strips(picture):
             first, last = max(strip.start - 1, 0), min(strip.stop + 1, height)
-            rows = F.silu(norm.applied(picture[:, :, first:last], moments), inplace=True)
+            rows = norm.applied(picture[:, :, first:last], moments, True)
             above, below = first - strip.start + 1, strip.stop + 1 - last
             if above or below:
                 rows = F.pad(rows, (0, 0, above, below))
@@ -107,14 +108,8 @@ class Resnet(nn.Module):
         """Apply to x (B, width, H, W) -> (B, out, H, W), same dtype."""
         h = _convolved(x, self.norm1, self.conv1)
         h = _convolved(h, self.norm2, self.conv2)
-        shortcut = self.conv_shortcut
-        if not _large(h) or (shortcut is not None and watched((shortcut,))):
-            return (x if shortcut is None else shortcut(x)) + h
-        for picture, target in zip(x.split(1), h.split(1), strict=True):
-            for strip in _strips(picture):
-                rows = picture[:, :, strip]
-                target[:, :, strip] += rows if shortcut is None else shortcut(rows)
-        return h
+        beside = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h.add_(beside) if _in_strips(h) else beside + h
 
 
 class Attention(nn.Module):
@@ -315,14 +310,15 @@ class Autoencoder(nn.Module):
 
     @property
     def layout(self) -> torch.memory_format:
-        """Memory layout of the convolutions: channels last for 16-bit floats on a CPU (2.1x with AMX), else contiguous.
+        """Memory layout of convolutions: channels last for 16-bit floats on a CPU or an NVIDIA GPU, else contiguous.
 
-        In fp32 channels last is 0.8x to 1.4x as fast on AVX2, not worth a difference: contiguous gives diffusers' bits.
+        It is 2.1 times as fast on a CPU with AMX, and the layout that a GPU's convolutions compute in. In fp32 it is
+        0.8 to 1.4 times as fast on AVX2, not worth a difference: contiguous gives diffusers' bits.
         """
         weight = self.decoder.conv_in.weight
         if self.memory_format is not None:
             return self.memory_format
-        halves = weight.device.type == "cpu" and weight.dtype.itemsize == 2
+        halves = weight.device.type in ("cpu", "cuda") and weight.dtype.itemsize == 2
         return torch.channels_last if halves else torch.contiguous_format
 
     def moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
@@ -369,46 +365,16 @@ class Autoencoder(nn.Module):
         A latent cell is `cell` positions a side of x, and `out_cell` of the result, which is at least fp32.
         """
         weight = self.decoder.conv_in.weight
-        upcast = torch.promote_types(weight.dtype, torch.float32)
-        rows, columns = x.shape[2] // cell, x.shape[3] // cell
-        if tile is not None and tile < SMALLEST_TILE:
-            raise ValueError(f"tile is {tile} latent cells; needed {SMALLEST_TILE} or more, or None for no tiles")
-        if tile is None or max(rows, columns) <= tile:
-            return run(x.to(weight, memory_format=self.layout)).to(upcast).contiguous()
-        result: Tensor | None = None
-        for top, height, fade_y in _feathers(rows, tile, out_cell):
-            for left, width, fade_x in _feathers(columns, tile, out_cell):
-                part = x[:, :, top * cell : (top + height) * cell, left * cell : (left + width) * cell]
-                done = run(part.to(weight, memory_format=self.layout)).to(upcast)
-                if result is None:
-                    result = done.new_zeros(*done.shape[:2], rows * out_cell, columns * out_cell)
-                done = done * fade_y.to(done)[:, None] * fade_x.to(done)
-                y, z = top * out_cell, left * out_cell
-                result[:, :, y : y + done.shape[2], z : z + done.shape[3]] += done
-        assert result is not None
-        return result
 
+        def done(part: Tensor) -> Tensor:
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            return run(part.to(weight, memory_format=self.layout)).to(wide)
 
-def _feathers(cells: int, tile: int, out_cell: int) -> list[tuple[int, int, Tensor]]:
-    """Cut one axis into equal overlapping tiles: (start, length) in cells and the weight of each result position.
-
-    At least a quarter of a tile overlaps its neighbor; the weights fall linearly to the edge, where a convolution saw
-    zeros instead of the neighbor, and sum to one everywhere.
-    """
-    if cells <= tile:
-        return [(0, cells, torch.ones(cells * out_cell, dtype=torch.float32))]
-    overlap = tile // 4
-    count = math.ceil((cells - overlap) / (tile - overlap))
-    starts = [round(i * (cells - tile) / (count - 1)) for i in range(count)]
-    position = torch.arange(tile * out_cell, dtype=torch.float64) + 0.5
-    weights = torch.zeros(count, cells * out_cell, dtype=torch.float64)
-    for i, start in enumerate(starts):
-        rise = position if i > 0 else position.new_full((), math.inf)
-        fall = position.flip(0) if i < count - 1 else position.new_full((), math.inf)
-        fade = (torch.minimum(rise, fall) / (overlap * out_cell)).clamp(max=1.0)
-        weights[i, start * out_cell : (start + tile) * out_cell] = fade
-    weights /= weights.sum(0)
-    return [(s, tile, weights[i, s * out_cell : (s + tile) * out_cell].float()) for i, s in enumerate(starts)]
+        if tile is not None:
+            check_tile(tile)
+        if tile is None or max(x.shape[2:]) <= tile * cell:
+            return done(x).contiguous()
+        return by_tiles(done, x, tile, cell, out_cell)
 
 
 def _check(x: Tensor, name: str, channels: int, factor: int) -> None:

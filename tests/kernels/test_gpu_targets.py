@@ -59,6 +59,7 @@ triton.JITFunction.__getitem__ = launch
 """
 
 ROW_KERNELS = """
+from s3dit.kernels.group_norm import launch_moments, launch_normalize
 from s3dit.kernels.norm_kernels import launch_norm, launch_norm_rope, launch_residual_norm
 from s3dit.kernels.swiglu import swiglu
 
@@ -78,6 +79,10 @@ launch_residual_norm(x, x, factor, None, row, 1e-5, None)
 launch_residual_norm(x, x, None, weight, None, 1e-5, None)
 for dtype, halves in ((None, False), (torch.int8, False), (None, True)):
     launch_norm_rope(q, k, head, head, rope, 1e-5, dtype, halves)
+for channels in (128, 256, 512):
+    picture = torch.zeros(1, channels, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
+    moments = launch_moments(picture, 32)
+    launch_normalize(picture, *moments, weight[:channels], weight[:channels], 1e-6, True)
 found = "".join(assembly)
 # Pairs of numbers are converted by one instruction.
 words = ["cvt.rn.bf16x2.f32"] + ["cvt.rn.satfinite.e4m3x2.f32"] * (capability >= 90)

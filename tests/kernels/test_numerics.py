@@ -37,6 +37,10 @@ def arguments(dtype, N=70):
         norm.gated_residual_norm: (x, y, gate, factor, row, 1e-6),
         norm.qk_norm_rope: (q, k, draw(HEAD), draw(HEAD), draw(N, HEAD // 2, 2).float(), 1e-6),
         group_norm.group_moments: (draw(1, 8, N, 40).contiguous(memory_format=torch.channels_last), 4),
+        group_norm.normalize_rows: (
+            draw(1, 8, N, 40).contiguous(memory_format=torch.channels_last), draw(8).float(), draw(8).float().abs(),
+            draw(8), draw(8), 1e-6, True,
+        ),
         swiglu.swiglu: (draw(N, DIM), draw(N, DIM)), rows.quantize_activations: (x, torch.int8),
     }  # fmt: skip
     for scheme in SCHEMES.values():

@@ -6,16 +6,15 @@ import torch.nn.functional as F
 
 from s3dit.model import vae
 from s3dit.model.config import VAEConfig
+from s3dit.model.tiles import SMALLEST_TILE, feathers
 from s3dit.model.vae import (
     SMALL_POSITIONS,
-    SMALLEST_TILE,
     Attention,
     Autoencoder,
     Downsample,
     GroupNorm,
     Resnet,
     Upsample,
-    _feathers,
 )
 
 SMALL = VAEConfig(3, 3, 4, (8, 16, 16, 16), 1, 2, 0.3611, 0.1159)
@@ -259,7 +258,7 @@ def test_gradients_reach_every_parameter():
 
 @pytest.mark.parametrize(("cells", "tile"), [(8, 8), (9, 8), (15, 8), (16, 8), (33, 8), (47, 13), (100, 32)])
 def test_feathers_cover_and_sum_to_one(cells, tile):
-    cuts = _feathers(cells, tile, 4)
+    cuts = feathers(cells, tile, 4)
     total = torch.zeros(cells * 4, dtype=torch.float64)
     for start, length, weight in cuts:
         assert length == min(tile, cells) and 0 <= start <= cells - length and weight.shape == (length * 4,)
