@@ -32,7 +32,7 @@ from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
 from s3dit.inputs import control_hints, images, references, start_image
 from s3dit.kernels.dispatch import check_backend, check_numerics
-from s3dit.loaded_model import LoadedModel
+from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
 from s3dit.plan import Plan, make_plan, out_of_memory
 from s3dit.request import Request
@@ -218,12 +218,12 @@ class Pipeline(LoadedModel):
         with self._turn():
             pictures = self._pictures(plan, step.latents)
         then = replace(plan.then, start_images=start_image.enlarged(plan.start_images, pictures, plan.then.request))
-        for later in self._sample(then):
+        for later in self._sample(then, step.n):
             yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
-    def _sample(self, plan: Plan) -> Iterator[Step]:
-        """Every step of one pass, each in a turn of its own."""
-        steps, memory = None, plan.memory
+    def _sample(self, plan: Plan, before: int = 0) -> Iterator[Step]:
+        """Every step of one pass, each in a turn of its own; before: steps of the passes before it."""
+        steps, memory, step = None, plan.memory, None
         while True:
             with self._turn():
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
@@ -233,7 +233,11 @@ class Pipeline(LoadedModel):
                 else:
                     # Somebody else may have had the pipeline since the last step.
                     self._models(plan)
-                step = next(steps, None)
+                self.now = Now(plan, before + (step.i if step else 0) + 1)
+                try:
+                    step = next(steps, None)
+                finally:
+                    self.now = None
             if step is None:
                 return
             yield replace(step, grids=plan.grids)
