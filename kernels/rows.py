@@ -19,16 +19,18 @@ FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_ROW_WIDTH = 16384
 # A row kernel gives each program this many numbers or one row, and each thread sixteen of them.
 PROGRAM_NUMBERS = 4096
-MIN_MAGNITUDE_CONST = tl.constexpr(MIN_MAGNITUDE)
+MIN_MAGNITUDE_BITS = tl.constexpr(torch.tensor(MIN_MAGNITUDE).view(torch.int32).item())
 
 
 @kernel
 def round_rows(y: "Any", max_code: tl.constexpr) -> Any:
     """Round y (R, D) fp32 for a type whose largest number is `max_code` -> values, in fp32, and scale (R, 1)."""
-    # A maximum passes over NaN and int8 cannot hold it: an infinite scale makes the whole row NaN again.
-    magnitude = tl.max(tl.where(y == y, tl.abs(y), float("inf")), 1, keep_dims=True)
-    scale = tl.div_rn(tl.maximum(magnitude, MIN_MAGNITUDE_CONST), max_code)
-    values = tl.div_rn(y, scale)
+    # Without their signs, the bits of floats are ordered like the floats, and those of NaN are above infinity's: the
+    # maximum of integers passes NaN on, which int8 cannot hold, so that the scale makes the whole row NaN again.
+    magnitude = tl.max(y.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1, keep_dims=True)
+    magnitude = tl.maximum(magnitude, MIN_MAGNITUDE_BITS).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(magnitude, max_code)
+    values = y * tl.div_rn(max_code, magnitude)
     if max_code == 127.0:
         # 1.5 · 2²³ leaves an fp32 no bits for a fraction: rounds half to even, as torch does.
         values = (values + 12582912.0) - 12582912.0
@@ -61,9 +63,14 @@ def flatten_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def holding(count: int) -> int:
+    """Return the smallest power of two that is not below count."""
+    return 1 << (count - 1).bit_length()
+
+
 def row_blocks(rows: int, width: int) -> tuple[int, int, int, int]:
     """Return how rows of this width are distributed: programs, rows a program, power of two that holds a row, warps."""
-    block = max(16, 1 << (width - 1).bit_length())
+    block = max(16, holding(width))
     each = max(1, PROGRAM_NUMBERS // block)
     return -(-rows // each), each, block, min(16, max(4, block * each // 512))
 

@@ -88,11 +88,13 @@ def quantize_rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRow
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return values and scale of `quantize_rows`."""
+    """Return values and scale of `quantize_rows`; a row takes one division, its numbers are multiplied."""
     upcast_x = x.float()
-    scale = upcast_x.abs().amax(-1, keepdim=True).clamp(min=MIN_MAGNITUDE) / MAX_CODES[dtype]
-    scaled = upcast_x / scale
-    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale
+    magnitude = upcast_x.abs().amax(-1, keepdim=True).clamp(min=MIN_MAGNITUDE)
+    # A tensor, because torch multiplies by the reciprocal of a number instead of dividing by it, on CUDA for one.
+    largest = torch.full_like(magnitude, MAX_CODES[dtype])
+    scaled = upcast_x * (largest / magnitude)
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), magnitude / largest
 
 
 def upcast(x: Tensor | QuantizedRows) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from s3dit.kernels.attention import Spans, attention, attention8
 from s3dit.kernels.dispatch import Op, use_backend
-from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm, rms_norm_modulate
+from s3dit.kernels.norm import (
+    gated_residual,
+    gated_residual_norm,
+    qk_norm_rope,
+    residual_norm,
+    rms_norm,
+    rms_norm_modulate,
+)
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.kernels.swiglu import swiglu
@@ -32,8 +39,8 @@ from s3dit.weights.quantize import quantizable_layers
 __all__ = [
     "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention", "attention8",
     "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm", "implementations", "model_inputs",
-    "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "rms_norm", "rms_norm_modulate", "stream", "swiglu",
-    "text_encoder", "transformer", "use_backend",
+    "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "residual_norm", "rms_norm", "rms_norm_modulate",
+    "stream", "swiglu", "text_encoder", "transformer", "use_backend",
 ]  # fmt: skip
 
 BF16 = torch.bfloat16

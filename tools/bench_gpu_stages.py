@@ -363,22 +363,24 @@ def _row_kernels(bench: Bench, n: int) -> Iterator[tuple[str, Callable[[], tuple
     """Name, function that draws arguments, Op, and bytes read and written, of each kernel that works by rows."""
     dim, ffn, heads, head = _sizes(bench)
     row = torch.zeros(n, dtype=torch.int64, device=bench.device)
-    weight, table, head_weight = _draw(bench, dim), _draw(bench, 1, dim), _draw(bench, head)
+    weight, table, head_weight = _draw(bench, dim), _draw(bench, 1, dim).float(), _draw(bench, head)
     rope = torch.randn(n, head // 2, 2, device=bench.device)
     narrow, hidden, by_heads = (n, dim), (n, ffn), (n, heads, head)
     nbytes = 2 * n * dim
     for dtype in (None, E4M3, INT8):
         name, out = ("bf16", 1.0) if dtype is None else (str(dtype).removeprefix("torch."), 0.5)
         last = (row, 1e-5) if dtype is None else (row, 1e-5, dtype)
-        make = partial(_arguments, bench, (narrow,), weight, table, *last)
+        make = partial(_arguments, bench, (narrow,), table, *last)
         yield f"rms_norm_modulate {name}", make, engine.rms_norm_modulate, (1 + out) * nbytes
-        make = partial(_arguments, bench, (narrow, narrow), weight, table, weight, table, *last)
+        make = partial(_arguments, bench, (narrow, narrow), table, table, *last)
         yield f"gated_residual_norm {name}", make, engine.gated_residual_norm, (3 + out) * nbytes
         make = partial(_arguments, bench, (hidden, hidden), *last[2:])
         yield f"swiglu {name}", make, engine.swiglu, (2 + out) * 2 * n * ffn
     yield "rms_norm", partial(_arguments, bench, (narrow,), weight, 1e-5), engine.rms_norm, 2 * nbytes
-    make = partial(_arguments, bench, (narrow, narrow), weight, table, row, 1e-5)
+    make = partial(_arguments, bench, (narrow, narrow), table, row, 1e-5)
     yield "gated_residual", make, engine.gated_residual, 3 * nbytes
+    make = partial(_arguments, bench, (narrow, narrow), weight, 1e-5)
+    yield "residual_norm", make, engine.residual_norm, 4 * nbytes
     make = partial(_arguments, bench, (by_heads, by_heads), head_weight, head_weight, rope, 1e-5)
     yield "qk_norm_rope", make, engine.qk_norm_rope, 4 * nbytes + rope.nbytes
 

@@ -136,16 +136,15 @@ class Block(nn.Module):
 
         time (R, adaln_dim): one row an item, or one for all · modulation_row (N,) int64: which of them a token reads.
         """
-        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).chunk(4, dim=-1)  # (R, dim) each
-        normed = rms_norm_modulate(
-            x, self.attention_norm1.weight, scale_msa, modulation_row, self.eps, self.attention.input_dtype
-        )
+        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).float().chunk(4, dim=-1)  # (R, dim) each
+        factor = self.attention_norm1.weight.float() * (1.0 + scale_msa)
+        normed = rms_norm_modulate(x, factor, modulation_row, self.eps, self.attention.input_dtype)
         mixed = self.attention(normed, rope, spans)
-        x, normed = gated_residual_norm(
-            x, mixed, self.attention_norm2.weight, gate_msa, self.ffn_norm1.weight, scale_mlp, modulation_row, self.eps,
-            self.feed_forward.input_dtype,
-        )  # fmt: skip
-        return gated_residual(x, self.feed_forward(normed), self.ffn_norm2.weight, gate_mlp, modulation_row, self.eps)
+        gate = self.attention_norm2.weight.float() * gate_msa.tanh()
+        factor = self.ffn_norm1.weight.float() * (1.0 + scale_mlp)
+        x, normed = gated_residual_norm(x, mixed, gate, factor, modulation_row, self.eps, self.feed_forward.input_dtype)
+        gate = self.ffn_norm2.weight.float() * gate_mlp.tanh()
+        return gated_residual(x, self.feed_forward(normed), gate, modulation_row, self.eps)
 
 
 class PlainBlock(Block):

@@ -8,7 +8,14 @@ import torch
 
 from s3dit.errors import BackendError
 from s3dit.kernels.dispatch import set_backend, why_unsupported
-from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm, rms_norm_modulate
+from s3dit.kernels.norm import (
+    gated_residual,
+    gated_residual_norm,
+    qk_norm_rope,
+    residual_norm,
+    rms_norm,
+    rms_norm_modulate,
+)
 from s3dit.model.layers import rope_table
 
 SHAPES = [(1, 32), (31, 96), (33, 100), (63, 192)]
@@ -38,19 +45,31 @@ def test_rms_norm(shape):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_modulation_and_gate(shape, rows):
     n, d = shape
-    x, w, table, rest = torch.randn(shape), torch.randn(d), torch.randn(rows, d), torch.randn(shape)
+    x, table, rest = torch.randn(shape), torch.randn(rows, d), torch.randn(shape)
     row = torch.randint(rows, (n,))
-    expected = norm64(x, w, 1e-5) * (1 + table[row].double())
-    assert relative(rms_norm_modulate(x, w, table, row, 1e-5), expected) < 1e-6
-    expected = rest.double() + table[row].double().tanh() * norm64(x, w, 1e-5)
-    assert relative(gated_residual(rest, x, w, table, row, 1e-5), expected) < 1e-6
+    expected = norm64(x, table[row], 1e-5)
+    assert relative(rms_norm_modulate(x, table, row, 1e-5), expected) < 1e-6
+    assert relative(gated_residual(rest, x, table, row, 1e-5), rest.double() + expected) < 1e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_residual_norm(shape):
+    residual, x, w = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+    total, normed = residual_norm(residual, x, w, 1e-5)
+    assert relative(total, residual.double() + x.double()) < 1e-7
+    assert relative(normed, norm64(residual.double() + x.double(), w, 1e-5)) < 1e-6
+    # The sum is rounded before it is normalized: the same bits as two steps, in 16 bits too.
+    residual, x, w = residual.bfloat16(), x.bfloat16(), w.bfloat16()
+    total, normed = residual_norm(residual, x, w, 1e-5)
+    assert torch.equal(total, residual + x) and torch.equal(normed, rms_norm(residual + x, w, 1e-5))
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "halves"])
 @pytest.mark.parametrize("n", [1, 31, 33])
-def test_rotation_in_all_forms(n):
+def test_rotation_in_all_forms(n, pairs):
     positions = torch.randint(0, 3000, (n, 3))
     rope = rope_table(positions, (8, 12, 12), 256.0)
-    q, k = torch.randn(n, 3, 32), torch.randn(n, 3, 64)[..., ::2]  # k is not contiguous
+    q, k = torch.randn(n, 6, 32), torch.randn(n, 3, 64)[..., ::2]  # k is not contiguous
     wq, wk = torch.randn(32), torch.randn(32)
     # float64: angle of pair j of axis a is position_a · 256^(-2j/dim_a)
     angles = torch.cat(
@@ -62,58 +81,68 @@ def test_rotation_in_all_forms(n):
     )
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     for form in (qk_norm_rope, qk_norm_rope.reference):
-        for got, x, w in zip(form(q, k, wq, wk, rope, 1e-5), (q, k), (wq, wk), strict=True):
-            pairs = torch.view_as_complex(norm64(x, w, 1e-5).unflatten(-1, (-1, 2)))
+        for got, x, w in zip(form(q, k, wq, wk, rope, 1e-5, None, pairs), (q, k), (wq, wk), strict=True):
+            first, second = norm64(x, w, 1e-5).unflatten(-1, (-1, 2)).unbind(-1)
+            if pairs == "halves":
+                first, second = norm64(x, w, 1e-5).chunk(2, -1)
+            turned = torch.view_as_real(torch.complex(first, second) * turn)
+            turned = turned.flatten(-2) if pairs == "adjacent" else turned.mT.flatten(-2)
             # 2e-4: an angle of 3000 rad has 1.2e-4 rad to the fp32 ulp, as in the official tables
-            assert relative(got, torch.view_as_real(pairs * turn).flatten(-2)) < 2e-4
-    both = qk_norm_rope(q, k, wq, wk, rope, 1e-5), qk_norm_rope.reference(q, k, wq, wk, rope, 1e-5)
-    assert all(relative(a, b) < 1e-7 for a, b in zip(*both, strict=True))
+            assert relative(got, turned) < 2e-4
+    args = q, k, wq, wk, rope, 1e-5, None, pairs
+    assert all(torch.equal(a, b) for a, b in zip(qk_norm_rope(*args), qk_norm_rope.reference(*args), strict=True))
 
 
 def modulated(n, d, rows, dtype, device):
-    """x, weight, a table that is a view of a wider one, row; x is every other row of a wider tensor."""
+    """residual, x, a gate and a factor that are views of a wider table, row; x is every other row of a wider tensor."""
     x = torch.randn(2 * n, d + 3, device=device).to(dtype)[::2, :d]
-    table = torch.randn(rows, 4 * d, device=device).to(dtype).chunk(4, dim=1)[1]
-    row = torch.arange(n, device=device) % rows
-    return x, torch.randn(d, device=device).to(dtype), table, row
+    gate, factor = torch.randn(rows, 4 * d, device=device).chunk(4, dim=1)[1:3]
+    return torch.randn(n, d, device=device).to(dtype), x, gate, factor, torch.arange(n, device=device) % rows
 
 
-@pytest.mark.parametrize("n, d", [(1, 32), (31, 96), (33, 100), (100, 64), (3, 4100)])
-def test_rms_norm_kernel(n, d, dtype, device, kernel_of, poison, assert_close):
-    x, w, _, _ = modulated(n, d, 1, dtype, device)
+@pytest.mark.parametrize("n, d", [(1, 32), (31, 96), (33, 100), (100, 64), (3, 4100), (2, 3840)])
+def test_rms_norm_kernels(n, d, dtype, device, kernel_of, poison, assert_close):
+    residual, x, *_ = modulated(n, d, 1, dtype, device)
+    w = torch.randn(d, device=device).to(dtype)
     assert_close(kernel_of(rms_norm)(x, w, 1e-5), rms_norm.reference(x, w, 1e-5))
+    args = residual, x, w, 1e-5
+    for got, expected in zip(kernel_of(residual_norm)(*args), residual_norm.reference(*args), strict=True):
+        assert_close(got, expected)
     x = x.unflatten(-1, (2, -1))
     assert_close(kernel_of(rms_norm)(x, w[: d // 2], 1e-5), rms_norm.reference(x, w[: d // 2], 1e-5))
 
 
-@pytest.mark.parametrize("n, d, rows", [(1, 32, 1), (31, 96, 3), (33, 100, 1), (63, 192, 63), (0, 32, 1)])
+@pytest.mark.parametrize("n, d, rows", [(1, 32, 1), (31, 96, 3), (33, 100, 1), (63, 192, 63), (0, 32, 1), (3, 3840, 2)])
 def test_modulating_kernels(n, d, rows, dtype, input_dtype, device, kernel_of, poison, assert_close):
-    x, w, table, row = modulated(n, d, rows, dtype, device)
-    rest, v, gate, _ = modulated(n, d, rows, dtype, device)
-    args = x, w, table, row, 1e-5, input_dtype
+    residual, x, gate, factor, row = modulated(n, d, rows, dtype, device)
+    args = x, factor, row, 1e-5, input_dtype
     assert_close(kernel_of(rms_norm_modulate)(*args), rms_norm_modulate.reference(*args))
-    args = rest, x, w, gate, row, 1e-5
+    args = residual, x, gate, row, 1e-5
     assert_close(kernel_of(gated_residual)(*args), gated_residual.reference(*args))
-    args = rest, x, w, gate, v, table, row, 1e-5, input_dtype
+    args = residual, x, gate, factor, row, 1e-5, input_dtype
     for got, expected in zip(kernel_of(gated_residual_norm)(*args), gated_residual_norm.reference(*args), strict=True):
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("n, heads, dim", [(1, 1, 32), (31, 3, 128), (33, 5, 96), (2, 30, 64), (0, 2, 32)])
-def test_rotation_kernel(n, heads, dim, dtype, input_dtype, device, kernel_of, poison, assert_close):
+@pytest.mark.parametrize("pairs", ["adjacent", "halves"])
+@pytest.mark.parametrize(
+    "n, heads, shared, dim", [(1, 1, 1, 32), (31, 3, 3, 128), (33, 5, 2, 96), (2, 32, 8, 128), (0, 2, 2, 32)]
+)
+def test_rotation_kernel(n, heads, shared, dim, pairs, dtype, input_dtype, device, kernel_of, poison, assert_close):
     # q and k as a joint projection gives them: views of one tensor
-    q, k, _ = torch.randn(n, 3 * heads * dim, device=device).to(dtype).unflatten(1, (3, heads, dim)).unbind(1)
+    both = torch.randn(n, (heads + 2 * shared) * dim, device=device).to(dtype).unflatten(1, (-1, dim))
+    q, k, _ = both.split([heads, shared, shared], 1)
     wq, wk = torch.randn(2, dim, device=device).to(dtype)
     rope = rope_table(torch.randint(0, 99, (n, 1)), (dim,), 256.0).to(device)
-    args = q, k, wq, wk, rope, 1e-5, input_dtype
+    args = q, k, wq, wk, rope, 1e-5, input_dtype, pairs
     for got, expected in zip(kernel_of(qk_norm_rope)(*args), qk_norm_rope.reference(*args), strict=True):
         assert_close(got, expected)
 
 
 def test_nan_stays_in_its_row(input_dtype, device, kernel_of):
-    x, w, table, row = modulated(5, 64, 1, torch.float16, device)
+    _, x, _, factor, row = modulated(5, 64, 1, torch.float16, device)
     x[2, 7] = float("nan")
-    out = kernel_of(rms_norm_modulate)(x, w, table, row, 1e-5, input_dtype)
+    out = kernel_of(rms_norm_modulate)(x, factor, row, 1e-5, input_dtype)
     out = out.dequantize() if input_dtype else out
     assert out.isfinite().all(1).tolist() == [True, True, False, True, True]
     assert not out[2].isfinite().any()
@@ -144,12 +173,11 @@ def test_old_gpus_are_refused(found, input_dtype, words, monkeypatch):
 @pytest.mark.parametrize("wide", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n, rows", [(1, 1), (63, 3), (100, 1), (130, 130)])
 def test_chunks_on_the_cpu_give_the_same_bits(n, rows, wide, input_dtype, poison):
-    x, w, table, row = modulated(n, 100, rows, wide, "cpu")
-    rest, v, gate, _ = modulated(n, 100, rows, wide, "cpu")
+    residual, x, gate, factor, row = modulated(n, 100, rows, wide, "cpu")
     calls = [
-        (rms_norm_modulate, (x, w, table, row, 1e-5, input_dtype)),
-        (gated_residual, (rest, x, w, gate, row, 1e-5)),
-        (gated_residual_norm, (rest, x, w, gate, v, table, row, 1e-5, input_dtype)),
+        (rms_norm_modulate, (x, factor, row, 1e-5, input_dtype)),
+        (gated_residual, (residual, x, gate, row, 1e-5)),
+        (gated_residual_norm, (residual, x, gate, factor, row, 1e-5, input_dtype)),
     ]
     for op, args in calls:
         assert op.choose(*args) is not op.reference
@@ -166,7 +194,7 @@ def parts(answer):
 
 def test_a_gradient_takes_the_reference():
     x = torch.randn(2, 32, requires_grad=True)
-    args = x, torch.ones(32), torch.ones(1, 32), torch.zeros(2, dtype=torch.long), 1e-5
+    args = x, torch.ones(1, 32), torch.zeros(2, dtype=torch.long), 1e-5
     assert rms_norm_modulate.choose(*args) is rms_norm_modulate.reference
     rms_norm_modulate(*args).sum().backward()
     assert x.grad.isfinite().all()

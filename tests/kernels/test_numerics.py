@@ -25,19 +25,16 @@ def arguments(dtype, N=70):
     def draw(*shape):
         return torch.randn(*shape, generator=g).to(dtype)
 
-    def block():
-        return draw(N, DIM), draw(N, DIM), draw(DIM), draw(2, DIM)
-
     row = (torch.arange(N, dtype=torch.int32) >= 40).int()
     spans = Spans.of((40, N - 40))
     q, k, v = draw(N, HEADS, HEAD), draw(N, HEADS, HEAD), draw(N, HEADS, HEAD)
-    x, y, weight, table = block()
+    x, y, weight, gate, factor = draw(N, DIM), draw(N, DIM), draw(DIM), draw(2, DIM).float(), draw(2, DIM).float()
     found = {
         attention.attention: (q, k, v, spans, spans), attention.attention_lse: (q, k, v, spans, spans),
         attention.attention8: (q, k, v, spans, spans),
-        norm.rms_norm: (x, weight, 1e-6), norm.rms_norm_modulate: (x, weight, table, row, 1e-6),
-        norm.gated_residual: (x, y, weight, table, row, 1e-6),
-        norm.gated_residual_norm: (x, y, weight, table, draw(DIM), draw(2, DIM), row, 1e-6),
+        norm.rms_norm: (x, weight, 1e-6), norm.rms_norm_modulate: (x, factor, row, 1e-6),
+        norm.residual_norm: (x, y, weight, 1e-6), norm.gated_residual: (x, y, gate, row, 1e-6),
+        norm.gated_residual_norm: (x, y, gate, factor, row, 1e-6),
         norm.qk_norm_rope: (q, k, draw(HEAD), draw(HEAD), draw(N, HEAD // 2, 2).float(), 1e-6),
         swiglu.swiglu: (draw(N, DIM), draw(N, DIM)), rows.quantize_activations: (x, torch.int8),
     }  # fmt: skip

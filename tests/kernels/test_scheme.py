@@ -63,7 +63,7 @@ def test_cpu_against_float64(scheme, shape, dtype):
     if scheme.activation is not None:
         # An independent statement: a row's largest magnitude becomes the largest number of the type.
         step = exact.abs().amax(-1, keepdim=True) / MAX_CODES[scheme.activation]
-        rounded = (x.float() / step.float()).to(torch.float32)
+        rounded = x.float() * (1.0 / step).float()
         exact = (rounded.round() if scheme.activation == torch.int8 else rounded).to(scheme.activation).double() * step
     expected = exact @ scheme.decode(parts).double().T + bias.double()
     for found in (linear(x, scheme, parts, bias), scheme.linear.reference(x, parts, bias)):
@@ -100,6 +100,20 @@ def test_rows_in_runs_are_the_same_rows(dtype):
         one = quantize_rows(x[i], dtype)
         assert torch.equal(one.values.float(), whole.values[i].float()) and torch.equal(one.scale, whole.scale[i])
     assert relative(whole.dequantize(), x) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_rows_are_within_half_a_code(dtype):
+    x = torch.randn(300, 257) * torch.logspace(-6, 6, 300)[:, None]
+    rows = quantize_rows(x, dtype)
+    codes = x.double() / rows.scale.double()
+    # Half a step of int8; of e4m3 2^-4 of the number, or half of its smallest, 2^-10. One part in 10⁶: fp32 on the way.
+    half = 0.5 if dtype == torch.int8 else (codes.abs() * 2**-4).clamp(min=2**-10)
+    assert ((codes - rows.values.double()).abs() <= half + 1e-6 * codes.abs()).all()
+    assert (rows.values.float().abs().amax(1) == MAX_CODES[dtype]).all()
+    # The largest is 127, so the scale is 1 and ties are exact: to even.
+    ties = quantize_rows(torch.tensor([[127.0, 0.5, 1.5, -2.5, 126.5, -126.5]]), torch.int8)
+    assert ties.scale.item() == 1.0 and ties.values.tolist() == [[127, 0, 2, -2, 126, -126]]
 
 
 def test_widths_that_do_not_fit():
