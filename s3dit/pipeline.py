@@ -17,11 +17,12 @@ where tokens stand (`model.layout`), text encoder, vision tower and autoencoder 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
+
+if TYPE_CHECKING:
+    from s3dit.research.observe import Edit
+    from s3dit.research.record import Record
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 Numerics = Literal["exact", "lossless", "approximate"]
@@ -195,6 +200,18 @@ class Pipeline(LoadedModel):
         if self.lora.names:
             beside["adapters"] = self.lora.records()
         return records(plan, engine, beside)
+
+    def observe(self, sites: "str | Sequence[str]", **choice: Any) -> "AbstractContextManager[Record]":
+        """Record what sites compute, inside a `with`; arguments as of `research.observe.observe`."""
+        from s3dit.research.observe import observe
+
+        return observe(self, sites, **choice)
+
+    def edit(self, changes: "Mapping[str, Edit]", **choice: Any) -> AbstractContextManager[None]:
+        """Replace what sites compute, inside a `with`; arguments as of `research.observe.edit`."""
+        from s3dit.research.observe import edit
+
+        return edit(self, changes, **choice)
 
     def _planned(self, request: Wanted, fields: RequestFields) -> Plan:
         """The plan that a call was given, or one of what it was given, with a warning for what has no effect."""

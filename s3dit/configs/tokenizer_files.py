@@ -204,8 +204,14 @@ def _sentencepiece(folder: Path) -> Tokenize:
         )
 
     def tokenize(text: str) -> Tokens:
-        pieces = processor.encode(text, out_type="immutable_proto").pieces
-        return Tokens([piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces])
+        # Found by their spelling: the library's own offsets have other names in each of its versions.
+        places, start = [], 0
+        for piece in processor.encode(text, out_type=str):
+            spelled = piece.replace("\u2581", " ").strip()
+            at = text.find(spelled, start) if spelled else -1
+            start = at + len(spelled) if at >= 0 else start
+            places.append((at if at >= 0 else start, start))
+        return Tokens(list(processor.encode(text)), places)
 
     return tokenize
 

@@ -80,7 +80,9 @@ class AttentionMaps:
         mean = torch.stack([total for total, _ in found]).sum(0) / sum(count for _, count in found)
         return mean.mean(0) if head is None else mean[head]
 
-    def map(self, what: str, *, within_text: bool = False, item: int = 0, branch: str = "positive", **at: object) -> Tensor:
+    def map(
+        self, what: str, *, within_text: bool = False, item: int = 0, branch: str = "positive", **at: object
+    ) -> Tensor:
         """Return `weights` as a picture (rows, columns) of the item's grid.
 
         within_text: divided by the weight on all tokens of the text, padding not counted.

@@ -76,8 +76,8 @@ def steer(vector: Tensor, strength: float = 1.0) -> Edit:
     def change(rows: Tensor, where: Item) -> Tensor:
         if vector.shape != rows.shape[1:]:
             raise RequestError(
-                f"a vector {tuple(vector.shape)} for {where.site.name}, whose rows are {tuple(rows.shape[1:])}; needed one "
-                "of a row's shape"
+                f"a vector {tuple(vector.shape)} for {where.site.name}, whose rows are {tuple(rows.shape[1:])}; needed "
+                "one of a row's shape"
             )
         return (rows.float() + strength * vector.to(rows.device, torch.float32)).to(rows.dtype)
 
@@ -87,8 +87,8 @@ def steer(vector: Tensor, strength: float = 1.0) -> Edit:
 def patch(record: Record, *, item: int | None = None, branch: str | None = None, step: int | None = None) -> Edit:
     """Put what another run had at the same site, step, call, item and branch; those given here are taken instead.
 
-    The record is one of `observe` over the same tokens, without `reduce`. Where it has no such tensor, or one of another
-    shape, the run stops with a RequestError.
+    The record is one of `observe` over the same tokens, without `reduce`. Where it has no such tensor, or one of
+    another shape, the run stops with a RequestError.
     """
 
     def change(rows: Tensor, where: Item) -> Tensor:
@@ -104,7 +104,9 @@ def patch(record: Record, *, item: int | None = None, branch: str | None = None,
 
 
 @contextmanager
-def without_words(pipe: LoadedModel, words: str | Sequence[str], *, steps: Sequence[int] | None = None, **choice: Any) -> Iterator[None]:
+def without_words(
+    pipe: LoadedModel, words: str | Sequence[str], *, steps: Sequence[int] | None = None, **choice: Any
+) -> Iterator[None]:
     """Let words of the prompt be padding from the first main block on, in some steps or all: as if they were not there.
 
     Their tokens become the mean of the item's text padding, or zeros where it has none. steps, items, branch: as in
@@ -125,7 +127,9 @@ def without_words(pipe: LoadedModel, words: str | Sequence[str], *, steps: Seque
 
 
 @contextmanager
-def skipped(pipe: LoadedModel, layers: Sequence[int], *, steps: Sequence[int] | None = None, **choice: Any) -> Iterator[None]:
+def skipped(
+    pipe: LoadedModel, layers: Sequence[int], *, steps: Sequence[int] | None = None, **choice: Any
+) -> Iterator[None]:
     """Let main blocks add nothing to the residual, in some steps or all, as if they were not there."""
     changes = {f"layers.{i}.{site}": zero() for i in layers for site in ("attention.added", "ffn.added")}
     with edit(pipe, changes, steps=steps, **choice):

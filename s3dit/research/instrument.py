@@ -3,8 +3,8 @@
 Forward hooks on modules, and replacements of Ops (`op.using`) that act only inside a block that is looked at; when the
 `with` ends nothing of it is left. A function that returns None changes no bit: what runs is what would run unobserved.
 
-`Item` is one picture's part of a site's tensor. `split` cuts a packed tensor into them: which rows are whose is read off
-the map of tokens, and whether guidance doubled the pass off the number of rows.
+`Item` is one picture's part of a site's tensor. A `Splitter` cuts a packed tensor into them: which rows are whose is
+read off the map of tokens, and whether guidance doubled the pass off the number of rows.
 """
 
 import threading
@@ -21,8 +21,9 @@ from s3dit.errors import RequestError
 from s3dit.kernels.attention import attention
 from s3dit.kernels.dispatch import Op
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, residual_norm, rms_norm_modulate
-from s3dit.kernels.scheme import QuantizedRows, dequantize_rows
-from s3dit.loaded_model import LoadedModel
+from s3dit.kernels.scheme import dequantize_rows
+from s3dit.loaded_model import LoadedModel, Now
+from s3dit.plan import Plan
 from s3dit.research.sites import Site
 from s3dit.research.tokens import ItemTokens, tokens
 
@@ -168,7 +169,8 @@ class _Blocks:
 
 def _added(x: Tensor, gate: Tensor, row: Tensor, eps: float) -> Tensor:
     """What a gated residual adds: gate · RMSNorm(x), dtype of x."""
-    return gated_residual(torch.zeros_like(x), x, gate, row, eps)
+    # Not the Op itself, which is replaced too.
+    return gated_residual.reference(torch.zeros_like(x), x, gate, row, eps)
 
 
 def _sum(residual: Tensor, added: Tensor) -> Tensor:
@@ -226,16 +228,22 @@ class Splitter:
         """what: kinds of tokens, or words, as `ItemTokens.find` takes them."""
         self._pipe, self._steps, self._items, self._branch = pipe, steps, items, branch
         self._what = [what] if isinstance(what, str) else what
-        self._maps: dict[tuple[int, bool], list[ItemTokens]] = {}
-        self._calls: dict[tuple[str, int], int] = defaultdict(int)
-        self._plan: Any = None
+        self._maps: dict[bool, list[ItemTokens]] = {}
+        self._calls: dict[str, int] = defaultdict(int)
+        self._now: Now | None = None
 
     def __call__(self, site: Site, tensor: Tensor) -> Iterator[Item]:
         """Yield the items of a site's tensor that are chosen."""
         now = self._pipe.now
         step = now.step if now is not None and site.part == "transformer" else 0
-        call = self._calls[site.name, step]
-        self._calls[site.name, step] += 1
+        if step and now is not self._now:
+            # Another step, or another run.
+            if self._now is None or now is None or now.plan is not self._now.plan:
+                self._maps.clear()
+            self._now = now
+            self._calls.clear()
+        call = self._calls[site.name]
+        self._calls[site.name] += 1
         if site.stream in ("prompt", "picture") or now is None:
             yield Item(site, step, 0, call, "positive", None, slice(None))
             return
@@ -255,16 +263,14 @@ class Splitter:
                 index = torch.tensor(found, device=tensor.device)
             yield Item(site, step, call, item.item, item.branch, item, index)
 
-    def _parts(self, site: Site, n: int, plan: Any) -> Iterator[tuple[ItemTokens, int, Sequence[int]]]:
+    def _parts(self, site: Site, n: int, plan: Plan) -> Iterator[tuple[ItemTokens, int, Sequence[int]]]:
         """Of every item of a pass: its map, where its rows begin in the site's tensor of n rows, and their tokens."""
         for guided in (False, True):
             if guided and not plan.request.guidance_scale:
                 continue
-            key = id(plan), guided
-            if key not in self._maps:
-                # The plan is kept, so that no other gets its identity.
-                self._plan, self._maps[key] = plan, tokens(self._pipe, plan, guided=guided)
-            items = self._maps[key]
+            if guided not in self._maps:
+                self._maps[guided] = tokens(self._pipe, plan, guided=guided)
+            items = self._maps[guided]
             if site.stream == "rows":
                 shared = n == 1
                 clean = any("reference" in item.kinds for item in items)

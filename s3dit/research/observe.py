@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from s3dit.errors import RequestError
@@ -84,14 +83,7 @@ def edit(
     them; several that match a site act one after the other · the rest as in `observe`. Raises RequestError, also out of
     the run where a function returns another shape, or numbers that are not finite.
     """
-    by_site: dict[str, list[Edit]] = {}
-    chosen: dict[str, Site] = {}
-    for pattern, function in changes.items():
-        if not callable(function):
-            raise RequestError(f"the edit of {pattern} is {type(function).__name__}; needed a function of rows and Item")
-        for name, site in sites(pipe, pattern).items():
-            chosen[name] = site
-            by_site.setdefault(name, []).append(function)
+    chosen, by_site = _chosen(pipe, changes)
     split = splitter(pipe, steps, items, branch, tokens)
 
     def visit(site: Site, tensor: Tensor) -> Tensor | None:
@@ -109,6 +101,21 @@ def edit(
 
     with attached(pipe, chosen.values(), visit):
         yield
+
+
+def _chosen(pipe: LoadedModel, changes: Mapping[str, Edit]) -> tuple[dict[str, Site], dict[str, list[Edit]]]:
+    """The sites that edits are for, and the edits of each, by name."""
+    by_site: dict[str, list[Edit]] = {}
+    chosen: dict[str, Site] = {}
+    for pattern, function in changes.items():
+        if not callable(function):
+            raise RequestError(
+                f"the edit of {pattern} is {type(function).__name__}; needed a function of rows and Item"
+            )
+        for name, site in sites(pipe, pattern).items():
+            chosen[name] = site
+            by_site.setdefault(name, []).append(function)
+    return chosen, by_site
 
 
 def _check(changed: Any, rows: Tensor, item: Item) -> None:

@@ -60,7 +60,13 @@ class Record(dict[Key, Tensor]):
         self.model = ""
 
     def at(
-        self, site: str, step: int = 1, item: int = 0, branch: str = "positive", call: int = 0, statistic: str | None = None
+        self,
+        site: str,
+        step: int = 1,
+        item: int = 0,
+        branch: str = "positive",
+        call: int = 0,
+        statistic: str | None = None,
     ) -> Tensor:
         """Return one tensor. statistic: may be left out where one was kept. Raises RequestError, naming the nearest."""
         found = self.select(site, step=step, item=item, branch=branch, call=call, statistic=statistic)
@@ -144,7 +150,7 @@ def _item(data: dict[str, Any]) -> ItemTokens:
 
 
 def fingerprint(pipe: LoadedModel) -> str:
-    """Return what identifies the transformer's weights: SHA-256 of names, shapes, dtypes and each tensor's beginning."""
+    """Return what identifies the transformer's weights: a SHA-256 of names, shapes, dtypes and tensors' beginnings."""
     checkpoint = pipe.parts.checkpoints["transformer"]
     digest = hashlib.sha256()
     for name in sorted(checkpoint):

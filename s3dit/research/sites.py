@@ -57,8 +57,10 @@ MODULES = {
     "ffn.output": ("feed_forward", "out"),
     "output": ("", "out"),
 }
-# Suffixes that results of Ops have, called inside of a block.
-OPS = ("attention.q_rope", "attention.k_rope", "attention.heads", "attention.added", "between", "ffn.added")
+# Of blocks without modulation, where the second norms are modules of their own.
+PLAIN = {
+    "attention.added": ("attention_norm2", "out"), "between": ("ffn_norm1", "in"), "ffn.added": ("ffn_norm2", "out"),
+}  # fmt: skip
 # In the order of the computation.
 SUFFIXES = (
     "input", "modulation", "attention.norm", "attention.q", "attention.k", "attention.v", "attention.q_rope",
@@ -115,17 +117,22 @@ def _transformer(pipe: LoadedModel) -> list[Site]:
     assert isinstance(model, Transformer)
     config = model.config
     heads, width, hidden = (config.n_heads, config.head_dim), (config.dim,), (config.ffn_dim,)
-    widths = {"modulation": (4 * config.dim,), "ffn.gate": hidden, "ffn.up": hidden, "ffn.product": hidden} | dict.fromkeys(
-        ("attention.q_rope", "attention.k_rope", "attention.heads"), heads
-    )
+    widths = {
+        "modulation": (4 * config.dim,),
+        "ffn.gate": hidden,
+        "ffn.up": hidden,
+        "ffn.product": hidden,
+    } | dict.fromkeys(("attention.q_rope", "attention.k_rope", "attention.heads"), heads)
     found = []
     for stack, stream in STACKS.items():
         for i, block in enumerate(getattr(model, stack, ())):
             name = f"{stack}.{i}"
             for suffix in SUFFIXES:
-                if isinstance(block, PlainBlock) and suffix == "modulation":
+                plain = isinstance(block, PlainBlock)
+                if plain and suffix == "modulation":
                     continue
-                inside, side = MODULES.get(suffix, ("", "op"))
+                # What is no input or output of a module is a result of an Op.
+                inside, side = MODULES.get(suffix) or (PLAIN.get(suffix) if plain else None) or ("", "op")
                 found.append(
                     Site(
                         f"{name}.{suffix}", "transformer", name, suffix, f"{name}.{inside}".rstrip("."), side,
@@ -133,7 +140,10 @@ def _transformer(pipe: LoadedModel) -> list[Site]:
                     )
                 )  # fmt: skip
     patches = (("tokens", config.patch_dim),)
-    return [*found, *(Site(name, "transformer", "", name, "", "out", "patches", *patches) for name in ("velocity", "x0"))]
+    return [
+        *found,
+        *(Site(name, "transformer", "", name, "", "out", "patches", *patches) for name in ("velocity", "x0")),
+    ]
 
 
 def _text(pipe: LoadedModel) -> list[Site]:

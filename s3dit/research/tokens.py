@@ -161,9 +161,7 @@ def _rows(places: Tensor, start: int, stop: int) -> list[int]:
     return [int(place) - start for place in places[(places >= start) & (places < stop)]]
 
 
-def _captions(
-    pipe: LoadedModel, plan: Plan
-) -> Iterator[tuple[str, Sequence[tuple[str, tuple[int, int] | None]]]]:
+def _captions(pipe: LoadedModel, plan: Plan) -> Iterator[tuple[str, Sequence[tuple[str, tuple[int, int] | None]]]]:
     """Of every item's caption: its prompt, and kind and place in the prompt of its tokens."""
     request = plan.request
     counts = [len(pictures) for pictures in request.references()]

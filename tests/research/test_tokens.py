@@ -23,7 +23,12 @@ def plan(pipe):
 def test_every_token_has_its_kind(pipe, plan):
     items = tokens(pipe, plan)
     layout = plan.layout(pipe.config.transformer, True, "cpu")
-    assert [(item.item, item.branch) for item in items] == [(0, "positive"), (1, "positive"), (0, "negative"), (1, "negative")]
+    assert [(item.item, item.branch) for item in items] == [
+        (0, "positive"),
+        (1, "positive"),
+        (0, "negative"),
+        (1, "negative"),
+    ]
     assert [len(item) for item in items] == list(layout.joint.spans.lengths)
     begin, denoised = 0, []
     for item in items:
@@ -43,7 +48,9 @@ def test_rows_of_streams_are_the_tokens_of_items(pipe, plan):
     sizes = [len(pack.positions) for pack in packs.values()]
     place = torch.cat([pack.positions for pack in packs.values()])
     for name, pack in packs.items():
-        seen = torch.cat([pack.positions[item.starts[name] : item.starts[name] + len(item.rows[name])] for item in items])
+        seen = torch.cat(
+            [pack.positions[item.starts[name] : item.starts[name] + len(item.rows[name])] for item in items]
+        )
         assert torch.equal(seen, pack.positions) and len(seen) == sizes[list(packs).index(name)]
     begin = 0
     for item in items:
