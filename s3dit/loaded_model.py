@@ -7,6 +7,7 @@ thread has switched on in torch (autocast, gradients, a default device) changes 
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast, overload
 
 import torch
@@ -22,7 +23,7 @@ from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
-from s3dit.plan import layout_of
+from s3dit.plan import Plan, layout_of
 from s3dit.request import Request
 from s3dit.runtime.adapters import Adapters
 from s3dit.runtime.components import Components
@@ -33,6 +34,14 @@ from s3dit.sampling.solvers import split_latents
 
 if TYPE_CHECKING:
     from s3dit.request import Embeds
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """What a pipeline computes at the moment: a step of a plan, counted from 1."""
+
+    plan: Plan
+    step: int
 
 
 class LoadedModel:
@@ -56,6 +65,8 @@ class LoadedModel:
         self.lora = Adapters(components)
         self.encoders = Encoders(components, vram)
         self._computing = False
+        # While a step is computed; for those who look on (`research`).
+        self.now: Now | None = None
 
     def encode(self, texts: str | Sequence[str], max_sequence_length: int = 512) -> list[Tensor]:
         """Features of prompts, (tokens, cap_feat_dim) each, the caller's own: what `prompt_embeds` takes."""

@@ -17,11 +17,12 @@ where tokens stand (`model.layout`), text encoder, vision tower and autoencoder 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
 from s3dit.inputs import control_hints, images, references, start_image
 from s3dit.kernels.dispatch import check_backend, check_numerics
-from s3dit.loaded_model import LoadedModel
+from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
 from s3dit.plan import Plan, make_plan, out_of_memory
 from s3dit.request import Request
@@ -47,6 +48,10 @@ from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
+
+if TYPE_CHECKING:
+    from s3dit.research.observe import Edit
+    from s3dit.research.record import Record
 
 EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 Numerics = Literal["exact", "lossless", "approximate"]
@@ -196,6 +201,18 @@ class Pipeline(LoadedModel):
             beside["adapters"] = self.lora.records()
         return records(plan, engine, beside)
 
+    def observe(self, sites: "str | Sequence[str]", **choice: Any) -> "AbstractContextManager[Record]":
+        """Record what sites compute, inside a `with`; arguments as of `research.observe.observe`."""
+        from s3dit.research.observe import observe
+
+        return observe(self, sites, **choice)
+
+    def edit(self, changes: "Mapping[str, Edit]", **choice: Any) -> AbstractContextManager[None]:
+        """Replace what sites compute, inside a `with`; arguments as of `research.observe.edit`."""
+        from s3dit.research.observe import edit
+
+        return edit(self, changes, **choice)
+
     def _planned(self, request: Wanted, fields: RequestFields) -> Plan:
         """The plan that a call was given, or one of what it was given, with a warning for what has no effect."""
         if isinstance(request, Plan):
@@ -218,12 +235,12 @@ class Pipeline(LoadedModel):
         with self._turn():
             pictures = self._pictures(plan, step.latents)
         then = replace(plan.then, start_images=start_image.enlarged(plan.start_images, pictures, plan.then.request))
-        for later in self._sample(then):
+        for later in self._sample(then, step.n):
             yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
 
-    def _sample(self, plan: Plan) -> Iterator[Step]:
-        """Every step of one pass, each in a turn of its own."""
-        steps, memory = None, plan.memory
+    def _sample(self, plan: Plan, before: int = 0) -> Iterator[Step]:
+        """Every step of one pass, each in a turn of its own; before: steps of the passes before it."""
+        steps, memory, step = None, plan.memory, None
         while True:
             with self._turn():
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
@@ -233,7 +250,11 @@ class Pipeline(LoadedModel):
                 else:
                     # Somebody else may have had the pipeline since the last step.
                     self._models(plan)
-                step = next(steps, None)
+                self.now = Now(plan, before + (step.i if step else 0) + 1)
+                try:
+                    step = next(steps, None)
+                finally:
+                    self.now = None
             if step is None:
                 return
             yield replace(step, grids=plan.grids)

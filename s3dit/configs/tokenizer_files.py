@@ -1,4 +1,4 @@
-"""Builds the function from text to ids out of the files of a tokenizer.
+"""Builds the function from text to tokens out of the files of a tokenizer.
 
 Three generations of files are read: `tokenizer.json`; else `vocab.json` + `merges.txt`, from which the same BPE is
 built; else a SentencePiece `tokenizer.model`, whose special tokens must be user-defined pieces. A GGUF file of the text
@@ -10,7 +10,7 @@ for the metadata of GGUF.
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -48,15 +48,25 @@ LARGEST = 1 << 27
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
-def open_tokenizer(source: str | Path | GGUFFile) -> Callable[[str], list[int]]:
-    """Return the function from a text to its ids, of a folder's files or of a GGUF file's metadata.
+class Tokens(NamedTuple):
+    """The tokens of a text: ids, and of each the characters (start, stop) of the text that it stands for."""
+
+    ids: list[int]
+    places: list[tuple[int, int]]
+
+
+Tokenize = Callable[[str], Tokens]
+
+
+def open_tokenizer(source: str | Path | GGUFFile) -> Tokenize:
+    """Return the function from a text to its tokens, of a folder's files or of a GGUF file's metadata.
 
     Raises CheckpointError when they are missing, broken or not of this family.
     """
     if isinstance(source, GGUFFile):
         return _ggml(source)
     folder = Path(source)
-    readers: dict[str, Callable[[Path], Callable[[str], list[int]]]] = {
+    readers: dict[str, Callable[[Path], Tokenize]] = {
         "tokenizer.json": _json,
         "vocab.json": _vocabulary,
         "tokenizer.model": _sentencepiece,
@@ -70,7 +80,7 @@ def open_tokenizer(source: str | Path | GGUFFile) -> Callable[[str], list[int]]:
     )
 
 
-def _json(folder: Path) -> Callable[[str], list[int]]:
+def _json(folder: Path) -> Tokenize:
     """Read tokenizer.json, without the padding and truncation that may have been saved in it."""
     path = folder / "tokenizer.json"
 
@@ -87,7 +97,7 @@ def _json(folder: Path) -> Callable[[str], list[int]]:
     return _checked(tokenizer, path)
 
 
-def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
+def _vocabulary(folder: Path) -> Tokenize:
     """Build the BPE that tokenizer.json describes from vocab.json and merges.txt."""
     path, merges = folder / "vocab.json", folder / "merges.txt"
     if not merges.is_file():
@@ -102,7 +112,7 @@ def _vocabulary(folder: Path) -> Callable[[str], list[int]]:
     return _qwen(_sound(path, read), _added(folder / "tokenizer_config.json"), path)
 
 
-def _ggml(file: GGUFFile) -> Callable[[str], list[int]]:
+def _ggml(file: GGUFFile) -> Tokenize:
     """Build the same BPE from the metadata of a GGUF file, as llama.cpp's converter writes it."""
     kind = file.metadata.get("tokenizer.ggml.model"), file.metadata.get("tokenizer.ggml.pre", "qwen2")
     if kind != ("gpt2", "qwen2"):
@@ -130,7 +140,7 @@ def _bpe(vocabulary: dict[str, int], merges: Iterable[Any]) -> models.BPE:
     return models.BPE(vocabulary, rules)
 
 
-def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Callable[[str], list[int]]:
+def _qwen(bpe: models.BPE, added: dict[int, AddedToken], path: Path) -> Tokenize:
     """Make Qwen2's tokenizer of a BPE; raises CheckpointError where added tokens get other ids than listed."""
     tokenizer = tokenizers.Tokenizer(bpe)
     tokenizer.normalizer = normalizers.NFC()
@@ -180,7 +190,7 @@ def _added(path: Path) -> dict[int, AddedToken]:
     return dict(sorted(tokens.items()))
 
 
-def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
+def _sentencepiece(folder: Path) -> Tokenize:
     """Read a SentencePiece model; the library is imported here because few models have one."""
     import sentencepiece
 
@@ -192,11 +202,22 @@ def _sentencepiece(folder: Path) -> Callable[[str], list[int]]:
         raise CheckpointError(
             f"{path}: {' and '.join(absent)} are not user-defined pieces; needed the tokenizer of a Qwen chat model"
         )
-    return lambda text: list(processor.encode(text))
+
+    def tokenize(text: str) -> Tokens:
+        # Found by their spelling: the library's own offsets have other names in each of its versions.
+        places, start = [], 0
+        for piece in processor.encode(text, out_type=str):
+            spelled = piece.replace("\u2581", " ").strip()
+            at = text.find(spelled, start) if spelled else -1
+            start = at + len(spelled) if at >= 0 else start
+            places.append((at if at >= 0 else start, start))
+        return Tokens(list(processor.encode(text)), places)
+
+    return tokenize
 
 
-def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], list[int]]:
-    """Return the function from text to ids; raises CheckpointError where the template's special tokens are missing."""
+def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Tokenize:
+    """Return the function from text to tokens; raises CheckpointError where the template's special ones are missing."""
     absent = [token for token in TURN if tokenizer.token_to_id(token) is None]
     if absent:
         raise CheckpointError(
@@ -204,7 +225,12 @@ def _checked(tokenizer: tokenizers.Tokenizer, path: Path) -> Callable[[str], lis
             "from the model's official place"
         )
     # parity: what the file adds around every text is added; Qwen's adds nothing.
-    return lambda text: list(tokenizer.encode(text).ids)
+
+    def tokenize(text: str) -> Tokens:
+        encoding = tokenizer.encode(text)
+        return Tokens(list(encoding.ids), list(encoding.offsets))
+
+    return tokenize
 
 
 def _sound(path: Path, read: Callable[[], Any]) -> Any:

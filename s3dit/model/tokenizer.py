@@ -34,7 +34,7 @@ class Tokenizer:
 
         Raises CheckpointError when they are missing, broken or not of this family.
         """
-        self._ids = open_tokenizer(source)
+        self._tokenize = open_tokenizer(source)
 
     def encode(self, prompt: str, max_length: int = 512) -> list[int]:
         """Return the ids of one prompt in the chat template, at most `max_length` of them; no padding.
@@ -51,16 +51,29 @@ class Tokenizer:
         Each is cut to `max_length` by itself. Warns and raises as `encode` does.
         """
         _check(prompt, max_length)
-        texts = [BEFORE, *[BETWEEN] * (references - 1), PROMPT.format(prompt), AFTER]
         # A loop and not a comprehension, which Python before 3.12 counts as a frame of its own for warnings.
         ids = []
-        for text in texts if references else [TEMPLATE.format(prompt)]:
-            ids.append(self._cut(text, max_length))
+        for template in _templates(references):
+            ids.append(self._cut(template.format(prompt), max_length))
         return ids
+
+    def places(self, prompt: str, references: int, max_length: int = 512) -> list[list[tuple[int, int] | None]]:
+        """Return, for each id of `segments`, the characters (start, stop) of the prompt that it stands for.
+
+        None for tokens of the template; a character of several tokens is in the range of each.
+        """
+        _check(prompt, max_length)
+        found = []
+        for template in _templates(references):
+            begin = template.find("{}") if "{}" in template else len(template)
+            tokens = self._tokenize(template.format(prompt)).places[:max_length]
+            inside = [(max(start - begin, 0), min(stop - begin, len(prompt))) for start, stop in tokens]
+            found.append([place if place[0] < place[1] else None for place in inside])
+        return found
 
     def _cut(self, text: str, max_length: int) -> list[int]:
         """The ids of a text, cut to max_length; warns in the name of the caller's caller."""
-        ids = self._ids(text)
+        ids = self._tokenize(text).ids
         if len(ids) > max_length:
             warnings.warn(
                 f"the prompt has {len(ids)} tokens, the last {len(ids) - max_length} were cut off; "
@@ -68,6 +81,11 @@ class Tokenizer:
                 stacklevel=3,
             )
         return ids[:max_length]
+
+
+def _templates(references: int) -> list[str]:
+    """The texts around so many pictures, `{}` being the place of the prompt."""
+    return [BEFORE, *[BETWEEN] * (references - 1), PROMPT, AFTER] if references else [TEMPLATE]
 
 
 def _check(prompt: str, max_length: int) -> None:

@@ -1,1 +1,1 @@
-"""Instruments that look inside a model."""
+"""Instruments that look inside a model: sites, the map of tokens, observing, editing, attention, traces."""

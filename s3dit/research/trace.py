@@ -73,7 +73,7 @@ def trace(
         silent = [
             pattern
             for pattern in patterns
-            if not any(calls[name] for name in chosen if _regex(pattern).fullmatch(name))
+            if not any(calls[name] for name in chosen if pattern_regex(pattern).fullmatch(name))
         ]
         if silent:
             warnings.warn(f"trace recorded nothing of {', '.join(silent)}: none of it was called", stacklevel=3)
@@ -113,7 +113,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
     modules = dict(model.named_modules())
     names: set[str] = set()
     for pattern in patterns:
-        matched = {name for name in modules if _regex(pattern).fullmatch(name)}
+        matched = {name for name in modules if pattern_regex(pattern).fullmatch(name)}
         if not matched:
             near = difflib.get_close_matches(pattern, [*modules], n=3, cutoff=0.0)
             raise RequestError(
@@ -131,7 +131,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]
     return {name: module for name, module in modules.items() if name in names}
 
 
-def _regex(pattern: str) -> re.Pattern[str]:
+def pattern_regex(pattern: str) -> re.Pattern[str]:
     """A regular expression of a pattern: ** is anything, * and ? anything but a dot."""
     pieces = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
     return re.compile("".join(pieces.get(p, re.escape(p)) for p in re.split(r"(\*\*|\*|\?)", pattern)))

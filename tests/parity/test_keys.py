@@ -191,8 +191,8 @@ def test_what_a_file_adds_around_every_text_is_added(copy):
             {"Sequence": {"id": "A", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", "type_id": 0}},
             {"Sequence": {"id": "B", "type_id": 1}}], "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>",
             "ids": [486], "tokens": ["<|endoftext|>"]}}}  # fmt: skip
-    number = Tokenizer(copy / "tokenizer")._ids("<|endoftext|>")
+    number = Tokenizer(copy / "tokenizer")._tokenize("<|endoftext|>").ids
     said["special_tokens"]["<|endoftext|>"]["ids"] = number
     change(copy, "tokenizer/tokenizer.json", post_processor=said)
-    assert Tokenizer(copy / "tokenizer")._ids(TEXT) == ids(copy / "tokenizer")
-    assert Tokenizer(copy / "tokenizer")._ids(TEXT)[:1] == number
+    assert Tokenizer(copy / "tokenizer")._tokenize(TEXT).ids == ids(copy / "tokenizer")
+    assert Tokenizer(copy / "tokenizer")._tokenize(TEXT).ids[:1] == number

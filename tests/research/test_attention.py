@@ -1,0 +1,73 @@
+"""Attention maps are a softmax in float64, on ragged batches, with guidance, by word, kind, head, layer and step."""
+
+import pytest
+import torch
+
+from s3dit import Pipeline
+from s3dit.errors import RequestError
+from s3dit.research.attention import attention_maps
+from s3dit.research.observe import observe
+from s3dit.research.tokens import KINDS
+
+PROMPTS = ["a red star above a blue ring", "a green ring"]
+DRAW = {"seed": [7, 8], "num_inference_steps": 2, "height": 96, "width": 128, "output_type": "latent"}
+GUIDED = {"negative_prompt": "a blue star", "guidance_scale": 1.5}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Pipeline.load(device="cpu", dtype="fp32")
+
+
+def exact(record, layer, step, item, branch, tokens):
+    """Weights of the image tokens in float64, (heads, queries, keys)."""
+    q, k = (record.at(f"{layer}.attention.{name}", step, item, branch).double() for name in ("q_rope", "k_rope"))
+    q = q[tokens.find("image")]
+    return (torch.einsum("nhd,mhd->hnm", q, k) * q.shape[-1] ** -0.5).softmax(-1)
+
+
+def test_against_float64(pipe):
+    before = pipe(PROMPTS, **GUIDED, **DRAW).latents
+    with (
+        observe(pipe, ["layers.*.attention.q_rope", "layers.*.attention.k_rope"]) as record,
+        attention_maps(pipe, ["star", "ring", "blue ring"], keep=("step", "layer", "head")) as maps,
+    ):
+        after = pipe(PROMPTS, **GUIDED, **DRAW).latents
+    assert all(map(torch.equal, before, after))
+    for (item, branch), tokens in maps.items.items():
+        for layer in ("layers.0", "layers.3"):
+            for step in (1, 2):
+                weights = exact(record, layer, step, item, branch, tokens)
+                at = {"item": item, "branch": branch, "step": step, "layer": layer, "head": 2}
+                for what in (*KINDS, "text", "star", "ring"):
+                    if columns := what in tokens.prompt.split() or what in tokens.kinds or what == "text":
+                        columns = tokens.find(what)
+                        assert torch.allclose(weights[2][:, columns].sum(1), maps.weights(what, **at), atol=1e-5), what
+                entropy = -torch.special.xlogy(weights[2], weights[2]).sum(1)
+                assert torch.allclose(entropy, maps.weights("entropy", **at), atol=1e-4)
+
+
+def test_means_are_means_and_kinds_sum_to_one(pipe):
+    with attention_maps(pipe, "star", keep=("step", "layer", "head")) as each:
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
+    with attention_maps(pipe, "star") as mean:
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
+    assert torch.allclose(each.map("star"), mean.map("star"), atol=1e-12) and mean.map("star").shape == (6, 8)
+    assert sum(mean.share(kind) for kind in KINDS if kind in mean.items[0, "positive"].kinds) == pytest.approx(
+        1, abs=1e-6
+    )
+    inside = mean.map("star", within_text=True)
+    assert torch.allclose(inside, mean.map("star") / mean.map("text"))
+
+
+def test_what_was_not_looked_at_is_named(pipe):
+    with attention_maps(pipe, ["star", "ring"]) as maps:
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
+    with pytest.raises(RequestError, match="'rign'.*ring"):
+        maps.map("rign")
+    with pytest.raises(RequestError, match="keep"):
+        maps.map("star", head=1)
+    with pytest.raises(RequestError, match="nearest are.*star"), attention_maps(pipe, "stir"):
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
+    with pytest.raises(RequestError, match=r"blocks layers"), attention_maps(pipe, layers="noise_refiner.*"):
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
