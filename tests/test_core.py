@@ -1,8 +1,8 @@
 """The size of the core: what somebody reads to know how the model draws stays below a bound.
 
-The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and whatever they are split into), in
-model/ all but the vision tower, ControlNet and tiles, all of sampling/, and in kernels/ the reference functions of the Ops,
-which are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines with
+The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and what they are split into), in
+model/ all but the vision tower, ControlNet and tiles, all of sampling/, and in kernels/ the reference functions of the
+Ops, which are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines with
 nothing but a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
 """
 
@@ -17,8 +17,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
-# Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a picture
-# carries, what a budget allows; and a run that draws nothing.
+# Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
+# picture carries, what a budget allows; and a run that draws nothing.
 BORDER = {
     "__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
     "values",
