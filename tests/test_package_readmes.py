@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = [
     ROOT / "s3dit" / "API.md",
     ROOT / "s3dit" / "cli" / "README.md",
+    ROOT / "s3dit" / "research" / "README.md",
     ROOT / "README.md",
     *(
         path
@@ -27,7 +28,7 @@ def text(page):
     return (path if path.is_file() else path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["s3dit/API.md"])
+@pytest.mark.parametrize("folder", ["s3dit/API.md", "s3dit/research"])
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
             example = example.replace(official, small)
         exec(compile(example, "README.md", "exec"), {})
     assert [read_metadata(name)["seed"] for name in ("fox.png", "styled.png")] == [7, 7]
-    assert "layers.0.attention#0" in capsys.readouterr().out
+    assert "48 tensors; torch.Size([8, 8])" in capsys.readouterr().out
 
 
 def test_examples_are_typed(tmp_path):
