@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from s3dit.errors import BackendError
-from s3dit.kernels import dispatch, int8, matmul, scheme, tune
+from s3dit.kernels import dispatch, fp8, int8, matmul, scheme, tune
 from s3dit.kernels import mixed_matmul as mixed
 from s3dit.kernels.dispatch import INTERPRETED, set_backend
 from s3dit.kernels.matmul import Tile, best_tile, launch_scaled, scaled_matmul, tile_candidates
@@ -259,6 +259,8 @@ def test_formats_without_triton(name):
     for implementation in implementations:
         if implementation.function is int8._int_mm and not int8.INTEGER_DOT:
             continue  # This CPU's integer product saturates, so it cannot play the GPU's.
+        if implementation.function is fp8._scaled_mm and fp8.why_refused(66, parts["weight"], True):
+            continue  # torch before 2.12 has no row-wise product on a CPU.
         # Wide x: bf16 rounds the weight and the result.
         assert relative(implementation.function(x, parts, bias), expected) < 2**-7
 
@@ -273,6 +275,34 @@ def test_what_a_gpu_lacks_is_explained(monkeypatch):
     monkeypatch.setattr(dispatch, "_backend", "triton")
     with pytest.raises(BackendError, match="capability 8.9, found 8.0"):
         SCHEMES["fp8"].linear(x, parts, None)
+
+
+@needs_triton
+def test_sizes_that_torchs_row_wise_product_refuses(device, monkeypatch):
+    """They are found by one try, and our own product runs; nothing is tried while a graph is recorded."""
+    skip_without_e4m3(FP8)
+    parts = {part: t.to(device) for part, t in SCHEMES["fp8"].encode(torch.randn(80, 128)).items()}
+    linear_op, x, calls = SCHEMES["fp8"].linear, torch.randn(33, 128, device=device).bfloat16(), []
+
+    def refuse(x, *args, **kwargs):
+        calls.append(len(x))
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nwhen calling")
+
+    monkeypatch.setattr(fp8, "_refusals", {})
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    monkeypatch.setattr(fp8, "why_unsupported", lambda *args: "")
+    monkeypatch.setattr(dispatch, "_device", lambda args: "cuda")
+    for rows in (33, 33, 7, 7, 300, 400):
+        reasons = {name: why for name, _, why in linear_op.explain(x[:1].expand(rows, -1), parts, None)}
+        assert reasons["scaled_mm"] == "torch's row-wise product refuses: CUBLAS_STATUS_NOT_SUPPORTED"
+    assert calls == [33, 7, 256]
+    values, scale, _ = scheme.quantize_rows(x, FP8)
+    out = fp8.row_wise_matmul(values, parts["weight"], scale, parts["scale"], None, torch.float32)
+    expected = values.double() * scale @ (parts["weight"].double() * parts["scale"]).T
+    assert calls == [33, 7, 256] and relative(out, expected) < (1e-3 if CUDA else 1e-6)
+    if CUDA:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert "before recording" in fp8.why_refused(34, parts["weight"], False) and calls == [33, 7, 256]
 
 
 @needs_triton
