@@ -88,15 +88,15 @@ def why_refused(rows: int, weight: Tensor, has_bias: bool) -> str:
     which follows a pass that was not, nor for fake tensors, which have no device to ask.
     """
     rows = min(rows, TRIED_ROWS)
-    key = weight.device, rows, *weight.shape, has_bias
+    n, k = weight.shape
+    key = weight.device, rows, n, k, has_bias
     if key not in _refusals and rows and not isinstance(weight, FakeTensor):
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return "torch's row-wise product was not tried with these sizes before recording"
-        x, codes = (torch.zeros(size, weight.shape[1], device=weight.device, dtype=DTYPE) for size in (rows, key[2]))
-        scales = [torch.ones(size, 1, device=weight.device) for size in (rows, key[2])]
-        bias = torch.zeros(key[2], device=weight.device) if has_bias else None
+        x, codes = (torch.zeros(size, k, device=weight.device, dtype=DTYPE) for size in (rows, n))
+        x_scale, w_scale = (torch.ones(size, 1, device=weight.device) for size in (rows, n))
         try:
-            _row_wise(x, codes, *scales, bias, torch.bfloat16)
+            _row_wise(x, codes, x_scale, w_scale, w_scale[:, 0] if has_bias else None, torch.bfloat16)
             if weight.is_cuda:
                 torch.cuda.synchronize(weight.device)
         except torch.OutOfMemoryError:
