@@ -66,7 +66,8 @@ def _supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor 
     return why_unsupported(x, FLOAT_DTYPES, DTYPE) or True
 
 
-def _scaled_mm_supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
+def row_wise_supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
+    """Return True, or why torch's row-wise product cannot run; arguments as those of `fp8_linear`."""
     if x.dtype != torch.bfloat16 or any(size % 16 for size in parts["weight"].shape):
         return "torch's row-wise product gives bf16 only, for widths that are multiples of 16"
     # A compiled graph must not depend on the number of rows: there the product itself looks at the try.
@@ -129,7 +130,7 @@ def row_wise_matmul(
 
 
 # Tried first, which no measurement has confirmed.
-@fp8_linear.on("cuda", "torch", when=_scaled_mm_supported)
+@fp8_linear.on("cuda", "torch", when=row_wise_supported)
 def _scaled_mm(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
     """Run torch's row-wise product, which is CUTLASS's or cuBLAS's."""
     values, scale, dtype = quantize_activations(x, DTYPE)

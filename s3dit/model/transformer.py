@@ -25,12 +25,11 @@ from s3dit.kernels.attention import Spans, attention, attention8
 from s3dit.kernels.dispatch import Op, may_approximate
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import QuantizedRows
-from s3dit.kernels.swiglu import swiglu
 from s3dit.model.config import TransformerConfig
 from s3dit.model.hooks import unhookable
 from s3dit.model.layers import RMSNorm, rope_table
 from s3dit.model.layout import Layout, Pack
-from s3dit.model.linear import Linear
+from s3dit.model.linear import Linear, swiglu_layers
 
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
 PATCH = "2-1"
@@ -109,7 +108,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Apply to x (N, dim), or to its QuantizedRows -> (N, dim)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.w2.input_dtype))
+        return self.w2(swiglu_layers(self.w1, self.w3, x, self.w2.input_dtype))
 
 
 class Block(nn.Module):

@@ -101,6 +101,11 @@ for rows in (64, 4224):
         x = torch.zeros(rows, 10240, dtype=torch.bfloat16)
         x = QuantizedRows(*launch_quantize_rows(x, scheme.activation), x.dtype) if scheme.activation else x
         next(s for s in scheme.linear.implementations if s.backend == "triton").function(x, parts, None)
+        if scheme.activation:
+            up = {**parts, "weight": parts["weight"].clone()}
+            matmul.launch_scaled(
+                x.values, parts["weight"], x.scale, parts["scale"], None, x.dtype, up=up["weight"], up_scale=up["scale"]
+            )
 found = " ".join(assembly)
 words = ["wgmma.mma_async", "f32.bf16.bf16", "f32.e4m3.e4m3", "s32.s8.s8", "cp.async.bulk.tensor"]
 assert capability < 90 or all(word in found for word in words), [word for word in words if word not in found]

@@ -17,6 +17,7 @@ from s3dit.kernels.matmul import Tile, best_tile, launch_scaled, scaled_matmul, 
 from s3dit.kernels.mixed_matmul import dequantize_weight, launch_mixed, mixed_matmul, packed_weight
 from s3dit.kernels.rows import launch_quantize_rows
 from s3dit.kernels.schemes import SCHEMES, linear
+from s3dit.kernels.swiglu_linear import swiglu_linear
 
 CUDA = torch.cuda.is_available()
 FP8 = torch.float8_e4m3fn
@@ -89,6 +90,53 @@ def test_scaled_matmul(dtype, described, m, n, k, device):
     for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
         out = launch_scaled(x, weight, x_scale, w_scale, bias, torch.float32, tile, described)
         assert relative(out, expected) < (1e-3 if dtype == FP8 and CUDA else 1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_scaled_swiglu(dtype, described, first, m, n, k, device):
+    """Whichever of the two weights lies first, and whatever lies between them."""
+    skip_without_e4m3(dtype)
+    if described and CUDA and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need capability 9.0")
+    x, both = numbers(m, k, dtype=dtype, device=device), numbers(2 * n + 32, k, dtype=dtype, device=device)
+    gate, up = (both[start : start + n] for start in ((0, n + 32) if first == 0 else (n + 32, 0)))
+    # Products of a few units, where SwiGLU is neither 0 nor linear.
+    x_scale, *scales = ((torch.rand(size, 1, device=device) + 0.1) / 30 / k**0.25 for size in (m, n, n))
+    a, b = (x.double() * x_scale @ (w.double() * s).T for w, s in zip((gate, up), scales, strict=True))
+    depth = 32 if k % 64 else 64
+    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
+        out = launch_scaled(
+            x, gate, x_scale, scales[0], None, torch.float32, tile, described, up=up, up_scale=scales[1]
+        )
+        assert relative(out, F.silu(a) * b) < (2e-3 if dtype == FP8 and CUDA else 2e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_swiglu_of_two_layers(name, device, force):
+    """The Op rounds x, multiplies, and rounds for the next layer, also in one graph for any number of rows."""
+    chosen = SCHEMES[name]
+    skip_without_e4m3(chosen.activation)
+    parts = [{p: t.to(device) for p, t in chosen.encode(torch.randn(80, 128) / 8).items()} for _ in range(2)]
+    force("triton")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: swiglu_linear(x, chosen, *parts), fullgraph=True, dynamic=True, backend=counter)
+    for rows in (5, 33):
+        x = torch.randn(2, rows, 128, device=device).half()
+        out, expected = swiglu_linear(x, chosen, *parts), swiglu_linear.reference(x, chosen, *parts)
+        # fp16 rounds the result, and in the reference both products.
+        assert out.dtype == expected.dtype and relative(out, expected) < 2**-9
+        assert torch.equal(compiled(x), out)
+        assert torch.equal(
+            swiglu_linear(x, chosen, *parts, torch.int8).values, launch_quantize_rows(out, torch.int8)[0]
+        )
+    assert counter.frame_count == 1
+    with pytest.raises(BackendError, match="multiplies int8 and e4m3 rows, found int4"):
+        swiglu_linear(x, SCHEMES["int4"], *parts)
 
 
 @needs_triton

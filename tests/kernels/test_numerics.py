@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s3dit.errors import BackendError
-from s3dit.kernels import attention, dispatch, group_norm, norm, rows, swiglu
+from s3dit.kernels import attention, dispatch, group_norm, norm, rows, swiglu, swiglu_linear
 from s3dit.kernels.attention import Spans
 from s3dit.kernels.dispatch import INTERPRETED, NUMERICS, use_backend, use_numerics
 from s3dit.kernels.gguf import GGUF
@@ -42,6 +42,9 @@ def arguments(dtype, N=70):
     for scheme in SCHEMES.values():
         given = draw(N, 128) if scheme.activation is None else quantize_rows(draw(N, 128), scheme.activation)
         found[scheme.linear] = (given, scheme.encode(torch.randn(80, 128, generator=g)), draw(80).float())
+    int8 = SCHEMES["int8"]
+    gate, up = (int8.encode(torch.randn(80, 128, generator=g) / 8) for _ in range(2))
+    found[swiglu_linear.swiglu_linear] = (quantize_rows(draw(N, 128), torch.int8), int8, gate, up)
     return found
 
 
@@ -96,7 +99,7 @@ def test_kernels_keep_their_promise(op):
 def test_the_table_holds_every_op():
     made = {
         name
-        for room in (attention, norm, swiglu, rows)
+        for room in (attention, norm, swiglu, swiglu_linear, rows)
         for name, op in vars(room).items()
         if isinstance(op, dispatch.Op)
     }
