@@ -229,7 +229,7 @@ def program_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _describable(*tensors: Tensor) -> bool:
+def describable(*tensors: Tensor) -> bool:
     """Return whether to copy tiles of them by descriptor: aligned to 16 bytes, on a data-center GPU from Hopper on.
 
     Blackwell's for consumers (12.0) have descriptors too, but less shared memory than our tiles take with them.
@@ -279,7 +279,7 @@ def launch_scaled(
             # Descriptors only reach forward, so the weight at the lower address comes first.
             gap, weight, w_scale, second_scale = -gap, up, up_scale, w_scale
     if described is None:
-        described = _describable(x, weight, out) and gap * weight.itemsize < MAX_GAP and gap * weight.itemsize % 16 == 0
+        described = describable(x, weight, out) and gap * weight.itemsize < MAX_GAP and gap * weight.itemsize % 16 == 0
     programs = program_count(x.device)
     tile = tile or _tuned_tile(m, weight, out, programs, described, gate is not None)
     width = tile.n if gate is None else tile.n // 2

@@ -31,7 +31,6 @@ def arguments(dtype, N=70):
     x, y, weight, gate, factor = draw(N, DIM), draw(N, DIM), draw(DIM), draw(2, DIM).float(), draw(2, DIM).float()
     found = {
         attention.attention: (q, k, v, spans, spans), attention.attention_lse: (q, k, v, spans, spans),
-        attention.attention8: (q, k, v, spans, spans),
         norm.rms_norm: (x, weight, 1e-6), norm.rms_norm_modulate: (x, factor, row, 1e-6),
         norm.residual_norm: (x, y, weight, 1e-6), norm.gated_residual: (x, y, gate, row, 1e-6),
         norm.gated_residual_norm: (x, y, gate, factor, row, 1e-6),
