@@ -18,7 +18,15 @@ from torch import Tensor
 from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_matmul
 from s3dit.kernels.rows import FLOAT_DTYPES
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows, upcast, weight_chunks
+from s3dit.kernels.scheme import (
+    QuantizedRows,
+    QuantizedTensors,
+    Scheme,
+    Spec,
+    dequantize_rows,
+    linear_by_runs,
+    upcast,
+)
 
 # The values of the codes of IQ4_NL and IQ4_XS.
 IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -43,60 +51,81 @@ def _fp16_at(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
+def _bytes(blocks: Tensor, at: int, count: int) -> Tensor:
+    """Return some bytes of each block, in memory of their own: operations on short runs would take longer."""
+    return blocks[:, at : at + count].contiguous()
+
+
 def _nibbles(blocks: Tensor, at: int, count: int, run: int) -> Tensor:
     """Unpack `count` half bytes from a byte on: of each run of bytes all low halves, then all high -> (n, count)."""
-    packed = blocks[:, at : at + count // 2].unflatten(1, (-1, 1, run))
-    return torch.cat((packed & 15, packed >> 4), 2).flatten(1)
+    packed = _bytes(blocks, at, count // 2)
+    return torch.stack([half.unflatten(1, (-1, run)) for half in (packed & 15, packed >> 4)], 2).flatten(1)
 
 
-def _two_bits(packed: Tensor) -> Tensor:
+def _two_bits(blocks: Tensor, at: int) -> Tensor:
     """Unpack two-bit numbers of 64 bytes: of each 32 bytes first all lowest bits, and so on -> (n, 256)."""
-    shifts = torch.tensor((0, 2, 4, 6), dtype=torch.uint8, device=packed.device)[:, None]
-    return (packed.unflatten(1, (2, 1, 32)) >> shifts & 3).flatten(1)
+    packed = _bytes(blocks, at, 64)
+    # Shifts by a number, which are vectorized; those by a tensor are not.
+    return torch.stack([(packed >> shift & 3).unflatten(1, (2, 32)) for shift in (0, 2, 4, 6)], 2).flatten(1)
 
 
-def _bits(packed: Tensor, count: int) -> Tensor:
-    """Unpack bits 0, 1, … of each byte, bit 0 of all bytes before bit 1 -> (n, count · bytes), 0 or 1."""
-    shifts = torch.arange(count, dtype=torch.uint8, device=packed.device)[:, None]
-    return (packed[:, None] >> shifts & 1).flatten(1)
+def _bits(blocks: Tensor, at: int, place: int) -> Tensor:
+    """Unpack the bits of 32 bytes, bit 0 of all bytes before bit 1 -> (n, 256), 0 or 2^place."""
+    packed = _bytes(blocks, at, 32)
+    moved = (packed << place - bit if bit <= place else packed >> bit - place for bit in range(8))
+    return torch.cat([bits & 1 << place for bits in moved], 1)
 
 
 def _fifth_bits(blocks: Tensor, at: int) -> Tensor:
     """Unpack the fifth bits of 32 numbers, in order in 4 bytes -> (n, 32), 0 or 16."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    return (blocks[:, at : at + 4, None] >> shifts & 1).flatten(1) << 4
+    packed = blocks[:, at : at + 4]
+    return torch.stack([packed >> shift & 1 for shift in range(8)], 2).flatten(1) << 4
+
+
+def _floats(codes: Tensor, less: int = 0) -> Tensor:
+    """Convert codes (n, count) uint8 less a number, which are between -128 and 127, to fp32; overwrites them.
+
+    As int8, whose conversion is vectorized; that of uint8 is ten times slower.
+    """
+    return (codes.sub_(less) if less else codes).view(torch.int8).float()
+
+
+def _joined(codes: Tensor, high: Tensor) -> Tensor:
+    """Put high bits into codes, both (n, a multiple of 8) uint8, in place, eight at a time."""
+    codes.view(torch.int64).bitwise_or_(high.view(torch.int64))
+    return codes
 
 
 def _scaled_runs(scales: Tensor, codes: Tensor) -> Tensor:
-    """Multiply each run of codes by its scale -> (n, elements) fp32."""
-    return (scales[..., None] * codes.float().unflatten(1, (scales.shape[1], -1))).flatten(1)
+    """Multiply each run of codes (n, elements) fp32 by its scale, in place."""
+    return codes.unflatten(1, (scales.shape[1], -1)).mul_(scales[..., None]).flatten(1)
 
 
 def _q4_0(b: Tensor) -> Tensor:
-    return _fp16_at(b, 0) * (_nibbles(b, 2, 32, 16).float() - 8)
+    return _floats(_nibbles(b, 2, 32, 16), 8).mul_(_fp16_at(b, 0))
 
 
 def _q4_1(b: Tensor) -> Tensor:
-    return _fp16_at(b, 0) * _nibbles(b, 4, 32, 16).float() + _fp16_at(b, 2)
+    return _floats(_nibbles(b, 4, 32, 16)).mul_(_fp16_at(b, 0)).add_(_fp16_at(b, 2))
 
 
 def _q5_0(b: Tensor) -> Tensor:
-    return _fp16_at(b, 0) * ((_nibbles(b, 6, 32, 16) | _fifth_bits(b, 2)).float() - 16)
+    return _floats(_joined(_nibbles(b, 6, 32, 16), _fifth_bits(b, 2)), 16).mul_(_fp16_at(b, 0))
 
 
 def _q5_1(b: Tensor) -> Tensor:
-    return _fp16_at(b, 0) * (_nibbles(b, 8, 32, 16) | _fifth_bits(b, 4)).float() + _fp16_at(b, 2)
+    codes = _joined(_nibbles(b, 8, 32, 16), _fifth_bits(b, 4))
+    return _floats(codes).mul_(_fp16_at(b, 0)).add_(_fp16_at(b, 2))
 
 
 def _q8_0(b: Tensor) -> Tensor:
-    return _fp16_at(b, 0) * b[:, 2:].view(torch.int8).float()
+    return b[:, 2:].view(torch.int8).float().mul_(_fp16_at(b, 0))
 
 
 def _q2_k(b: Tensor) -> Tensor:
     scales = b[:, :16]
     large, small = _fp16_at(b, 80) * (scales & 15).float(), _fp16_at(b, 82) * (scales >> 4).float()
-    ones = torch.ones(len(b), 256, dtype=torch.uint8, device=b.device)
-    return _scaled_runs(large, _two_bits(b[:, 16:80])) - _scaled_runs(small, ones)
+    return _scaled_runs(large, _floats(_two_bits(b, 16))).unflatten(1, (16, 16)).sub_(small[..., None]).flatten(1)
 
 
 def _q3_k(b: Tensor) -> Tensor:
@@ -106,7 +135,7 @@ def _q3_k(b: Tensor) -> Tensor:
     high = (packed[:, None, 8:] >> shifts & 3).flatten(1)
     scales = (low | high << 4).float() - 32
     # A bit that is not set takes 4 off.
-    codes = _two_bits(b[:, 32:96]).float() - (4 - 4 * _bits(b[:, :32], 8).float())
+    codes = _floats(_joined(_two_bits(b, 32), _bits(b, 0, 2)), 4)
     return _scaled_runs(_fp16_at(b, 108) * scales, codes)
 
 
@@ -121,8 +150,8 @@ def _six_bit_scales(packed: Tensor) -> tuple[Tensor, Tensor]:
 def _decode_k(b: Tensor, codes: Tensor) -> Tensor:
     """Decode Q4_K or Q5_K, which differ in their codes (n, 256)."""
     scales, minima = _six_bit_scales(b[:, 4:16])
-    groups = codes.float().unflatten(1, (8, 32))
-    return ((_fp16_at(b, 0) * scales)[..., None] * groups - (_fp16_at(b, 2) * minima)[..., None]).flatten(1)
+    groups = _floats(codes).unflatten(1, (8, 32)).mul_((_fp16_at(b, 0) * scales)[..., None])
+    return groups.sub_((_fp16_at(b, 2) * minima)[..., None]).flatten(1)
 
 
 def _q4_k(b: Tensor) -> Tensor:
@@ -130,17 +159,18 @@ def _q4_k(b: Tensor) -> Tensor:
 
 
 def _q5_k(b: Tensor) -> Tensor:
-    return _decode_k(b, _nibbles(b, 48, 256, 32) | _bits(b[:, 16:48], 8) << 4)
+    return _decode_k(b, _joined(_nibbles(b, 48, 256, 32), _bits(b, 16, 4)))
 
 
 def _q6_k(b: Tensor) -> Tensor:
     low = _nibbles(b, 0, 256, 64)
-    codes = (low | _two_bits(b[:, 128:192]) << 4).float() - 32
+    codes = _floats(_joined(low, _two_bits(b, 128) << 4), 32)
     return _scaled_runs(_fp16_at(b, 208) * b[:, 192:208].view(torch.int8).float(), codes)
 
 
 def _iq4(codes: Tensor) -> Tensor:
-    return torch.tensor(IQ4, dtype=torch.float32, device=codes.device)[codes.to(torch.int32)]
+    table = torch.tensor(IQ4, dtype=torch.float32, device=codes.device)
+    return table.index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
 
 def _iq4_nl(b: Tensor) -> Tensor:
@@ -202,12 +232,8 @@ def _scheme(kind: str) -> Scheme:
 
     def in_chunks(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         """Decode to the dtype of x a chunk at a time, so that no second copy of the weight is made."""
-        x, rows = dequantize_rows(x), parts["weight"]
-        out = torch.empty(*x.shape[:-1], len(rows), dtype=x.dtype, device=x.device)
-        for run in weight_chunks(len(rows), x.shape[-1]):
-            weight = decode({"weight": rows[run]}).to(x.dtype)
-            out[..., run] = F.linear(x, weight, None if bias is None else bias[run].to(x.dtype))
-        return out
+        rows = parts["weight"]
+        return linear_by_runs(dequantize_rows(x), len(rows), lambda run: decode({"weight": rows[run]}), bias)
 
     def in_kernel(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
         return gguf_matmul(dequantize_rows(x), parts["weight"], kind, bias)

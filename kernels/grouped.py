@@ -39,8 +39,8 @@ from s3dit.kernels.scheme import (
     Spec,
     cast_codes,
     dequantize_rows,
+    linear_by_runs,
     upcast,
-    weight_chunks,
 )
 
 # What mixed_matmul dequantizes.
@@ -214,14 +214,12 @@ def _in_chunks(form: Form, x: Tensor, parts: QuantizedTensors, bias: Tensor | No
     """Dequantize to the dtype of x a chunk at a time, so that no second copy of the weight is made."""
     met = _codes_input(x, parts)
     rows = {name: part for name, part in parts.items() if name in ("weight", "scale", "channel", "offset")}
-    out = torch.empty(*x.shape[:-1], len(parts["weight"]), dtype=x.dtype, device=x.device)
-    for run in weight_chunks(len(parts["weight"]), x.shape[-1]):
+
+    def decode(run: slice) -> Tensor:
         chunk = {name: part[run] for name, part in rows.items()}
-        if "table" in parts:
-            chunk["table"] = parts["table"]
-        out[..., run] = F.linear(
-            met, _dequantize_core(form, chunk, x.dtype), None if bias is None else bias[run].to(x.dtype)
-        )
+        return _dequantize_core(form, chunk | {"table": parts["table"]} if "table" in parts else chunk, x.dtype)
+
+    out = linear_by_runs(met, len(parts["weight"]), decode, bias)
     return _add_branch(x, parts, out)
 
 

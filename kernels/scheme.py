@@ -31,6 +31,8 @@ MIN_MAGNITUDE = 1e-8
 MAX_CODES = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 # Numbers of a weight that are dequantized at a time on a CPU: 8 MiB of bf16, inside the cache of a small server.
 WEIGHT_CHUNK = 1 << 22
+# Numbers that are decoded at a time: larger temporaries are new memory at each turn, which costs more than passes.
+DECODE_CHUNK = 1 << 20
 # Numbers of x that are rounded at a time there.
 INPUT_CHUNK = 1 << 18
 
@@ -164,6 +166,25 @@ def weight_chunks(out: int, in_: int) -> Iterator[slice]:
     """Yield slices of output channels whose dequantized weights fit the cache, for a weight (out, in)."""
     step = max(1, WEIGHT_CHUNK // in_)
     yield from (slice(start, min(start + step, out)) for start in range(0, out, step))
+
+
+def linear_by_runs(x: Tensor, out: int, decode: Callable[[slice], Tensor], bias: Tensor | None) -> Tensor:
+    """Multiply x (…, in) by a weight (out, in) that is decoded a piece at a time, into one buffer.
+
+    decode(piece) -> these rows of the weight, in any float dtype; they are rounded to that of x · bias (out,) or None
+    -> (…, out).
+    """
+    width = x.shape[-1]
+    result = torch.empty(*x.shape[:-1], out, dtype=x.dtype, device=x.device)
+    weight, rows = x.new_empty(0, width), max(1, DECODE_CHUNK // width)
+    for run in weight_chunks(out, width):
+        # The first run is the longest.
+        weight = weight[: run.stop - run.start] if run.start else x.new_empty(run.stop, width)
+        for start in range(run.start, run.stop, rows):
+            stop = min(start + rows, run.stop)
+            weight[start - run.start : stop - run.start] = decode(slice(start, stop))
+        result[..., run] = F.linear(x, weight, None if bias is None else bias[run].to(x.dtype))
+    return result
 
 
 def cast_codes(codes: Tensor, dtype: torch.dtype) -> Tensor:

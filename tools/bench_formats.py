@@ -1,6 +1,7 @@
 """Measure the number formats: speed and memory at the official width, and what they cost in quality.
 
     python tools/bench_formats.py transformer      one forward of --layers main blocks, 512² + 64 tokens, each format
+    python tools/bench_formats.py products         a product by 3840 × 3840 at --tokens, each format and GGUF's
     python tools/bench_formats.py memory           a full-size random model: quantize it, draw 256², peaks of memory
     python tools/bench_formats.py quality          velocity error on the embedded model, teacher-forced, against fp32
     python tools/bench_formats.py quality --score 500        and the share of pictures that show their prompt
@@ -8,7 +9,8 @@
 
 Every measurement is one JSON line; `quality` prints a markdown table. transformer: random weights, all formats in one
 process and each beside bf16 measured just before it; times are medians, of processor time with --cpu-time (on a machine
-that others use), `ratio` is bf16's time over the format's. memory needs 36 GB of disk under --folder.
+that others use), `ratio` is bf16's time over the format's. products: medians, each in turn with bf16; `against_bf16` is
+the format's time over that of bf16. memory needs 36 GB of disk under --folder.
 """
 
 import argparse
@@ -23,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from bench_machine import machine, watched, write_checkpoint
 from torch import Tensor
 
 from s3dit.inputs.start_image import draw
-from s3dit.kernels.schemes import SCHEMES
+from s3dit.kernels.gguf import GGUF
+from s3dit.kernels.schemes import SCHEMES, linear
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import text_to_image
 from s3dit.model.linear import swap
@@ -89,6 +93,34 @@ def bench_transformer(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         wide, narrow = seconds(plain), seconds(blank(args.layers, name))
         what = f"transformer forward in {name}, 512² + 64 tokens, {args.layers} main blocks and both refiners"
         yield {"name": what, "bf16_s": round(wide, 4), "s": round(narrow, 4), "ratio": round(wide / narrow, 2)}
+
+
+def bench_products(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One product of each format, in turn with the same one in bf16."""
+    out, in_ = 3840, 3840
+    plain = torch.randn(out, in_).bfloat16() * 0.02
+    for name in [*args.formats, *args.gguf]:
+        scheme = {**SCHEMES, **GGUF}[name]
+        parts = scheme.encode(plain) if scheme.encode else random_blocks(scheme.spec(out, in_))
+        row: dict[str, Any] = {"name": f"product with {name}, {out} × {in_}"}
+        for tokens in args.tokens:
+            x = torch.randn(tokens, in_).bfloat16()
+            took = []
+            for _ in range(args.repeat + 1):
+                start = time.perf_counter()
+                F.linear(x, plain)
+                middle = time.perf_counter()
+                linear(x, scheme, parts)
+                took.append((middle - start, time.perf_counter() - middle))
+            wide, narrow = (statistics.median(times) for times in zip(*took[1:], strict=True))
+            row[str(tokens)] = {"bf16_ms": round(wide * 1e3, 2), "ms": round(narrow * 1e3, 2)}
+            row[str(tokens)]["against_bf16"] = round(narrow / wide, 2)
+        yield row
+
+
+def random_blocks(spec: Any) -> dict[str, Tensor]:
+    """Parts of a GGUF weight with random bytes, whose fp16 scales are finite: no byte has its highest exponent bits."""
+    return {name: torch.randint(0, 100, shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
 
 
 def bench_memory(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -160,8 +192,12 @@ def share(pipe: Pipeline, count: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("transformer", "memory", "quality"))
+    parser.add_argument("what", choices=("transformer", "products", "memory", "quality"))
     parser.add_argument("--formats", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
+    parser.add_argument(
+        "--gguf", nargs="*", default=["Q8_0", "Q4_K", "Q5_K", "Q6_K"], choices=list(GGUF), help="products"
+    )
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 320, 1088], help="products (64 320 1088)")
     parser.add_argument("--layers", type=int, default=1, help="transformer: main blocks (default 1)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="memory: steps of the picture (default 2)")
@@ -169,7 +205,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="transformer: processor time instead of the clock")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="memory: where the models go")
     args = parser.parse_args(argv)
-    bench = {"transformer": bench_transformer, "memory": bench_memory, "quality": bench_quality}[args.what]
+    bench = {
+        "transformer": bench_transformer,
+        "products": bench_products,
+        "memory": bench_memory,
+        "quality": bench_quality,
+    }[args.what]
     with torch.inference_mode():
         for row in bench(args):
             print(json.dumps(row | {"machine": machine()}, ensure_ascii=False), flush=True)
