@@ -5,14 +5,13 @@ queries can attend to all keys. q, k and v have the same number of heads, and at
 has its own, grouped, causal attention). An item without queries gives no rows; queries without a key give zeros, with
 a log-sum-exp of minus infinity, which is what merging partial results by it needs.
 
-Three Ops: `attention`; `attention_lse`, which also gives the log-sum-exp of each row of scores, from which maps are
-made; `attention8`, which multiplies q by k in int8, and is what runs under numerics "approximate" on a GPU. In
-`attention8` the mean of an item's keys is first subtracted from them: it adds the same number to all scores of a query,
-which softmax cancels, and without it a large channel would take the range of int8 from all others. Its relative error
-against exact attention of normal q, k and v is 9e-3.
+Two Ops: `attention`, and `attention_lse`, which also gives the log-sum-exp of each row of scores, from which maps are
+made. The Triton kernel that serves them is in `flash_attention`.
 
-The Triton kernel that serves them is in `flash_attention`. Source: SageAttention (Zhang et al. 2024, section 4) for
-subtracting the mean.
+There is no form with scores of int8. On a Hopper a step of 128 queries and 128 keys takes some 3,140 cycles in cuDNN's
+bf16 (600 TFLOP/s, published). In Triton it would take 1,540 in tensor cores and, counted in compiled code with a scale
+for each block of keys, 1,830 of instructions, which hardly overlap, and keys are smoothed in passes of their own: an
+estimate of 3,600, for an error of 9e-3.
 """
 
 from collections.abc import Iterator
@@ -25,8 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from s3dit.kernels.dispatch import capability, op, why_unsupported
-from s3dit.kernels.flash_attention import flash_attention, flash_attention8, smooth_keys
-from s3dit.kernels.scheme import QuantizedRows, quantize_rows
+from s3dit.kernels.flash_attention import flash_attention
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 # FlashAttention-3's equal on Hopper, some 1.7 times the kernel that torch takes by itself.
@@ -80,24 +78,6 @@ def attention_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans)
         for qi, ki, _ in _items(q, k, v, q_span, k_span)
     ]
     return attention.reference(q, k, v, q_span, k_span), torch.cat(rows)
-
-
-@op
-def attention8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Compute `attention` with q·kᵀ in int8: each row of q, and of k less its item's mean, has a scale of its own.
-
-    q (N, H, D), a float or int8 QuantizedRows; the rest as in `attention` -> (N, H, D), dtype of q before rounding.
-    """
-    rounded = q if isinstance(q, QuantizedRows) else quantize_rows(q, torch.int8)
-    parts = zip(k.split(k_span.lengths), _means(k, k_span), strict=True)
-    smooth = torch.cat([part.float() - mean for part, mean in parts])
-    out = attention.reference(rounded.dequantize(), quantize_rows(smooth, torch.int8).dequantize(), v, q_span, k_span)
-    return out.to(q.dtype)
-
-
-def _means(k: Tensor, span: Spans) -> Tensor:
-    """Return the mean of each item's keys, (items, H, D) fp32; 0 for an item without keys."""
-    return torch.stack([part.sum(0, dtype=torch.float32) / max(1, len(part)) for part in k.split(span.lengths)])
 
 
 def _items(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -186,14 +166,7 @@ def _flash_lse(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) ->
     return flash_attention(q, k, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths), True)
 
 
-def _flash8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    """Run two kernels: the keys become int8 once, then every query reads them."""
-    _check_spans(q, k, q_span, k_span)
-    keys = smooth_keys(k, _means(k, k_span), k_span.cu_seqlens, max(k_span.lengths))
-    return flash_attention8(q, keys, v, q_span.cu_seqlens, k_span.cu_seqlens, max(q_span.lengths))
-
-
-def _check_spans(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Spans) -> None:
+def _check_spans(q: Tensor, k: Tensor, q_span: Spans, k_span: Spans) -> None:
     """Raise ValueError where the spans are not those of the tensors: a kernel would read past their end."""
     actual = (q.shape[0], k.shape[0], len(k_span.lengths))
     needed = (sum(q_span.lengths), sum(k_span.lengths), len(q_span.lengths))
@@ -203,7 +176,7 @@ def _check_spans(q: Tensor | QuantizedRows, k: Tensor, q_span: Spans, k_span: Sp
         )
 
 
-def _flash_supported(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
+def _flash_supported(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
     """Return True, or why the flash kernel cannot take these arguments."""
     if q.shape[-1] % 16 or q.shape[-1] > 128:
         return f"head sizes are multiples of 16 up to 128, found {q.shape[-1]}"
@@ -243,7 +216,6 @@ attention.on("cpu", "torch", when=_first_refusal(_has_keys, _single_core))(_by_h
 for _device in ("cpu", "cuda", "mps"):
     attention.on(_device, "torch", when=_has_keys)(_sdpa)
 attention_lse.on("cuda", "triton", when=_flash_supported)(_flash_lse)
-attention8.on("cuda", "triton", when=_flash_supported, numerics="approximate", bound=2e-2)(_flash8)
 
 
 @torch.library.custom_op("s3dit::attention", mutates_args=())
@@ -264,27 +236,3 @@ def _(q: Tensor, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor, k_cu: Tenso
 @attention.in_graphs
 def _traced(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
     return _attention_node(q, k, v, q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host)
-
-
-@torch.library.custom_op("s3dit::attention8", mutates_args=())
-def _attention8_node(
-    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
-    k_cu: Tensor, k_host: Tensor,
-) -> Tensor:  # fmt: skip
-    spans = [Spans(tuple(host.diff().tolist()), cu, host) for cu, host in ((q_cu, q_host), (k_cu, k_host))]
-    return attention8(q if q_scale is None else QuantizedRows(q, q_scale, dtype), k, v, *spans).contiguous()
-
-
-@_attention8_node.register_fake
-def _(
-    q: Tensor, q_scale: Tensor | None, dtype: torch.dtype, k: Tensor, v: Tensor, q_cu: Tensor, q_host: Tensor,
-    k_cu: Tensor, k_host: Tensor,
-) -> Tensor:  # fmt: skip
-    return q.new_empty(q.shape, dtype=dtype)
-
-
-@attention8.in_graphs
-def _traced8(q: Tensor | QuantizedRows, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tensor:
-    values, scale = (q.values, q.scale) if isinstance(q, QuantizedRows) else (q, None)
-    spans = q_span.cu_seqlens, q_span.on_host, k_span.cu_seqlens, k_span.on_host
-    return _attention8_node(values, scale, q.dtype, k, v, *spans)

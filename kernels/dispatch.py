@@ -160,11 +160,6 @@ def numerics() -> str:
     return _thread.numerics
 
 
-def may_approximate(x: Any) -> bool:
-    """Return whether an approximation made for GPUs may be computed from x: on one, under numerics "approximate"."""
-    return _thread.numerics == "approximate" and _device((x,)) == "cuda"
-
-
 @contextmanager
 def record_calls() -> Iterator[list[Call]]:
     """Record every call of an Op by this thread inside the `with`, and run its reference: for fake tensors."""

@@ -1,4 +1,4 @@
-"""The product of two matrices of one dtype in Triton, with scales of rows and columns: `scaled_matmul`.
+"""Products of two matrices of one dtype in Triton, with scales of rows and columns: `scaled_matmul`, `scaled_swiglu`.
 
 x and the weight are both bf16, fp16, e4m3 or int8; the sums (fp32, or int32 for int8) get their scales and the bias on
 their way out. `mixed_matmul` has the product of a float x and a quantized weight.
@@ -25,6 +25,9 @@ from torch import Tensor
 from s3dit.kernels.dispatch import capability, kernel, launcher, tl
 from s3dit.kernels.rows import flatten_rows
 from s3dit.kernels.tune import config_in_force
+
+# Bytes between two weights that the stride of a tensor descriptor cannot reach.
+MAX_GAP = 1 << 40
 
 
 class Tile(NamedTuple):
@@ -99,19 +102,23 @@ def _tile_origin(
 
 
 @kernel
-def store_tile(
-    sums: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any", row: "Any", col: "Any", M: "Any",
-    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+def _scale_tile(
+    sums: "Any", x_scale: "Any", w_scale: "Any", rows: "Any", cols: "Any", M: "Any", N: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Scale sums (BLOCK_M, BLOCK_N), add the bias, and store them at (row, col) of out (M, N)."""
-    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    """Return sums (rows, cols) in fp32, times the scales of their rows and columns, where there are any."""
     y = sums.to(tl.float32)
     if x_scale is not None:
         y = y * tl.load(x_scale + rows, mask=rows < M, other=0.0).to(tl.float32)[:, None]
     if w_scale is not None:
         y = y * tl.load(w_scale + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        y = y + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return y
+
+
+@kernel
+def _write_tile(
+    y: "Any", out: "Any", row: "Any", col: "Any", rows: "Any", cols: "Any", M: "Any", N: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+) -> Any:  # fmt: skip
     if DESCRIBED:
         out.store([row, col], y.to(out.dtype))
     else:
@@ -120,26 +127,55 @@ def store_tile(
 
 
 @kernel
+def store_tile(
+    sums: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any", row: "Any", col: "Any", M: "Any",
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Scale sums (BLOCK_M, BLOCK_N), add the bias, and store them at (row, col) of out (M, N)."""
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    y = _scale_tile(sums, x_scale, w_scale, rows, cols, M, N)
+    if bias is not None:
+        y = y + tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    _write_tile(y, out, row, col, rows, cols, M, N, DESCRIBED)
+
+
+@kernel
+def _store_swiglu(
+    gate: "Any", up: "Any", out: "Any", x_scale: "Any", gate_scale: "Any", up_scale: "Any", row: "Any", col: "Any",
+    M: "Any", N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DESCRIBED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Store silu(gate) · up, of sums (BLOCK_M, BLOCK_N) that are scaled first, at (row, col) of out (M, N)."""
+    rows, cols = row + tl.arange(0, BLOCK_M), col + tl.arange(0, BLOCK_N)
+    g = _scale_tile(gate, x_scale, gate_scale, rows, cols, M, N)
+    # The square of a reciprocal root takes a third of the instructions of the division in a sigmoid.
+    root = tl.rsqrt(1.0 + tl.exp(-g))
+    y = (g * root) * (_scale_tile(up, x_scale, up_scale, rows, cols, M, N) * root)
+    _write_tile(y, out, row, col, rows, cols, M, N, DESCRIBED)
+
+
+@kernel
 def _compute_tile(
     tile: "Any", stored: "Any", x: "Any", weight: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any",
-    M: "Any", x_stride: "Any", weight_stride: "Any", N: tl.constexpr, K: tl.constexpr,
+    M: "Any", x_stride: "Any", weight_stride: "Any", gap: "Any", second_scale: "Any", N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr,
+    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr, GATE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Compute one tile of out; `stored` is the same number as `tile`, for the epilogue."""
-    row, col = _tile_origin(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    WIDTH: tl.constexpr = BLOCK_N if GATE is None else BLOCK_N // 2
+    row, col = _tile_origin(tile, M, N, BLOCK_M, WIDTH, GROUP_M)
     depth = tl.arange(0, BLOCK_K)
     # What lies past the end reads the last row instead of a mask; it is never stored.
     rows = tl.minimum(row + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-    cols = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+    lanes = tl.arange(0, BLOCK_N)
+    cols = tl.minimum(col + lanes % WIDTH, N - 1).to(tl.int64) * weight_stride + (lanes // WIDTH).to(tl.int64) * gap
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(0, K, BLOCK_K):
         if DESCRIBED:
             a = x.load([row, k])
-            b = weight.load([col, k])
+            b = weight.load([col, k]) if GATE is None else tl.reshape(weight.load([0, col, k]), (BLOCK_N, BLOCK_K))
         else:
             a_at = x + rows[:, None] * x_stride + (k + depth)[None, :]
-            b_at = weight + cols[:, None] * weight_stride + (k + depth)[None, :]
+            b_at = weight + cols[:, None] + (k + depth)[None, :]
             if K % BLOCK_K == 0:
                 a, b = tl.load(a_at), tl.load(b_at)
             else:
@@ -149,10 +185,15 @@ def _compute_tile(
             a, tl.trans(b), sums, input_precision="ieee", max_num_imprecise_acc=IMPRECISE, out_dtype=sums.dtype
         )
     # Computed anew from its own counter, so that in a flat loop no value of the prologue must outlive the sums.
-    row, col = _tile_origin(stored, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    if HALVES:
+    row, col = _tile_origin(stored, M, N, BLOCK_M, WIDTH, GROUP_M)
+    if HALVES or GATE is not None:
         pair = tl.permute(tl.reshape(sums, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
         left, right = tl.split(pair)
+    if GATE == 0:
+        _store_swiglu(left, right, out, x_scale, w_scale, second_scale, row, col, M, N, BLOCK_M, WIDTH, DESCRIBED)
+    elif GATE == 1:
+        _store_swiglu(right, left, out, x_scale, second_scale, w_scale, row, col, M, N, BLOCK_M, WIDTH, DESCRIBED)
+    elif HALVES:
         store_tile(left, out, x_scale, w_scale, bias, row, col, M, N, BLOCK_M, BLOCK_N // 2, DESCRIBED)
         store_tile(right, out, x_scale, w_scale, bias, row, col + BLOCK_N // 2, M, N, BLOCK_M, BLOCK_N // 2, DESCRIBED)
     else:
@@ -162,19 +203,24 @@ def _compute_tile(
 @kernel
 def _scaled_kernel(
     x: "Any", weight: "Any", out: "Any", x_scale: "Any", w_scale: "Any", bias: "Any",
-    M: "Any", x_stride: "Any", weight_stride: "Any", N: tl.constexpr, K: tl.constexpr,
+    M: "Any", x_stride: "Any", weight_stride: "Any", gap: "Any", second_scale: "Any", N: tl.constexpr, K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr, FLAT: tl.constexpr,
+    INTEGER: tl.constexpr, DESCRIBED: tl.constexpr, HALVES: tl.constexpr, IMPRECISE: tl.constexpr, GATE: tl.constexpr,
+    FLAT: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Compute x (M, K) · weight (N, K)ᵀ; both and out (M, N) are descriptors or, more portably, pointers."""
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    """Compute x (M, K) · weight (N, K)ᵀ; both and out (M, N) are descriptors or, more portably, pointers.
+
+    GATE: None, or SwiGLU of two products whose weights, with a scale each, lie `gap` numbers apart; a tile has as many
+    columns of both. It says which of the two is the gate.
+    """
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N if GATE is None else BLOCK_N // 2)
     step = tl.num_programs(0)
     stored = tl.program_id(0) - step
     for tile in tl.range(tl.program_id(0), tiles, step, flatten=FLAT):
         stored += step
         _compute_tile(
-            tile, stored, x, weight, out, x_scale, w_scale, bias, M, x_stride, weight_stride, N, K,
-            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, INTEGER, DESCRIBED, HALVES, IMPRECISE,
+            tile, stored, x, weight, out, x_scale, w_scale, bias, M, x_stride, weight_stride, gap, second_scale, N, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, INTEGER, DESCRIBED, HALVES, IMPRECISE, GATE,
         )  # fmt: skip
 
 
@@ -183,7 +229,7 @@ def program_count(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _describable(*tensors: Tensor) -> bool:
+def describable(*tensors: Tensor) -> bool:
     """Return whether to copy tiles of them by descriptor: aligned to 16 bytes, on a data-center GPU from Hopper on.
 
     Blackwell's for consumers (12.0) have descriptors too, but less shared memory than our tiles take with them.
@@ -194,19 +240,24 @@ def _describable(*tensors: Tensor) -> bool:
     )
 
 
-def _tuned_tile(m: int, weight: Tensor, out: Tensor, programs: int, described: bool) -> Tile:
-    """Return the tile of the tuning table, whose shapes are (m in 128s)x(n)x(k), else the estimated best."""
+def _tuned_tile(m: int, weight: Tensor, out: Tensor, programs: int, described: bool, gated: bool = False) -> Tile:
+    """Return the tile of the tuning table, whose shapes are (m in 128s)x(n)x(k), else the estimated best.
+
+    gated: a second weight is multiplied too, so that there are 2 · n columns.
+    """
     n, k = weight.shape
     dtype = str(weight.dtype).removeprefix("torch.")
-    config: dict[str, Any] | None = config_in_force(f"matmul {dtype}", f"{-(-m // 128)}x{n}x{k}", weight.device)
+    name, n = ("swiglu", 2 * n) if gated else ("matmul", n)
+    config: dict[str, Any] | None = config_in_force(f"{name} {dtype}", f"{-(-m // 128)}x{n}x{k}", weight.device)
     return Tile(**config) if config else best_tile(m, n, weight.itemsize, out.itemsize, programs, described)
 
 
 def launch_scaled(
     x: Tensor, weight: Tensor, x_scale: Tensor | None, w_scale: Tensor | None, bias: Tensor | None,
     dtype: torch.dtype, tile: Tile | None = None, described: bool | None = None,
+    up: Tensor | None = None, up_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute `scaled_matmul` with a given tile.
+    """Compute `scaled_matmul`, or, with a second weight, `scaled_swiglu`, with a given tile.
 
     Arguments and result as there · tile: None takes the tuning table's, else the estimated best · described: whether to
     copy tiles by tensor descriptor, which needs addresses and strides of a multiple of 16 bytes; None decides by the
@@ -220,21 +271,34 @@ def launch_scaled(
     out = torch.empty(m, n, dtype=dtype, device=x.device)
     if m == 0:
         return out.unflatten(0, lead)
+    gate, gap, second_scale = None, 0, None
+    if up is not None:
+        gap = (up.data_ptr() - weight.data_ptr()) // weight.itemsize
+        gate, second_scale = int(gap < 0), up_scale
+        if gate:
+            # Descriptors only reach forward, so the weight at the lower address comes first.
+            gap, weight, w_scale, second_scale = -gap, up, up_scale, w_scale
     if described is None:
-        described = _describable(x, weight, out)
+        described = describable(x, weight, out) and gap * weight.itemsize < MAX_GAP and gap * weight.itemsize % 16 == 0
     programs = program_count(x.device)
-    tile = tile or _tuned_tile(m, weight, out, programs, described)
+    tile = tile or _tuned_tile(m, weight, out, programs, described, gate is not None)
+    width = tile.n if gate is None else tile.n // 2
     operands: tuple[Any, ...] = x, weight, out
     if described:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        blocks = (tile.m, tile.k), (tile.n, tile.k), (tile.m, tile.n // 2 if tile.halves else tile.n)
-        operands = tuple(TensorDescriptor.from_tensor(t, list(b)) for t, b in zip(operands, blocks, strict=True))
-    count = -(-m // tile.m) * -(-n // tile.n)
+        a = TensorDescriptor.from_tensor(x, [tile.m, tile.k])
+        if gate is None:
+            b = TensorDescriptor.from_tensor(weight, [tile.n, tile.k])
+        else:
+            b = TensorDescriptor(weight, [2, n, k], [gap, *weight.stride()], [2, width, tile.k])
+        columns = tile.n // 2 if tile.halves else width
+        operands = a, b, TensorDescriptor.from_tensor(out, [tile.m, columns])
+    count = -(-m // tile.m) * -(-n // width)
     _scaled_kernel[(min(count, programs),)](
-        *operands, x_scale, w_scale, bias, m, x.stride(0), weight.stride(0), n, k, tile.m, tile.n, tile.k, tile.group,
-        x.dtype == torch.int8, described, tile.halves, tile.k if tile.promote else None, tile.flatten,
-        num_warps=tile.warps, num_stages=tile.stages,
+        *operands, x_scale, w_scale, bias, m, x.stride(0), weight.stride(0), 0 if described else gap, second_scale,
+        n, k, tile.m, tile.n, tile.k, tile.group, x.dtype == torch.int8, described, tile.halves,
+        tile.k if tile.promote else None, gate, tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out.unflatten(0, lead)
 
@@ -249,3 +313,21 @@ def scaled_matmul(
     (N, 1) fp32 · bias (N,) -> (…, N) in dtype (bf16, fp16, fp32).
     """
     return launch_scaled(x, weight, x_scale, w_scale, bias, dtype)
+
+
+def _fake_swiglu(
+    x: Tensor, gate: Tensor, up: Tensor, x_scale: Tensor, gate_scale: Tensor, up_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], gate.shape[0], dtype=dtype)
+
+
+@launcher(_fake_swiglu)
+def scaled_swiglu(
+    x: Tensor, gate: Tensor, up: Tensor, x_scale: Tensor, gate_scale: Tensor, up_scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Compute silu(a) · b of the two products a and b of `scaled_matmul`, in fp32 between the sums and the result.
+
+    x (…, K) int8 or e4m3 · gate, up (N, K), K contiguous, of its dtype · x_scale (…, 1), gate_scale, up_scale (N, 1)
+    fp32 -> (…, N) in dtype (bf16, fp16, fp32).
+    """
+    return launch_scaled(x, gate, x_scale, gate_scale, None, dtype, up=up, up_scale=up_scale)

@@ -105,18 +105,16 @@ def qk_norm_rope(
     k_weight: Tensor,
     rope: Tensor,
     eps: float,
-    input_dtype: torch.dtype | None = None,
     pairs: Pairs = "adjacent",
-) -> tuple[Tensor | QuantizedRows, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """RMS-normalize each head of q and k, then rotate pairs of its numbers by the token's angles.
 
     q (N, H, D), k (N, KV, D) · weights (D,) · rope (N, D/2, 2) fp32 (cos, sin) · pairs: numbers 2i and 2i + 1
-    ("adjacent"), or i and i + D/2 ("halves", as Qwen3) -> q, k of the same shape and dtype; q as QuantizedRows where
-    input_dtype is int8. k is not rounded here: its mean over all tokens is subtracted first.
+    ("adjacent"), or i and i + D/2 ("halves", as Qwen3) -> q, k of the same shape and dtype.
     """
     q_rotated = _rotate(rms_norm.reference(q.float(), q_weight, eps), rope, pairs).to(q.dtype)
     k_rotated = _rotate(rms_norm.reference(k.float(), k_weight, eps), rope, pairs).to(k.dtype)
-    return _as_input(q_rotated, input_dtype), k_rotated
+    return q_rotated, k_rotated
 
 
 def _rows_of(table: Tensor, modulation_row: Tensor) -> Tensor:
@@ -211,9 +209,8 @@ def _rotation_in_chunks(
     k_weight: Tensor,
     rope: Tensor,
     eps: float,
-    input_dtype: torch.dtype | None = None,
     pairs: Pairs = "adjacent",
-) -> tuple[Tensor | QuantizedRows, Tensor]:
+) -> tuple[Tensor, Tensor]:
     factors: tuple[Tensor, ...]
     if pairs == "adjacent":
         factors = (torch.view_as_complex(rope)[:, None],)
@@ -227,7 +224,7 @@ def _rotation_in_chunks(
             out[chunk] = _rotate_in_place(_norm_in_place(x[chunk], weight, eps), *(each[chunk] for each in factors))
         return out
 
-    return _as_input(rotate(q, q_weight), input_dtype), rotate(k, k_weight)
+    return rotate(q, q_weight), rotate(k, k_weight)
 
 
 @rms_norm.on("cuda", "triton", when=lambda x, weight, eps: rows_supported(x))
@@ -275,7 +272,7 @@ def _triton_residual_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: floa
 @qk_norm_rope.on(
     "cuda",
     "triton",
-    when=lambda q, k, q_weight, k_weight, rope, eps, input_dtype=None, pairs=None: heads_supported(q, input_dtype),
+    when=lambda q, *rest: heads_supported(q),
 )
 def _triton_rotation(
     q: Tensor,
@@ -284,8 +281,6 @@ def _triton_rotation(
     k_weight: Tensor,
     rope: Tensor,
     eps: float,
-    input_dtype: torch.dtype | None = None,
     pairs: Pairs = "adjacent",
-) -> tuple[Tensor | QuantizedRows, Tensor]:
-    q_out, q_scale, k_out = launch_norm_rope(q, k, q_weight, k_weight, rope, eps, input_dtype, pairs == "halves")
-    return as_output(q_out, q_scale, q.dtype), k_out
+) -> tuple[Tensor, Tensor]:
+    return launch_norm_rope(q, k, q_weight, k_weight, rope, eps, pairs == "halves")

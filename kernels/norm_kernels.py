@@ -20,7 +20,6 @@ from s3dit.kernels.rows import (
     holding,
     magnitude_bits,
     max_code,
-    round_rows,
     row_blocks,
 )
 
@@ -118,9 +117,8 @@ def _load_pairs(
 
 @kernel
 def _rotate_heads(
-    x: "Any", token: "Any", head: "Any", weight: "Any", cos: "Any", sin: "Any", out: "Any", out_scale: "Any", n: "Any",
-    eps: "Any", H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
-    MAX_CODE: tl.constexpr,
+    x: "Any", token: "Any", head: "Any", weight: "Any", cos: "Any", sin: "Any", out: "Any", n: "Any", eps: "Any",
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Normalize, rotate and write all H heads of token n; HEADS and HALF are powers of two that hold H and D / 2."""
     h = tl.arange(0, HEADS)[:, None]
@@ -130,9 +128,6 @@ def _rotate_heads(
     inverse = _inverse_rms(a * a + b * b, D, eps)
     a, b = a * inverse * a_weight, b * inverse * b_weight
     y = tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), (HEADS, 2 * HALF))
-    if MAX_CODE > 0:
-        y, scale = round_rows(y, MAX_CODE)
-        tl.store(out_scale + n * H + h, scale, mask=h < H)
     y = y.to(out.dtype.element_ty)
     place = out + (n * H + h) * D
     if HALVES:
@@ -148,20 +143,15 @@ def _rotate_heads(
 @kernel
 def _norm_rope_kernel(
     q: "Any", q_token: "Any", q_head: "Any", k: "Any", k_token: "Any", k_head: "Any", q_weight: "Any", k_weight: "Any",
-    rope: "Any", q_out: "Any", q_scale: "Any", k_out: "Any", eps: "Any", Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    rope: "Any", q_out: "Any", k_out: "Any", eps: "Any", Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     D: tl.constexpr, Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
-    MAX_CODE: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Compute qk_norm_rope of one token: its angles are read once for all heads of q and k."""
     n = tl.program_id(0).to(tl.int64)
     zero = tl.zeros((1, 1), tl.int32)
     cos, sin = _load_pairs(rope + n * D, zero, zero == 0, D, 1, HALF, False)
-    _rotate_heads(
-        k, k_token, k_head, k_weight, cos, sin, k_out, q_scale, n, eps, K_HEADS, D, K_BLOCK, HALF, HALVES, 0.0
-    )  # fmt: skip
-    _rotate_heads(
-        q, q_token, q_head, q_weight, cos, sin, q_out, q_scale, n, eps, Q_HEADS, D, Q_BLOCK, HALF, HALVES, MAX_CODE
-    )  # fmt: skip
+    _rotate_heads(k, k_token, k_head, k_weight, cos, sin, k_out, n, eps, K_HEADS, D, K_BLOCK, HALF, HALVES)
+    _rotate_heads(q, q_token, q_head, q_weight, cos, sin, q_out, n, eps, Q_HEADS, D, Q_BLOCK, HALF, HALVES)
 
 
 def _fake_norm(
@@ -226,32 +216,30 @@ def launch_residual_norm(
 
 
 def _fake_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float,
-    input_dtype: torch.dtype | None, halves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return *empty_rows(q, input_dtype), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, halves: bool
+) -> tuple[Tensor, Tensor]:
+    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    return q_out, k_out
 
 
 @launcher(_fake_norm_rope)
 def launch_norm_rope(
-    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float,
-    input_dtype: torch.dtype | None, halves: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, eps: float, halves: bool
+) -> tuple[Tensor, Tensor]:
     """RMS-normalize and rotate the heads of q (N, H, D) and k (N, KV, D), D even and at most 256.
 
-    rope (N, D/2, 2) fp32 · halves: pairs are (i, i + D/2) instead of adjacent numbers -> q as values and scales as
-    `rows.empty_rows` shapes them, and k (N, KV, D) in its own dtype.
+    rope (N, D/2, 2) fp32 · halves: pairs are (i, i + D/2) instead of adjacent numbers -> q and k, contiguous.
     """
-    q_out, q_scale, k_out = _fake_norm_rope(q, k, q_weight, k_weight, rope, eps, input_dtype, halves)
+    q_out, k_out = _fake_norm_rope(q, k, q_weight, k_weight, rope, eps, halves)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     n, heads, width = q.shape
     if n:
         _norm_rope_kernel[(n,)](
             q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), q_weight, k_weight, rope.contiguous(), q_out,
-            q_scale, k_out, eps, heads, k.shape[1], width, holding(heads), holding(k.shape[1]),
-            max(8, holding(width // 2)), halves, max_code(input_dtype), num_warps=4,
+            k_out, eps, heads, k.shape[1], width, holding(heads), holding(k.shape[1]),
+            max(8, holding(width // 2)), halves, num_warps=4,
         )  # fmt: skip
-    return q_out, q_scale, k_out
+    return q_out, k_out
 
 
 def rows_supported(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
@@ -261,8 +249,8 @@ def rows_supported(x: Tensor, input_dtype: torch.dtype | None = None) -> bool | 
     return why_unsupported(x, FLOAT_DTYPES, input_dtype) or True
 
 
-def heads_supported(q: Tensor, input_dtype: torch.dtype | None = None) -> bool | str:
+def heads_supported(q: Tensor) -> bool | str:
     """Return True, or why the kernel of qk_norm_rope cannot take heads q (N, H, D): their size, dtype, or the GPU."""
     if q.shape[-1] % 2 or q.shape[-1] > 256:
         return f"an even head size of at most 256, found {q.shape[-1]}"
-    return why_unsupported(q, FLOAT_DTYPES, input_dtype) or True
+    return why_unsupported(q, FLOAT_DTYPES) or True

@@ -93,7 +93,7 @@ class Pipeline(LoadedModel):
         transformer's blocks, in the first pass · graphs: record the transformer's passes as CUDA graphs, one a size
         · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · numerics: how
         near that is to the references: "exact" takes implementations with the same bits only, "lossless" (default) also
-        those that sum in another order, "approximate" also 8-bit attention on a GPU · quantize,
+        those that sum in another order, "approximate" also those with a stated error (none at present) · quantize,
         quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
         product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
         quantized model is run in its own format · disable_mmap: read weights into memory instead of mapping their

@@ -90,8 +90,8 @@ def make_plan(
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
     unused = tuple(without_effect(request, sources))
-    if numerics() == "approximate" and components.placement.device.type != "cuda":
-        unused += ("numerics approximate has no effect here: what approximates runs on CUDA devices only",)
+    if numerics() == "approximate":
+        unused += ("numerics approximate has no effect: nothing approximates at present",)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))

@@ -12,7 +12,7 @@ import torch
 from bench_machine import ROOT
 from torch import Tensor, nn
 
-from s3dit.kernels.attention import Spans, attention, attention8
+from s3dit.kernels.attention import Spans, attention
 from s3dit.kernels.dispatch import Op, use_backend
 from s3dit.kernels.norm import (
     gated_residual,
@@ -37,7 +37,7 @@ from s3dit.runtime.graphs import Replay, compile_blocks
 from s3dit.weights.quantize import quantizable_layers
 
 __all__ = [
-    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention", "attention8",
+    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention",
     "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm", "implementations", "model_inputs",
     "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "residual_norm", "rms_norm", "rms_norm_modulate",
     "stream", "swiglu", "text_encoder", "transformer", "use_backend",

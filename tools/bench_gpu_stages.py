@@ -410,18 +410,17 @@ def _implementation(
 
 
 def _attention(bench: Bench, n: int) -> Iterator[Row]:
-    """Attention of one item of n tokens, and attention with queries and keys in int8."""
+    """Attention of one item of n tokens."""
     _, _, heads, head = _sizes(bench)
     spans = engine.Spans.of((n,), bench.device)
     inputs = bench.timer.input_sets(
         lambda: (*(_draw(bench, n, heads, head) for _ in range(3)), spans, spans), 6 * n * heads * head
     )
     flops = 4 * n * n * heads * head
-    for op in (engine.attention, engine.attention8):
-        for name, function in engine.implementations(op, inputs[0], bench.device).items():
-            chosen = inputs[:1] if name == "reference" else inputs
-            measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
-            yield from bench.attempt(2, measure, op=op.name, implementation=name)
+    for name, function in engine.implementations(engine.attention, inputs[0], bench.device).items():
+        chosen = inputs[:1] if name == "reference" else inputs
+        measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
+        yield from bench.attempt(2, measure, op="attention", implementation=name)
 
 
 def _products(bench: Bench, n: int, out: int, width: int) -> Iterator[Row]:

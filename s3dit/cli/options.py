@@ -136,7 +136,7 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--numerics", metavar="NAME", default="lossless",
         help="how near they are to the references: exact (the same bits), lossless (sums in another order; default), "
-        "approximate (also 8-bit attention on a GPU)",
+        "approximate (also with a stated error; none at present)",
     )  # fmt: skip
 
 

@@ -21,16 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s3dit.kernels.attention import Spans, attention, attention8
-from s3dit.kernels.dispatch import Op, may_approximate
+from s3dit.kernels.attention import Spans, attention
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import QuantizedRows
-from s3dit.kernels.swiglu import swiglu
 from s3dit.model.config import TransformerConfig
 from s3dit.model.hooks import unhookable
 from s3dit.model.layers import RMSNorm, rope_table
 from s3dit.model.layout import Layout, Pack
-from s3dit.model.linear import Linear
+from s3dit.model.linear import Linear, swiglu_layers
 
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
 PATCH = "2-1"
@@ -85,12 +83,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor | QuantizedRows, rope: Tensor, spans: Spans) -> Tensor:
         """Attend within each item: x (N, dim) or its QuantizedRows, rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
         q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
-        # Queries times keys in int8: meant to be faster on a GPU, 1e-2 from exact.
-        eight_bit = may_approximate(q)
-        rounded = (torch.int8,) if eight_bit else ()
-        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS, *rounded)
-        mix: Op[..., Tensor] = attention8 if eight_bit else attention
-        return self.to_out[0](mix(q, k, v, spans, spans).flatten(1))
+        q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS)
+        return self.to_out[0](attention(q, k, v, spans, spans).flatten(1))
 
 
 class FeedForward(nn.Module):
@@ -109,7 +103,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows) -> Tensor:
         """Apply to x (N, dim), or to its QuantizedRows -> (N, dim)."""
-        return self.w2(swiglu(self.w1(x), self.w3(x), self.w2.input_dtype))
+        return self.w2(swiglu_layers(self.w1, self.w3, x, self.w2.input_dtype))
 
 
 class Block(nn.Module):

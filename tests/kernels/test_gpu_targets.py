@@ -30,12 +30,13 @@ from s3dit.kernels.rows import launch_quantize_rows
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
-names[torch.float8_e4m3fn] = "fp8e4nv"
+names |= {torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
 assembly = []
 
 def launch(kernel, grid):
     def compiled(*given, **options):
         signature, constants, aligned = {}, {}, {}
+        given = (*given, *(options.pop(parameter.name) for parameter in kernel.params[len(given) :]))
         for i, (parameter, value) in enumerate(zip(kernel.params, given, strict=True)):
             if parameter.is_constexpr or value is None:
                 signature[parameter.name], constants[(i,)] = "constexpr", value
@@ -77,8 +78,8 @@ for dtype in (None, torch.int8, torch.float8_e4m3fn) if capability >= 89 else (N
 launch_norm(x, weight, None, 1e-5, None)
 launch_residual_norm(x, x, factor, None, row, 1e-5, None)
 launch_residual_norm(x, x, None, weight, None, 1e-5, None)
-for dtype, halves in ((None, False), (torch.int8, False), (None, True)):
-    launch_norm_rope(q, k, head, head, rope, 1e-5, dtype, halves)
+for halves in (False, True):
+    launch_norm_rope(q, k, head, head, rope, 1e-5, halves)
 for channels in (128, 256, 512):
     picture = torch.zeros(1, channels, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
     moments = launch_moments(picture, 32)
@@ -95,7 +96,7 @@ from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.kernels.schemes import SCHEMES
 
-matmul._describable = lambda *tensors: capability >= 90
+matmul.describable = lambda *tensors: capability >= 90
 matmul.program_count = mixed_matmul.program_count = lambda device: 132
 grouped.F = gguf_matmul.F = mixed_matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
 form = grouped.Form(torch.uint8, 16, torch.bfloat16, True, torch.bfloat16, rounded=True)
@@ -106,9 +107,33 @@ for rows in (64, 4224):
         x = torch.zeros(rows, 10240, dtype=torch.bfloat16)
         x = QuantizedRows(*launch_quantize_rows(x, scheme.activation), x.dtype) if scheme.activation else x
         next(s for s in scheme.linear.implementations if s.backend == "triton").function(x, parts, None)
+        if scheme.activation:
+            up = {**parts, "weight": parts["weight"].clone()}
+            matmul.launch_scaled(
+                x.values, parts["weight"], x.scale, parts["scale"], None, x.dtype, up=up["weight"], up_scale=up["scale"]
+            )
 found = " ".join(assembly)
 words = ["wgmma.mma_async", "f32.bf16.bf16", "f32.e4m3.e4m3", "s32.s8.s8", "cp.async.bulk.tensor"]
 assert capability < 90 or all(word in found for word in words), [word for word in words if word not in found]
+"""
+
+
+ATTENTION = """
+from s3dit.kernels import flash_attention
+from s3dit.kernels.tune import trying
+
+flash_attention.describable = lambda *tensors: 90 <= capability < 120
+flash_attention.capability = lambda device: divmod(capability, 10)
+for dim in (64, 96, 128):
+    q, k, v = torch.zeros(64, 3 * 30 * dim, dtype=torch.bfloat16).unflatten(1, (3, 30, dim)).unbind(1)
+    cu = torch.tensor([0, 64], dtype=torch.int32)
+    for long in (False, True):
+        config = flash_attention.estimated_config(flash_attention._block(dim), long, torch.device("cuda"))
+        with trying("attention", config):
+            flash_attention.flash_attention(q, k, v, cu, cu, 64, dim == 64)
+        assert ("cp.async.bulk.tensor" in assembly[-1]) == (90 <= capability < 120 and dim != 96)
+        assert ("wgmma" if capability == 90 else "mma.sync") in assembly[-1]
+        assert ".local" not in assembly[-1]
 """
 
 
@@ -116,8 +141,14 @@ assert capability < 90 or all(word in found for word in words), [word for word i
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 @pytest.mark.parametrize(
     "kernels, capability, shared",
-    [(PRODUCTS, 90, 227), (PRODUCTS, 89, 99), *((ROW_KERNELS, target, 48) for target in (80, 89, 90, 120))],
-    ids=["products-90", "products-89", "rows-80", "rows-89", "rows-90", "rows-120"],
+    [
+        *(pytest.param(PRODUCTS, target, shared, id=f"products-{target}") for target, shared in ((90, 227), (89, 99))),
+        *(pytest.param(ROW_KERNELS, target, 48, id=f"rows-{target}") for target in (80, 89, 90, 120)),
+        *(
+            pytest.param(ATTENTION, target, shared, id=f"attention-{target}")
+            for target, shared in ((80, 99), (90, 227), (120, 99))
+        ),
+    ],
 )
 def test_kernels_compile_for_gpus(kernels, capability, shared, tmp_path):
     """At the sizes of the model, and without a GPU: finds what the interpreter forgives.

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from s3dit.errors import BackendError
-from s3dit.kernels import dispatch, int8, matmul, scheme, tune
+from s3dit.kernels import dispatch, fp8, int8, matmul, scheme, tune
 from s3dit.kernels import mixed_matmul as mixed
 from s3dit.kernels.dispatch import INTERPRETED, set_backend
 from s3dit.kernels.matmul import Tile, best_tile, launch_scaled, scaled_matmul, tile_candidates
 from s3dit.kernels.mixed_matmul import dequantize_weight, launch_mixed, mixed_matmul, packed_weight
 from s3dit.kernels.rows import launch_quantize_rows
 from s3dit.kernels.schemes import SCHEMES, linear
+from s3dit.kernels.swiglu_linear import swiglu_linear
 
 CUDA = torch.cuda.is_available()
 FP8 = torch.float8_e4m3fn
@@ -89,6 +90,53 @@ def test_scaled_matmul(dtype, described, m, n, k, device):
     for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
         out = launch_scaled(x, weight, x_scale, w_scale, bias, torch.float32, tile, described)
         assert relative(out, expected) < (1e-3 if dtype == FP8 and CUDA else 1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.int8, FP8])
+@pytest.mark.parametrize("described", [False, True])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_scaled_swiglu(dtype, described, first, m, n, k, device):
+    """Whichever of the two weights lies first, and whatever lies between them."""
+    skip_without_e4m3(dtype)
+    if described and CUDA and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need capability 9.0")
+    x, both = numbers(m, k, dtype=dtype, device=device), numbers(2 * n + 32, k, dtype=dtype, device=device)
+    gate, up = (both[start : start + n] for start in ((0, n + 32) if first == 0 else (n + 32, 0)))
+    # Products of a few units, where SwiGLU is neither 0 nor linear.
+    x_scale, *scales = ((torch.rand(size, 1, device=device) + 0.1) / 30 / k**0.25 for size in (m, n, n))
+    a, b = (x.double() * x_scale @ (w.double() * s).T for w, s in zip((gate, up), scales, strict=True))
+    depth = 32 if k % 64 else 64
+    for tile in (Tile(32, 32, depth, 4, 2, group=2), Tile(16, 64, 64, 4, 3, halves=True, promote=True, flatten=False)):
+        out = launch_scaled(
+            x, gate, x_scale, scales[0], None, torch.float32, tile, described, up=up, up_scale=scales[1]
+        )
+        assert relative(out, F.silu(a) * b) < (2e-3 if dtype == FP8 and CUDA else 2e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_swiglu_of_two_layers(name, device, force):
+    """The Op rounds x, multiplies, and rounds for the next layer, also in one graph for any number of rows."""
+    chosen = SCHEMES[name]
+    skip_without_e4m3(chosen.activation)
+    parts = [{p: t.to(device) for p, t in chosen.encode(torch.randn(80, 128) / 8).items()} for _ in range(2)]
+    force("triton")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x: swiglu_linear(x, chosen, *parts), fullgraph=True, dynamic=True, backend=counter)
+    for rows in (5, 33):
+        x = torch.randn(2, rows, 128, device=device).half()
+        out, expected = swiglu_linear(x, chosen, *parts), swiglu_linear.reference(x, chosen, *parts)
+        # fp16 rounds the result, and in the reference both products.
+        assert out.dtype == expected.dtype and relative(out, expected) < 2**-9
+        assert torch.equal(compiled(x), out)
+        assert torch.equal(
+            swiglu_linear(x, chosen, *parts, torch.int8).values, launch_quantize_rows(out, torch.int8)[0]
+        )
+    assert counter.frame_count == 1
+    with pytest.raises(BackendError, match="multiplies int8 and e4m3 rows, found int4"):
+        swiglu_linear(x, SCHEMES["int4"], *parts)
 
 
 @needs_triton
@@ -259,6 +307,8 @@ def test_formats_without_triton(name):
     for implementation in implementations:
         if implementation.function is int8._int_mm and not int8.INTEGER_DOT:
             continue  # This CPU's integer product saturates, so it cannot play the GPU's.
+        if implementation.function is fp8._scaled_mm and fp8.why_refused(66, parts["weight"], True):
+            continue  # torch before 2.12 has no row-wise product on a CPU.
         # Wide x: bf16 rounds the weight and the result.
         assert relative(implementation.function(x, parts, bias), expected) < 2**-7
 
@@ -273,6 +323,34 @@ def test_what_a_gpu_lacks_is_explained(monkeypatch):
     monkeypatch.setattr(dispatch, "_backend", "triton")
     with pytest.raises(BackendError, match="capability 8.9, found 8.0"):
         SCHEMES["fp8"].linear(x, parts, None)
+
+
+@needs_triton
+def test_sizes_that_torchs_row_wise_product_refuses(device, monkeypatch):
+    """They are found by one try, and our own product runs; nothing is tried while a graph is recorded."""
+    skip_without_e4m3(FP8)
+    parts = {part: t.to(device) for part, t in SCHEMES["fp8"].encode(torch.randn(80, 128)).items()}
+    linear_op, x, calls = SCHEMES["fp8"].linear, torch.randn(33, 128, device=device).bfloat16(), []
+
+    def refuse(x, *args, **kwargs):
+        calls.append(len(x))
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nwhen calling")
+
+    monkeypatch.setattr(fp8, "_refusals", {})
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    monkeypatch.setattr(fp8, "why_unsupported", lambda *args: "")
+    monkeypatch.setattr(dispatch, "_device", lambda args: "cuda")
+    for rows in (33, 33, 7, 7, 300, 400):
+        reasons = {name: why for name, _, why in linear_op.explain(x[:1].expand(rows, -1), parts, None)}
+        assert reasons["scaled_mm"] == "torch's row-wise product refuses: CUBLAS_STATUS_NOT_SUPPORTED"
+    assert calls == [33, 7, 256]
+    values, scale, _ = scheme.quantize_rows(x, FP8)
+    out = fp8.row_wise_matmul(values, parts["weight"], scale, parts["scale"], None, torch.float32)
+    expected = values.double() * scale @ (parts["weight"].double() * parts["scale"]).T
+    assert calls == [33, 7, 256] and relative(out, expected) < (1e-3 if CUDA else 1e-6)
+    if CUDA:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert "before recording" in fp8.why_refused(34, parts["weight"], False) and calls == [33, 7, 256]
 
 
 @needs_triton

@@ -70,7 +70,7 @@ def test_halves_are_rotated_as_qwen3_does():
     normed, (cos, sin) = rms_norm(x, w, 1e-6), rope.repeat(1, 2, 1)[:, None].unbind(-1)
     first, second = normed.chunk(2, -1)
     expected = normed * cos + torch.cat((-second, first), -1) * sin
-    assert torch.equal(qk_norm_rope.reference(x, x, w, w, rope, 1e-6, None, "halves")[0], expected)
+    assert torch.equal(qk_norm_rope.reference(x, x, w, w, rope, 1e-6, "halves")[0], expected)
 
 
 @pytest.mark.parametrize("pairs", ["adjacent", "halves"])
@@ -90,7 +90,7 @@ def test_rotation_in_all_forms(n, pairs):
     )
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]
     for form in (qk_norm_rope, qk_norm_rope.reference):
-        for got, x, w in zip(form(q, k, wq, wk, rope, 1e-5, None, pairs), (q, k), (wq, wk), strict=True):
+        for got, x, w in zip(form(q, k, wq, wk, rope, 1e-5, pairs), (q, k), (wq, wk), strict=True):
             first, second = norm64(x, w, 1e-5).unflatten(-1, (-1, 2)).unbind(-1)
             if pairs == "halves":
                 first, second = norm64(x, w, 1e-5).chunk(2, -1)
@@ -98,7 +98,7 @@ def test_rotation_in_all_forms(n, pairs):
             turned = turned.flatten(-2) if pairs == "adjacent" else turned.mT.flatten(-2)
             # 2e-4: an angle of 3000 rad has 1.2e-4 rad to the fp32 ulp, as in the official tables
             assert relative(got, turned) < 2e-4
-    args = q, k, wq, wk, rope, 1e-5, None, pairs
+    args = q, k, wq, wk, rope, 1e-5, pairs
     assert all(torch.equal(a, b) for a, b in zip(qk_norm_rope(*args), qk_norm_rope.reference(*args), strict=True))
 
 
@@ -137,13 +137,13 @@ def test_modulating_kernels(n, d, rows, dtype, input_dtype, device, kernel_of, p
 @pytest.mark.parametrize(
     "n, heads, shared, dim", [(1, 1, 1, 32), (31, 3, 3, 128), (33, 5, 2, 96), (2, 32, 8, 128), (0, 2, 2, 32)]
 )
-def test_rotation_kernel(n, heads, shared, dim, pairs, dtype, input_dtype, device, kernel_of, poison, assert_close):
+def test_rotation_kernel(n, heads, shared, dim, pairs, dtype, device, kernel_of, poison, assert_close):
     # q and k as a joint projection gives them: views of one tensor
     both = torch.randn(n, (heads + 2 * shared) * dim, device=device).to(dtype).unflatten(1, (-1, dim))
     q, k, _ = both.split([heads, shared, shared], 1)
     wq, wk = torch.randn(2, dim, device=device).to(dtype)
     rope = rope_table(torch.randint(0, 99, (n, 1)), (dim,), 256.0).to(device)
-    args = q, k, wq, wk, rope, 1e-5, input_dtype, pairs
+    args = q, k, wq, wk, rope, 1e-5, pairs
     for got, expected in zip(kernel_of(qk_norm_rope)(*args), qk_norm_rope.reference(*args), strict=True):
         assert_close(got, expected)
 

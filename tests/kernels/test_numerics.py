@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from s3dit.errors import BackendError
-from s3dit.kernels import attention, dispatch, group_norm, norm, rows, swiglu
+from s3dit.kernels import attention, dispatch, group_norm, norm, rows, swiglu, swiglu_linear
 from s3dit.kernels.attention import Spans
 from s3dit.kernels.dispatch import INTERPRETED, NUMERICS, use_backend, use_numerics
 from s3dit.kernels.gguf import GGUF
@@ -31,7 +31,6 @@ def arguments(dtype, N=70):
     x, y, weight, gate, factor = draw(N, DIM), draw(N, DIM), draw(DIM), draw(2, DIM).float(), draw(2, DIM).float()
     found = {
         attention.attention: (q, k, v, spans, spans), attention.attention_lse: (q, k, v, spans, spans),
-        attention.attention8: (q, k, v, spans, spans),
         norm.rms_norm: (x, weight, 1e-6), norm.rms_norm_modulate: (x, factor, row, 1e-6),
         norm.residual_norm: (x, y, weight, 1e-6), norm.gated_residual: (x, y, gate, row, 1e-6),
         norm.gated_residual_norm: (x, y, gate, factor, row, 1e-6),
@@ -46,6 +45,9 @@ def arguments(dtype, N=70):
     for scheme in SCHEMES.values():
         given = draw(N, 128) if scheme.activation is None else quantize_rows(draw(N, 128), scheme.activation)
         found[scheme.linear] = (given, scheme.encode(torch.randn(80, 128, generator=g)), draw(80).float())
+    int8 = SCHEMES["int8"]
+    gate, up = (int8.encode(torch.randn(80, 128, generator=g) / 8) for _ in range(2))
+    found[swiglu_linear.swiglu_linear] = (quantize_rows(draw(N, 128), torch.int8), int8, gate, up)
     return found
 
 
@@ -100,7 +102,7 @@ def test_kernels_keep_their_promise(op):
 def test_the_table_holds_every_op():
     made = {
         name
-        for room in (attention, norm, swiglu, rows)
+        for room in (attention, norm, swiglu, swiglu_linear, rows)
         for name, op in vars(room).items()
         if isinstance(op, dispatch.Op)
     }

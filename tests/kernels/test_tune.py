@@ -38,18 +38,17 @@ def test_rows_are_measurements():
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
-@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("width", [32, 64, 128])
-def test_every_gpu_has_an_estimate_that_fits(int8, width, capability, monkeypatch):
+def test_every_gpu_has_an_estimate_that_fits(width, capability, monkeypatch):
     monkeypatch.setattr(flash_attention, "capability", lambda device: capability)
     for long in (False, True):
-        config = estimated_config(width, long, int8, torch.device("cuda"))
+        config = estimated_config(width, long, torch.device("cuda"))
         q, kv = config["BLOCK_M"] * width * 2, config["BLOCK_N"] * width * 4
         room = 227 if capability[0] in (9, 10) else 99
         assert q + config["num_stages"] * kv <= room * 1024
         assert config in CANDIDATES
     assert config["BLOCK_M"] == 128
-    assert estimated_config(width, True, int8, torch.device("cpu"))["BLOCK_M"] == 32
+    assert estimated_config(width, True, torch.device("cpu"))["BLOCK_M"] == 32
 
 
 def test_the_most_exact_row_wins(on):

@@ -7,8 +7,10 @@ from s3dit import Pipeline
 from s3dit.errors import BackendError
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
+from s3dit.kernels.swiglu import swiglu
+from s3dit.kernels.swiglu_linear import swiglu_linear
 from s3dit.model.layout import text_to_image
-from s3dit.model.linear import ROWS, Linear, QuantLinear, swap
+from s3dit.model.linear import ROWS, Linear, QuantLinear, swap, swiglu_layers
 
 # Mean relative error against fp32, in bf16 arithmetic; the bounds of 5e-2, 4e-2 and 1e-1 are of more prompts than two.
 BOUNDS = {"fp8": 6e-2, "fp8-weights": 5e-2, "int8": 4e-2, "int8-weights": 4e-2, "int4": 1.1e-1}
@@ -56,6 +58,41 @@ def test_a_layer_multiplies_by_its_parts(name):
     assert ((layer(x) - expected).norm() / expected.norm()) < 2e-6
     if layer.input_dtype is not None:
         assert torch.equal(layer(quantize_rows(x, layer.input_dtype)), layer(x))
+
+
+def test_two_layers_run_as_one_op_unless_somebody_looks():
+    """The bits are those of two layers; hooks, other formats and biases get what they always do."""
+    calls, x = [], torch.randn(5, 128)
+
+    def fused(*args):
+        calls.append(args)
+        return swiglu_linear.reference(*args)
+
+    def layers(*schemes, bias=False):
+        made = [QuantLinear(SCHEMES[name], 128, 64, bias) if name else Linear(128, 64, bias=bias) for name in schemes]
+        for layer, name in zip(made, schemes, strict=True):
+            layer.load_state_dict(SCHEMES[name].encode(torch.randn(64, 128)) if name else {}, strict=False)
+        return made
+
+    gate, up = layers("int8", "int8")
+    expected = swiglu(gate(x), up(x))
+    assert torch.equal(swiglu_layers(gate, up, x, None), expected)
+    assert torch.equal(swiglu_layers(gate, up, x, torch.int8).values, quantize_rows(expected, torch.int8).values)
+    with torch.no_grad(), swiglu_linear.using(fused):
+        swiglu_layers(gate, up, x, None)
+        assert len(calls) == 1
+        for pair in (
+            layers("int8", "fp8"),
+            layers("int4", "int4"),
+            layers(None, None),
+            layers("int8", "int8", bias=True),
+        ):
+            swiglu_layers(*pair, x, None)
+        seen = []
+        handle = up.register_forward_hook(lambda *args: seen.append(args))
+        swiglu_layers(gate, up, x, None)
+        handle.remove()
+        assert len(calls) == 1 and len(seen) == 1
 
 
 @pytest.mark.parametrize("bias", [False, True])
