@@ -2,6 +2,7 @@
 
     python tools/bench_formats.py transformer      one forward of --layers main blocks, 512² + 64 tokens, each format
     python tools/bench_formats.py products         a product by 3840 × 3840 at --tokens, each format and GGUF's
+    python tools/bench_formats.py text             text encoding of --tokens in each format: seconds, error against fp32
     python tools/bench_formats.py memory           a full-size random model: quantize it, draw 256², peaks of memory
     python tools/bench_formats.py quality          velocity error on the embedded model, teacher-forced, against fp32
     python tools/bench_formats.py quality --score 500        and the share of pictures that show their prompt
@@ -31,10 +32,12 @@ from torch import Tensor
 
 from s3dit.inputs.start_image import draw
 from s3dit.kernels.gguf import GGUF
+from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES, linear
-from s3dit.model.config import TransformerConfig
+from s3dit.model.config import TextEncoderConfig, TransformerConfig
 from s3dit.model.layout import text_to_image
-from s3dit.model.linear import swap
+from s3dit.model.linear import Linear, QuantLinear, swap
+from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.pipeline import Pipeline
 from s3dit.runtime.devices import place
@@ -118,6 +121,56 @@ def bench_products(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def bench_text(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Layers of the official width: seconds in bf16 and in each format, and errors against fp32.
+
+    Weights are normal; four input channels and three of every norm are 20 to 30 times as large, as in trained models.
+    """
+    exact = text_encoder(args.layers, None, torch.float32)
+    for name in (None, *args.formats):
+        model = text_encoder(args.layers, name, torch.bfloat16)
+        row: dict[str, Any] = {"name": f"text encoding in {name or 'bf16'}, {args.layers} layers"}
+        for tokens in args.tokens:
+            x = torch.randn(tokens, 2560, generator=torch.Generator().manual_seed(0)) / 2
+            x[:, :4] *= 30
+            expected, took = exact(x, [tokens]), []
+            for _ in range(args.repeat + 1):
+                start = time.perf_counter()
+                found = model(x.bfloat16(), [tokens])
+                took.append(time.perf_counter() - start)
+            error = float((found.float() - expected).norm() / expected.norm())
+            row[str(tokens)] = {"s": round(statistics.median(took[1:]), 4), "error": round(error, 5)}
+        yield row
+
+
+def text_encoder(layers: int, name: str | None, dtype: torch.dtype) -> TextEncoder:
+    """The same random weights every time, in a dtype, or the linear layers in a number format."""
+    sizes = {"vocab_size": 8, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": layers + 1}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
+    config = TextEncoderConfig.from_json({**sizes, **heads, "rms_norm_eps": 1e-6, "rope_theta": 1000000}, "bench")
+    model, draw = TextEncoder(config).requires_grad_(False), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.normal_(0, 0.02, generator=draw)
+        else:
+            parameter.fill_(1.0)
+            parameter[torch.randperm(len(parameter), generator=draw)[:3]] *= 20
+    model = model.to(dtype)
+    for path, module in list(model.named_modules()) if name else []:
+        if type(module) is Linear:
+            parent, _, leaf = path.rpartition(".")
+            layer = QuantLinear(SCHEMES[str(name)], module.in_features, module.out_features)
+            layer._buffers.update(encode(SCHEMES[str(name)], module.weight))
+            setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+def encode(scheme: Scheme, weight: Tensor) -> dict[str, Tensor]:
+    """A weight in a format that is written here."""
+    assert scheme.encode is not None
+    return scheme.encode(weight)
+
+
 def random_blocks(spec: Any) -> dict[str, Tensor]:
     """Parts of a GGUF weight with random bytes, whose fp16 scales are finite: no byte has its highest exponent bits."""
     return {name: torch.randint(0, 100, shape, dtype=dtype) for name, (shape, dtype) in spec.items()}
@@ -192,12 +245,12 @@ def share(pipe: Pipeline, count: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("transformer", "products", "memory", "quality"))
+    parser.add_argument("what", choices=("transformer", "products", "text", "memory", "quality"))
     parser.add_argument("--formats", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument(
         "--gguf", nargs="*", default=["Q8_0", "Q4_K", "Q5_K", "Q6_K"], choices=list(GGUF), help="products"
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 320, 1088], help="products (64 320 1088)")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[64, 320, 1088], help="products, text (64 320 1088)")
     parser.add_argument("--layers", type=int, default=1, help="transformer: main blocks (default 1)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="memory: steps of the picture (default 2)")
@@ -208,6 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     bench = {
         "transformer": bench_transformer,
         "products": bench_products,
+        "text": bench_text,
         "memory": bench_memory,
         "quality": bench_quality,
     }[args.what]
