@@ -59,6 +59,13 @@ def watched(modules: Iterable[nn.Module]) -> bool:
     return any(not isinstance(hook, Own) for hook in hooks)
 
 
+def hooked(*modules: nn.Module) -> bool:
+    """Return whether any of these modules has forward hooks, of a user or the engine, or all modules of the process."""
+    if every_module._global_forward_hooks or every_module._global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
 def unhookable(module: M, why: str) -> M:
     """Let a module refuse to register hooks, with a RequestError that says why; returns the module."""
     vars(module).update({name: partial(_refuse, type(module).__name__, why) for name in REGISTERS})
