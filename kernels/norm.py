@@ -156,6 +156,18 @@ def _norm_in_place(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return upcast.mul_(torch.rsqrt(upcast.pow(2).mean(-1, keepdim=True) + eps)).mul_(weight)
 
 
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor | None = None) -> Tensor:
+    """Rotate adjacent pairs of x (n, H, D) fp32 by complex factors (n, 1, D/2), or halves by cos and ∓sin (n, 1, D).
+
+    Access to pairs by strides, as in the reference, is several times slower on a CPU.
+    """
+    if sin is None:
+        torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(cos)
+        return x
+    exchanged = x.roll(x.shape[-1] // 2, -1).mul_(sin)
+    return x.mul_(cos).add_(exchanged)
+
+
 # On a CPU every pass of a reference goes through memory, and every result of a pass faults new pages in. The same
 # arithmetic on a few rows at a time, in place, stays in the cache and gives the same bits. 1,088 tokens of width 3,840
 # on one (shared) core of a Zen 5, bf16: 1.8 to 4 times less time than the references, 6 for the rotation.
@@ -202,16 +214,17 @@ def _rotation_in_chunks(
     input_dtype: torch.dtype | None = None,
     pairs: Pairs = "adjacent",
 ) -> tuple[Tensor | QuantizedRows, Tensor]:
+    factors: tuple[Tensor, ...]
+    if pairs == "adjacent":
+        factors = (torch.view_as_complex(rope)[:, None],)
+    else:
+        factors = rope.movedim(-1, 0).repeat(1, 1, 2)[:, :, None].unbind()
+        factors[1][..., : rope.shape[1]].neg_()
+
     def rotate(x: Tensor, weight: Tensor) -> Tensor:
         out, weight = torch.empty(x.shape, dtype=x.dtype, device=x.device), weight.float()
         for chunk in _chunks(len(x)):
-            normed = _norm_in_place(x[chunk], weight, eps)
-            if pairs == "adjacent":
-                # A complex product: strided access to pairs makes the real form several times slower on a CPU.
-                torch.view_as_complex(normed.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(rope[chunk])[:, None])
-            else:
-                normed = _rotate(normed, rope[chunk], pairs)
-            out[chunk] = normed
+            out[chunk] = _rotate_in_place(_norm_in_place(x[chunk], weight, eps), *(each[chunk] for each in factors))
         return out
 
     return _as_input(rotate(q, q_weight), input_dtype), rotate(k, k_weight)

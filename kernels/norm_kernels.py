@@ -195,8 +195,10 @@ def _fake_residual_norm(
     residual: Tensor, x: Tensor, gate: Tensor | None, factor: Tensor | None, row: Tensor | None, eps: float,
     input_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    normed, scale = empty_rows(residual[:0] if factor is None else residual, input_dtype)
-    return torch.empty(residual.shape, dtype=residual.dtype, device=residual.device), normed, scale
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    if factor is None:
+        return out, out.new_empty(0), out.new_empty(0)
+    return out, *empty_rows(residual, input_dtype)
 
 
 @launcher(_fake_residual_norm)
@@ -207,7 +209,7 @@ def launch_residual_norm(
     """Compute residual + RMSNorm(x) · gate (x itself without a gate) and, where `factor` is given, RMSNorm · factor.
 
     residual, x (N, D) · gate, factor (D,) or (R, D), both of as many rows · row (N,), unused where that is one -> the
-    sum (N, D), and values and scales of its norm as `rows.empty_rows` shapes them, of no rows where there is none.
+    sum (N, D), and values and scales of its norm as `rows.empty_rows` shapes them, empty where there is none.
     """
     out, normed, scale = _fake_residual_norm(residual, x, gate, factor, row, eps, input_dtype)
     residual, x = flatten_rows(residual), flatten_rows(x)

@@ -64,6 +64,15 @@ def test_residual_norm(shape):
     assert torch.equal(total, residual + x) and torch.equal(normed, rms_norm(residual + x, w, 1e-5))
 
 
+def test_halves_are_rotated_as_qwen3_does():
+    """In fp32 the bits of transformers' x · cos + rotate_half(x) · sin."""
+    x, w, rope = torch.randn(31, 4, 32), torch.randn(32), rope_table(torch.arange(31)[:, None], (32,), 1e6)
+    normed, (cos, sin) = rms_norm(x, w, 1e-6), rope.repeat(1, 2, 1)[:, None].unbind(-1)
+    first, second = normed.chunk(2, -1)
+    expected = normed * cos + torch.cat((-second, first), -1) * sin
+    assert torch.equal(qk_norm_rope.reference(x, x, w, w, rope, 1e-6, None, "halves")[0], expected)
+
+
 @pytest.mark.parametrize("pairs", ["adjacent", "halves"])
 @pytest.mark.parametrize("n", [1, 31, 33])
 def test_rotation_in_all_forms(n, pairs):
