@@ -43,8 +43,9 @@ from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
 from s3dit.runtime.components import Components
 from s3dit.runtime.devices import own_settings, place
-from s3dit.runtime.finite import check_finite
+from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
+from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import Step, solve
@@ -297,13 +298,17 @@ class Pipeline(LoadedModel):
         )
         run = self.parts.component("transformer").replay if self.graphs else transformer
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
-        velocity = guide(run, context, guidance, [rows * columns for rows, columns in plan.grids], control)
+        modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
+        lengths = [rows * columns for rows, columns in plan.grids]
+        velocity = guide(run, context, guidance, lengths, control, modulation)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
+        checks = FiniteChecks()
         for step in solve(request.solver, velocity, x, sigmas, noise, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
-            check_finite(step.velocity, f"velocity of step {step.i}", again, *models)
+            checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step
+        checks.finish()
 
     def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[references.ReferenceFeatures]]:
         """What the transformer reads beside the pictures: prompts, negative prompts, references."""

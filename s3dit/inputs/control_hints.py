@@ -143,8 +143,8 @@ def hashes(prepared: Sequence[PreparedControl], i: int) -> dict[str, str]:
 
 def acting(
     prepared: Sequence[PreparedControl], nets: Sequence[nn.Module], inputs: Sequence[Tensor], sigmas: Tensor
-) -> Callable[[Tensor], tuple[Controls, ...]]:
-    """Return the function from a noise level to what acts there, for `guidance.guide`: a Controls, or nothing.
+) -> Callable[[Tensor], Controls | None]:
+    """Return the function from a noise level to what acts there, for `guidance.guide`: a Controls, or None.
 
     nets, inputs: the module of each control and its `patches` · sigmas (n + 1,) fp32, as the solver steps through them.
     """
@@ -154,9 +154,9 @@ def acting(
         assert isinstance(net, ControlNet)
         active.append(ActiveControlNet(net, tokens, control.control.strength or 0.0, control.control.rule))
 
-    def controls(sigma: Tensor) -> tuple[Controls, ...]:
+    def controls(sigma: Tensor) -> Controls | None:
         i = int((sigmas[:-1] > sigma).sum())
         now = tuple(net for control, net in zip(prepared, active, strict=True) if control.control.acts(i, n))
-        return (Controls(now),) if now else ()
+        return Controls(now) if now else None
 
     return controls

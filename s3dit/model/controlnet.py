@@ -34,7 +34,7 @@ from s3dit.kernels.attention import Spans
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import patchify
 from s3dit.model.linear import Linear
-from s3dit.model.transformer import PATCH, Block, Context, Transformer
+from s3dit.model.transformer import PATCH, Block, Context, Modulation, Transformer
 from s3dit.weights.assign import verify
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -231,7 +231,7 @@ class ControlNet(nn.Module):
             self.control_noise_refiner = nn.ModuleList(make(i) for i in range(base.n_refiner_layers))
 
     def refine(
-        self, patches: Tensor, pad: Tensor, image: Tensor, time: Tensor, context: Context
+        self, patches: Tensor, pad: Tensor, image: Tensor, modulation: Modulation, context: Context
     ) -> tuple[Tensor, list[Tensor]]:
         """Embed and refine control patches (n, 4 · channels) beside embedded image tokens (N_image, dim).
 
@@ -241,7 +241,7 @@ class ControlNet(nn.Module):
         pack = context.image
         patches = patches.repeat(len(pack.token_index) // len(patches), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
-        place = (context.image_rope, pack.spans, time, pack.modulation_row)
+        place = (context.image_rope, pack.spans, modulation.time, pack.modulation_row)
         if self.config.version == "1.0":
             for block in self.control_noise_refiner:
                 c = block(c, *place)
@@ -253,18 +253,19 @@ class ControlNet(nn.Module):
             hints += [hint] if len(hints) < self.refiner_layers else []
         return c, hints
 
-    def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
+    def hints(self, c: Tensor, tokens: Tensor, modulation: Modulation, context: Context) -> Iterator[Tensor | None]:
         """Yield for each layer of the base in turn what to add after it, (N, dim) or None.
 
         c (N_image, dim): refined control tokens · tokens (N, dim): the joined stream at the entry of the layers. One
         hint is held at a time, as the control stream does not look at the base's again.
         """
         joint, blocks = context.joint, dict(zip(self.config.places, self.control_layers, strict=True))
+        place = (context.joint_rope, joint.spans, modulation.time, joint.modulation_row)
         c = torch.cat((c, context.text))[context.gather]
         for i in range(self.layers):
             hint = None
             if i in blocks:
-                c, hint = blocks[i](c, tokens, context.joint_rope, joint.spans, time, joint.modulation_row)
+                c, hint = blocks[i](c, tokens, *place)
             yield hint
 
 
@@ -277,14 +278,16 @@ class ActiveControlNet:
     strength: float
     rule: Rule = "authors"
 
-    def refine(self, pad: Tensor, image: Tensor, time: Tensor, context: Context) -> tuple[Tensor, list[Tensor]]:
+    def refine(
+        self, pad: Tensor, image: Tensor, modulation: Modulation, context: Context
+    ) -> tuple[Tensor, list[Tensor]]:
         """Call `ControlNet.refine` -> control tokens (N_image, dim), and its hints times the strength."""
-        c, hints = self.net.refine(self.patches, pad, image, time, context)
+        c, hints = self.net.refine(self.patches, pad, image, modulation, context)
         return c, [hint * self.strength for hint in hints]
 
-    def hints(self, c: Tensor, tokens: Tensor, time: Tensor, context: Context) -> Iterator[Tensor | None]:
+    def hints(self, c: Tensor, tokens: Tensor, modulation: Modulation, context: Context) -> Iterator[Tensor | None]:
         """Yield `ControlNet.hints` times the strength."""
-        for hint in self.net.hints(c, tokens, time, context):
+        for hint in self.net.hints(c, tokens, modulation, context):
             yield None if hint is None else hint * self.strength
 
 
@@ -295,22 +298,22 @@ class Controls:
     nets: tuple[ActiveControlNet, ...]
 
     def __call__(
-        self, model: Transformer, image: Tensor, time: Tensor, context: Context
+        self, model: Transformer, image: Tensor, modulation: Modulation, context: Context
     ) -> tuple[Tensor, Iterator[Tensor | None]]:
         """Refine the image stream and join it with the caption, with the hints for the refiner.
 
-        image (N_image, dim): embedded image tokens · time (R, adaln_dim) -> the joined stream (N, dim), and for each
+        image (N_image, dim): embedded image tokens -> the joined stream (N, dim), and for each
         layer of the base what to add after it, (N, dim) or None.
         """
-        refined = [net.refine(model.x_pad_token, image, time, context) for net in self.nets]
+        refined = [net.refine(model.x_pad_token, image, modulation, context) for net in self.nets]
         shared = [hints for net, (_, hints) in zip(self.nets, refined, strict=True) if net.rule == "authors" and hints]
-        tokens = model.joined(image, time, context, [_sum(of_block) for of_block in zip(*shared, strict=True)])
+        tokens = model.joined(image, modulation, context, [_sum(of_block) for of_block in zip(*shared, strict=True)])
         streams = []
         for net, (c, hints) in zip(self.nets, refined, strict=True):
             # parity: diffusers adds a refiner's hints to a copy of the stream, which only its ControlNet reads.
             separate = net.rule == "diffusers" and hints
-            entry = model.joined(image, time, context, hints) if separate else tokens
-            streams.append(net.hints(c, entry, time, context))
+            entry = model.joined(image, modulation, context, hints) if separate else tokens
+            streams.append(net.hints(c, entry, modulation, context))
         of_layers = zip(*streams, strict=True)
         return tokens, (_sum([hint for hint in of_layer if hint is not None]) for of_layer in of_layers)
 

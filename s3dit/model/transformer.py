@@ -15,7 +15,7 @@ patch size (2 × 2 pixels of latents, 1 frame), which is the only one here.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from s3dit.kernels.attention import Spans, attention
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope, rms_norm_modulate
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.config import TransformerConfig
-from s3dit.model.hooks import unhookable
+from s3dit.model.hooks import hooked, unhookable
 from s3dit.model.layers import RMSNorm, rope_table
 from s3dit.model.layout import Layout, Pack
 from s3dit.model.linear import Linear, swiglu_layers
@@ -106,6 +106,21 @@ class FeedForward(nn.Module):
         return self.w2(swiglu_layers(self.w1, self.w3, x, self.w2.input_dtype))
 
 
+# What the end of a block needs to norm the tokens for the next one: its first factor (R, dim), and its input dtype.
+Following = tuple[Tensor, torch.dtype | None]
+
+
+def modulation_tables(modulation: Tensor, norms: Tensor) -> Tensor:
+    """Compute the factors and gates of blocks, as the Ops of `kernels.norm` take them.
+
+    modulation (…, R, 4 · dim): scale and gate of attention, then of feed-forward, as adaLN answers · norms (…, 4, dim):
+    the weights of the norms before and after each -> (…, 4, R, dim) fp32: weight · (1 + scale), weight · tanh(gate), ….
+    """
+    scales, gates = modulation.float().unflatten(-1, (2, 2, -1)).unbind(-2)  # (…, R, 2, dim)
+    tables = torch.stack((1.0 + scales, gates.tanh()), dim=-2).flatten(-3, -2)  # (…, R, 4, dim)
+    return norms.float()[..., None, :] * tables.movedim(-2, -3)
+
+
 class Block(nn.Module):
     """Sandwich-normed attention and feed-forward; `modulated` blocks read scale and gate from the time embedding."""
 
@@ -125,20 +140,42 @@ class Block(nn.Module):
             unhookable(self.ffn_norm1, FUSED.format("gated_residual_norm"))
             unhookable(self.ffn_norm2, FUSED.format("gated_residual"))
 
-    def forward(self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, modulation_row: Tensor) -> Tensor:
-        """Apply to x (N, dim) with rope (N, head_dim / 2, 2) fp32 -> (N, dim).
+    def norms(self) -> Tensor:
+        """Return the weights of the norms in the order in which they act, (4, dim)."""
+        norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
+        return torch.stack([norm.weight for norm in norms])
 
-        time (R, adaln_dim): one row an item, or one for all · modulation_row (N,) int64: which of them a token reads.
+    def forward(
+        self, x: Tensor, rope: Tensor, spans: Spans, time: Tensor, modulation_row: Tensor, tables: Tensor | None = None,
+        normed: Tensor | QuantizedRows | None = None, following: Following | None = None,
+    ) -> Any:  # fmt: skip
+        """Apply to x (N, dim) with rope (N, head_dim / 2, 2) fp32 -> (N, dim), with `following` also its norm.
+
+        time (R, adaln_dim): one row an item, or one for all · modulation_row (N,) int64: which of them a token reads ·
+        tables (4, R, dim): `modulation_tables` of this time, computed here where there are none · normed: x as the
+        block before has normed it for this one · following: as the next block wants it.
         """
-        scale_msa, gate_msa, scale_mlp, gate_mlp = self.adaLN_modulation(time).float().chunk(4, dim=-1)  # (R, dim) each
-        factor = self.attention_norm1.weight.float() * (1.0 + scale_msa)
-        normed = rms_norm_modulate(x, factor, modulation_row, self.eps, self.attention.input_dtype)
-        mixed = self.attention(normed, rope, spans)
-        gate = self.attention_norm2.weight.float() * gate_msa.tanh()
-        factor = self.ffn_norm1.weight.float() * (1.0 + scale_mlp)
-        x, normed = gated_residual_norm(x, mixed, gate, factor, modulation_row, self.eps, self.feed_forward.input_dtype)
-        gate = self.ffn_norm2.weight.float() * gate_mlp.tanh()
-        return gated_residual(x, self.feed_forward(normed), gate, modulation_row, self.eps)
+        if tables is None:
+            tables = modulation_tables(self.adaLN_modulation(time), self.norms())
+        factor, gate, ffn_factor, ffn_gate = tables
+        if normed is None:
+            normed = rms_norm_modulate(x, factor, modulation_row, self.eps, self.attention.input_dtype)
+        mixed, ffn_dtype = self.attention(normed, rope, spans), self.feed_forward.input_dtype
+        x, normed = gated_residual_norm(x, mixed, gate, ffn_factor, modulation_row, self.eps, ffn_dtype)
+        mixed = self.feed_forward(normed)
+        if following is None:
+            return gated_residual(x, mixed, ffn_gate, modulation_row, self.eps)
+        factor, input_dtype = following
+        return gated_residual_norm(x, mixed, ffn_gate, factor, modulation_row, self.eps, input_dtype)
+
+
+def alone(block: Block) -> bool:
+    """Return whether a block is called with its own arguments only, and computes its tables and norms itself.
+
+    So are blocks that have hooks, which may replace what it is given and answers, and before which the weights of a
+    streamed block are not there; and those with a forward of their own, compiled ones say.
+    """
+    return "forward" in vars(block) or hooked(block, *block.adaLN_modulation.modules())
 
 
 class PlainBlock(Block):
@@ -161,11 +198,23 @@ class FinalLayer(nn.Module):
         self.linear = Linear(config.dim, config.patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim))
 
-    def forward(self, x: Tensor, time: Tensor, modulation_row: Tensor) -> Tensor:
-        """Apply to x (n, dim), time (R, adaln_dim), modulation_row (n,) -> patches (n, patch_dim)."""
-        scale = 1.0 + self.adaLN_modulation(time)
-        scale = scale if len(scale) == 1 else scale[modulation_row]
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Apply to x (n, dim), scale (1, dim) or (n, dim), 1 + s of each token's time -> patches (n, patch_dim)."""
         return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """What the layers read of a time, computed before a pass: of R rows, one an item or one for all.
+
+    time (R, adaln_dim): embedded · tables (blocks, 4, R, dim) fp32: `modulation_tables` of the noise refiner's and the
+    main blocks · final (R, dim): the scale of the final layer · alone: by block, whether it has no table here.
+    """
+
+    time: Tensor
+    tables: Tensor
+    final: Tensor
+    alone: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,12 +235,16 @@ class Context:
     rest: Tensor
     clean: Tensor | None = None
 
+    def times(self, t: Tensor) -> Tensor:
+        """Return the times of all rows of the modulation: t, or with clean tokens one an item and then theirs."""
+        return t if self.clean is None else torch.cat((t.expand(len(self.joint.spans.lengths)), self.clean))
+
 
 class Steering(Protocol):
     """The interface of what adds to the streams of a pass; `controlnet.Controls` implements it."""
 
     def __call__(
-        self, model: "Transformer", image: Tensor, time: Tensor, context: Context
+        self, model: "Transformer", image: Tensor, modulation: Modulation, context: Context
     ) -> tuple[Tensor, Iterable[Tensor | None]]:
         """Join embedded image tokens (N_image, dim) with the caption -> (N, dim), and what to add after each layer."""
 
@@ -262,35 +315,79 @@ class Transformer(nn.Module):
             tokens = block(tokens, rope, pack.spans)
         return tokens
 
-    def forward(self, x: Tensor, t: Tensor, context: Context, control: Steering | None = None) -> Tensor:
+    def modulation(self, t: Tensor, dtype: torch.dtype) -> Modulation:
+        """Compute what the layers read of the times t (R,) fp32, in the dtype of the tokens.
+
+        A product a layer, for all rows: one for all layers would need their weights, 2 % of the model, a second time.
+        """
+        time, dim = self.t_embedder(t * self.config.t_scale, dtype), self.config.dim
+        # Of a block that is alone the weights may be elsewhere, and nobody reads its rows.
+        blocks = self._modulated
+        answers, norms = [time.new_zeros(len(t), 4 * dim)] * len(blocks), [time.new_zeros(4, dim)] * len(blocks)
+        for i, block in enumerate(blocks):
+            if not alone(block):
+                answers[i], norms[i] = block.adaLN_modulation(time), block.norms()
+        tables = modulation_tables(torch.stack(answers), torch.stack(norms))
+        final: Any = self.all_final_layer[PATCH]
+        return Modulation(time, tables, 1.0 + final.adaLN_modulation(time), tuple(map(alone, blocks)))
+
+    @property
+    def _modulated(self) -> list[Block]:
+        """The blocks that read the time, in the order in which they run."""
+        return [*self.noise_refiner, *self.layers]
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Context, control: Steering | None = None,
+        modulation: Modulation | None = None,
+    ) -> Tensor:  # fmt: skip
         """Predict the velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
 
         x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·
-        control: what adds to the streams on their way -> (n, patch_dim), dtype of the context's tokens.
+        control: what adds to the streams on their way · modulation: of `context.times(t)`, computed here where it was
+        not, or where hooks came or went since -> (n, patch_dim), dtype of the context's tokens.
         """
         pack, joint, dtype = context.image, context.joint, context.text.dtype
-        if context.clean is not None:
-            # One row an item, and after them the one that all clean tokens read.
-            t = torch.cat((t.expand(len(joint.spans.lengths)), context.clean))
-        time = self.t_embedder(t * self.config.t_scale, dtype)  # (R, adaln_dim)
+        final: Any = self.all_final_layer[PATCH]
+        timed = (*self.t_embedder.modules(), *final.adaLN_modulation.modules())
+        if modulation is None or hooked(*timed) or modulation.alone != tuple(map(alone, self._modulated)):
+            modulation = self.modulation(context.times(t), dtype)
         image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), context.rest)
         hints: Iterable[Tensor | None] = (None,) * len(self.layers)
         if control is None:
-            tokens = self.joined(image, time, context)
+            tokens = self.joined(image, modulation, context)
         else:
-            tokens, hints = control(self, image, time, context)
-        for block, hint in zip(self.layers, hints, strict=True):
-            tokens = block(tokens, context.joint_rope, joint.spans, time, joint.modulation_row)
-            tokens = tokens if hint is None else tokens + hint
-        return self.all_final_layer[PATCH](tokens[joint.token_index], time, joint.modulation_row[joint.token_index])
+            tokens, hints = control(self, image, modulation, context)
+        main = slice(len(self.noise_refiner), None)
+        tokens = self._through(main, tokens, context.joint_rope, joint, modulation, hints)
+        scale = modulation.final
+        scale = scale if len(scale) == 1 else scale[joint.modulation_row[joint.token_index]]
+        return final(tokens[joint.token_index], scale)
 
-    def joined(self, image: Tensor, time: Tensor, context: Context, hints: Sequence[Tensor] = ()) -> Tensor:
+    def joined(
+        self, image: Tensor, modulation: Modulation, context: Context, hints: Sequence[Tensor | None] = ()
+    ) -> Tensor:
         """Refine embedded image tokens (N_image, dim), after each block plus its hint, and join them with the caption.
 
-        time (R, adaln_dim) · hints: none, or one (N_image, dim) a block of the refiner -> (N, dim) in joint order.
+        hints: none, or one (N_image, dim) a block of the refiner -> (N, dim) in joint order.
         """
-        pack = context.image
-        for i, block in enumerate(self.noise_refiner):
-            image = block(image, context.image_rope, pack.spans, time, pack.modulation_row)
-            image = image + hints[i] if hints else image
+        hints, first = hints or (None,) * len(self.noise_refiner), slice(len(self.noise_refiner))
+        image = self._through(first, image, context.image_rope, context.image, modulation, hints)
         return torch.cat((image, context.text))[context.gather]
+
+    def _through(
+        self, which: slice, x: Tensor, rope: Tensor, pack: Pack, modulation: Modulation, hints: Iterable[Tensor | None]
+    ) -> Tensor:
+        """Run a stream x (N, dim) through some of the modulated blocks, after each plus its hint, if any -> (N, dim).
+
+        The end of a block norms the tokens for the next one, where nothing comes between them.
+        """
+        blocks, by_itself, tables = self._modulated[which], modulation.alone[which], modulation.tables[which]
+        own, normed = (rope, pack.spans, modulation.time, pack.modulation_row), None
+        for i, (block, hint) in enumerate(zip(blocks, hints, strict=True)):
+            following = None
+            if hint is None and not any(by_itself[i : i + 2]) and i + 1 < len(blocks):
+                following = tables[i + 1, 0], blocks[i + 1].attention.input_dtype
+            answer = block(x, *own) if by_itself[i] else block(x, *own, tables[i], normed, following)
+            x, normed = (answer, None) if following is None else answer
+            x = x if hint is None else x + hint
+        return x

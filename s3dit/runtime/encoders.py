@@ -188,7 +188,8 @@ class Encoders:
             run = partial(vae.decode, of_picture[None].to(self.components.placement.device), side)
             picture = run()[0]
             check_finite(picture, "decoded picture", run, (vae, path))
-            pictures.append(picture.float().cpu())
+            # In its own dtype, which may be half the bytes.
+            pictures.append(picture.cpu().float())
         return pictures
 
     def _autoencoder(self) -> tuple[Autoencoder, Path]:

@@ -2,14 +2,17 @@
 
 `check_finite` is called after every stage of a picture and costs one reduction if all is finite; else it looks for the
 weight at fault, or runs the stage again with a hook on every module to name the first that answers NaN or infinity.
+`FiniteChecks` does so for the steps of a loop, which need not wait for a GPU to learn the outcome.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError, CheckpointError
@@ -97,6 +100,43 @@ def check_finite(
     """
     if x.isfinite().all():
         return
+    _blame(what, again, model, *beside)
+
+
+class FiniteChecks:
+    """Calls of `check_finite` in a loop: each at once on a CPU, elsewhere some together, in their order.
+
+    A device that is asked at every step waits for the next one to be given to it meanwhile.
+    """
+
+    # Checks that wait together: what they would run again is held for so long, 2 MB a step at 1024 × 1024 pixels.
+    WAITING = 16
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Tensor, Callable[[], None]]] = []
+
+    def add(self, x: Tensor, what: str, again: Callable[[], object], *models: tuple[nn.Module, Path]) -> None:
+        """Check a tensor, now or later; arguments and errors as of `check_finite`."""
+        if x.device.type == "cpu":
+            check_finite(x, what, again, *models)
+            return
+        self._waiting.append((x.isfinite().all(), partial(_blame, what, again, *models)))
+        if len(self._waiting) == self.WAITING:
+            self.finish()
+
+    def finish(self) -> None:
+        """Learn the outcome of the checks that wait; raises the error of the first that failed."""
+        waiting, self._waiting = self._waiting, []
+        outcomes = torch.stack([finite for finite, _ in waiting]).tolist() if waiting else []
+        for finite, (_, blame) in zip(outcomes, waiting, strict=True):
+            if not finite:
+                blame()
+
+
+def _blame(
+    what: str, again: Callable[[], object], model: tuple[nn.Module, Path], *beside: tuple[nn.Module, Path]
+) -> None:
+    """Raise the error of `check_finite` for something that is not finite."""
     for suspect, path in (*beside, model):
         for name, tensor in (*suspect.named_parameters(), *suspect.named_buffers()):
             # Codes of 8 bits and less are finite; their scales may not be.

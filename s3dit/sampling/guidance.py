@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s3dit.model.transformer import Context, Steering
+from s3dit.model.transformer import Context, Modulation, Steering
 from s3dit.sampling.solvers import Velocity
 
 
@@ -43,23 +43,27 @@ def guide(
     context: Callable[[bool], Context],
     guidance: Guidance,
     lengths: Sequence[int],
-    control: Callable[[Tensor], tuple[Steering, ...]] = lambda sigma: (),
+    control: Callable[[Tensor], Steering | None] = lambda sigma: None,
+    modulation: Callable[[bool, Tensor], Modulation | None] = lambda guided, sigma: None,
 ) -> Velocity:
     """Return the function velocity(x, sigma) that a solver calls.
 
-    transformer: called with x (tokens, 64), t (1,) and a Context, see `Transformer.forward` · context(guided): of the
-    pictures with their prompts, and when guided also, after them, with their negative prompts; called only when needed
-    · lengths: patches of each picture · control(sigma): what adds to the model's streams at a noise level, or nothing.
+    transformer: called as `Transformer.forward` · context(guided): of the pictures with their prompts, and when guided
+    also, after them, with their negative prompts; called only when needed · lengths: patches of each picture ·
+    control(sigma): what adds to the model's streams at a noise level, or None · modulation(guided, sigma): what was
+    computed for it before, or None.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = flow_time(sigma)
-        time, extra = t[None].to(x.device), control(sigma)
-        if not guidance.on(t.item()):
-            return transformer(x, time, context(False), *extra).float()
-        positive, negative = transformer(x.repeat(2, 1), time, context(True), *extra).float().chunk(2)
-        guided = positive + guidance.scale * (positive - negative)
-        return _limit(guided, positive, guidance.normalization, lengths)
+        guided = guidance.on(t.item())
+        x = x.repeat(2, 1) if guided else x
+        out = transformer(x, t[None].to(x.device), context(guided), control(sigma), modulation(guided, sigma)).float()
+        if not guided:
+            return out
+        positive, negative = out.chunk(2)
+        mixed = positive + guidance.scale * (positive - negative)
+        return _limit(mixed, positive, guidance.normalization, lengths)
 
     return velocity
 

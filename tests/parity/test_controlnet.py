@@ -95,9 +95,9 @@ def ours_of(pipe, branches, latents, text, hints=False):
         context = model.context(layout, torch.cat(text))
         if not hints:
             return model(x, t, context, Controls(branches))
-        time = model.t_embedder(t * 1000, torch.float32)
+        modulation = model.modulation(t, torch.float32)
         image = context.image.fill(model.all_x_embedder["2-1"](x), model.x_pad_token)
-        return list(Controls(branches)(model, image, time, context)[1])
+        return list(Controls(branches)(model, image, modulation, context)[1])
 
 
 def patches(control):
