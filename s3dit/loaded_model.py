@@ -63,7 +63,7 @@ class LoadedModel:
         self.backend, self.numerics = backend, numerics
         self.tokenizer = Tokenizer(sources.tokenizer)
         self.lora = Adapters(components)
-        self.encoders = Encoders(components, vram)
+        self.encoders = Encoders(components, vram, graphs)
         self._computing = False
         # While a step is computed; for those who look on (`research`).
         self.now: Now | None = None

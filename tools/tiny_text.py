@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from tiny_world import ARRANGEMENTS, COLOURS, RELATIONS, SHAPES, Scene, caption_of, draw_scene
 from torch import Tensor, nn
 
-from s3dit.model.text_encoder import Layer, TextEncoder, rope_table, rotate
+from s3dit.kernels.norm import qk_norm_rope
+from s3dit.model.text_encoder import Layer, TextEncoder, rope_table
 from s3dit.model.tokenizer import Tokenizer
 
 TAIL = 5  # the tokens behind the prompt; being causal, they alone have read all of it
@@ -30,14 +31,15 @@ def read(text: TextEncoder, ids: list[list[int]]) -> Tensor:
     padded = torch.tensor([one + [0] * (longest - len(one)) for one in ids])
     x = text.model.embed_tokens(padded.flatten())
     head = text.config.head_dim
-    rope = rope_table([longest] * len(ids), head, text.config.rope_theta, x)
+    rope = rope_table((longest,) * len(ids), head, text.config.rope_theta, x.device)
     later = torch.ones(longest, longest, dtype=torch.bool).triu(1)
     for layer in text.model.layers[:-1]:
         assert isinstance(layer, Layer)
         attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = rotate(attention.q_norm(attention.q_proj(normed).unflatten(-1, (-1, head))), rope)
-        k = rotate(attention.k_norm(attention.k_proj(normed).unflatten(-1, (-1, head))), rope)
-        v = attention.v_proj(normed).unflatten(-1, (-1, head))
+        projected = (attention.q_proj(normed), attention.k_proj(normed), attention.v_proj(normed))
+        q, k, v = (part.unflatten(-1, (-1, head)) for part in projected)
+        norms = attention.q_norm.weight, attention.k_norm.weight
+        q, k = qk_norm_rope.reference(q, k, *norms, rope, attention.q_norm.eps, "halves")
         q, k, v = (part.unflatten(0, (len(ids), longest)).transpose(1, 2) for part in (q, k, v))
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
         weights = (q @ k.transpose(-1, -2) * head**-0.5).masked_fill(later, -torch.inf).softmax(-1)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from s3dit.kernels.attention import Spans
+from s3dit.model.layers import kept
 
 # Tokens of a stream are filled up to a multiple of this (official SEQ_MULTI_OF).
 MULTIPLE = 32
@@ -67,14 +68,14 @@ class Segment:
         return torch.cat((grid, grid.new_zeros(self.padded - len(grid), 3)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pack:
     """One stream of several items, laid end to end: N tokens in all.
 
-    spans: the items that have tokens in it · positions (N, 3) int64 · modulation_row (N,) int64, the row of the
-    modulation table that each token reads: its item's, or for clean tokens the one after all items' · token_index (n,)
-    int64, the places that tokens are put into from outside: of the image stream those that are denoised, of the others
-    all but padding.
+    spans: the items that have tokens in it · positions (N, 3) int64, on the CPU · modulation_row (N,) int64, the row of
+    the modulation table that each token reads: its item's, or for clean tokens the one after all items' · token_index
+    (n,) int64, the places that tokens are put into from outside: of the image stream those that are denoised, of the
+    others all but padding.
     """
 
     spans: Spans
@@ -83,15 +84,20 @@ class Pack:
     token_index: Tensor
 
     @classmethod
-    def of(cls, items: Sequence[Sequence[Segment]], device: torch.device | str, slide: bool = False) -> "Pack":
-        """Lay the segments of all items end to end, on a device; `slide` as in `_places`."""
+    def of(cls, items: Sequence[Sequence[Segment]], slide: bool = False) -> "Pack":
+        """Lay the segments of all items end to end, on the CPU; `slide` as in `_places`."""
         segments = [segment for item in items for segment in item]
         rows = [len(items) if s.clean else i for i, item in enumerate(items) for s in item]
         modulation_row = torch.repeat_interleave(torch.tensor(rows), torch.tensor([s.padded for s in segments]))
         token_index = torch.cat([torch.arange(s.padded) < s.length for s in segments]).nonzero()[:, 0]
         positions = torch.cat([_places(item, slide) for item in items])
-        spans = Spans.of(tuple(length for item in items if (length := _length(item))), device)
-        return cls(spans, positions.to(device), modulation_row.to(device), token_index.to(device))
+        spans = Spans.of(tuple(length for item in items if (length := _length(item))))
+        return cls(spans, positions, modulation_row, token_index)
+
+    def to(self, device: torch.device | str) -> "Pack":
+        """Return the same pack on a device."""
+        spans = Spans.of(self.spans.lengths, device)
+        return Pack(spans, self.positions, self.modulation_row.to(device), self.token_index.to(device))
 
     def fill(self, tokens: Tensor, rest: Tensor) -> Tensor:
         """Put tokens (n, D) at `token_index` of a stream (N, D), in their dtype; the other tokens are those of `rest`.
@@ -150,7 +156,7 @@ def text_to_image(grids: Sequence[Grid], text_lengths: Sequence[int], device: to
         Segment(rows * columns, (1, rows, columns), (text.padded + 1, 0, 0))
         for (rows, columns), text in zip(grids, texts, strict=True)
     ]
-    streams = {"image": [[image] for image in images], "text": [[text] for text in texts]}
+    streams = (("image", tuple((image,) for image in images)), ("text", tuple((text,) for text in texts)))
     return _interleave(streams, ("image", "text"), device)
 
 
@@ -172,7 +178,7 @@ def edit(
     items = [
         _edited(grid, lengths, given) for grid, lengths, given in zip(grids, text_lengths, references, strict=True)
     ]
-    streams = {name: [item[name] for item in items] for name in ("image", "text", "vision")}
+    streams = tuple((name, tuple(tuple(item[name]) for item in items)) for name in ("image", "text", "vision"))
     return _interleave(streams, ("text", "image", "vision"), device, slide)
 
 
@@ -202,31 +208,38 @@ def _edited(grid: Grid, lengths: Sequence[int], references: Sequence[tuple[Grid,
     return item
 
 
+# Requests of one size have one layout, and with guidance a second.
+@kept(4)
 def _interleave(
-    streams: dict[str, list[list[Segment]]], order: Sequence[str], device: torch.device | str, slide: bool = False
+    streams: tuple[tuple[str, tuple[tuple[Segment, ...], ...]], ...],
+    order: tuple[str, ...],
+    device: torch.device | str,
+    slide: bool = False,
 ) -> Layout:
     """Join the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, …
 
     streams: by name, the segments of every item; a stream without any segment is left out.
     """
-    packs = {name: Pack.of(items, device, slide and name == "text") for name, items in streams.items() if any(items)}
-    lengths = {name: [_length(item) for item in streams[name]] for name in packs}
-    gather = _joint_order(lengths, [name for name in order if name in packs], device)
-    image, clean = packs["image"], None
-    if any(segment.clean for item in streams["image"] for segment in item):
-        image, clean = _separate_clean(image, len(streams["image"]))
-    is_target = torch.zeros(len(gather), dtype=torch.bool, device=device)
+    packs = {name: Pack.of(items, slide and name == "text") for name, items in streams if any(items)}
+    lengths = {name: [_length(item) for item in items] for name, items in streams if any(items)}
+    gather = _joint_order(lengths, [name for name in order if name in packs])
+    image, clean, items = packs["image"], None, dict(streams)["image"]
+    if any(segment.clean for item in items for segment in item):
+        image, clean = _separate_clean(image, len(items))
+        clean = clean.to(device)
+    is_target = torch.zeros(len(gather), dtype=torch.bool)
     is_target[image.token_index] = True
     joint = Pack(
-        spans=Spans.of(tuple(sum(of_item) for of_item in zip(*lengths.values(), strict=True)), device),
+        spans=Spans.of(tuple(sum(of_item) for of_item in zip(*lengths.values(), strict=True))),
         positions=torch.cat([pack.positions for pack in packs.values()])[gather],
         modulation_row=torch.cat([pack.modulation_row for pack in packs.values()])[gather],
         token_index=is_target[gather].nonzero()[:, 0],
     )
-    return Layout(image, packs["text"], joint, gather, packs.get("vision"), clean)
+    vision = packs["vision"].to(device) if "vision" in packs else None
+    return Layout(image.to(device), packs["text"].to(device), joint.to(device), gather.to(device), vision, clean)
 
 
-def _joint_order(lengths: dict[str, list[int]], order: Sequence[str], device: torch.device | str) -> Tensor:
+def _joint_order(lengths: dict[str, list[int]], order: Sequence[str]) -> Tensor:
     """Indices (N,) that take the streams, one behind the other, into joint order: every item's runs in `order`.
 
     lengths: tokens of every item, by stream, in the order in which the streams are concatenated.
@@ -236,7 +249,7 @@ def _joint_order(lengths: dict[str, list[int]], order: Sequence[str], device: to
     for name, of_items in lengths.items():
         runs[name] = []
         for length in of_items:
-            runs[name].append(torch.arange(start, start + length, device=device))
+            runs[name].append(torch.arange(start, start + length))
             start += length
     items = range(len(runs[order[0]]))
     return torch.cat([runs[name][item] for item in items for name in order])

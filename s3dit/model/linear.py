@@ -13,7 +13,8 @@ aligned anyway.
 them from a quantized file as it lies, or from float weights, which it encodes on the way in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,9 @@ from s3dit.model.hooks import hooked
 
 # Rows of the weight upcast at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
 ROWS = 1024
+# Kinds of devices on which layers whose weights lie end to end are one product. Not a CPU: weights in a mapped file may
+# do so by chance, and a wider product may round in another way.
+JOINED_ON = ("cuda",)
 
 
 class Linear(nn.Linear):
@@ -86,6 +90,61 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.scheme.name}, bias={self.bias is not None}"
 
 
+def joint(x: Tensor | QuantizedRows, layers: Sequence[Any]) -> list[Tensor]:
+    """Apply layers to one x (…, in) -> their outputs (…, out): of one product where their weights lie end to end.
+
+    Those are then views of its result. Weights are put end to end on a GPU by `runtime.joining`; what has a bias, hooks
+    or adapters is applied by itself.
+    """
+    for count in range(len(layers), 1, -1):
+        if (parts := _joined(x, layers[:count])) is not None:
+            scheme = getattr(layers[0], "scheme", None)
+            product = F.linear(x, *parts.values()) if scheme is None else linear(x, scheme, parts)  # type: ignore[arg-type]
+            widths = [layer.out_features for layer in layers[:count]]
+            return [*product.split(widths, dim=-1), *joint(x, layers[count:])]
+    return [layers[0](x), *joint(x, layers[1:])] if layers else []
+
+
+def _joined(x: Tensor | QuantizedRows, layers: Sequence[Any]) -> dict[str, Tensor] | None:
+    """The tensors of some layers with the rows of all, by name; None where they cannot be multiplied by together."""
+    kind = kind_of(layers[0])
+    if x.device.type not in JOINED_ON or torch.compiler.is_compiling() or kind is None or hooked(*layers):
+        return None
+    if any(kind_of(layer) != kind for layer in layers):
+        return None
+    held = [tensors_of(layer) for layer in layers]
+    if isinstance(layers[0], Linear) and layers[0].weight.dtype != x.dtype:
+        return None
+    whole = {name: end_to_end([tensors[name] for tensors in held]) for name in held[0]}
+    return None if any(rows is None for rows in whole.values()) else whole  # type: ignore[return-value]
+
+
+def kind_of(layer: Any) -> object:
+    """Return what must be equal of layers that are multiplied by together; None of one that is applied by itself."""
+    plain = type(layer) in (Linear, QuantLinear) and layer.bias is None and "forward" not in vars(layer)
+    return (getattr(layer, "scheme", Linear), layer.in_features) if plain else None
+
+
+def tensors_of(layer: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a layer by name."""
+    held = (*layer._parameters.items(), *layer._buffers.items())
+    return {name: tensor for name, tensor in held if tensor is not None}
+
+
+def end_to_end(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return the rows of tensors that lie end to end in one memory as a view of it, without gradient; else None."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage()._cdata == first.untyped_storage()._cdata and tensor.storage_offset() == end
+        if not same or tensor.requires_grad or not tensor.is_contiguous() or tensor.dtype != first.dtype:
+            return None
+        end += tensor.numel()
+    if any(tensor.shape[1:] != first.shape[1:] for tensor in tensors):
+        return None
+    rows = sum(len(tensor) for tensor in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+
+
 def swiglu_layers(
     gate: nn.Module, up: nn.Module, x: Tensor | QuantizedRows, input_dtype: torch.dtype | None
 ) -> Tensor | QuantizedRows:
@@ -98,7 +157,8 @@ def swiglu_layers(
         if not replaced and not hooked(gate, up):
             parts = gate._buffers, up._buffers
             return swiglu_linear(x, gate.scheme, *parts, input_dtype)  # type: ignore[arg-type]
-    return swiglu(gate(x), up(x), input_dtype)
+    first, second = joint(x, (gate, up))
+    return swiglu(first, second, input_dtype)
 
 
 def swap(model: nn.Module, scheme: Scheme, where: Callable[[str], bool]) -> None:

@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s3dit.kernels.norm import qk_norm_rope
 from s3dit.kernels.swiglu import swiglu
 from s3dit.model.config import TextEncoderConfig
-from s3dit.model.layers import RMSNorm
-from s3dit.model.linear import Linear
+from s3dit.model.hooks import unhookable
+from s3dit.model.layers import RMSNorm, kept
+from s3dit.model.linear import Linear, joint
 
 EMBEDDING = "model.embed_tokens.weight"
+FUSED = "it is computed inside of a fused operation (qk_norm_rope, which trace_op can see)"
 
 
 class TextEncoder(nn.Module):
@@ -44,21 +47,25 @@ class TextEncoder(nn.Module):
             "lm_head.weight",
         )
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, x: Tensor, lengths: Sequence[int], rope: Tensor | None = None) -> Tensor:
         """Compute the features of several prompts, laid end to end.
 
-        x (n, hidden) token embeddings of any float dtype, lengths: tokens of each prompt, summing to n -> (n, hidden),
-        dtype of x: the output of the last layer but one. Raises ValueError where lengths and x do not agree.
+        x (n, hidden) token embeddings of any float dtype, lengths: tokens of each prompt, summing to n, rope: their
+        `rope_of`, or None -> (n, hidden), dtype of x: the output of the last layer but one. Raises ValueError where
+        lengths and x do not agree.
         """
         if x.dim() != 2 or sum(lengths) != x.shape[0] or min(lengths, default=0) < 1:
             raise ValueError(
                 f"x is {tuple(x.shape)} with lengths {list(lengths)}; needed (n, hidden) and positive lengths of sum n"
             )
-        lengths = list(lengths)
-        rope = rope_table(lengths, self.config.head_dim, self.config.rope_theta, x)
+        rope = self.rope_of(lengths, x.device) if rope is None else rope
         for layer in self.model.layers[:-1]:
-            x = layer(x, rope, lengths)
+            x = layer(x, rope, list(lengths))
         return x
+
+    def rope_of(self, lengths: Sequence[int], device: torch.device) -> Tensor:
+        """Return the `rope_table` of prompts of these lengths, on a device; the last few are kept."""
+        return rope_table(tuple(lengths), self.config.head_dim, self.config.rope_theta, device)
 
 
 class Stack(nn.Module):
@@ -84,14 +91,17 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, lengths: list[int]) -> Tensor:
         """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        mixed = self.self_attn(self.input_layernorm(x), rope, lengths)
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return x + self.mlp(normed)
 
 
 class Attention(nn.Module):
     """Causal attention within each prompt; several query heads share one key and value head."""
+
+    joinable = (("q_proj", "k_proj", "v_proj"),)
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
@@ -102,17 +112,18 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, shared, bias=False)
         self.v_proj = Linear(config.hidden_size, shared, bias=False)
         self.o_proj = Linear(inner, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_norm = unhookable(RMSNorm(config.head_dim, config.rms_norm_eps), FUSED)
+        self.k_norm = unhookable(RMSNorm(config.head_dim, config.rms_norm_eps), FUSED)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], lengths: list[int]) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, lengths: list[int]) -> Tensor:
         """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
-        heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), rope)  # (n, H, D)
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), rope)  # (n, KV, D)
-        v = self.v_proj(x).unflatten(-1, heads)
-        prompts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
-        return self.o_proj(torch.cat([_causal(*prompt) for prompt in prompts]).flatten(1))
+        projected = joint(x, (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (n, H, D), (n, KV, D) twice
+        turned = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, rope, self.q_norm.eps, "halves")
+        pieces = (y.split(lengths) for y in (*turned, v))
+        prompts = [_causal(*prompt) for prompt in zip(*pieces, strict=True)]
+        mixed = prompts[0] if len(prompts) == 1 else torch.cat(prompts)
+        return self.o_proj(mixed.flatten(1))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -125,6 +136,8 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate) · up)."""
 
+    joinable = (("gate_proj", "up_proj"),)
+
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -133,23 +146,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = joint(x, (self.gate_proj, self.up_proj))
+        return self.down_proj(swiglu(gate, up, self.down_proj.input_dtype))
 
 
-def rope_table(lengths: Sequence[int], dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine of every token's angles, each prompt counting from 0: two (n, 1, dim), dtype of `like`.
+@kept(16)
+def rope_table(lengths: tuple[int, ...], dim: int, theta: float, device: torch.device) -> Tensor:
+    """Return (cos, sin) of every token's angles, each prompt counting from 0: (n, dim / 2, 2) fp32.
 
-    Both halves of the last dimension hold the same angles: Qwen pairs element i with i + dim/2.
+    Qwen pairs element i with i + dim/2: the "halves" of `qk_norm_rope`.
     """
     # parity: angles in fp32, as the reference takes them; in float64 position 1000 parts from it by 3e-5.
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    angles = (positions.float()[:, None] * frequencies).repeat(1, 2)[:, None, :].to(like.device)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (i, i + D/2) of x (n, H, D) by its token's angle; rope: two (n, 1, D) -> (n, H, D)."""
-    cos, sin = rope
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    angles = torch.cat([torch.arange(length) for length in lengths]).float()[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device)

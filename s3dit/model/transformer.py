@@ -26,9 +26,9 @@ from s3dit.kernels.norm import gated_residual, gated_residual_norm, qk_norm_rope
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.config import TransformerConfig
 from s3dit.model.hooks import hooked, unhookable
-from s3dit.model.layers import RMSNorm, rope_table
+from s3dit.model.layers import RMSNorm, kept, rope_table
 from s3dit.model.layout import Layout, Pack
-from s3dit.model.linear import Linear, swiglu_layers
+from s3dit.model.linear import Linear, joint, swiglu_layers
 
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
 PATCH = "2-1"
@@ -64,6 +64,8 @@ def common_input_dtype(*layers: Linear) -> torch.dtype | None:
 class Attention(nn.Module):
     """Self-attention of packed tokens, with per-head RMSNorm and rotation of queries and keys."""
 
+    joinable = (("to_q", "to_k", "to_v"),)
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.dim
@@ -82,7 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows, rope: Tensor, spans: Spans) -> Tensor:
         """Attend within each item: x (N, dim) or its QuantizedRows, rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
-        q, k, v = (to(x).unflatten(-1, (self.heads, -1)) for to in (self.to_q, self.to_k, self.to_v))  # (N, H, D)
+        projected = joint(x, (self.to_q, self.to_k, self.to_v))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in projected)  # (N, H, D)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS)
         return self.to_out[0](attention(q, k, v, spans, spans).flatten(1))
 
@@ -90,11 +93,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) · w3 x)."""
 
+    joinable = (("w1", "w3"),)
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.w1 = Linear(dim, hidden, bias=False)
-        self.w2 = Linear(hidden, dim, bias=False)
         self.w3 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
 
     @property
     def input_dtype(self) -> torch.dtype | None:
@@ -186,8 +191,9 @@ class PlainBlock(Block):
 
     def forward(self, x: Tensor, rope: Tensor, spans: Spans) -> Tensor:  # type: ignore[override]
         """Apply to x (N, dim), rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
-        x = x + self.attention_norm2(self.attention(self.attention_norm1(x), rope, spans))
-        return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        mixed = self.attention_norm2(self.attention(self.attention_norm1(x), rope, spans))
+        x, normed = self.ffn_norm1.of_sum(x, mixed)
+        return x + self.ffn_norm2(self.feed_forward(normed))
 
 
 class FinalLayer(nn.Module):
@@ -238,6 +244,13 @@ class Context:
     def times(self, t: Tensor) -> Tensor:
         """Return the times of all rows of the modulation: t, or with clean tokens one an item and then theirs."""
         return t if self.clean is None else torch.cat((t.expand(len(self.joint.spans.lengths)), self.clean))
+
+
+# Three of a layout, and of two where guidance is on in some steps.
+@kept(8)
+def pack_rope(pack: Pack, axes_dims: tuple[int, ...], theta: float) -> Tensor:
+    """Return the `rope_table` of a pack's tokens, on the device of the pack."""
+    return rope_table(pack.positions, axes_dims, theta).to(pack.token_index.device)
 
 
 class Steering(Protocol):
@@ -302,15 +315,15 @@ class Transformer(nn.Module):
             joint=layout.joint,
             gather=layout.gather,
             text=tokens,
-            image_rope=rope_table(layout.image.positions, config.axes_dims, config.rope_theta),
-            joint_rope=rope_table(layout.joint.positions, config.axes_dims, config.rope_theta),
+            image_rope=pack_rope(layout.image, config.axes_dims, config.rope_theta),
+            joint_rope=pack_rope(layout.joint, config.axes_dims, config.rope_theta),
             rest=rest,
             clean=clean,
         )
 
     def _refined(self, tokens: Tensor, pack: Pack, refiner: nn.ModuleList) -> Tensor:
         """Run a stream (N, dim) through a refiner that does not depend on the time -> (N, dim)."""
-        rope = rope_table(pack.positions, self.config.axes_dims, self.config.rope_theta)
+        rope = pack_rope(pack, self.config.axes_dims, self.config.rope_theta)
         for block in refiner:
             tokens = block(tokens, rope, pack.spans)
         return tokens

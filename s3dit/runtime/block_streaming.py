@@ -154,7 +154,7 @@ class BlockStreamer:
         for block, (*offsets, end) in zip(blocks, layouts, strict=True):
             host = self._pinned(end) if self._side is not None else None
             memory = _Memory(slots, host)
-            placed = zip(tensors(block), offsets, strict=True)
+            placed = zip(_in_slots(block), offsets, strict=True)
             self._tensors.append([_streamed_tensor(*held, offset, memory, dtype) for held, offset in placed])
         # Per slot: the block that it holds, when its copy has landed, when the device was done reading it.
         self._holds: list[int | None] = [None, None]
@@ -270,10 +270,15 @@ def _extent(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def _in_slots(block: nn.Module) -> list[tuple[TensorDict, str, Tensor]]:
+    """The tensors of a block in the order of a slot: weights, then scales, …, as `joining` has them in other parts."""
+    return sorted(tensors(block), key=lambda held: held[1])
+
+
 def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
     """The offset in a slot of each tensor of a block, and the end of the last one, in bytes."""
     ends = [0]
-    for *_, tensor in tensors(block):
+    for *_, tensor in _in_slots(block):
         size = _extent(tensor) * _dtype(tensor, dtype).itemsize
         ends.append(ends[-1] + -(-size // ALIGNED) * ALIGNED)
     return ends

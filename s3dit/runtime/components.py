@@ -5,7 +5,7 @@ of its layers, how many bytes it takes, the adapters that belong on it. ControlN
 request first wants them.
 
 Headers are read and checked against the modules at once, weights when a part is loaded. Fixed order: swap, assign,
-merge, stream, attach, compile.
+merge, join or stream, attach, compile.
 """
 
 from collections import Counter
@@ -21,13 +21,14 @@ from torch import nn
 from s3dit.control import Control
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.model.hooks import unhookable, why_not
-from s3dit.model.linear import swap
+from s3dit.model.linear import JOINED_ON, swap
 from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.runtime import adapters, budget
 from s3dit.runtime.block_streaming import Mode, repeated
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
+from s3dit.runtime.joining import join
 from s3dit.runtime.residency import Component, Residency
 from s3dit.runtime.sources import VISION_TOWER, Sources
 from s3dit.weights.assign import assign, fitted, pending, schemes
@@ -131,6 +132,8 @@ class Components(Residency):
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(filled, checkpoint, dtype=None, unused=unused)
             adapters.merge_into(filled, name, self.adapters, dtype)
+            if kept is None and device.type in JOINED_ON:
+                join(filled)
             component.set_parameters(filled)
             if kept is not None:
                 component.stream(device, kept, dtype)

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from s3dit.errors import CheckpointError
 from s3dit.inputs.references import Reference, ReferenceFeatures
 from s3dit.kernels.dispatch import backend, numerics, overridden
+from s3dit.model.layout import padded
 from s3dit.model.text_encoder import EMBEDDING
 from s3dit.model.vae import Autoencoder
 from s3dit.runtime import budget
@@ -69,9 +71,9 @@ class FeatureCache(OrderedDict[K, V], Generic[K, V]):
 class Encoders:
     """The text encoder, the vision tower and the autoencoder of a pipeline, and what is kept of their work."""
 
-    def __init__(self, components: Components, vram: int | None) -> None:
-        """vram: the pipeline's budget in bytes, from which the size of tiles follows."""
-        self.components, self.vram = components, vram
+    def __init__(self, components: Components, vram: int | None, graphs: bool = False) -> None:
+        """vram: the pipeline's budget in bytes, from which the size of tiles follows · graphs: whether it records."""
+        self.components, self.vram, self.graphs = components, vram, graphs
         self._prompts: FeatureCache[Text, Tensor] = FeatureCache(PROMPTS_KEPT, "text_encoder")
         self._references: FeatureCache[Hashable, ReferenceFeatures] = FeatureCache(REFERENCES_KEPT, "siglip", "vae")
 
@@ -125,7 +127,7 @@ class Encoders:
             x = rows.to(placement.dtype).to(placement.device, placement.compute)
             # Each by itself: what is kept must not depend on what else was asked for when it was computed.
             for ids, embedded in zip(new, x.split([len(ids) for ids in new]), strict=True):
-                run = partial(encoder, embedded, [len(ids)])
+                run = partial(self._encode, encoder, embedded)
                 cache[ids] = run()
                 check_finite(cache[ids], "text features", run, (encoder, stored.path))
         features = [
@@ -134,6 +136,17 @@ class Encoders:
         ]
         cache.trim()
         return features
+
+    def _encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
+        """Features of one prompt's embeddings x (n, hidden) -> (n, hidden)."""
+        # A part that comes and goes takes its recordings along, and one costs as much as two passes.
+        if not self.graphs or self.components.mode != "resident":
+            return encoder(x, (len(x),))
+        # Later tokens change nothing before them, so one recording serves all prompts of about a length.
+        lengths = (padded(len(x)),)
+        rope = encoder.rope_of(lengths, x.device)  # type: ignore[operator]
+        run = self.components.component("text_encoder").replay
+        return run(F.pad(x, (0, 0, 0, lengths[0] - len(x))), lengths, rope)[: len(x)]
 
     def encode_references(self, pictures: Sequence[Reference], tile: int | None = None) -> list[ReferenceFeatures]:
         """What the transformer reads of reference pictures, kept or from the vision tower and the autoencoder."""
