@@ -201,8 +201,8 @@ def _in_kernel(picture: Tensor, *args: Any) -> bool | str:
 
 @group_moments.on("cuda", "triton", when=_in_kernel, bound=256.0)
 def _triton_moments(picture: Tensor, groups: int) -> Moments:
-    mean, variance = launch_moments(picture, groups)
-    return mean, variance
+    moments = launch_moments(picture, groups)
+    return moments[0], moments[1]
 
 
 @normalize_rows.on("cuda", "triton", when=_in_kernel)

@@ -99,6 +99,7 @@ def pretend(capability: int) -> None:
     _patch_triton(capability, target)
     _patch_fake_tensors()
     _patch_attention()
+    _patch_convolution()
     from s3dit.kernels.dispatch import Op
 
     called = Op.__call__
@@ -174,7 +175,17 @@ def _patch_fake_tensors() -> None:
     address: Any = lambda self: 4096  # noqa: E731
     fake.FakeTensor.data_ptr = address  # type: ignore[method-assign]
     fake.FakeTensor.__getitem__ = _index  # type: ignore[method-assign]
+    fake.FakeTensor.contiguous = _contiguous  # type: ignore[assignment, method-assign]
     fake.init_gpu_context = lambda device: None
+
+
+def _contiguous(tensor: Any, memory_format: Any = None) -> Any:
+    """Copy a fake tensor to a memory format by an operator: the method asks for CUDA as well."""
+    import torch
+
+    wanted = memory_format or torch.contiguous_format
+    same = tensor.is_contiguous(memory_format=wanted)
+    return tensor if same else torch.ops.aten.clone(tensor, memory_format=wanted)
 
 
 def _index(tensor: Any, index: Any) -> Any:
@@ -221,6 +232,22 @@ def _patch_attention() -> None:
         return out
 
     torch.nn.functional.scaled_dot_product_attention = attend
+
+
+def _patch_convolution() -> None:
+    """Let convolutions answer in channels last where they are asked so, as cuDNN's do: fake ones without CUDA do not."""
+    import torch
+    import torch.nn.functional
+
+    convolve = torch.nn.functional.conv2d
+
+    def conv2d(x: Any, *args: Any, **options: Any) -> Any:
+        out = convolve(x, *args, **options)
+        last = torch.channels_last
+        same = not x.is_contiguous(memory_format=last) or x.is_contiguous()
+        return out if same else torch.empty(out.shape, dtype=out.dtype, device=out.device, memory_format=last)
+
+    torch.nn.functional.conv2d = conv2d
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The passes that the kernel report is made of: whole passes of the model, and short ones for their kernels.
 
 The kernels of a report are those that the passes launch, so that a new kernel needs no line here. What no pass launches
-by default is launched with another backend or numerics, or by hand. `kernel_model` runs them.
+by default is launched with another backend, or by hand. `kernel_model` runs them.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Pass:
     """One pass: forward, context, text, decode, or by hand; number format, side in pixels, tokens of the caption.
 
     layers: main layers of the model, None for all; a pass of fewer is run for its kernels and has no estimate ·
-    items: pictures, the second half as large · backend, numerics: as the engine knows them.
+    items: pictures, the second half as large · backend: as the engine knows it.
     """
 
     part: str
@@ -26,19 +26,17 @@ class Pass:
     layers: int | None = None
     items: int = 1
     backend: str = "auto"
-    numerics: str = "lossless"
 
     def __str__(self) -> str:
         size = f"{self.text} tokens" if self.part in ("text", "context") else f"{self.side}²"
         extra = [f"{self.items} items"] * (self.items > 1) + [self.backend] * (self.backend != "auto")
-        extra += [self.numerics] * (self.numerics != "lossless") + [f"{self.text} tokens"] * (self.text != CAPTION)
+        extra += [f"{self.text} tokens"] * (self.text != CAPTION)
         return " ".join((self.part, self.form, size, *(dict.fromkeys(word for word in extra if word not in size))))
 
 
 # What no pass launches by default.
 OPTIONAL = [
     Pass("forward", layers=1, items=2, backend="triton"), Pass("by hand"),
-    Pass("forward", layers=1, numerics="approximate"), Pass("forward", "int8", layers=1, numerics="approximate"),
     Pass("forward", "fp8", layers=1, backend="triton"),
 ]  # fmt: skip
 

@@ -48,7 +48,7 @@ def measure(capability: int, some: list[Pass]) -> dict[str, list[Row]]:
     # Only now: the engine asks for the device when it is imported.
     import kernel_model
 
-    from s3dit.kernels.dispatch import use_backend, use_numerics
+    from s3dit.kernels.dispatch import use_backend
 
     # Layouts are made on the host, before tensors are fake.
     layouts = {each: kernel_model.layout(each) for each in some}
@@ -58,7 +58,7 @@ def measure(capability: int, some: list[Pass]) -> dict[str, list[Row]]:
         for each in some:
             start = time.monotonic()
             try:
-                with use_backend(each.backend), use_numerics(each.numerics):
+                with use_backend(each.backend):
                     record = kernel_model.run(each, kernel_model.faked(layouts[each]))
             except Exception as error:  # A GPU that cannot do it is a result, and must not lose the others.
                 said = f"{type(error).__name__}: {error}"[:300]

@@ -79,17 +79,24 @@ def _convolved(x: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
     """
     if not _in_strips(x) or watched((norm, conv)):
         return conv(_silu(norm(x)))
-    shape = (len(x), conv.out_channels, *x.shape[2:])
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    for picture, target in zip(x.split(1), out.split(1), strict=True):
-        moments, height = group_moments(picture, norm.num_groups), picture.shape[2]
-        for strip in _strips(picture):
-            first, last = max(strip.start - 1, 0), min(strip.stop + 1, height)
-            rows = norm.applied(picture[:, :, first:last], moments, True)
-            above, below = first - strip.start + 1, strip.stop + 1 - last
-            if above or below:
-                rows = F.pad(rows, (0, 0, above, below))
-            target[:, :, strip] = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
+    done = [_by_strips(picture, norm, conv) for picture in x.split(1)]
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def _by_strips(picture: Tensor, norm: GroupNorm, conv: nn.Conv2d) -> Tensor:
+    """Compute `_convolved` of one picture (1, C, H, W) in channels last -> (1, out, H, W)."""
+    moments, height = group_moments(picture, norm.num_groups), picture.shape[2]
+    if len(strips := list(_strips(picture))) == 1:
+        return conv(norm.applied(picture, moments, True))
+    shape = (1, conv.out_channels, *picture.shape[2:])
+    out = torch.empty(shape, dtype=picture.dtype, device=picture.device, memory_format=torch.channels_last)
+    for strip in strips:
+        first, last = max(strip.start - 1, 0), min(strip.stop + 1, height)
+        rows = norm.applied(picture[:, :, first:last], moments, True)
+        above, below = first - strip.start + 1, strip.stop + 1 - last
+        if above or below:
+            rows = F.pad(rows, (0, 0, above, below))
+        out[:, :, strip] = F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))
     return out
 
 
