@@ -104,14 +104,14 @@ def pretend(capability: int) -> None:
 
     called = Op.__call__
 
-    def call(self: Any, *args: Any, **options: Any) -> Any:
+    def _call(self: Any, *args: Any, **options: Any) -> Any:
         _calls.append((self.name, (*args, *options.values())))
         try:
             return called(self, *args, **options)
         finally:
             _calls.pop()
 
-    Op.__call__ = call  # type: ignore[method-assign]
+    Op.__call__ = _call  # type: ignore[method-assign]
 
 
 def _patch_triton(capability: int, target: Target) -> None:
@@ -135,13 +135,13 @@ def _patch_triton(capability: int, target: Target) -> None:
     )
     compiled = jit.JITFunction.run
 
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def _run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = compiled(self, *args, grid=grid, warmup=True, **options)
         if _records:
             _record_kernel(self, args, grid, kernel)
         return kernel
 
-    jit.JITFunction.run = run
+    jit.JITFunction.run = _run
 
 
 def _record_kernel(function: Any, args: tuple[Any, ...], grid: Any, kernel: Any) -> None:
@@ -176,7 +176,7 @@ def _patch_fake_tensors() -> None:
     fake.FakeTensor.data_ptr = address  # type: ignore[method-assign]
     fake.FakeTensor.__getitem__ = _index  # type: ignore[method-assign]
     fake.FakeTensor.contiguous = _contiguous  # type: ignore[assignment, method-assign]
-    fake.init_gpu_context = lambda device: None
+    setattr(fake, "init_gpu_context", lambda device: None)  # noqa: B010
 
 
 def _contiguous(tensor: Any, memory_format: Any = None) -> Any:
@@ -197,7 +197,8 @@ def _index(tensor: Any, index: Any) -> Any:
         at = next(i for i, item in enumerate(items) if item is Ellipsis)
         taken = sum(item is not None for item in items) - 1
         items[at : at + 1] = [slice(None)] * (tensor.ndim - taken)
-    dim, gathered = 0, [None] * tensor.ndim
+    dim = 0
+    gathered: list[Any] = [None] * tensor.ndim
     for item in items:
         if item is None:
             tensor, gathered = tensor.unsqueeze(dim), [*gathered, None]
@@ -219,7 +220,7 @@ def _patch_attention() -> None:
     import torch
     import torch.nn.functional
 
-    def attend(q: Any, k: Any, v: Any, *rest: Any, is_causal: bool = False, **options: Any) -> Any:
+    def _attend(q: Any, k: Any, v: Any, *rest: Any, is_causal: bool = False, **options: Any) -> Any:
         shape = (q.shape[0], q.shape[2], q.shape[1], v.shape[3])
         out = torch.empty(shape, dtype=q.dtype, device=q.device).transpose(1, 2)  # (B, H, L, D)
         flop = 2.0 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3]) / (2 if is_causal else 1)
@@ -231,23 +232,23 @@ def _patch_attention() -> None:
             _records[-1].launches.append(launch)
         return out
 
-    torch.nn.functional.scaled_dot_product_attention = attend
+    torch.nn.functional.scaled_dot_product_attention = _attend  # type: ignore[assignment]
 
 
 def _patch_convolution() -> None:
-    """Let convolutions answer in channels last where they are asked so, as cuDNN's do: fake ones without CUDA do not."""
+    """Let convolutions answer in channels last where x is, as cuDNN's do: fake ones without CUDA do not."""
     import torch
     import torch.nn.functional
 
     convolve = torch.nn.functional.conv2d
 
-    def conv2d(x: Any, *args: Any, **options: Any) -> Any:
+    def _conv2d(x: Any, *args: Any, **options: Any) -> Any:
         out = convolve(x, *args, **options)
         last = torch.channels_last
         same = not x.is_contiguous(memory_format=last) or x.is_contiguous()
         return out if same else torch.empty(out.shape, dtype=out.dtype, device=out.device, memory_format=last)
 
-    torch.nn.functional.conv2d = conv2d
+    torch.nn.functional.conv2d = _conv2d  # type: ignore[assignment]
 
 
 @contextmanager
@@ -276,7 +277,7 @@ def recording() -> Iterator[Recorded]:
 
     record = Recorded()
 
-    class Log(TorchDispatchMode):
+    class _Log(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             options = kwargs or {}
             out = func(*args, **options)
@@ -298,7 +299,7 @@ def recording() -> Iterator[Recorded]:
 
     _records.append(record)
     try:
-        with Log():
+        with _Log():
             yield record
     finally:
         _records.pop()

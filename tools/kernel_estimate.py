@@ -12,7 +12,7 @@ from typing import Any
 
 from kernel_device import REGISTERS, TARGETS, Launch, Recorded
 from kernel_passes import Pass
-from kernel_sass import Code
+from kernel_sass import Code, mma_flop
 
 SCHEDULERS = 4
 
@@ -84,9 +84,17 @@ def occupancy(code: Code, shared: int, warps: int, capability: int) -> tuple[int
     return programs, programs * warps / target.warps
 
 
-def bits(code: Code) -> str:
-    """Return the width of the operands of a kernel's tensor-core instructions: "8" or "16"."""
-    return "8" if any(opcode[0] in "QI" or opcode.startswith(("UTCQ", "UTCI")) for opcode, _ in code.mma) else "16"
+def bits(opcode: str) -> str:
+    """Return the width of the operands of a tensor-core instruction: "8" or "16"."""
+    return "8" if opcode[0] in "QI" else "16"
+
+
+def tensor_cycles(launch: Launch, code: Code) -> float:
+    """Return the cycles that the tensor cores of one SM of Hopper would need for all of a launch's multiplications."""
+    if not code.mma_flop:
+        return 0.0
+    one_pass = sum(mma_flop(opcode) * count / TENSOR_FLOP[bits(opcode)] for opcode, count in code.mma)
+    return launch.flop / code.mma_flop * one_pass
 
 
 def trips(launch: Launch, code: Code, warps: int) -> tuple[float, float]:
@@ -108,10 +116,9 @@ def floors(launch: Launch, code: Code, warps: int) -> Floors:
     device = DEVICES["H100"]
     passes, tiles = trips(launch, code, warps)
     issued = (passes * code.loop + tiles * code.outside) * warps
-    cycles = launch.flop / TENSOR_FLOP[bits(code)]
     unit = 1e6 / device.processors / device.clock
     copy = {name: launch.bytes / each.copy * 1e6 for name, each in DEVICES.items()}
-    return Floors(issued / SCHEDULERS * unit, cycles * unit, copy)
+    return Floors(issued / SCHEDULERS * unit, tensor_cycles(launch, code) * unit, copy)
 
 
 def own_seconds(launch: Launch, code: Code, warps: int, device: Device) -> tuple[float, float]:
@@ -125,13 +132,13 @@ def own_seconds(launch: Launch, code: Code, warps: int, device: Device) -> tuple
     if not launch.flop or not code.mma:
         issued = floors(launch, code, warps).issue / 1e6 / ISSUE_SHARE
         return (max(copied, issued, SHORTEST),) * 2
-    tensor, issue = launch.flop / passes / TENSOR_FLOP[bits(code)], code.loop * warps / SCHEDULERS
+    tensor, issue = tensor_cycles(launch, code) / passes, code.loop * warps / SCHEDULERS
     step = tensor + issue if group(launch) == "attention" else max(tensor, issue)
     waves = (
         max(-(-tiles // device.processors), 1.0) if launch.programs <= device.processors else tiles / device.processors
     )
     cycles = waves * (passes / tiles * step + code.outside * warps / SCHEDULERS)
-    low, high = OWN_SHARES[bits(code)]
+    low, high = OWN_SHARES[min((bits(opcode) for opcode, _ in code.mma), key=int)]
     seconds = cycles / device.clock
     return max(seconds / high, copied, SHORTEST), max(seconds / low, copied, SHORTEST)
 

@@ -58,9 +58,9 @@ class Code:
 
     registers of a thread · stack: bytes of a thread, local memory included · spills: instructions that load or store
     local memory · outside, loop: instructions that a warp executes once outside of the hot loop, and in one pass of it
-    · mma: tensor-core instructions of the hot loop, by opcode · mma_flop: multiplications and additions of one warp with
-    them in one pass · loop_bytes: of global memory that one pass of a warp loads and stores · copies: kinds of copies
-    between global memory and the SM, most capable first.
+    · mma: tensor-core instructions of the hot loop, by opcode · mma_flop: what a warp multiplies and adds with them in
+    one pass · loop_bytes: of global memory that one pass of a warp loads and stores · copies: kinds of copies between
+    global memory and the SM, most capable first.
     """
 
     registers: int = 0

@@ -117,8 +117,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, lengths: list[int]) -> Tensor:
         """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
-        projected = joint(x, (self.q_proj, self.k_proj, self.v_proj))
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)  # (n, H, D), (n, KV, D) twice
+        layers = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in joint(x, layers))  # (n, H, D), (n, KV, D) twice
         turned = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, rope, self.q_norm.eps, "halves")
         pieces = (y.split(lengths) for y in (*turned, v))
         prompts = [_causal(*prompt) for prompt in zip(*pieces, strict=True)]

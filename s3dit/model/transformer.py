@@ -84,8 +84,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor | QuantizedRows, rope: Tensor, spans: Spans) -> Tensor:
         """Attend within each item: x (N, dim) or its QuantizedRows, rope (N, head_dim / 2, 2) fp32 -> (N, dim)."""
-        projected = joint(x, (self.to_q, self.to_k, self.to_v))
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in projected)  # (N, H, D)
+        # In no list that would hold them any longer than they are read.
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in joint(x, (self.to_q, self.to_k, self.to_v)))  # (N, H, D)
         q, k = qk_norm_rope(q, k, self.norm_q.weight, self.norm_k.weight, rope, QK_EPS)
         return self.to_out[0](attention(q, k, v, spans, spans).flatten(1))
 

@@ -183,14 +183,15 @@ def transformer_work(
 ) -> int:
     """Return the bytes that a pass over `tokens` packed tokens (image and text of all items, padded) allocates at most.
 
-    Attention is the widest place: the stream, its normed copy, q, k, v and two rotated (7 in dtype), four in fp32 while
-    they are rotated, and the context's tokens and rotary tables. Without lean implementations (`swiglu` in place or
-    fused) the feed-forward is: two hidden rows in dtype and four in fp32. A weight may be upcast to fp32 on the way.
+    Attention is the widest place: the stream before and in the block, its normed copy, q, k, v and two rotated (8 in
+    dtype), four in fp32 while they are rotated, and the context's tokens and rotary tables. Without lean
+    implementations (`swiglu` in place or fused) the feed-forward is: six of the stream, two hidden rows in dtype and
+    four in fp32. A weight may be upcast to fp32 on the way.
     A quantized product adds rows of 8 bits, and sums in 32 bits and their fp32 copy for runs of CHANNELS.
     """
     c, dim, hidden = dtype.itemsize, config.dim, config.ffn_dim
-    attention = dim * (7 * c + 16)
-    feed = 2 * c * dim + hidden * (2 * c + (0 if lean else 16))
+    attention = dim * (8 * c + 16)
+    feed = 6 * c * dim + hidden * (2 * c + (0 if lean else 16))
     constants = dim * c + 8 * config.head_dim + 64 + (16 * min(hidden, CHANNELS) if quantized else 0)
     return tokens * (max(attention, feed) + constants) + 4 * dim * hidden
 
@@ -233,4 +234,4 @@ def decoder_work(config: VAEConfig, height: int, width: int, tile: int | None, d
     channels = max(config.block_out_channels[:2])
     side = 8 * tile if tile is not None else max(height, width)
     pixels = min(height, side) * min(width, side)
-    return pixels * (3 * channels * dtype.itemsize + 128) + 24 * height * width
+    return pixels * (3 * channels * dtype.itemsize + 64) + 24 * height * width
