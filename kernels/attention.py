@@ -103,11 +103,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> Tens
         batch = len(q_span.lengths)
         q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, L, D)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
-    out = torch.empty_like(q)
-    for oi, (qi, ki, vi) in zip(out.split(q_span.lengths), _items(q, k, v, q_span, k_span), strict=True):
-        qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))  # (1, H, L, D)
-        oi.copy_(F.scaled_dot_product_attention(qi, ki, vi)[0].transpose(0, 1))
-    return out
+    out = []
+    for item in _items(q, k, v, q_span, k_span):
+        qi, ki, vi = (x.transpose(0, 1)[None] for x in item)  # (1, H, L, D)
+        out.append(F.scaled_dot_product_attention(qi, ki, vi)[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 def _single_core(q: Tensor, k: Tensor, v: Tensor, q_span: Spans, k_span: Spans) -> bool | str:
