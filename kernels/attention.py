@@ -9,9 +9,9 @@ Two Ops: `attention`, and `attention_lse`, which also gives the log-sum-exp of e
 made. The Triton kernel that serves them is in `flash_attention`.
 
 There is no form with scores of int8. On a Hopper a step of 128 queries and 128 keys takes some 3,140 cycles in cuDNN's
-bf16 (600 TFLOP/s, published). In Triton it would take 1,540 in tensor cores and, counted in compiled code with a scale
-for each block of keys, 1,830 of instructions, which hardly overlap, and keys are smoothed in passes of their own: an
-estimate of 3,600, for an error of 9e-3.
+bf16 (600 TFLOP/s, published). In Triton it would take 1,540 in tensor cores and some 1,830 of instructions (2,330 were
+counted in a compiled kernel with a scale a key, of which scales of whole blocks would save 500), which hardly overlap,
+and keys are smoothed in passes of their own: an estimate of 3,600, for an error of 9e-3.
 """
 
 from collections.abc import Iterator
