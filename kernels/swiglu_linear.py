@@ -12,7 +12,7 @@ form: cuBLAS is estimated to be 2 to 7 % faster than our own product, which agai
 import torch
 from torch import Tensor
 
-from s3dit.kernels.dispatch import op, why_unsupported
+from s3dit.kernels.dispatch import op, overridden, why_unsupported
 from s3dit.kernels.fp8 import fp8, row_wise_supported
 from s3dit.kernels.int8 import int8
 from s3dit.kernels.matmul import scaled_swiglu
@@ -57,6 +57,8 @@ def _fusible(
 ) -> bool | str:  # fmt: skip
     if not any(scheme is each for each in FUSED):
         return f"the kernel multiplies int8 and e4m3 rows, found {scheme.name}"
+    if overridden():
+        return "an operation is replaced, perhaps one that the kernel would compute inside"
     return why_unsupported(x, FLOAT_DTYPES, scheme.activation) or True
 
 

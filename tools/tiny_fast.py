@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from s3dit.model.layers import rope_table
 from s3dit.model.layout import text_to_image
-from s3dit.model.transformer import Block, FinalLayer, Transformer
+from s3dit.model.timestep import FinalLayer
+from s3dit.model.transformer import Block, Transformer
 from s3dit.runtime.devices import fast_bf16
 
 GRID = (8, 8)

@@ -34,7 +34,8 @@ from s3dit.kernels.attention import Spans
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import patchify
 from s3dit.model.linear import Linear
-from s3dit.model.transformer import PATCH, Block, Context, Modulation, Transformer
+from s3dit.model.timestep import Modulation
+from s3dit.model.transformer import PATCH, Block, Context, Transformer
 from s3dit.weights.assign import verify
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 

@@ -152,11 +152,9 @@ def swiglu_layers(
 
     x (…, in) · input_dtype: None, or int8 or e4m3 to round the rows for the next layer -> (…, out), as `swiglu`.
     """
-    if type(gate) is type(up) is QuantLinear and gate.scheme is up.scheme and any(gate.scheme is s for s in FUSED):
-        replaced = any("forward" in vars(layer) or layer.bias is not None for layer in (gate, up))
-        if not replaced and not hooked(gate, up):
-            parts = gate._buffers, up._buffers
-            return swiglu_linear(x, gate.scheme, *parts, input_dtype)  # type: ignore[arg-type]
+    alike = kind_of(gate) is not None and kind_of(gate) == kind_of(up) and not hooked(gate, up)
+    if alike and isinstance(gate, QuantLinear) and gate.scheme in FUSED:
+        return swiglu_linear(x, gate.scheme, gate._buffers, up._buffers, input_dtype)  # type: ignore[arg-type]
     first, second = joint(x, (gate, up))
     return swiglu(first, second, input_dtype)
 

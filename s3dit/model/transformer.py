@@ -12,13 +12,11 @@ Source: official `src/zimage/transformer.py` and diffusers' `transformer_z_image
 patch size (2 × 2 pixels of latents, 1 frame), which is the only one here.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.kernels.attention import Spans, attention
@@ -29,30 +27,14 @@ from s3dit.model.hooks import hooked, unhookable
 from s3dit.model.layers import RMSNorm, kept, rope_table
 from s3dit.model.layout import Layout, Pack
 from s3dit.model.linear import Linear, joint, swiglu_layers
+from s3dit.model.timestep import FinalLayer, Modulation, TimestepEmbedder, modulation_tables
 
 # The one patch size ever published, as the official names spell it: 2 × 2 latent pixels, 1 frame.
 PATCH = "2-1"
-FREQUENCIES = 256
 # Why hooks on some norms are refused.
 FUSED = "it is computed inside of a fused operation ({}, which trace_op can see)"
 # Official `Attention` builds its query and key norms with this, whatever `norm_eps` says.
 QK_EPS = 1e-5
-
-
-class TimestepEmbedder(nn.Module):
-    """Embeds times: cosines and sines of 128 frequencies, then two linears with SiLU between."""
-
-    def __init__(self, out: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(Linear(FREQUENCIES, 1024), nn.SiLU(), Linear(1024, out))
-
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """Embed t (R,) fp32, already scaled by t_scale -> (R, out) of dtype."""
-        half = FREQUENCIES // 2
-        # parity: everything in fp32 and in this order; one ulp of the argument moves the picture by 1e-6.
-        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
-        angles = t[:, None].float() * frequencies[None]
-        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
 
 
 def common_input_dtype(*layers: Linear) -> torch.dtype | None:
@@ -115,17 +97,6 @@ class FeedForward(nn.Module):
 Following = tuple[Tensor, torch.dtype | None]
 
 
-def modulation_tables(modulation: Tensor, norms: Tensor) -> Tensor:
-    """Compute the factors and gates of blocks, as the Ops of `kernels.norm` take them.
-
-    modulation (…, R, 4 · dim): scale and gate of attention, then of feed-forward, as adaLN answers · norms (…, 4, dim):
-    the weights of the norms before and after each -> (…, 4, R, dim) fp32: weight · (1 + scale), weight · tanh(gate), ….
-    """
-    scales, gates = modulation.float().unflatten(-1, (2, 2, -1)).unbind(-2)  # (…, R, 2, dim)
-    tables = torch.stack((1.0 + scales, gates.tanh()), dim=-2).flatten(-3, -2)  # (…, R, 4, dim)
-    return norms.float()[..., None, :] * tables.movedim(-2, -3)
-
-
 class Block(nn.Module):
     """Sandwich-normed attention and feed-forward; `modulated` blocks read scale and gate from the time embedding."""
 
@@ -140,10 +111,10 @@ class Block(nn.Module):
         self.ffn_norm2 = RMSNorm(dim, self.eps)
         if modulated:
             self.adaLN_modulation = nn.Sequential(Linear(config.adaln_dim, 4 * dim))
-            unhookable(self.attention_norm1, FUSED.format("rms_norm_modulate"))
+            unhookable(self.attention_norm1, FUSED.format("rms_norm_modulate or gated_residual_norm"))
             unhookable(self.attention_norm2, FUSED.format("gated_residual_norm"))
             unhookable(self.ffn_norm1, FUSED.format("gated_residual_norm"))
-            unhookable(self.ffn_norm2, FUSED.format("gated_residual"))
+            unhookable(self.ffn_norm2, FUSED.format("gated_residual or gated_residual_norm"))
 
     def norms(self) -> Tensor:
         """Return the weights of the norms in the order in which they act, (4, dim)."""
@@ -194,33 +165,6 @@ class PlainBlock(Block):
         mixed = self.attention_norm2(self.attention(self.attention_norm1(x), rope, spans))
         x, normed = self.ffn_norm1.of_sum(x, mixed)
         return x + self.ffn_norm2(self.feed_forward(normed))
-
-
-class FinalLayer(nn.Module):
-    """LayerNorm without weights, scaled by (1 + s) of the time, then a linear to patches."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.linear = Linear(config.dim, config.patch_dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.adaln_dim, config.dim))
-
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
-        """Apply to x (n, dim), scale (1, dim) or (n, dim), 1 + s of each token's time -> patches (n, patch_dim)."""
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
-
-
-@dataclass(frozen=True, slots=True)
-class Modulation:
-    """What the layers read of a time, computed before a pass: of R rows, one an item or one for all.
-
-    time (R, adaln_dim): embedded · tables (blocks, 4, R, dim) fp32: `modulation_tables` of the noise refiner's and the
-    main blocks · final (R, dim): the scale of the final layer · alone: by block, whether it has no table here.
-    """
-
-    time: Tensor
-    tables: Tensor
-    final: Tensor
-    alone: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ class GroupNorm(nn.GroupNorm):
         """Normalize x (B, C, H, W), any float dtype -> same shape and dtype."""
         if not _in_strips(x):
             return super().forward(x)
-        return torch.cat([self.applied(each, group_moments(each, self.num_groups), False) for each in x.split(1)])
+        done = [self.applied(each, group_moments(each, self.num_groups), False) for each in x.split(1)]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def applied(self, rows: Tensor, moments: Moments, silu: bool) -> Tensor:
         """Normalize rows of a picture (1, C, h, W) by the moments of the whole, then SiLU if asked for."""
@@ -116,7 +117,8 @@ class Resnet(nn.Module):
         h = _convolved(x, self.norm1, self.conv1)
         h = _convolved(h, self.norm2, self.conv2)
         beside = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return h.add_(beside) if _in_strips(h) else beside + h
+        # In the memory of h, which a hook may have kept.
+        return h.add_(beside) if _in_strips(h) and not watched((self.conv2,)) else beside + h
 
 
 class Attention(nn.Module):

@@ -15,7 +15,7 @@ Means over steps, layers and heads are made as the model runs; `keep` says which
 import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,11 +36,11 @@ CHUNK = 1 << 24
 class AttentionMaps:
     """Means of image tokens' attention; made by `attention_maps`.
 
-    words: as they were asked for · layers: names of the blocks · keep: what is not averaged over.
+    words: as they were asked for · keep: what is not averaged over · items: the map of tokens by item and branch.
     """
 
-    def __init__(self, words: Sequence[str], layers: Sequence[str], keep: Sequence[Axis]) -> None:
-        self.words, self.layers, self.keep = list(words), list(layers), tuple(keep)
+    def __init__(self, words: Sequence[str], keep: Sequence[Axis]) -> None:
+        self.words, self.keep = list(words), tuple(keep)
         self.items: dict[tuple[int, str], ItemTokens] = {}
         # (item, branch, word or kind or "entropy", step or 0, layer or "") -> sum (heads or 1, queries) and count.
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
@@ -111,14 +111,15 @@ def attention_maps(
     """Gather the attention of image tokens for as long as the `with` lasts.
 
     words: pieces of the prompt, a column each; weights on the tokens of a word are added · layers: patterns of blocks ·
-    keep: "step", "layer", "head", which are then not averaged over. The picture's bits stay. A word that an item's
-    prompt lacks is left out there; RequestError where no item has it.
+    keep: "step", "layer", "head", which are then not averaged over. The picture stays as it does in `observe`. A word
+    that an item's prompt lacks is left out there; RequestError where no item has it.
     """
     words = [words] if isinstance(words, str) else list(words)
+    if wrong := [name for name in keep if name not in get_args(Axis)]:
+        raise RequestError(f"keep is {wrong}; needed some of {', '.join(get_args(Axis))}")
     patterns = [layers] if isinstance(layers, str) else list(layers)
     chosen = sites(pipe, [f"{pattern}.attention.{site}" for pattern in patterns for site in ("q_rope", "k_rope")])
-    names = list(dict.fromkeys(site.block for site in chosen.values()))
-    maps = AttentionMaps(words, names, keep)
+    maps = AttentionMaps(words, keep)
     split = splitter(pipe, steps, items, branch, None)
     queries: dict[str, Tensor] = {}
 
@@ -131,16 +132,9 @@ def attention_maps(
 
     with attached(pipe, chosen.values(), visit):
         yield maps
-    missing = [word for word in words if maps.items and not any(_has(item, word) for item in maps.items.values())]
+    missing = [word for word in words if maps.items and not any(item.has(word) for item in maps.items.values())]
     if missing:
         next(iter(maps.items.values())).find(missing[0])
-
-
-def _has(item: ItemTokens, word: str) -> bool:
-    try:
-        return bool(item.find(word))
-    except RequestError:
-        return False
 
 
 def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tensor) -> None:
@@ -160,7 +154,7 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         entropy = lse - scale * (qi.float() * mean_key.float()).sum(-1)
         maps.add(item, "entropy", part.step, site.block, entropy.T)
         groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
-        groups |= {word: item.find(word) for word in maps.words if _has(item, word)}
+        groups |= {word: item.find(word) for word in maps.words if item.has(word)}
         columns = sorted({token for found in groups.values() for token in found})
         place = {token: i for i, token in enumerate(columns)}
         sums = _weights(qi, ki[columns], lse, scale, [[place[token] for token in found] for found in groups.values()])

@@ -20,6 +20,7 @@ from s3dit.model.transformer import Transformer
 from s3dit.research.instrument import Item
 from s3dit.research.observe import Edit, edit
 from s3dit.research.record import Record
+from s3dit.research.tokens import ItemTokens
 
 
 def _at(rows: Tensor, where: Item, heads: Sequence[int] | None, channels: Sequence[int] | None) -> Tensor:
@@ -110,20 +111,27 @@ def without_words(
     """Let words of the prompt be padding from the first main block on, in some steps or all: as if they were not there.
 
     Their tokens become the mean of the item's text padding, or zeros where it has none. steps, items, branch: as in
-    `edit`. Raises RequestError for words that the prompt lacks.
+    `edit`. Items whose prompt lacks a word stay; raises RequestError for a word that none has.
     """
-    words = [words] if isinstance(words, str) else list(words)
+    words, met = [words] if isinstance(words, str) else list(words), dict[str, ItemTokens | None]()
 
     def change(rows: Tensor, where: Item) -> Tensor:
-        assert where.tokens is not None
-        padding = where.tokens.find("text padding")
+        item = where.tokens
+        assert item is not None
+        padding, out = item.find("text padding"), rows.clone()
         filler = rows[padding].float().mean(0).to(rows.dtype) if padding else torch.zeros_like(rows[0])
-        out = rows.clone()
-        out[[token for word in words for token in where.tokens.find(word)]] = filler
+        for word in words:
+            if item.has(word):
+                out[item.find(word)], met[word] = filler, None
+            else:
+                met.setdefault(word, item)
         return out
 
     with edit(pipe, {"layers.0.input": change}, steps=steps, **choice):
         yield
+    for word, lacking in met.items():
+        if lacking is not None:
+            lacking.find(word)
 
 
 @contextmanager

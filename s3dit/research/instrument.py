@@ -1,7 +1,8 @@
 """The instrument: shows the tensor of every chosen site to a function as it is computed, and puts back what that gives.
 
 Forward hooks on modules, and replacements of Ops (`op.using`) that act only inside a block that is looked at; when the
-`with` ends nothing of it is left. A function that returns None changes no bit: what runs is what would run unobserved.
+`with` ends nothing of it is left. A function that returns None changes no number. On a GPU, blocks and layers that are
+looked at run by themselves, in place of several in one launch, which may round in another place.
 
 `Item` is one picture's part of a site's tensor. A `Splitter` cuts a packed tensor into them: which rows are whose is
 read off the map of tokens, and whether guidance doubled the pass off the number of rows.
@@ -80,9 +81,10 @@ def _after(site: Site, visit: Visit) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if site.suffix != "x0":
             return visit(site, output)
-        state, t = args[:2]
-        # One time for all, as the pipeline gives it, or one an item, whose patches are of equal number.
-        sigma = (1.0 - t).repeat_interleave(len(state) // len(t))[:, None]
+        state, t, context = args[:3]
+        # One time for all, or one an item.
+        rows = context.image.modulation_row[context.image.token_index]
+        sigma = (1.0 - (t if len(t) == 1 else t[rows]))[:, None]
         given = visit(site, state + sigma * output.float())
         return None if given is None else ((given - state) / sigma).to(output.dtype)
 
@@ -106,7 +108,7 @@ class _Blocks:
             qk_norm_rope: ({"attention.q_rope", "attention.k_rope"}, self._rope),
             attention: ({"attention.heads"}, self._heads),
             gated_residual_norm: ({"attention.added", "between"}, self._between),
-            residual_norm: ({"attention.added", "between"}, self._plain_between),
+            residual_norm: ({"between"}, self._plain_between),
             gated_residual: ({"ffn.added"}, self._end),
         }
         for op, (suffixes, run) in replaced.items():
@@ -133,7 +135,7 @@ class _Blocks:
 
     def _rope(self, op: Callable[..., Any], *args: Any) -> Any:
         q, k = op(*args)
-        q_given = self._show("attention.q_rope", lambda: dequantize_rows(q))
+        q_given = self._show("attention.q_rope", lambda: q)
         k_given = self._show("attention.k_rope", lambda: k)
         return (q if q_given is None else q_given), (k if k_given is None else k_given)
 
@@ -155,11 +157,9 @@ class _Blocks:
         return between, rms_norm_modulate(between, factor, row, eps, *rest)
 
     def _plain_between(self, op: Callable[..., Any], *args: Any) -> Any:
-        residual, x, weight, eps = args
-        added = self._show("attention.added", lambda: x)
-        between, normed = op(residual, x if added is None else added, weight, eps)
+        between, normed = op(*args)
         given = self._show("between", lambda: between)
-        return (between, normed) if given is None else op(given, torch.zeros_like(given), weight, eps)
+        return (between, normed) if given is None else op(given, torch.zeros_like(given), *args[2:])
 
     def _end(self, op: Callable[..., Any], *args: Any) -> Any:
         residual, x, gate, row, eps = args
@@ -225,12 +225,14 @@ class Splitter:
         branch: str | None,
         what: str | Sequence[str] | None,
     ) -> None:
-        """what: kinds of tokens, or words, as `ItemTokens.find` takes them."""
+        """what: kinds of tokens, or words, as `ItemTokens.find` takes them; RequestError where no item has one."""
         self._pipe, self._steps, self._items, self._branch = pipe, steps, items, branch
         self._what = [what] if isinstance(what, str) else what
         self._maps: dict[bool, list[ItemTokens]] = {}
         self._calls: dict[str, int] = defaultdict(int)
         self._now: Now | None = None
+        # Names of the sites of which something was chosen.
+        self.seen: set[str] = set()
 
     def __call__(self, site: Site, tensor: Tensor) -> Iterator[Item]:
         """Yield the items of a site's tensor that are chosen."""
@@ -245,22 +247,29 @@ class Splitter:
         call = self._calls[site.name]
         self._calls[site.name] += 1
         if site.stream in ("prompt", "picture") or now is None:
-            yield Item(site, step, 0, call, "positive", None, slice(None))
+            if self._items is None or call in self._items:
+                self.seen.add(site.name)
+                yield Item(site, step, 0, call, "positive", None, slice(None))
             return
         if self._steps is not None and step not in self._steps:
             return
-        for item, start, rows in self._parts(site, len(tensor), now.plan):
+        parts = list(self._parts(site, len(tensor), now.plan))
+        for what in self._what or ():
+            if not any(item.has(what) for item, _, _ in parts):
+                parts[0][0].find(what)
+        for item, start, rows in parts:
             if self._items is not None and item.item not in self._items:
                 continue
             if self._branch not in (None, item.branch):
                 continue
             index: slice | Tensor = slice(start, start + len(rows))
             if self._what is not None and site.stream != "rows":
-                wanted = {token for what in self._what for token in item.find(what)}
+                wanted = {token for what in self._what if item.has(what) for token in item.find(what)}
                 found = [start + row for row, token in enumerate(rows) if token in wanted]
                 if not found:
                     continue
                 index = torch.tensor(found, device=tensor.device)
+            self.seen.add(site.name)
             yield Item(site, step, call, item.item, item.branch, item, index)
 
     def _parts(self, site: Site, n: int, plan: Plan) -> Iterator[tuple[ItemTokens, int, Sequence[int]]]:

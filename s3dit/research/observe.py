@@ -6,11 +6,13 @@
         changed = pipe("a red star above a blue ring", seed=7)
 
 Both work in every residency, batch, number format and with guidance; they may be nested, and several be in force at
-once. What is only observed has the bits that it has unobserved. Of prompts, features are computed anew while their
-encoder is looked at.
+once. What is only observed has the bits that it has unobserved on a CPU; on a GPU, what is looked at runs by itself in
+place of several layers in one launch, which may round in another place. Of prompts, features are computed anew while
+their encoder is looked at.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +25,7 @@ from s3dit.research.record import Key, Record, fingerprint
 from s3dit.research.reductions import REDUCTIONS
 from s3dit.research.sites import Site, nearest, sites
 from s3dit.research.tokens import BRANCHES
+from s3dit.research.trace import pattern_regex
 
 # edit(rows of an item, where) -> rows of the same shape, or None to leave them.
 Edit = Callable[[Tensor, Item], Tensor | None]
@@ -43,9 +46,11 @@ def observe(
     """Record the tensors of sites for as long as the `with` lasts.
 
     patterns: of names of sites · steps: of the solver, from 1 · items: indices of pictures · branch: "positive" or
-    "negative" · tokens: kinds of tokens or words (`ItemTokens.find`), whose rows alone are kept · reduce: what to keep
-    of each, a name of `REDUCTIONS` or several, or a function of the rows; everything without.
-    Raises RequestError for sites, branches or reductions that do not exist.
+    "negative" · tokens: kinds of tokens or words (`ItemTokens.find`), whose rows alone are kept, of the items that have
+    them · reduce: what to keep of each, a name of `REDUCTIONS` or several, or a function of the rows; everything
+    without. Steps, branch and tokens choose among sites of the transformer. Of several pictures drawn one after the
+    other, the last one's tensors stay.
+    Raises RequestError for sites, branches, words or reductions that do not exist; warns where nothing was seen.
     """
     keep = _reducers(reduce)
     chosen = sites(pipe, patterns)
@@ -65,6 +70,7 @@ def observe(
 
     with attached(pipe, chosen.values(), visit):
         yield record
+    _warn_of_silence("observed nothing of", [patterns] if isinstance(patterns, str) else patterns, split)
 
 
 @contextmanager
@@ -81,7 +87,7 @@ def edit(
 
     changes: pattern of sites -> function(rows of an item, where) that returns rows of the same shape, or None to leave
     them; several that match a site act one after the other · the rest as in `observe`. Raises RequestError, also out of
-    the run where a function returns another shape, or numbers that are not finite.
+    the run where a function returns another shape, or numbers that are not finite; warns where nothing was edited.
     """
     chosen, by_site = _chosen(pipe, changes)
     split = splitter(pipe, steps, items, branch, tokens)
@@ -101,6 +107,15 @@ def edit(
 
     with attached(pipe, chosen.values(), visit):
         yield
+    _warn_of_silence("edited nothing of", changes, split)
+
+
+def _warn_of_silence(done: str, patterns: Iterable[str], split: Splitter) -> None:
+    """Warn of patterns none of whose sites was computed, at the steps, items and tokens that were chosen."""
+    silent = [each for each in patterns if not any(pattern_regex(each).fullmatch(name) for name in split.seen)]
+    if silent:
+        choice = "nothing of it was computed at the steps, items, branch and tokens that were chosen"
+        warnings.warn(f"{done} {', '.join(silent)}: {choice}", stacklevel=4)
 
 
 def _chosen(pipe: LoadedModel, changes: Mapping[str, Edit]) -> tuple[dict[str, Site], dict[str, list[Edit]]]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from s3dit.research import trace
 from s3dit.research.sites import nearest
 from s3dit.research.tokens import ItemTokens
 from s3dit.research.trace import pattern_regex
+from s3dit.weights.container import Checkpoint
 
 # The key of a record's notes in the metadata of its file.
 NOTES = "s3dit.record"
@@ -50,8 +52,7 @@ class Key(NamedTuple):
 class Record(dict[Key, Tensor]):
     """Observed tensors on the CPU, in the order in which they were computed.
 
-    items: the map of tokens of every item that was seen · model: what identifies the weights · tokens: of each key the
-    tokens that its rows are, where some were chosen.
+    items_seen: the map of tokens of every item that was seen · model: the `fingerprint` of its weights.
     """
 
     def __init__(self) -> None:
@@ -149,9 +150,15 @@ def _item(data: dict[str, Any]) -> ItemTokens:
     return ItemTokens(grid=tuple(data["grid"]), kinds=tuple(data["kinds"]), places=places, rows=rows, **rest)
 
 
+# Of checkpoints that were looked at: some containers compute tensors, or read them whole.
+_fingerprints: WeakKeyDictionary[Checkpoint, str] = WeakKeyDictionary()
+
+
 def fingerprint(pipe: LoadedModel) -> str:
     """Return what identifies the transformer's weights: a SHA-256 of names, shapes, dtypes and tensors' beginnings."""
     checkpoint = pipe.parts.checkpoints["transformer"]
+    if checkpoint in _fingerprints:
+        return _fingerprints[checkpoint]
     digest = hashlib.sha256()
     for name in sorted(checkpoint):
         tensor = checkpoint.load(name)
@@ -159,4 +166,4 @@ def fingerprint(pipe: LoadedModel) -> str:
         start = tensor.flatten()[:READ].contiguous() if tensor.is_contiguous() else tensor[:1].flatten()[:READ].clone()
         digest.update(start.view(torch.uint8).numpy().tobytes())
     checkpoint.release()
-    return digest.hexdigest()
+    return _fingerprints.setdefault(checkpoint, digest.hexdigest())

@@ -58,9 +58,7 @@ MODULES = {
     "output": ("", "out"),
 }
 # Of blocks without modulation, where the second norms are modules of their own.
-PLAIN = {
-    "attention.added": ("attention_norm2", "out"), "between": ("ffn_norm1", "in"), "ffn.added": ("ffn_norm2", "out"),
-}  # fmt: skip
+PLAIN = {"attention.added": ("attention_norm2", "out"), "ffn.added": ("ffn_norm2", "out")}
 # In the order of the computation.
 SUFFIXES = (
     "input", "modulation", "attention.norm", "attention.q", "attention.k", "attention.v", "attention.q_rope",

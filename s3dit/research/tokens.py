@@ -67,16 +67,9 @@ class ItemTokens:
         a word or several: the tokens of every place where it stands (as a whole word if it does somewhere, in any
         case), so that "word:image" finds the word and not the kind. Raises RequestError, naming the nearest words.
         """
-        kinds = {"text": ("prompt", "template", "embeds"), "padding": KINDS[6:]}.get(what, (what,))
-        if set(kinds) <= set(KINDS):
+        if (kinds := _kinds_of(what)) is not None:
             return [i for i, kind in enumerate(self.kinds) if kind in kinds]
-        text = re.escape(what.removeprefix("word:").casefold())
-        prompt = self.prompt.casefold()
-        # Case folding may lengthen a text ("ß"); then only the text as it is written is found.
-        prompt, text = (prompt, text) if len(prompt) == len(self.prompt) else (self.prompt, re.escape(what))
-        spans = [m.span() for m in re.finditer(rf"(?<!\w){text}(?!\w)", prompt)] if text else []
-        spans = spans or [m.span() for m in re.finditer(text, prompt) if m.end() > m.start()]
-        if not spans:
+        if not (spans := self._spans(what)):
             near = difflib.get_close_matches(what.removeprefix("word:"), [*self.words, *KINDS], n=3, cutoff=0.0)
             raise RequestError(
                 f"{what!r} is neither in the prompt {self.prompt!r} nor a kind of token; needed a word of it or one of "
@@ -84,10 +77,26 @@ class ItemTokens:
             )
         return [i for i, place in enumerate(self.places) if place and any(_overlap(place, span) for span in spans)]
 
+    def has(self, what: str) -> bool:
+        """Return whether `find` takes it: a kind of token, or text that stands in the prompt."""
+        return _kinds_of(what) is not None or bool(self._spans(what))
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        """Where a text stands in the prompt: as whole words if it does somewhere, in any case."""
+        text = re.escape(text.removeprefix("word:"))
+        found = [re.finditer(pattern, self.prompt, re.IGNORECASE) for pattern in (rf"(?<!\w){text}(?!\w)", text)]
+        return next((spans for each in found if (spans := [m.span() for m in each if m.end() > m.start()])), [])
+
     def text(self, token: int) -> str:
         """Return the characters of the prompt that a token stands for, or its kind in angle brackets."""
         place = self.places[token]
         return f"<{self.kinds[token]}>" if place is None else self.prompt[slice(*place)]
+
+
+def _kinds_of(what: str) -> tuple[str, ...] | None:
+    """The kinds that a word of `find` stands for, None for text of the prompt."""
+    kinds = {"text": ("prompt", "template", "embeds"), "padding": KINDS[6:]}.get(what, (what,))
+    return kinds if set(kinds) <= set(KINDS) else None
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:

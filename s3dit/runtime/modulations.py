@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from s3dit.model.transformer import Context, Modulation, Transformer
+from s3dit.model.timestep import Modulation
+from s3dit.model.transformer import Context, Transformer
 from s3dit.sampling.guidance import flow_time
 
 # Steps that are computed together; 16 are 33 MB of the published models, and for each item of Omni as much again.

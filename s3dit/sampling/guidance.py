@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from s3dit.model.transformer import Context, Modulation, Steering
+from s3dit.model.timestep import Modulation
+from s3dit.model.transformer import Context, Steering
 from s3dit.sampling.solvers import Velocity
 
 

@@ -37,6 +37,16 @@ def test_moments(backend, mean, device, kernel_of):
     assert ((got_variance.double() / true_variance - 1).abs() < 4e-6).all()
 
 
+@pytest.mark.parametrize("mean, bound", [(0.0, 5e-6), (1.8, 5e-5), (3.0, 5e-6), (30.0, 5e-6)])
+def test_moments_of_16_bits_on_a_cpu(mean, bound):
+    """From 2 deviations off 0 on around a mean, as in fp32; below that plain squares, of 8,192 numbers a sum."""
+    x = picture(32, 130, 131, mean, torch.bfloat16)
+    run = next(each.function for each in group_moments.implementations if each.backend == "torch")
+    (got_mean, got_variance), (true_mean, true_variance) = run(x, 8), exact(x, 8)
+    assert ((got_mean.double() - true_mean).abs() < 3e-6 * max(1.0, mean)).all()
+    assert ((got_variance.double() / true_variance - 1).abs() < bound).all()
+
+
 @pytest.mark.parametrize("positions", [(1, 1), (1, 7), (64, 65), (13, 9)])
 @pytest.mark.parametrize("channels", [16, 64, 512])
 def test_kernels_at_every_size(channels, positions, device, kernel_of, poison, assert_close):

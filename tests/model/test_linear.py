@@ -95,6 +95,16 @@ def test_two_layers_run_as_one_op_unless_somebody_looks():
         assert len(calls) == 1 and len(seen) == 1
 
 
+def test_a_replaced_operation_is_not_computed_inside_of_another():
+    """Else somebody who replaces swiglu, or looks at it, would see nothing of it on a GPU."""
+    fusible = next(each.when for each in swiglu_linear.implementations if each.backend == "triton")
+    parts = SCHEMES["int8"].encode(torch.randn(32, 64))
+    args = quantize_rows(torch.randn(4, 64), torch.int8), SCHEMES["int8"], parts, parts
+    assert fusible(*args) is True
+    with swiglu.using(swiglu.reference):
+        assert "is replaced" in str(fusible(*args))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 33])
 def test_a_wide_layer_of_bf16_is_upcast_piece_by_piece(bias, rows):

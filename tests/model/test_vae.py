@@ -118,6 +118,19 @@ def test_hooks_see_whole_pictures_not_strips(monkeypatch):
         assert relative(model.decode(latents), plain) < 2e-6 and seen == [(160, 264)] * 4
 
 
+@pytest.mark.parametrize("strip", [5000, 1 << 23])
+def test_what_a_hook_keeps_is_not_written_over(strip, monkeypatch):
+    """The shortcut is added in the memory of the last convolution's output, unless somebody may have kept that."""
+    monkeypatch.setattr(vae, "STRIP", strip)
+    model, kept = randomized(), []
+    model.memory_format = torch.channels_last
+    convolution = model.decoder.up_blocks[-1].resnets[-1].conv2
+    convolution.register_forward_hook(lambda _, args, out: kept.append((out, out.clone())))
+    with torch.no_grad():
+        model.decode(noise(1, 4, 20, 33))
+    assert torch.equal(*kept[0])
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_channels_last_lasts_to_the_end(batch):
     model, lost = randomized(), []

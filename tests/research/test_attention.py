@@ -67,6 +67,8 @@ def test_what_was_not_looked_at_is_named(pipe):
         maps.map("rign")
     with pytest.raises(RequestError, match="keep"):
         maps.map("star", head=1)
+    with pytest.raises(RequestError, match="step, layer, head"), attention_maps(pipe, keep=["layers"]):
+        pass
     with pytest.raises(RequestError, match="nearest are.*star"), attention_maps(pipe, "stir"):
         pipe(PROMPTS[0], **{**DRAW, "seed": 7})
     with pytest.raises(RequestError, match=r"blocks layers"), attention_maps(pipe, layers="noise_refiner.*"):

@@ -5,6 +5,7 @@ import torch
 
 from s3dit import Pipeline
 from s3dit.errors import RequestError
+from s3dit.model.layout import patchify
 from s3dit.research import edits
 from s3dit.research.observe import edit, observe
 from s3dit.research.record import Record
@@ -128,9 +129,57 @@ def test_choices(pipe):
     assert (key.step, key.item, key.branch) == (2, 1, "negative") and len(tensor) == 48 + 1
 
 
+def test_what_is_never_seen_is_said(pipe):
+    with pytest.warns(UserWarning, match=r"observed nothing of layers\.1\.output"):  # noqa: SIM117
+        with observe(pipe, ["layers.1.output", "text_encoder.layers.0.output"], items=[0], steps=[9]) as record:
+            latents(pipe)
+    assert {key.site for key in record} == {"text_encoder.layers.0.output"}
+
+
+def test_words_are_taken_of_the_items_that_have_them(pipe):
+    """A negative prompt, or another picture's, need not have a word; one that nobody has is an error."""
+    more = {"prompt": [PROMPT, "a green ring"], "negative_prompt": "blurred", "guidance_scale": 1.0}
+    with observe(pipe, "layers.1.output", tokens="star", steps=[1]) as record:
+        latents(pipe, **more)
+    assert [(key.item, key.branch) for key in record] == [(0, "positive")]
+    with pytest.raises(RequestError, match="'stir'.*nearest are.*star"), observe(pipe, "velocity", tokens="stir"):
+        latents(pipe, **more)
+    before = latents(pipe, **more)
+    with edits.without_words(pipe, "star"):
+        after = latents(pipe, **more)
+    assert torch.equal(before[1], after[1]) and not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("block", ["context_refiner.0", "layers.2"])
+def test_an_edit_between_attention_and_feed_forward_is_of_the_residual(pipe, block):
+    """With zeros there, the block's output is what its feed-forward adds, of zeros: nothing."""
+    with (
+        edit(pipe, {f"{block}.between": edits.zero()}),
+        observe(pipe, [f"{block}.output", f"{block}.between"]) as record,
+    ):
+        latents(pipe)
+    assert all(not record.at(f"{block}.{site}").any() for site in ("between", "output"))
+
+
+def test_x0_of_items_with_times_and_sizes_of_their_own(pipe):
+    sizes, times = [(12, 16), (16, 16)], torch.tensor([0.9, 0.2])
+    noise = [torch.randn(16, *size, generator=torch.Generator().manual_seed(1)) for size in sizes]
+    features = pipe.encode([PROMPT, "a green ring"])
+    with observe(pipe, ["x0", "velocity"]) as record:
+        pipe.velocity(noise, t=times, prompt_embeds=features)
+    rows = [h * w // 4 for h, w in sizes]
+    ((_, x0), (_, velocity)) = sorted(record.items(), key=lambda each: each[0].site != "x0")
+    for i, (image, v) in enumerate(zip(x0.split(rows), velocity.split(rows), strict=True)):
+        assert torch.allclose(image, patchify(noise[i]) + (1 - times[i]) * v, atol=1e-5)
+
+
 def test_an_edit_that_changes_nothing_changes_nothing(pipe, plain):
     same = {"**": lambda rows, where: rows.clone()}
-    everything = {name: same["**"] for name, site in sites(pipe).items() if site.side != "op" and name not in ("x0",)}
+    everything = {
+        name: same["**"]
+        for name, site in sites(pipe).items()
+        if site.side != "op" and name != "x0" and site.part != "vae"
+    }
     with edit(pipe, everything):
         assert torch.equal(latents(pipe), plain)
     with edit(pipe, {"layers.*.attention.*": same["**"], "layers.*.between": same["**"], "x0": same["**"]}):
@@ -143,8 +192,9 @@ def test_edits_are_chosen_by_step_item_and_token(pipe):
     with edit(pipe, {"layers.2.output": edits.scale(1.1)}, items=[1], tokens="image"):
         after = latents(pipe, prompts, **more)
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
-    with edit(pipe, {"layers.2.output": edits.scale(1.1)}, steps=[3]):
-        assert torch.equal(latents(pipe, prompts, **more), before)
+    with pytest.warns(UserWarning, match=r"edited nothing of layers\.2\.output"):  # noqa: SIM117
+        with edit(pipe, {"layers.2.output": edits.scale(1.1)}, steps=[3]):
+            assert torch.equal(latents(pipe, prompts, **more), before)
 
 
 def test_patching_everything_gives_the_other_run(pipe, plain):

@@ -84,8 +84,9 @@ def test_a_prompt_given_as_features(pipe):
 
 
 def test_a_word_of_several_tokens_and_scripts(pipe):
-    prompt = "Größe 红色的猫 a star’s ring"
+    prompt = "Größe 红色的猫 a star’s ring STRASSE straße"
     (item,) = tokens(pipe, pipe.plan(prompt, seed=1))
-    for piece in ("Größe", "红色", "star", "ring"):
+    assert item.find("word:RING") == item.find("ring")
+    for piece in ("Größe", "红色", "star", "ring", "straße"):
         covered = "".join(item.text(i) for i in dict.fromkeys(item.find(piece)))
         assert piece[0] in covered and piece[-1] in covered

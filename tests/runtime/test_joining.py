@@ -119,5 +119,6 @@ def test_pictures_of_joined_parts(load, on_cpu, monkeypatch):
 
     apart, joined = drawn(False), drawn(True)
     for a, b in zip(apart, joined, strict=True):
-        assert ((a - b).norm() / a.norm()).item() < (2e-2 if load else 1e-5)
+        # Seen: equal. A wider product may add up in another order.
+        assert ((a - b).norm() / a.norm()).item() < 1e-5
     assert torch.equal(joined[0], joined[2]) and not torch.equal(joined[0], joined[1])

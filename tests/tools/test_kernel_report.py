@@ -89,9 +89,10 @@ def test_no_floor_is_worse_than_the_committed_one(quick):
     assert compared >= 8
 
 
-def test_whole_passes_launch_no_more_than_their_goals():
-    """At 1024² on Hopper: launches of a pass, none of which waits for a number from the device."""
-    goals = {
+def test_whole_passes_launch_no_more_than_they_should():
+    """At 1024² on Hopper: launches of a pass, none of which waits for a number from the device. (480 is wished for
+    int4, whose v is of another format than q and k.)"""
+    most_of = {
         "forward bf16 1024²": 380,
         "forward fp8 1024²": 410,
         "forward int4 1024²": 490,
@@ -99,7 +100,7 @@ def test_whole_passes_launch_no_more_than_their_goals():
     }
     for path in kernel_table.report_files(RESULTS):
         passes = {row["pass"]: row for row in json.loads(path.read_text(encoding="utf-8"))["passes"]}
-        for name, most in goals.items():
+        for name, most in most_of.items():
             assert passes[name]["launches"] <= most and passes[name]["reads"] == 0, passes[name]
 
 
