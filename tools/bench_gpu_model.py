@@ -12,8 +12,10 @@ import torch
 from bench_machine import ROOT
 from torch import Tensor, nn
 
-from s3dit.kernels.attention import Spans, attention
+from s3dit.kernels.attention import Spans, attention, attention_lse
 from s3dit.kernels.dispatch import Op, use_backend
+from s3dit.kernels.group_norm import group_moments, normalize_rows
+from s3dit.kernels.matmul import scaled_matmul
 from s3dit.kernels.norm import (
     gated_residual,
     gated_residual_norm,
@@ -25,6 +27,7 @@ from s3dit.kernels.norm import (
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.kernels.swiglu import swiglu
+from s3dit.kernels.swiglu_linear import swiglu_linear
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.model.layout import text_to_image
 from s3dit.model.linear import QuantLinear, swap
@@ -34,13 +37,16 @@ from s3dit.model.vae import Autoencoder
 from s3dit.pipeline import Pipeline
 from s3dit.runtime.block_streaming import stream, tensors
 from s3dit.runtime.graphs import Replay, compile_blocks
+from s3dit.runtime.joining import join
+from s3dit.runtime.modulations import together
 from s3dit.weights.quantize import quantizable_layers
 
 __all__ = [
-    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention",
-    "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm", "implementations", "model_inputs",
-    "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "residual_norm", "rms_norm", "rms_norm_modulate",
-    "stream", "swiglu", "text_encoder", "transformer", "use_backend",
+    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention", "attention_lse",
+    "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm", "group_moments", "implementations",
+    "model_inputs", "normalize_rows", "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "residual_norm",
+    "rms_norm", "rms_norm_modulate", "scaled_matmul", "stream", "swiglu", "swiglu_linear", "text_encoder",
+    "transformer", "use_backend",
 ]  # fmt: skip
 
 BF16 = torch.bfloat16
@@ -105,6 +111,8 @@ def _fill(model: nn.Module, device: torch.device) -> None:
             else:
                 values.normal_(0.0, STD)
             owner[leaf] = nn.Parameter(values, requires_grad=False)
+    # As `runtime.components` does where a part is loaded for a GPU.
+    join(model)
     model.eval()
 
 
@@ -137,18 +145,18 @@ def autoencoder(device: torch.device, dry: bool) -> Autoencoder:
     return model
 
 
-def model_inputs(
-    model: Transformer, side: int, device: torch.device, text: Tensor | None = None
-) -> tuple[Tensor, Tensor, Context]:
-    """Return what a forward for a picture of side² pixels takes: patches (n, 64) fp32, time (1,) fp32 and context.
+def model_inputs(model: Transformer, side: int, device: torch.device, text: Tensor | None = None) -> tuple[Any, ...]:
+    """Return what a forward for a picture of side² pixels takes, and what it takes in a sampler's loop on a GPU.
 
+    That is patches (n, 64) fp32, time (1,) fp32, context, no hints, and the modulation of that time, computed before.
     text (CAPTION, cap_feat_dim): features of the caption, None for random ones in bf16.
     """
     grid = side // 16
     if text is None:
         text = torch.randn(CAPTION, model.config.cap_feat_dim, device=device, dtype=BF16)
     context = model.context(text_to_image([(grid, grid)], [CAPTION], device), text)
-    return torch.randn(grid * grid, 64, device=device), torch.tensor([0.3], device=device), context
+    time = torch.tensor([0.3], device=device)
+    return torch.randn(grid * grid, 64, device=device), time, context, None, together(model, [time], context)[0]
 
 
 def implementations(op: Op, args: tuple[Any, ...], device: torch.device) -> dict[str, Callable[..., Any]]:

@@ -157,7 +157,8 @@ def _launch(bench: Bench) -> Iterator[Row]:
 def kernel_tests(bench: Bench) -> Iterator[Row]:
     """Run the kernel tests on the device, in parallel where pytest-xdist is installed, and list what fails."""
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short"]
-    command.append("tests/kernels/test_swiglu.py" if bench.dry else "tests/kernels")
+    # What is compiled for GPUs that are not there needs none.
+    command += ["tests/kernels/test_swiglu.py"] if bench.dry else ["tests/kernels", "-k", "not gpu_targets"]
     if not bench.dry and importlib.util.find_spec("xdist") is not None:
         command += ["-n", "10"]
     path = bench.out / "tests.txt"
@@ -253,18 +254,18 @@ def _forwards(bench: Bench, number_format: str) -> Iterator[Row]:
 
 def _forward(bench: Bench, model: Any, bound: float, side: int) -> Iterator[Row]:
     """One forward: eager, recorded, host time, memory; then at the smallest side its distance to the reference."""
-    x, t, context = engine.model_inputs(model, side, bench.device)
-    run = partial(model, x, t, context)
+    args = engine.model_inputs(model, side, bench.device)
+    run = partial(model, *args)
     first_ms = bench.timer.wall_ms(run)
     bench.timer.release()
-    row: Row = {"tokens": len(context.gather), "first_ms": first_ms, "eager_ms": bench.timer.eager_ms([run, run])}
+    row: Row = {"tokens": len(args[2].gather), "first_ms": first_ms, "eager_ms": bench.timer.eager_ms([run, run])}
     row |= {"host_us": bench.timer.host_us(run, 1), "peak_gb": bench.timer.peak_gb()}
     values = run()
     yield row | {"finite": bool(values.isfinite().all()), "clocks": clocks()}
     # Without a GPU a recording that does nothing: the rest of the way is the same.
     replay = engine.Replay(model, None if bench.timer.cuda else lambda call: (lambda: None, call()))
-    recorded = replay(x, t, context)
-    graph_ms = bench.timer.eager_ms([partial(replay, x, t, context)] * 3)
+    recorded = replay(*args)
+    graph_ms = bench.timer.eager_ms([partial(replay, *args)] * 3)
     yield {
         "graph_ms": graph_ms,
         "graph_peak_gb": bench.timer.peak_gb(),
@@ -298,14 +299,14 @@ def _picture(bench: Bench, number_format: str) -> Iterator[Row]:
         state["text"] = encoder(embedded, [engine.CAPTION])
 
     def prepare() -> None:
-        """Noise, time and context."""
+        """Noise, time, context and modulation."""
         state["inputs"] = engine.model_inputs(model, side, bench.device, state["text"])
 
     def sample() -> None:
         """All steps, by Euler's method."""
-        x, t, context = state["inputs"]
+        x, *rest = state["inputs"]
         for _ in range(steps):
-            x = x + step(x, t, context) / steps
+            x = x + step(x, *rest) / steps
         # Latents (1, 16, h, w) of patches (h/2 · w/2, 2 · 2 · 16); their order does not matter for time.
         state["latents"] = x.reshape(1, side // 8, side // 8, 16).permute(0, 3, 1, 2).contiguous()
 
@@ -332,7 +333,12 @@ def micro(bench: Bench) -> Iterator[Row]:
         n = (side // 16) ** 2 + 128
         for name, make, op, nbytes in _row_kernels(bench, n):
             yield from bench.attempt(4, partial(_row_kernel, bench, make, op, nbytes), op=name, rows=n)
-        yield from bench.attempt(4, partial(_attention, bench, n), rows=n)
+        for name, make, op, nbytes in _group_norms(bench, side):
+            yield from bench.attempt(4, partial(_row_kernel, bench, make, op, nbytes), op=name, side=side)
+        for op in (engine.attention, engine.attention_lse):
+            yield from bench.attempt(4, partial(_attention, bench, op, n), rows=n)
+        for number_format in ("int8", "fp8"):
+            yield from bench.attempt(4, partial(_swiglu_layers, bench, n, number_format), rows=n)
         for layer, (out, width) in _layers(bench).items():
             yield from bench.attempt(
                 4, partial(_products, bench, n, out, width), layer=layer, rows=n, out=out, width=width
@@ -409,26 +415,62 @@ def _implementation(
     yield row | rate(row.get("graph_ms", row["eager_ms"]))
 
 
-def _attention(bench: Bench, n: int) -> Iterator[Row]:
-    """Attention of one item of n tokens."""
+def _attention(bench: Bench, op: Any, n: int) -> Iterator[Row]:
+    """Attention of one item of n tokens, with its log-sum-exp or without."""
     _, _, heads, head = _sizes(bench)
     spans = engine.Spans.of((n,), bench.device)
     inputs = bench.timer.input_sets(
         lambda: (*(_draw(bench, n, heads, head) for _ in range(3)), spans, spans), 6 * n * heads * head
     )
     flops = 4 * n * n * heads * head
-    for name, function in engine.implementations(engine.attention, inputs[0], bench.device).items():
+    for name, function in engine.implementations(op, inputs[0], bench.device).items():
         chosen = inputs[:1] if name == "reference" else inputs
         measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
-        yield from bench.attempt(2, measure, op="attention", implementation=name)
+        yield from bench.attempt(2, measure, op=op.name, implementation=name)
+
+
+def _swiglu_layers(bench: Bench, n: int, number_format: str) -> Iterator[Row]:
+    """Both products of a feed-forward's first half and what joins them, rounded for the next layer."""
+    width, out, *_ = _sizes(bench)
+    scheme = engine.SCHEMES[number_format]
+    assert scheme.activation is not None
+    inputs: list[tuple[Any, ...]] = []
+    for _ in range(2):
+        gate, up = (engine.random_tensors(scheme.spec(out, width), bench.device) for _ in range(2))
+        x = engine.quantize_rows(_draw(bench, n, width), scheme.activation)
+        inputs.append((x, scheme, gate, up, scheme.activation))
+    flops = 4 * n * out * width
+    for name, function in engine.implementations(engine.swiglu_linear, inputs[0], bench.device).items():
+        chosen = inputs[:1] if name == "reference" else inputs
+        measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
+        yield from bench.attempt(2, measure, op=f"swiglu_linear {number_format}", implementation=name)
+
+
+def _group_norms(bench: Bench, side: int) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]], Any, float]]:
+    """The two kernels of a GroupNorm at the decoder's last and largest size, as `_row_kernels` gives others."""
+    channels, groups = (16, 4) if bench.dry else (128, 32)
+    nbytes = 2 * channels * side * side
+    ones, zeros = (make(channels, device=bench.device) for make in (torch.ones, torch.zeros))
+
+    def picture() -> Tensor:
+        """A picture in channels last."""
+        return _draw(bench, 1, channels, side, side).contiguous(memory_format=torch.channels_last)
+
+    yield "group_moments", lambda: (picture(), groups), engine.group_moments, nbytes
+    make = lambda: (picture(), zeros, ones, ones.to(BF16), zeros.to(BF16), 1e-6, True)  # noqa: E731
+    yield "normalize_rows", make, engine.normalize_rows, 2 * nbytes
 
 
 def _products(bench: Bench, n: int, out: int, width: int) -> Iterator[Row]:
-    """One linear layer: cuBLAS in bf16, then every number format with x as the format takes it."""
+    """One linear layer: in bf16 by cuBLAS and by our own kernel, then in every number format."""
     flops, rate = 2 * n * out * width, lambda ms: {"tflops": 2 * n * out * width / ms / 1e9}
     plain = bench.timer.input_sets(lambda: (_draw(bench, n, width), _draw(bench, out, width)), 2 * width * (n + out))
-    measure = partial(_implementation, bench, torch.nn.functional.linear, plain, rate)
-    yield from bench.attempt(2, measure, op="linear bf16", implementation="cublas", gflop=flops / 1e9)
+    products: dict[str, Callable[..., Tensor]] = {"cublas": torch.nn.functional.linear}
+    if bench.timer.cuda:  # Ours, which nothing takes by default.
+        products["triton"] = lambda x, weight: engine.scaled_matmul(x, weight, None, None, None, BF16)
+    for name, function in products.items():
+        measure = partial(_implementation, bench, function, plain, rate)
+        yield from bench.attempt(2, measure, op="linear bf16", implementation=name, gflop=flops / 1e9)
     for number_format, scheme in engine.SCHEMES.items():
         inputs: list[tuple[Any, ...]] = []
         for x, _ in plain:
@@ -442,19 +484,31 @@ def _products(bench: Bench, n: int, out: int, width: int) -> Iterator[Row]:
 
 # ---------------------------------------------------------------------------------- profile, compile, streaming
 def profile(bench: Bench) -> Iterator[Row]:
-    """List the kernels of a forward by their time on the device, in profile.txt."""
+    """List the kernels of forwards, of decoding and of text encoding by their time on the device, in profile.txt."""
     (bench.out / "profile.txt").write_text("")
-    for number_format in ("bf16", "fp8", "int4"):
-        yield from bench.attempt(6, partial(_profile, bench, number_format), format=number_format)
+    for what in ("bf16", "fp8", "decode", "int8", "int4", "text"):
+        yield from bench.attempt(3, partial(_profile, bench, what), of=what)
 
 
-def _profile(bench: Bench, number_format: str) -> Iterator[Row]:
-    """One forward of the larger side under torch's profiler."""
+def _profiled(bench: Bench, what: str) -> Callable[[], Any]:
+    """What is profiled: a forward of a number format, the decoding of latents, or the encoding of a caption."""
+    side = bench.sides[0]
+    if what == "decode":
+        latents = torch.randn(1, 16, side // 8, side // 8, device=bench.device)
+        return partial(engine.autoencoder(bench.device, bench.dry).decode, latents)
+    if what == "text":
+        encoder = engine.text_encoder(bench.device, bench.dry)
+        return partial(encoder, _draw(bench, engine.CAPTION, encoder.config.hidden_size), [engine.CAPTION])
+    model = engine.transformer(what, bench.device, bench.dry)
+    return partial(model, *engine.model_inputs(model, side, bench.device))
+
+
+def _profile(bench: Bench, what: str) -> Iterator[Row]:
+    """One run, of the larger side, under torch's profiler."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    model = engine.transformer(number_format, bench.device, bench.dry)
-    run = partial(model, *engine.model_inputs(model, bench.sides[0], bench.device))
+    run = _profiled(bench, what)
     run()
     run()
     bench.timer.synchronize()
@@ -469,7 +523,7 @@ def _profile(bench: Bench, number_format: str) -> Iterator[Row]:
     kernels.sort(reverse=True)
     total, launches = sum(ms for ms, *_ in kernels), sum(count for _, count, _ in kernels)
     with (bench.out / "profile.txt").open("a", encoding="utf-8") as file:
-        file.write(f"\n{number_format}, {bench.sides[0]}²: {total:.2f} ms on the device, {launches} launches\n")
+        file.write(f"\n{what}, {bench.sides[0]}²: {total:.2f} ms on the device, {launches} launches\n")
         for ms, count, name in kernels[:KERNELS_LISTED]:
             file.write(
                 f"{ms:9.3f} ms {100 * ms / total:5.1f} % {count:5d} x {1e3 * ms / count:8.1f} µs  {name[:150]}\n"
