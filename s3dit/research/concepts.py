@@ -16,6 +16,7 @@ keys and values.
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ from s3dit.research.observe import splitter
 from s3dit.research.sites import Site, nearest, sites
 from s3dit.research.tokens import ItemTokens
 
-Source = Literal["prompt", "tokens", "template", "bare"]
+Source = Literal["template", "bare", "prompt", "tokens"]
 Contrast = Literal["others", "softmax"]
 SITES = ("modulation", "attention.v", "attention.q_rope", "attention.k_rope", "attention.heads")
 
@@ -153,14 +154,27 @@ class ConceptMaps:
                 values = torch.stack([values, *others]).softmax(0)[0]
         return values.view(self.items[item, branch].grid)
 
+    def combined(self, concept: str, heads: Sequence[tuple[str, str, int]], *, item: int = 0,
+                 branch: str = "positive", step: int | None = None) -> Tensor:  # fmt: skip
+        """Return the mean of maps of several heads, each with its mean taken away and divided by its deviation.
+
+        heads: (method, block, head) of each; keep=("layer", "head") is needed -> (rows, columns) of the item's grid.
+        """
+        if not heads:
+            raise RequestError("heads are none; needed some, as (method, block, head)")
+        at: dict[str, Any] = {"item": item, "branch": branch, "step": step}
+        each = [self.map(concept, method=how, layer=layer, head=head, **at) for how, layer, head in heads]
+        return torch.stack([(one - one.mean()) / one.std(correction=0).clamp(min=1e-30) for one in each]).mean(0)
+
 
 @contextmanager
 def concept_maps(
     pipe: LoadedModel,
     concepts: str | Sequence[str],
     *,
-    source: Source = "prompt",
-    methods: str | Sequence[str] = "output",
+    source: Source = "template",
+    mutual: bool = False,
+    methods: str | Sequence[str] = "value",
     layers: str | Sequence[str] = "layers.*",
     steps: Sequence[int] | None = None,
     items: Sequence[int] | None = None,
@@ -170,9 +184,10 @@ def concept_maps(
     """Gather maps of concepts for as long as the `with` lasts.
 
     concepts: words or pieces of text; of one that is several tokens, the maps are averaged · source: what concept
-    tokens are at first: "prompt", the words where they stand in the prompt, as the refiner leaves them; "template",
-    the concept as a prompt of its own; "bare", likewise without the chat template; or "tokens", where no token goes
-    along and the prompt's own take the place of the concept's in each block · methods: of METHODS · layers: patterns of
+    tokens are at first: "template", the concept as a prompt of its own; "bare", likewise without the chat template;
+    "prompt", the words where they stand in the prompt, as the refiner leaves them; or "tokens", where no token goes
+    along and the prompt's own take the place of the concept's in each block · mutual: whether concepts look at one
+    another, so that the maps of each depend on the rest · methods: of METHODS · layers: patterns of
     main blocks · steps, items, branch: as in `observe` · keep: "step", "layer", "head", which are then not averaged
     over. Of "prompt" and "tokens", a concept that an item's prompt lacks is left out there.
     Raises RequestError for what does not exist, and for a concept that no item has.
@@ -193,7 +208,7 @@ def concept_maps(
     chosen = sites(pipe, ["layers.0.input", *(f"layers.{i}.{site}" for i in range(last + 1) for site in SITES)])
     maps = ConceptMaps(concepts, methods, keep)
     given = _encoded(pipe, concepts, source) if source in ("template", "bare") else None
-    run = _Run(pipe, maps, source, given, wanted, splitter(pipe, steps, items, branch, None))
+    run = _Run(pipe, maps, source, given, wanted, splitter(pipe, steps, items, branch, None), mutual)
     model = pipe.parts.component("transformer").module
     begin = model.register_forward_pre_hook(run.begin)
     try:
@@ -241,11 +256,12 @@ class _Run:
     """The passes of a run: takes the concepts' rows through the blocks, and adds up their maps."""
 
     def __init__(
-        self, pipe: LoadedModel, maps: ConceptMaps, source: Source, given: Tokens | None, wanted: set[str], split: Splitter
+        self, pipe: LoadedModel, maps: ConceptMaps, source: Source, given: Tokens | None, wanted: set[str], split: Splitter,
+        mutual: bool,
     ) -> None:
         """given: the concepts' tokens where they are no part of the prompt · wanted: blocks that maps are made of."""
         self._pipe, self._maps, self._source, self._given, self._wanted = pipe, maps, source, given, wanted
-        self._split = split
+        self._split, self._mutual = split, mutual
         self._context: Context | None = None
         # Of the running pass, by item and branch; and what the running block has computed.
         self._tokens: dict[tuple[int, str], Tokens] = {}
@@ -291,6 +307,10 @@ class _Run:
                 tensor[part.index][index], context.joint.positions[start + index.cpu()], tuple(c for _, c in found)
             )
 
+    def _groups(self, tokens: Tokens) -> tuple[int, ...]:
+        """Numbers of tokens that see one another: those of a concept, or of all."""
+        return (len(tokens.owner),) if self._mutual else tuple(Counter(tokens.owner).values())
+
     def _block(self, part: Item, rows: Rows) -> None:
         """One block for one item: take its concepts through, then add their maps. rows: of all of the item's tokens."""
         item, tokens = part.tokens, self._tokens[part.item, part.branch]
@@ -304,7 +324,7 @@ class _Run:
             block = model.get_submodule(part.site.block)
             assert isinstance(block, Block)
             rope = rope_table(tokens.positions, model.config.axes_dims, model.config.rope_theta).to(image.q.device)
-            x, concept = through(block, tokens.x, rope, self._modulation[part.item, part.branch], image)
+            x, concept = through(block, tokens.x, self._groups(tokens), rope, self._modulation[part.item, part.branch], image)
             self._tokens[part.item, part.branch] = Tokens(x, tokens.positions, tokens.owner)
         if part.site.block in self._wanted:
             for method in self._maps.methods:
@@ -314,10 +334,12 @@ class _Run:
                     self._maps.add(part, name, method, maps[own].mean(0))
 
 
-def through(block: Block, x: Tensor, rope: Tensor, modulation: Tensor, image: Rows) -> tuple[Tensor, Rows]:
+def through(
+    block: Block, x: Tensor, groups: tuple[int, ...], rope: Tensor, modulation: Tensor, image: Rows
+) -> tuple[Tensor, Rows]:
     """Take rows of concepts x (c, dim) through a main block -> x behind it, and what it computed of them.
 
-    rope (c, head_dim / 2, 2) fp32 · modulation (1, 4 · dim): what adaLN answers for the item · image: of the block's
+    groups: numbers of rows that see one another · rope (c, head_dim / 2, 2) fp32 · modulation (1, 4 · dim): what adaLN answers for the item · image: of the block's
     image tokens, whose keys and values the concepts see beside their own. The layers' own hooks are not run.
     """
     mixing, ffn = block.attention, block.feed_forward
@@ -326,8 +348,12 @@ def through(block: Block, x: Tensor, rope: Tensor, modulation: Tensor, image: Ro
     normed = rms_norm_modulate.reference(x, factor, row, block.eps)
     q, k, v = (layer.forward(normed).unflatten(-1, (mixing.heads, -1)) for layer in (mixing.to_q, mixing.to_k, mixing.to_v))
     q, k = qk_norm_rope.reference(q, k, mixing.norm_q.weight, mixing.norm_k.weight, rope, QK_EPS)
-    spans = Spans.of((len(q),), q.device), Spans.of((len(k) + len(image.k),), q.device)
-    out = attention.reference(q, torch.cat((k, image.k)), torch.cat((v, image.v)), *spans)
+    keys, values = (
+        torch.cat([row for of_group in own.split(list(groups)) for row in (of_group, seen)])
+        for own, seen in ((k, image.k), (v, image.v))
+    )
+    spans = Spans.of(groups, q.device), Spans.of(tuple(n + len(image.k) for n in groups), q.device)
+    out = attention.reference(q, keys, values, *spans)
     x, normed = gated_residual_norm.reference(
         x, mixing.to_out[0].forward(out.flatten(1)), gate, ffn_factor, row, block.eps
     )

@@ -191,14 +191,14 @@ def test_bad_input_is_named(pipe):
         ("needed words", {"concepts": []}),
         ("nearest to outputs is output", {"methods": "outputs"}),
         ("methods", {"methods": []}),
-        ("prompt, tokens, template, bare", {"source": "words"}),
+        ("template, bare, prompt, tokens", {"source": "words"}),
         ("step, layer, head", {"keep": ["layers"]}),
         ("blocks layers", {"layers": "noise_refiner.*"}),
         ("nearest are layers", {"layers": "layer.1"}),
     ):
         with pytest.raises(RequestError, match=words), concept_maps(pipe, **{"concepts": "star", **wrong}):
             pass
-    with pytest.raises(RequestError, match=r"nearest are.*star"), concept_maps(pipe, "stir"):
+    with pytest.raises(RequestError, match=r"nearest are.*star"), concept_maps(pipe, "stir", source="prompt"):
         pipe(PROMPTS[0], **ONE)
     with concept_maps(pipe, "star") as maps:
         pipe(PROMPTS[0], **ONE)
