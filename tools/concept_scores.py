@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from concept_truth import GRID, MEASURES, Truth, score, truths
 from numpy.typing import NDArray
 from tiny_world import Scene, fixed_prompts
@@ -36,8 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tokens": {"source": "tokens"},
     "mutual": {"source": "template", "mutual": True},
 }
-ROWS = [(variant, method) for variant in VARIANTS for method in METHODS] + [("word", "attention_maps")]
-LAYERS, HEADS, STEPS = 6, 6, 8
+# Of concepts that look at one another, fewer methods: they are to be compared with those that do not.
+ROWS = [
+    *((variant, method) for variant in VARIANTS for method in METHODS if variant != "mutual" or method in ("output", "value")),
+    ("word", "attention_maps"),
+]
+LAYERS, HEADS, STEPS = 6, 6, range(1, 9)
 RANGES = {"1-4": slice(0, 4), "5-8": slice(4, 8), "1-8": slice(0, 8)}
 # Where maps are read: each head of each layer, each layer, all.
 PLACES = [
@@ -79,13 +84,11 @@ def look(pipe: Pipeline, index: int, scene: Scene, prompt: str) -> Iterator[Seen
 
     def read(variant: str, method: str, word: str) -> Floats:
         """Maps of a word by one method, (steps, layers, heads, 64)."""
-        by = [(step, f"layers.{layer}") for step in range(1, STEPS + 1) for layer in range(LAYERS)]
-        if variant == "word":
-            found = [word_maps.weights(word, step=s, layer=at, head=h) for s, at in by for h in range(HEADS)]
-        else:
-            maps = gathered[variant]
-            found = [maps.values(word, method=method, step=s, layer=at, head=h) for s, at in by for h in range(HEADS)]
-        return np.stack([each.numpy() for each in found]).astype(np.float32).reshape(STEPS, LAYERS, HEADS, -1)
+        if variant != "word":
+            return gathered[variant].array(word, method=method).float().numpy()
+        by = [(step, f"layers.{layer}", head) for step in STEPS for layer in range(LAYERS) for head in range(HEADS)]
+        found = [word_maps.weights(word, step=step, layer=layer, head=head) for step, layer, head in by]
+        return torch.stack(found).float().numpy().reshape(len(STEPS), LAYERS, HEADS, -1)
 
     things = truths(picture, scene)
     by_word = {word: np.stack([read(*row, word) for row in ROWS]) for word in words} if things else {}
@@ -119,7 +122,7 @@ def standard(maps: Floats) -> Floats:
 def merit(scores: NDArray[np.float64]) -> NDArray[np.float64]:
     """How near mean scores (…, 4) come to the goals, which more than reaching own before other does not help."""
     merits: NDArray[np.float64] = np.minimum(scores[..., 0], 0.97) / 0.9 + scores[..., 1] / 0.6 + scores[..., 2] / 0.95
-    return merits
+    return np.nan_to_num(merits)
 
 
 @dataclass

@@ -19,10 +19,10 @@ from tiny_world import SIDE, Scene
 GRID, FINE = 8, 32
 
 
-def _finer() -> NDArray[np.float64]:
+def _finer() -> NDArray[np.float32]:
     """The matrix (64, 1024) that interpolates maps bilinearly, as a picture is enlarged."""
     cells = torch.eye(GRID * GRID, dtype=torch.float64).view(-1, 1, GRID, GRID)
-    return F.interpolate(cells, size=FINE, mode="bilinear").flatten(1).numpy()
+    return F.interpolate(cells, size=FINE, mode="bilinear").flatten(1).float().numpy()
 
 
 FINER = _finer()
@@ -68,18 +68,18 @@ def score(maps: NDArray[np.floating], truth: Truth) -> NDArray[np.float64]:
     of the thing is higher than a piece of the rest, pieces of one cell counting a half · point: whether the thing
     covers at least half of the highest cell.
     """
-    maps, own = maps.astype(np.float64) @ FINER, truth.own
+    maps, own = maps.astype(np.float32) @ FINER, truth.own.astype(np.float32)
     # Highest cell first; whole numbers of 16 bits are sorted ten times as fast, and alike on every machine.
     highest, lowest = maps.max(-1, keepdims=True), maps.min(-1, keepdims=True)
     depth = (highest - maps) / np.maximum(highest - lowest, 1e-30) * 65535
     inside = own[np.argsort(depth.astype(np.uint16), -1, kind="stable")]
-    area = own.sum()
+    area, rank = truth.own.sum(), np.arange(len(own))
     count = max(1, round(area))
-    overlap = inside[..., :count].sum(-1)
-    outside = 1.0 - inside
-    below = outside.sum(-1, keepdims=True) - outside.cumsum(-1)
-    auroc = (inside * (below + 0.5 * outside)).sum(-1) / (area * outside.sum(-1))
+    overlap, ranks = np.moveaxis(inside @ np.stack([rank < count, rank + 0.5], -1).astype(np.float32), -1, 0)
+    # What lies below a cell's middle is all outside, but for what is above it, which is its rank without what is inside.
+    auroc = (area * len(own) - area**2 / 2 - ranks) / (area * (len(own) - area))
     before = np.full(maps.shape[:-1], np.nan)
     if truth.other is not None:
-        before = 0.5 + 0.5 * np.sign(maps @ (own / area - truth.other / truth.other.sum()))
+        difference = own / area - truth.other / truth.other.sum()
+        before = 0.5 + 0.5 * np.sign(maps @ difference.astype(np.float32))
     return np.stack([before, overlap / (area + count - overlap), auroc, (inside[..., 0] >= 0.5) * 1.0], -1)

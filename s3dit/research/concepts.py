@@ -16,7 +16,7 @@ keys and values.
 """
 
 import difflib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,16 +94,16 @@ class ConceptMaps:
     def __init__(self, concepts: Sequence[str], methods: Sequence[str], keep: Sequence[Axis]) -> None:
         self.concepts, self.methods, self.keep = list(concepts), list(methods), tuple(keep)
         self.items: dict[tuple[int, str], ItemTokens] = {}
-        # (item, branch, concept, method, step or 0, layer or "") -> sum (heads or 1, image tokens) and count.
-        self._sums: dict[tuple[int, str, str, str, int, str], tuple[Tensor, int]] = {}
+        # (item, branch, concept, method) -> by (step or 0, layer or "") the sum (heads or 1, image tokens) and the count.
+        self._sums: dict[tuple[int, str, str, str], dict[tuple[int, str], tuple[Tensor, int]]] = defaultdict(dict)
 
     def add(self, at: Item, concept: str, method: str, values: Tensor) -> None:
         """Add values (heads, image tokens) of one layer and step."""
         step, layer = at.step if "step" in self.keep else 0, at.site.block if "layer" in self.keep else ""
         values = (values if "head" in self.keep else values.mean(0, keepdim=True)).double().cpu()
-        key = at.item, at.branch, concept, method, step, layer
-        total, count = self._sums.get(key, (torch.zeros_like(values), 0))
-        self._sums[key] = total + values, count + 1
+        sums = self._sums[at.item, at.branch, concept, method]
+        total, count = sums.get((step, layer), (torch.zeros_like(values), 0))
+        sums[step, layer] = total + values, count + 1
 
     def values(
         self, concept: str, *, method: str | None = None, item: int = 0, branch: str = "positive",
@@ -116,9 +116,9 @@ class ConceptMaps:
         """
         method = self.methods[0] if method is None else method
         found = [
-            (total, count)
-            for (i, b, name, how, s, at), (total, count) in self._sums.items()
-            if (i, b, name, how) == (item, branch, concept, method) and step in (None, s) and layer in (None, at)
+            sums
+            for (s, at), sums in self._sums.get((item, branch, concept, method), {}).items()
+            if step in (None, s) and layer in (None, at)
         ]
         if not found:
             seen = sorted({key[2] for key in self._sums})
@@ -132,6 +132,17 @@ class ConceptMaps:
             raise RequestError('heads were averaged over; needed keep=("head",)')
         mean = torch.stack([total for total, _ in found]).sum(0) / sum(count for _, count in found)
         return mean.mean(0) if head is None else mean[head]
+
+    def array(
+        self, concept: str, *, method: str | None = None, item: int = 0, branch: str = "positive"
+    ) -> Tensor:  # fmt: skip
+        """Return what was kept of a concept: (steps, layers, heads, image tokens) fp64, 1 of what was averaged over."""
+        self.values(concept, method=method, item=item, branch=branch)
+        sums = self._sums[item, branch, concept, method or self.methods[0]]
+        steps = sorted({step for step, _ in sums})
+        layers = list(dict.fromkeys(layer for _, layer in sums))
+        each = [[total / count for total, count in (sums[step, layer] for layer in layers)] for step in steps]
+        return torch.stack([torch.stack(of_step) for of_step in each])
 
     def map(self, concept: str, *, contrast: Contrast | None = None, item: int = 0, branch: str = "positive",
             **at: Any) -> Tensor:  # fmt: skip
@@ -279,9 +290,6 @@ class _Run:
                 self._start(part, tensor)
         elif site.suffix != "attention.heads":
             self._held[site.suffix] = tensor
-            if site.suffix == "modulation":
-                parts = self._split(site, tensor)
-                self._modulation = {(part.item, part.branch): tensor[part.index] for part in parts}
         else:
             rows = Rows(*(self._held.pop(f"attention.{name}") for name in ("q_rope", "k_rope", "v")), tensor)
             heads = tensor.shape[1]
@@ -307,6 +315,15 @@ class _Run:
                 tensor[part.index][index], context.joint.positions[start + index.cpu()], tuple(c for _, c in found)
             )
 
+    def _modulation(self, item: ItemTokens) -> Tensor:
+        """What adaLN answered for the image tokens of an item, (1, 4 · dim)."""
+        table, context = self._held["modulation"], self._context
+        assert context is not None
+        place = item.starts["joint"] + item.find("image")[0]
+        # One row is every item's.
+        row = 0 if len(table) == 1 else int(context.joint.modulation_row[place])
+        return table[row : row + 1]
+
     def _groups(self, tokens: Tokens) -> tuple[int, ...]:
         """Numbers of tokens that see one another: those of a concept, or of all."""
         return (len(tokens.owner),) if self._mutual else tuple(Counter(tokens.owner).values())
@@ -324,7 +341,7 @@ class _Run:
             block = model.get_submodule(part.site.block)
             assert isinstance(block, Block)
             rope = rope_table(tokens.positions, model.config.axes_dims, model.config.rope_theta).to(image.q.device)
-            x, concept = through(block, tokens.x, self._groups(tokens), rope, self._modulation[part.item, part.branch], image)
+            x, concept = through(block, tokens.x, self._groups(tokens), rope, self._modulation(item), image)
             self._tokens[part.item, part.branch] = Tokens(x, tokens.positions, tokens.owner)
         if part.site.block in self._wanted:
             for method in self._maps.methods:

@@ -61,12 +61,14 @@ def plain(weights, name, x, places, modulation, image_k, image_v, config):
     return x + g2.tanh() * rms(mixed, weight("ffn_norm2.weight")), out
 
 
-@pytest.mark.parametrize("source", ["prompt", "template"])
-def test_against_float64(pipe, source):
+@pytest.mark.parametrize(("source", "mutual"), [("prompt", False), ("template", True)])
+def test_against_float64(pipe, source, mutual):
     concepts, config = ["star", "blue ring"], pipe.config.transformer
     before = pipe(PROMPTS, **GUIDED, **DRAW).latents
     with (
-        concept_maps(pipe, concepts, source=source, keep=("step", "layer", "head")) as maps,
+        concept_maps(
+            pipe, concepts, source=source, mutual=mutual, methods="output", keep=("step", "layer", "head")
+        ) as maps,
         observe(pipe, ["layers.0.input", *LOOK]) as record,
     ):
         after = pipe(PROMPTS, **GUIDED, **DRAW).latents
@@ -75,38 +77,40 @@ def test_against_float64(pipe, source):
     for (item, branch), tokens in maps.items.items():
         for step in (1, 2):
             at = {"step": step, "item": item, "branch": branch}
-            rows, places, owner = [], [], []
+            groups = []
             for concept in concepts:
                 if source == "prompt":
                     if not tokens.has(concept):
                         continue
                     found, first = tokens.find(concept), tokens.find("text")[0]
-                    rows += [record.at("layers.0.input", **at)[found]]
+                    rows = record.at("layers.0.input", **at)[found]
                 else:
                     # As if it were a prompt: refined tokens are the same in any picture of it.
                     with observe(pipe, "layers.0.input") as alone:
                         (own,) = _items(pipe, f" {concept}")
                     found, first = own.find(concept), own.find("text")[0]
-                    rows += [alone.at("layers.0.input", step=1)[found]]
-                places += [(1 + token - first, 0, 0) for token in found]
-                owner += [concept] * len(found)
-            if not rows:
-                continue
-            x, image = torch.cat(rows).double(), tokens.find("image")
-            for i in range(config.n_layers):
-                seen = {site: record.at(f"layers.{i}.{site.removeprefix('layers.*.')}", **at) for site in LOOK}
-                modulation, _, k, v, heads = (seen[site].double() for site in LOOK)
-                v = v.unflatten(-1, (config.n_heads, -1))
-                x, out = plain(weights, f"layers.{i}", x, places, modulation.flatten(), k[image], v[image], config)
-                for concept in set(owner):
-                    mine = out[[each == concept for each in owner]].mean(0)
-                    for h in (0, 3):
-                        expected = heads[image, h] @ mine[h]
-                        found = maps.values(concept, layer=f"layers.{i}", head=h, **at)
-                        # fp32 rounds at 6e-8 of a residual that six blocks have added to.
-                        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
-                        looked += 1
-    assert looked > 100
+                    rows = alone.at("layers.0.input", step=1)[found]
+                groups.append((rows.double(), [(1 + token - first, 0, 0) for token in found], [concept] * len(found)))
+            if mutual:
+                groups = [(torch.cat([rows for rows, _, _ in groups]), *(sum(each, []) for each in [*zip(*groups)][1:]))]
+            image = tokens.find("image")
+            for x, places, owner in groups:
+                for i in range(config.n_layers):
+                    seen = {site: record.at(f"layers.{i}.{site.removeprefix('layers.*.')}", **at) for site in LOOK[1:]}
+                    _, k, v, heads = (each.double() for each in seen.values())
+                    v = v.unflatten(-1, (config.n_heads, -1))
+                    # All items are at one time, so there is one row for all.
+                    modulation = record.at(f"layers.{i}.modulation", step=step).flatten()
+                    x, out = plain(weights, f"layers.{i}", x, places, modulation, k[image], v[image], config)
+                    for concept in set(owner):
+                        mine = out[[each == concept for each in owner]].mean(0)
+                        for h in (0, 3):
+                            expected = heads[image, h] @ mine[h]
+                            found = maps.values(concept, layer=f"layers.{i}", head=h, **at)
+                            # fp32 rounds at 6e-8 of a residual that six blocks have added to.
+                            assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max().item(), rtol=0)
+                            looked += 1
+    assert looked > 90
 
 
 def _items(pipe, prompt):
@@ -149,7 +153,7 @@ def test_means_are_means_and_contrasts_say_against_what(pipe):
     words = ["star", "ring", "red"]
     with concept_maps(pipe, words, keep=("step", "layer", "head")) as each, concept_maps(pipe, words) as mean:
         pipe(PROMPTS[0], **ONE)
-    assert torch.allclose(each.map("star"), mean.map("star"), rtol=1e-12) and mean.map("star").shape == (6, 8)
+    assert torch.allclose(each.map("star"), mean.map("star"), rtol=1e-5) and mean.map("star").shape == (6, 8)
     star, ring, red = (mean.map(word) for word in words)
     assert torch.allclose(mean.map("star", contrast="others"), star - (ring + red) / 2)
     shares = [mean.map(word, contrast="softmax") for word in words]
