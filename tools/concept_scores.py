@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tiny_world import Scene, fixed_prompts
 
 from s3dit import Pipeline
-from s3dit.research.attention import attention_maps
+from s3dit.research.attention import Axis, attention_maps
 from s3dit.research.concepts import METHODS, concept_maps
 
 RESULTS = Path(__file__).resolve().parent / "results" / "concepts.json"
@@ -39,7 +39,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Of concepts that look at one another, fewer methods: they are to be compared with those that do not.
 ROWS = [
-    *((variant, method) for variant in VARIANTS for method in METHODS if variant != "mutual" or method in ("output", "value")),
+    *(
+        (variant, method)
+        for variant in VARIANTS
+        for method in METHODS
+        if variant != "mutual" or method in ("output", "value")
+    ),
     ("word", "attention_maps"),
 ]
 LAYERS, HEADS, STEPS = 6, 6, range(1, 9)
@@ -73,7 +78,7 @@ def look(pipe: Pipeline, index: int, scene: Scene, prompt: str) -> Iterator[Seen
     """Draw a prompt, its seed the index, and yield what was seen of its things; nothing where one is wrong."""
     words = [f"{thing.colour} {thing.shape}" for thing in scene.things]
     words = list(dict.fromkeys(words + [word for phrase in words for word in phrase.split()]))
-    keep = ("step", "layer", "head")
+    keep: tuple[Axis, ...] = ("step", "layer", "head")
     with ExitStack() as stack:
         gathered = {
             name: stack.enter_context(concept_maps(pipe, words, methods=list(METHODS), keep=keep, **how))
@@ -212,7 +217,9 @@ def measure(count: int, choosing: int) -> dict[str, Any]:
     names = [(method, *at) for variant, method in ROWS if variant == "template" for at in PLACES[: LAYERS * HEADS]]
     found |= {"pictures that are right": drawn, "things": things, "combined": {}, "baselines": {}, "rows": []}
     for kind in KINDS:
-        found["combined"][kind] = [[method, f"layers.{layer}", head] for method, layer, head in map(names.__getitem__, chosen[kind])]
+        found["combined"][kind] = [
+            [method, f"layers.{layer}", head] for method, layer, head in map(names.__getitem__, chosen[kind])
+        ]
         found["baselines"][kind] = {name: totals.mean.round(4).tolist() for name, totals in base[kind].items()}
         before, scored = (grid[kind].mean for grid in grids)
         for i, (variant, method) in enumerate(ROWS):
@@ -233,7 +240,7 @@ def table(found: dict[str, Any]) -> str:
     rows = {(row["concept"], row["variant"], row["method"]): row["best"] for row in found["rows"]}
 
     def cells(scores: Sequence[float]) -> str:
-        return " · ".join(f"{value:.2f}"[0 if value >= 1 else 1:] if value < 1 else "1.0" for value in scores)
+        return " · ".join(f"{value:.2f}"[0 if value >= 1 else 1 :] if value < 1 else "1.0" for value in scores)
 
     lines = ["| map | *star* | *red* | *red star* |", "|---|---|---|---|"]
     for name in found["baselines"]["shape"]:

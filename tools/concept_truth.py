@@ -76,7 +76,7 @@ def score(maps: NDArray[np.floating], truth: Truth) -> NDArray[np.float64]:
     area, rank = truth.own.sum(), np.arange(len(own))
     count = max(1, round(area))
     overlap, ranks = np.moveaxis(inside @ np.stack([rank < count, rank + 0.5], -1).astype(np.float32), -1, 0)
-    # What lies below a cell's middle is all outside, but for what is above it, which is its rank without what is inside.
+    # What is outside and lower is all that is outside, without a cell's rank, but for what of it is inside.
     auroc = (area * len(own) - area**2 / 2 - ranks) / (area * (len(own) - area))
     before = np.full(maps.shape[:-1], np.nan)
     if truth.other is not None:

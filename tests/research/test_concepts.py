@@ -38,7 +38,7 @@ def rotate(x, places, config):
 
 
 def plain(weights, name, x, places, modulation, image_k, image_v, config):
-    """One block for concepts x (c, dim), a head at a time, in float64 -> x behind it, outputs of attention (c, H, D)."""
+    """One block for concepts x (c, dim), head by head, in float64 -> x behind it, answers of attention (c, H, D)."""
 
     def weight(leaf):
         return weights[f"{name}.{leaf}"].double()
@@ -92,7 +92,8 @@ def test_against_float64(pipe, source, mutual):
                     rows = alone.at("layers.0.input", step=1)[found]
                 groups.append((rows.double(), [(1 + token - first, 0, 0) for token in found], [concept] * len(found)))
             if mutual:
-                groups = [(torch.cat([rows for rows, _, _ in groups]), *(sum(each, []) for each in [*zip(*groups)][1:]))]
+                rows, places, owner = zip(*groups, strict=True)
+                groups = [(torch.cat(rows), sum(places, []), sum(owner, []))]
             image = tokens.find("image")
             for x, places, owner in groups:
                 for i in range(config.n_layers):
@@ -159,6 +160,10 @@ def test_means_are_means_and_contrasts_say_against_what(pipe):
     shares = [mean.map(word, contrast="softmax") for word in words]
     assert torch.allclose(sum(shares), torch.ones(6, 8, dtype=torch.float64))
     assert torch.allclose((shares[0] / shares[1]).log(), star - ring)
+    heads = [("value", "layers.3", 1), ("value", "layers.1", 4)]
+    array = each.array("star").mean(0)[[3, 1], [1, 4]]
+    deviation, mean = torch.std_mean(array, 1, correction=0, keepdim=True)
+    assert torch.allclose(each.combined("star", heads), ((array - mean) / deviation).mean(0).view(6, 8))
 
 
 @pytest.mark.parametrize("residency", ["staged", "streamed"])
@@ -193,7 +198,7 @@ def test_bad_input_is_named(pipe):
             maps.map(**wrong)
     for words, wrong in (
         ("needed words", {"concepts": []}),
-        ("nearest to outputs is output", {"methods": "outputs"}),
+        ("'outputs' is none of .*nearest is output", {"methods": "outputs"}),
         ("methods", {"methods": []}),
         ("template, bare, prompt, tokens", {"source": "words"}),
         ("step, layer, head", {"keep": ["layers"]}),
@@ -208,3 +213,7 @@ def test_bad_input_is_named(pipe):
         pipe(PROMPTS[0], **ONE)
     with pytest.raises(RequestError, match="a contrast needs two"):
         maps.map("star", contrast="others")
+    with pytest.raises(RequestError, match="needed some, as"):
+        maps.combined("star", [])
+    with pytest.warns(UserWarning, match="nothing was drawn at the steps"), concept_maps(pipe, "star", steps=[3]):
+        pipe(PROMPTS[0], **ONE)
