@@ -235,31 +235,44 @@ def measure(count: int, choosing: int) -> dict[str, Any]:
     return found
 
 
+# What the README shows of the rows.
+SHOWN = [
+    *(("template", method) for method in METHODS),
+    *((variant, method) for variant in ("mutual", "bare", "prompt", "tokens") for method in ("output", "value")),
+    ("word", "attention_maps"),
+]
+
+
 def table(found: dict[str, Any]) -> str:
     """The table of the README."""
-    rows = {(row["concept"], row["variant"], row["method"]): row["best"] for row in found["rows"]}
+    rows = {(row["concept"], row["variant"], row["method"]): row for row in found["rows"]}
+    base = found["baselines"]
+    lines = ["| map | *star* | *red* | *red star* | where |", "|---|---|---|---|---|"]
 
-    def cells(scores: Sequence[float]) -> str:
-        return " · ".join(f"{value:.2f}"[0 if value >= 1 else 1 :] if value < 1 else "1.0" for value in scores)
+    def line(name: str, scores: Sequence[Sequence[float]], where: str = "") -> None:
+        lines.append(f"| {name} | {' | '.join(map(_cells, scores))} | {where} |")
 
-    lines = ["| map | *star* | *red* | *red star* |", "|---|---|---|---|"]
-    for name in found["baselines"]["shape"]:
-        if name != "combined heads":
-            lines.append(f"| {name} | " + " | ".join(cells(found["baselines"][kind][name]) for kind in KINDS) + " |")
-    for variant, method in ROWS:
-        best = [rows[kind, variant, method] for kind in KINDS]
-        where = [f"{cells(each['scores'])} <sub>{_place(each)}</sub>" for each in best]
-        lines.append(f"| {variant}, {method} | " + " | ".join(where) + " |")
-    combined = [f"**{cells(found['baselines'][kind]['combined heads'])}**" for kind in KINDS]
-    lines.append("| combined heads | " + " | ".join(combined) + " |")
+    for name in ("random", "centered Gaussian", "ceiling of the 8 × 8 grid"):
+        line(name, [base[kind][name] for kind in KINDS])
+    for variant, method in SHOWN:
+        best = [rows[kind, variant, method]["best"] for kind in KINDS]
+        line(f"{variant}: {method}", [each["scores"] for each in best], " · ".join(map(_place, best)))
+    for variant, method in (("template", "output"), ("template", "value"), ("word", "attention_maps")):
+        means = [[value / 1000 for value in rows[kind, variant, method]["all"][-1][-1]] for kind in KINDS]
+        line(f"{variant}: {method}", means, "mean of all")
+    line("heads combined", [base[kind]["combined heads"] for kind in KINDS], "below")
     return "\n".join(lines)
 
 
+def _cells(scores: Sequence[float]) -> str:
+    """The four measures in a cell of the table."""
+    return " · ".join(f"{value:.2f}".removeprefix("0") for value in scores)
+
+
 def _place(best: dict[str, Any]) -> str:
-    """Layer.head and steps, for the table."""
+    """Layer/head of what was chosen, and the steps where it is not all of them."""
     layer, head = ("all" if best[name] < 0 else best[name] for name in ("layer", "head"))
-    steps = "" if best["steps"] == "1-8" else f", {best['steps']}"
-    return f"{layer}.{head}{steps}"
+    return f"{layer}/{head}" + ("" if best["steps"] == "1-8" else f", {best['steps']}")
 
 
 def main() -> None:
