@@ -156,6 +156,7 @@ def choose(things: Sequence[tuple[Truth, Floats]]) -> list[int]:
     """
 
     def mean(maps: Sequence[Floats]) -> NDArray[np.float64]:
+        """How good maps are, (candidates,), of which maps has those of each thing."""
         totals = Totals()
         for (truth, _), of_thing in zip(things, maps, strict=True):
             totals.add(score(of_thing, truth))
@@ -249,11 +250,12 @@ def table(found: dict[str, Any]) -> str:
     base = found["baselines"]
     lines = ["| map | *star* | *red* | *red star* | where |", "|---|---|---|---|---|"]
 
-    def line(name: str, scores: Sequence[Sequence[float]], where: str = "") -> None:
+    def line(name: str, scores: Sequence[Sequence[float]], where: str) -> None:
+        """Add a line of the table."""
         lines.append(f"| {name} | {' | '.join(map(_cells, scores))} | {where} |")
 
     for name in ("random", "centered Gaussian", "ceiling of the 8 × 8 grid"):
-        line(name, [base[kind][name] for kind in KINDS])
+        line(name, [base[kind][name] for kind in KINDS], "")
     for variant, method in SHOWN:
         best = [rows[kind, variant, method]["best"] for kind in KINDS]
         line(f"{variant}: {method}", [each["scores"] for each in best], " · ".join(map(_place, best)))
