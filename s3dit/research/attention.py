@@ -8,6 +8,7 @@
 Queries are the image tokens, keys everything they see. Their weights on few columns are exp(q·k / sqrt(D) - L), where
 L, the log-sum-exp of a query's scores, comes from attention itself (`attention_lse`), which is run once more with the
 keys in place of the values: that gives the mean key of each query too, and with it the entropy L - q·mean / sqrt(D).
+All of it takes as long as the model's attention again (`tools/bench.py research`).
 
 Means over steps, layers and heads are made as the model runs; `keep` says which of them stay apart.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import RequestError
-from s3dit.kernels.attention import Spans, attention_lse
+from s3dit.kernels.attention import SCORE_CHUNK, Spans, attention_lse
 from s3dit.loaded_model import LoadedModel
 from s3dit.research.instrument import Splitter, attached
 from s3dit.research.observe import splitter
@@ -144,29 +145,57 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         if item is None:
             raise RequestError("attention maps are of pictures; needed a call of the pipeline itself")
         maps.items[item.item, item.branch] = item
-        image = item.find("image")
         if site.stream != "joint":
             raise RequestError(f"{site.block} has no text beside the image; needed blocks layers.*")
-        qi, ki = q[part.index][image], k[part.index]
-        spans = Spans.of((len(qi),), q.device), Spans.of((len(ki),), k.device)
-        mean_key, lse = attention_lse(qi, ki, ki, *spans)
-        scale = q.shape[-1] ** -0.5
-        entropy = lse - scale * (qi.float() * mean_key.float()).sum(-1)
-        maps.add(item, "entropy", part.step, site.block, entropy.T)
-        groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
-        groups |= {word: item.find(word) for word in maps.words if item.has(word)}
-        columns = sorted({token for found in groups.values() for token in found})
-        place = {token: i for i, token in enumerate(columns)}
-        sums = _weights(qi, ki[columns], lse, scale, [[place[token] for token in found] for found in groups.values()])
-        for (what, found), values in zip(groups.items(), sums, strict=True):
-            if found:
-                maps.add(item, what, part.step, site.block, values)
-        of_kinds = [values for (kind, _), values in zip(groups.items(), sums, strict=True) if kind in KINDS]
-        maps.add(item, "image", part.step, site.block, 1.0 - torch.stack(of_kinds).sum(0))
+        for what, values in looks(q[part.index], k[part.index], item, maps.words).items():
+            maps.add(item, what, part.step, site.block, values)
 
 
-def _weights(q: Tensor, k: Tensor, lse: Tensor, scale: float, groups: list[list[int]]) -> list[Tensor]:
+def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Return the weights of one item's image tokens on words and kinds of token, and their entropy, in one block.
+
+    q, k (n, H, D): of all the item's tokens, as they are multiplied · words: as `ItemTokens.find` takes them; those
+    that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1.
+    """
+    if q.device.type == "cpu":
+        # Exact, and as fast as 16 bits, whose kernel has an error of 2e-5 in the log-sum-exp.
+        q, k = q.float(), k.float()
+    q = q[item.find("image")]
+    lse, mean_score = _moments(q, k)
+    groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
+    groups |= {word: item.find(word) for word in words if item.has(word)}
+    groups = {what: found for what, found in groups.items() if found}
+    columns = sorted({token for found in groups.values() for token in found})
+    place = {token: i for i, token in enumerate(columns)}
+    sums = _weights(q, k[columns], lse, [[place[token] for token in found] for found in groups.values()])
+    weights = dict(zip(groups, sums, strict=True))
+    weights["image"] = 1.0 - torch.stack([weights[kind] for kind in KINDS if kind in weights]).sum(0)
+    weights["entropy"] = (lse - mean_score).T
+    return weights
+
+
+def _moments(q: Tensor, k: Tensor) -> Tensor:
+    """The log-sum-exp of the scores of queries (n, H, D), and the scores' mean by their weights: (2, n, H) fp32."""
+    scale = q.shape[-1] ** -0.5
+    if q.device.type != "cpu" or torch.get_num_threads() > 1:
+        mean_key, lse = attention_lse(q, k, k, Spans.of((len(q),), q.device), Spans.of((len(k),), k.device))
+        return torch.stack((lse, scale * (q.float() * mean_key.float()).sum(-1)))
+    # One core is as busy with attention's second product as with the first, and can do without it.
+    moments, rows = torch.empty(2, *q.shape[:2]), max(1, SCORE_CHUNK // len(k))
+    for head in range(q.shape[1]):
+        keys = (k[:, head] * scale).T.contiguous()
+        for queries, out in zip(q[:, head].split(rows), moments[:, :, head].split(rows, 1), strict=True):
+            scores = queries @ keys
+            weights = scores.softmax(-1)
+            # The largest weight is exp(largest score - log-sum-exp), and never near 0.
+            out[0] = scores.amax(-1) - weights.amax(-1).log()
+            out[1] = weights.mul_(scores).sum(-1)
+    return moments
+
+
+def _weights(q: Tensor, k: Tensor, lse: Tensor, groups: list[list[int]]) -> list[Tensor]:
     """The weights of queries (n, H, D) on groups of keys (m, H, D), summed within each group: (H, n) fp32 a group."""
+    scale = q.shape[-1] ** -0.5
     member = torch.zeros(len(k), len(groups), device=q.device)
     for i, group in enumerate(groups):
         member[group, i] = 1.0
