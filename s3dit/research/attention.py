@@ -71,15 +71,24 @@ class AttentionMaps:
         ]
         if not found:
             seen = sorted({key[2] for key in self._sums})
-            near = difflib.get_close_matches(what, seen, n=3, cutoff=0.0)
+            near = ", ".join(difflib.get_close_matches(what, seen, n=3, cutoff=0.0))
             raise RequestError(
                 f"no attention to {what!r} (item {item}, {branch}, step {step}, layer {layer}) was kept; needed one of "
-                f"{', '.join(near) or 'nothing: no picture was drawn'}, and steps and layers named in keep"
+                f"{near or 'nothing: no picture was drawn'}, at {self._kept()}"
             )
-        if head is not None and "head" not in self.keep:
-            raise RequestError('heads were averaged over; needed keep=("head",)')
+        heads = len(found[0][0])
+        if head is not None and not ("head" in self.keep and 0 <= head < heads):
+            kept = f"0 to {heads - 1}" if "head" in self.keep else 'keep=("head",), for they were averaged over'
+            raise RequestError(f"head is {head}; needed {kept}")
         mean = torch.stack([total for total, _ in found]).sum(0) / sum(count for _, count in found)
         return mean.mean(0) if head is None else mean[head]
+
+    def _kept(self) -> str:
+        """What was kept apart, for messages: steps and layers only where `keep` names them."""
+        places = {"item": 0, "branch": 1, "step": 3, "layer": 4}
+        values = {axis: [str(key[place]) for key in self._sums] for axis, place in places.items()}
+        apart = [axis for axis in values if axis in ("item", "branch", *self.keep) and values[axis]]
+        return ", ".join(f"{axis} {values[axis][0]} to {values[axis][-1]}" for axis in apart)
 
     def map(
         self, what: str, *, within_text: bool = False, item: int = 0, branch: str = "positive", **at: object

@@ -242,6 +242,7 @@ class Splitter:
             # Another step, or another run.
             if self._now is None or now is None or now.plan is not self._now.plan:
                 self._maps.clear()
+                self._check_steps(now)
             self._now = now
             self._calls.clear()
         call = self._calls[site.name]
@@ -271,6 +272,15 @@ class Splitter:
                 index = torch.tensor(found, device=tensor.device)
             self.seen.add(site.name)
             yield Item(site, step, call, item.item, item.branch, item, index)
+
+    def _check_steps(self, now: Now) -> None:
+        """Raise RequestError for steps that a run which begins does not have."""
+        count, plan = 0, now.plan if now.step == 1 else None
+        while plan is not None:
+            # Steps are counted on through a second pass.
+            count, plan = count + len(plan.sigmas) - 1, plan.then
+        if count and (wrong := [step for step in self._steps or () if step > count]):
+            raise RequestError(f"steps {wrong} were chosen of a run that has {count}; needed some of 1 to {count}")
 
     def _parts(self, site: Site, n: int, plan: Plan) -> Iterator[tuple[ItemTokens, int, Sequence[int]]]:
         """Of every item of a pass: its map, where its rows begin in the site's tensor of n rows, and their tokens."""

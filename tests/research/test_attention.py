@@ -67,6 +67,17 @@ def test_what_was_not_looked_at_is_named(pipe):
         maps.map("rign")
     with pytest.raises(RequestError, match="keep"):
         maps.map("star", head=1)
+    with attention_maps(pipe, "ring", keep=("layer", "head")) as apart:
+        pipe(PROMPTS[0], **{**DRAW, "seed": 7})
+    for wrong, said in (
+        ({"layer": "layers.9"}, r"at item 0 to 0, branch positive to positive, layer layers\.0 to layers\.5"),
+        ({"head": 6}, "head is 6; needed 0 to 5"),
+        ({"head": -1}, "head is -1; needed 0 to 5"),
+        ({"item": 1}, "item 1, positive"),
+        ({"branch": "negative"}, "item 0, negative"),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=said):
+            apart.map("ring", **wrong)
     with pytest.raises(RequestError, match="step, layer, head"), attention_maps(pipe, keep=["layers"]):
         pass
     with pytest.raises(RequestError, match="nearest are.*star"), attention_maps(pipe, "stir"):

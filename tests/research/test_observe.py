@@ -1,5 +1,7 @@
 """Observation leaves every bit as it was, sites hold what they say, and edits act where they are meant to."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.model.layout import patchify
 from s3dit.research import edits
+from s3dit.research.attention import attention_maps
 from s3dit.research.observe import edit, observe
 from s3dit.research.record import Record
 from s3dit.research.reductions import REDUCTIONS
@@ -131,7 +134,7 @@ def test_choices(pipe):
 
 def test_what_is_never_seen_is_said(pipe):
     with pytest.warns(UserWarning, match=r"observed nothing of layers\.1\.output"):  # noqa: SIM117
-        with observe(pipe, ["layers.1.output", "text_encoder.layers.0.output"], items=[0], steps=[9]) as record:
+        with observe(pipe, ["layers.1.output", "text_encoder.layers.0.output"], items=[0], branch="negative") as record:
             latents(pipe)
     assert {key.site for key in record} == {"text_encoder.layers.0.output"}
 
@@ -193,7 +196,7 @@ def test_edits_are_chosen_by_step_item_and_token(pipe):
         after = latents(pipe, prompts, **more)
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     with pytest.warns(UserWarning, match=r"edited nothing of layers\.2\.output"):  # noqa: SIM117
-        with edit(pipe, {"layers.2.output": edits.scale(1.1)}, steps=[3]):
+        with edit(pipe, {"layers.2.output": edits.scale(1.1)}, branch="negative"):
             assert torch.equal(latents(pipe, prompts, **more), before)
 
 
@@ -274,6 +277,52 @@ def test_wrong_choices_are_named(pipe):
     graphs.graphs = True
     with pytest.raises(RequestError, match="loaded with graphs"), observe(graphs, "velocity"):
         pass
+
+
+@pytest.mark.parametrize("steps", [[99], [2, 3]])
+def test_steps_that_a_run_does_not_have(pipe, plain, steps):
+    wrong = [step for step in steps if step > 2]
+    said = re.escape(f"steps {wrong} were chosen of a run that has 2; needed some of 1 to 2")
+    for look in (
+        observe(pipe, "layers.1.output", steps=steps),
+        edit(pipe, {"layers.1.output": edits.zero()}, steps=steps),
+        attention_maps(pipe, "star", steps=steps),
+    ):
+        with pytest.raises(RequestError, match=said), look:
+            latents(pipe)
+    assert torch.equal(latents(pipe), plain)
+
+
+def test_steps_are_counted_through_two_passes(pipe):
+    two = {"upscale": 1.5, "upscale_strength": 0.5}
+    with observe(pipe, "velocity", reduce="rms") as record:
+        pipe(PROMPT, **DRAW, **two)
+    last = max(key.step for key in record)
+    with observe(pipe, "velocity", steps=[last], reduce="rms") as again:
+        pipe(PROMPT, **DRAW, **two)
+    assert last > 2 and [key.step for key in again] == [last]
+    with pytest.raises(RequestError, match=f"of a run that has {last};"), observe(pipe, "velocity", steps=[last + 1]):
+        pipe(PROMPT, **DRAW, **two)
+
+
+def test_a_record_of_another_model_is_no_patch(pipe, plain):
+    with observe(pipe, "layers.2.output") as record:
+        pipe(PROMPT, **DRAW)
+    part = record.select("layers.2.output", step=1)
+    with edit(pipe, {"layers.2.output": edits.patch(part)}, steps=[1]):
+        assert torch.equal(latents(pipe), plain)
+    part.model = "f" * 64
+    said = f"of model f{{12}}, this one is {record.model[:12]}; needed one model"
+    with pytest.raises(RequestError, match=said), edit(pipe, {"layers.2.output": edits.patch(part)}):
+        pass
+    part.model = ""
+    with edit(pipe, {"layers.2.output": edits.patch(part)}, steps=[1]):
+        assert torch.equal(latents(pipe), plain)
+    with (
+        edit(pipe, {"layers.2.output": edits.patch(part)}),
+        pytest.raises(RequestError, match="needed one; the nearest"),
+    ):
+        latents(pipe)
 
 
 def test_a_record_is_saved_and_loaded(pipe, tmp_path):
