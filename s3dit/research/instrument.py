@@ -201,8 +201,8 @@ class Item:
 
     site · step: of the solver, from 1; 0 for what is no part of a step (text encoder, autoencoder) · call: of the site
     within the step, from 0 · item: index of the picture; of the text encoder and the autoencoder, of their call ·
-    branch: positive or negative · tokens: the item's map, None where its rows are no tokens of a pass · index: the rows
-    of the tensor that are its, or those of the chosen tokens.
+    branch: positive or negative · tokens: the item's map, None where its rows are no tokens of a pass · index: its part
+    of the tensor: its rows, or those of the chosen tokens.
     """
 
     site: Site
@@ -211,7 +211,7 @@ class Item:
     item: int
     branch: str
     tokens: ItemTokens | None
-    index: slice | Tensor
+    index: int | slice | Tensor
 
 
 class Splitter:
@@ -250,7 +250,8 @@ class Splitter:
         if site.stream in ("prompt", "picture") or now is None:
             if self._items is None or call in self._items:
                 self.seen.add(site.name)
-                yield Item(site, step, 0, call, "positive", None, slice(None))
+                # Pictures come one by one, each as a batch.
+                yield Item(site, step, 0, call, "positive", None, 0 if site.stream == "picture" else slice(None))
             return
         if self._steps is not None and step not in self._steps:
             return

@@ -12,7 +12,6 @@ from s3dit.research import edits
 from s3dit.research.attention import attention_maps
 from s3dit.research.observe import edit, observe
 from s3dit.research.record import Record
-from s3dit.research.reductions import REDUCTIONS
 from s3dit.research.sites import sites
 from s3dit.research.tokens import tokens
 
@@ -336,22 +335,6 @@ def test_a_record_is_saved_and_loaded(pipe, tmp_path):
         Record.load(tmp_path / "run.safetensors", "0" * 64)
     with pytest.raises(RequestError, match=r"layers\.1\.outpt.*nearest"):
         record.at("layers.1.outpt")
-
-
-def test_reductions_against_plain_formulas():
-    x = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    flat = x.double().flatten(1)
-    assert torch.allclose(REDUCTIONS["norms"](x).double(), flat.square().sum(1).sqrt())
-    assert torch.allclose(REDUCTIONS["mean"](x).double(), x.double().mean(0))
-    assert torch.allclose(REDUCTIONS["std"](x).double(), x.double().std(0, correction=0))
-    assert torch.equal(REDUCTIONS["largest"](x), x.abs().amax(0))
-    centered = flat - flat.mean()
-    assert torch.allclose(REDUCTIONS["kurtosis"](x).double(), centered.pow(4).mean() / centered.square().mean() ** 2)
-    values = torch.linalg.svdvals(flat)
-    share = values / values.sum()
-    assert torch.allclose(REDUCTIONS["effective_rank"](x).double(), torch.exp(-(share * share.log()).sum()), rtol=1e-5)
-    assert abs(REDUCTIONS["effective_rank"](torch.ones(9, 4)).item() - 1) < 1e-3
-    assert REDUCTIONS["percentiles"](x)[4] == x.flatten().quantile(0.5)
 
 
 def test_cosines_between_steps(pipe):
