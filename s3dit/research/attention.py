@@ -167,7 +167,7 @@ def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> 
     that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1.
     """
     if q.device.type == "cpu":
-        # Exact, and as fast as 16 bits, whose kernel has an error of 2e-5 in the log-sum-exp.
+        # As fast as 16 bits, in which the mean key, and so the entropy, would be rounded.
         q, k = q.float(), k.float()
     q = q[item.find("image")]
     lse, mean_score = _moments(q, k)
