@@ -47,12 +47,17 @@ class AttentionMaps:
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
 
     def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
-        """Add values (heads, queries) of one layer and step."""
+        """Add values (heads, queries) of one layer and step. Raises RequestError after a picture of another size."""
         key = (
             item.item, item.branch, what, step if "step" in self.keep else 0, layer if "layer" in self.keep else "",
         )  # fmt: skip
-        values = (values if "head" in self.keep else values.mean(0, keepdim=True)).double().cpu()
+        values = (values if "head" in self.keep else values.mean(0, keepdim=True)).detach().double().cpu()
         total, count = self._sums.get(key, (torch.zeros_like(values), 0))
+        if total.shape != values.shape:
+            raise RequestError(
+                f"item {item.item} is of another size than in the picture before; needed one size; look at each size by "
+                "itself"
+            )
         self._sums[key] = total + values, count + 1
 
     def weights(
