@@ -55,8 +55,7 @@ class AttentionMaps:
         total, count = self._sums.get(key, (torch.zeros_like(values), 0))
         if total.shape != values.shape:
             raise RequestError(
-                f"item {item.item} is of another size than in the picture before; needed one size; look at each size by "
-                "itself"
+                f"item {item.item} is of another size than in the picture before; needed one; look at each by itself"
             )
         self._sums[key] = total + values, count + 1
 
