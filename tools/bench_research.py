@@ -69,6 +69,7 @@ def unused(repeat: int) -> dict[str, Any]:
     }  # fmt: skip
 
     def draw(process: "subprocess.Popen[str]") -> float:
+        """Let a process draw -> its seconds."""
         assert process.stdin is not None and process.stdout is not None
         print("draw", file=process.stdin, flush=True)
         return float(process.stdout.readline())
@@ -99,12 +100,16 @@ def maps(repeat: int) -> dict[str, Any]:
     q, k, v = (torch.randn(len(item), HEADS, HEAD).to(dtype) for _ in range(3))
 
     def look() -> None:
+        """Gather as `attention_maps` does."""
         gathered = AttentionMaps(words, ())
         for what, values in looks(q, k, item, words).items():
             gathered.add(item, what, 1, "layers.0", values)
 
     def timed(run: Callable[[], object]) -> Callable[[], float]:
+        """Call it once to warm up -> a function that calls it and returns its seconds."""
+
         def once() -> float:
+            """One call."""
             start = time.process_time()
             run()
             return time.process_time() - start

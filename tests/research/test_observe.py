@@ -1,12 +1,14 @@
 """Observation leaves every bit as it was, sites hold what they say, and edits act where they are meant to."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from s3dit import Pipeline
 from s3dit.errors import RequestError
+from s3dit.kernels.dispatch import overridden
 from s3dit.model.layout import patchify
 from s3dit.research import edits
 from s3dit.research.attention import attention_maps
@@ -285,6 +287,28 @@ def test_wrong_choices_are_named(pipe):
     graphs.graphs = True
     with pytest.raises(RequestError, match="loaded with graphs"), observe(graphs, "velocity"):
         pass
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_nothing_is_left_when_a_with_ends(pipe, plain, ends):
+    """No hook on any module, no Op replaced, whether the run ended or was broken off: unused, they cost nothing."""
+
+    def broken(rows, where):
+        raise KeyError("broken off")
+
+    def ours():
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = [module for part in ("transformer", "text_encoder", "vae") for module in pipe.parts[part].modules()]
+        hooks = [hook for module in modules for kind in kinds for hook in getattr(module, kind).values()]
+        return [hook for hook in hooks if "s3dit.research" in getattr(hook, "__module__", "")]
+
+    error = nullcontext() if ends else pytest.raises(KeyError)
+    change = {"layers.2.between": edits.scale(1.0) if ends else broken}
+    with error, observe(pipe, "**", reduce="rms"), attention_maps(pipe, "star"), edit(pipe, change):
+        assert overridden() and ours()
+        latents(pipe)
+    assert not overridden() and not ours()
+    assert torch.equal(latents(pipe), plain)
 
 
 @pytest.mark.parametrize("steps", [[99], [2, 3]])
