@@ -3,6 +3,7 @@
     with attention_maps(pipe, ["star", "ring"]) as maps:
         pipe("a red star above a blue ring", seed=7)
     maps.map("star")                    # (rows, columns): how much the image looks at the word
+    maps.map("star->image")             # and the word at the image
     maps.share("text padding")          # mean mass of the image tokens on a kind of token
 
 Queries are the image tokens, keys everything they see. Their weights on few columns are exp(q·k / sqrt(D) - L), where
@@ -65,8 +66,9 @@ class AttentionMaps:
     ) -> Tensor:  # fmt: skip
         """Return the mean weight of each image token on a word or kind of token, or its entropy: (queries,) fp64.
 
-        what: one of `words`, a kind of token, or "entropy" · step, layer (a block's name), head: one of those that were
-        kept apart; averaged over where None. Raises RequestError for what was not looked at.
+        what: one of `words`, a kind of token, or "entropy"; "word->image" for the word's weight on each image token ·
+        step, layer (a block's name), head: one of those that were kept apart; averaged over where None. Raises
+        RequestError for what was not looked at.
         """
         found = [
             (total, count)
@@ -168,22 +170,29 @@ def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> 
     """Return the weights of one item's image tokens on words and kinds of token, and their entropy, in one block.
 
     q, k (n, H, D): of all the item's tokens, as they are multiplied · words: as `ItemTokens.find` takes them; those
-    that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1.
+    that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1. Of words of
+    the text also the other way, "word->image": mean weight of the word's tokens on each image token.
     """
     if q.device.type == "cpu":
         # As fast as 16 bits, in which the mean key, and so the entropy, would be rounded.
         q, k = q.float(), k.float()
-    q = q[item.find("image")]
+    image = item.find("image")
+    everything, q = q, q[image]
     lse, mean_score = _moments(q, k)
-    groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
-    groups |= {word: item.find(word) for word in words if item.has(word)}
-    groups = {what: found for what, found in groups.items() if found}
+    # What is left of each query's weight is on the image.
+    names = [name for name in dict.fromkeys((*KINDS, "text", *words)) if name != "image" and item.has(name)]
+    groups = {name: found for name in names if (found := item.find(name))}
     columns = sorted({token for found in groups.values() for token in found})
     place = {token: i for i, token in enumerate(columns)}
     sums = _weights(q, k[columns], lse, [[place[token] for token in found] for found in groups.values()])
     weights = dict(zip(groups, sums, strict=True))
     weights["image"] = 1.0 - torch.stack([weights[kind] for kind in KINDS if kind in weights]).sum(0)
     weights["entropy"] = (lse - mean_score).T
+    for word in words:
+        found = [token for token in groups.get(word, ()) if item.places[token]]
+        if found:
+            scores = torch.einsum("nhd,mhd->hnm", everything[found].float(), k.float()) * q.shape[-1] ** -0.5
+            weights[f"{word}->image"] = scores.softmax(-1)[:, :, image].mean(1)
     return weights
 
 
