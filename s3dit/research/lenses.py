@@ -24,6 +24,7 @@ from s3dit.errors import RequestError
 from s3dit.inputs.images import to_pil
 from s3dit.loaded_model import LoadedModel
 from s3dit.model.layout import Grid, unpatchify
+from s3dit.model.timestep import FinalLayer
 from s3dit.model.transformer import PATCH, Context, Transformer
 from s3dit.research import pictures
 from s3dit.research.instrument import attached
@@ -47,7 +48,7 @@ class Pass:
     sigma: Tensor
     context: Context
     scale: Tensor
-    final: nn.Module
+    final: FinalLayer
 
     def image_tokens(self, site: Site, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of the tokens (N, dim) of a stream, those that are denoised (n, dim), and the scale of each, or one row."""
@@ -70,7 +71,8 @@ def passes(pipe: LoadedModel) -> Iterator[list[Pass]]:
 
     def begin(model: nn.Module, args: tuple[Any, ...]) -> None:
         state, t, context = args[:3]
-        final: Any = module.all_final_layer[PATCH]
+        final = module.all_final_layer[PATCH]
+        assert isinstance(final, FinalLayer)
         time = module.t_embedder(context.times(t) * module.config.t_scale, context.text.dtype)
         rows = context.image.modulation_row[context.image.token_index]
         sigma = (1.0 - (t if len(t) == 1 else t[rows]))[:, None]
