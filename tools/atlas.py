@@ -3,7 +3,8 @@
 `python tools/atlas.py DIR` writes tables as JSON and as pictures: errors of the velocity and, of the embedded model,
 shares of pictures that show what their prompt demands, with one block or part of it dropped, repeated or quantized; the
 lens after every block; what every block wrote; changes and cosines between steps, and what a cache loses that reuses
-what changed little. `--model` takes any other model, without scores; it is drawn at its own size. The embedded model takes ten minutes on two cores, with scores of 24 pictures.
+what changed little. `--model` takes any other model, without scores; it is drawn at its own size.
+The embedded model takes ten minutes on two cores, with scores of 24 pictures.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def right(drawn: Sequence[Image.Image], prompts: Sequence[str]) -> float:
 
 def errors(pipe: Pipeline, modules: Sequence[str], plan: dict[str, Any]) -> dict[str, Table | Image.Image]:
     """Errors of the velocity: by module and change, and of dropping by step."""
-    with layer_atlas(pipe, modules) as atlas:
+    with layer_atlas(pipe, modules, CHANGES) as atlas:
         pipe(**plan)
     return {"velocity": atlas.errors(), "velocity-drop": atlas.by_step("drop")}
 
@@ -55,7 +56,7 @@ def cached(pipe: Pipeline, atlas: StepAtlas, prompts: Sequence[str], plan: dict[
         share = sum(x or 0 for row in skips.values for x in row) / (len(skips.rows) * len(skips.columns))
         with pipe.edit(atlas.reuse(limit)):
             error = ((pipe(**plan).latents[0] - plain).norm() / plain.norm()).item()
-            score = right(pipe(prompts, seed=0).images, prompts) if prompts else None
+            score = right(pipe(**plan | {"request": prompts}).images, prompts) if prompts else None
         rows.append([share, error, score])
     return Table.of("A cache that reuses what changes by at most …", LIMITS, ["skipped", "error", "right"], rows)
 
@@ -66,16 +67,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where tables and pictures are written")
     parser.add_argument("--model", help="a folder, file or hub name (default: the embedded model)")
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--steps", type=int, help="of the solver (default: the model's own number)")
     parser.add_argument("--modules", nargs="+", default=PARTS, help="patterns of blocks, parts and linear layers")
     parser.add_argument("--count", type=int, default=24, help="pictures that are scored, of the embedded model")
     chosen = parser.parse_args()
     # Rounding to bf16 would be as large as the errors of 8-bit formats.
     pipe = Pipeline.load(chosen.model) if chosen.model else Pipeline.load(dtype="fp32")
     prompts = [] if chosen.model else [prompt for _, prompt in fixed_prompts()][: chosen.count]
-    plan = {"request": chosen.prompt, "seed": 7}
+    plan = {"request": chosen.prompt, "seed": 7, "num_inference_steps": chosen.steps}
     chosen.folder.mkdir(parents=True, exist_ok=True)
 
     def write(found: dict[str, Table | Image.Image]) -> None:
+        """Save tables and pictures by their names."""
         for name, each in found.items():
             if isinstance(each, Table):
                 each.save(chosen.folder / f"{name}.json")
@@ -96,7 +99,13 @@ def main() -> None:
     write({"cache": cached(pipe, added, prompts, plan)})
     write(errors(pipe, chosen.modules, plan))
     if prompts:
-        write({"score": score_atlas(pipe, prompts, right, chosen.modules, CHANGES, seed=0)})
+        write(
+            {
+                "score": score_atlas(
+                    pipe, prompts, right, chosen.modules, CHANGES, seed=7, num_inference_steps=chosen.steps
+                )
+            }
+        )
 
 
 if __name__ == "__main__":
