@@ -300,7 +300,7 @@ def test_bad_input(pipe, wrong, words):
 
 def test_steps_that_are_not_drawn_are_told(pipe):
     with (
-        pytest.warns(UserWarning, match=r"nothing of steps \[99\]"),
+        pytest.raises(RequestError, match=r"steps \[99\] were chosen"),
         layer_atlas(pipe, "layers.0", ["drop"], steps=[99]),
     ):
         latents(pipe)
