@@ -107,7 +107,7 @@ def layer_atlas(
         now = pipe.now
         if now is None or not any(True for _ in split(site, output)):
             return
-        unchanged = output.double()
+        unchanged = output.cpu().double()
         whole = unchanged.square().sum().item()
         for name in names:
             for change in changes:
@@ -116,7 +116,7 @@ def layer_atlas(
                         # Not the modulation that was computed before.
                         other = model.forward(*args[:4])
                     before = atlas.squares.get((name, change, now.step), (0.0, 0.0))
-                    difference = (other.double() - unchanged).square().sum().item()
+                    difference = (other.cpu().double() - unchanged).square().sum().item()
                     atlas.squares[name, change, now.step] = (before[0] + difference, before[1] + whole)
 
     with attached(pipe, (), lambda site, tensor: None):

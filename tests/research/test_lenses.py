@@ -229,6 +229,23 @@ def test_massive_channels(pipe):
     assert max(max(row) for row in table.values) > 20
 
 
+def test_what_is_kept_of_a_full_size_picture_fits(pipe):
+    """Counted here, and by the same formulas of 30 blocks, 4,096 image and 64 caption tokens of 3,840, and 8 steps."""
+    with lens(pipe) as seen, residual(pipe) as terms:
+        latents(pipe)
+
+    def kept(blocks, joint, image, dim, steps):
+        count = 2 * blocks + 1
+        by_step = count * (2 * joint + image) + 2 * blocks * joint + blocks * (dim + 1)
+        return 4 * steps * by_step, 4 * steps * (blocks + 1) * image * 64
+
+    (item,) = terms.items_seen
+    counted = [sum(tensor.nbytes for tensor in each.values()) for each in (terms, seen.velocities)]
+    assert counted == list(kept(6, len(item), len(item.find("image")), 192, 2))
+    of_terms, of_lens = kept(30, 4096 + 64, 4096, 3840, 8)
+    assert of_terms < 40e6 and of_lens < 261e6
+
+
 def test_nothing_is_left_behind(pipe):
     before = latents(pipe)
     for look in (lens, residual):
