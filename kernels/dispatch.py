@@ -72,6 +72,9 @@ class Implementation:
         """Return the reason why it cannot run with these arguments on this device type, "" where it can."""
         if self.device != device:
             return f"needs {self.device} tensors, found {device}"
+        tracked = torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
+        if tracked and self.backend == "triton":
+            return "a kernel gives no gradient"
         answer = self.when(*args)
         return answer if isinstance(answer, str) else "" if answer else "not for these arguments"
 
@@ -313,6 +316,8 @@ def _device(args: tuple[Any, ...]) -> str:
     return "cuda" if INTERPRETED and backend() == "triton" and device == "cpu" else device
 
 
+# Asking costs some microseconds, and every launch asks.
+@functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Return the compute capability of a CUDA device, (major, minor); (99, 0) of a CPU, whose interpreter has all."""
     if device.type != "cuda":

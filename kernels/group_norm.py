@@ -12,40 +12,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
-from s3dit.kernels.rows import FLOAT_DTYPES, holding
+from s3dit.kernels.dispatch import kernel, launcher, op, tl
+from s3dit.kernels.pictures import in_kernel
+from s3dit.kernels.rows import PROGRAM_NUMBERS, holding
 
 # Numbers of a group whose moments are taken at a time: sums of so few, in fp32, are accurate, and stay in the cache.
 CHUNK = 1 << 13
 # Keeps the scale of a group of equal numbers finite; far below any variance that counts.
 SMALLEST_EPS = 1e-30
 
-# Of the kernels: numbers that a program has in registers at a time, and programs that a picture is shared among.
-PROGRAM_NUMBERS, PROGRAMS = 4096, 512
+# Programs that a picture is shared among.
+PROGRAMS = 512
 
 # Mean and variance of every channel's group, (C,) each.
 Moments = tuple[Tensor, Tensor]
 
 
 @op
-def group_moments(picture: Tensor, groups: int) -> Moments:
+def group_moments(picture: Tensor, groups: int, offset: Tensor | None = None) -> Moments:
     """Take mean and variance (divided by n) of each group of adjacent channels, over all positions.
 
-    picture (1, C, H, W) of any float dtype · groups: a divisor of C -> for each channel those of its group, two of
-    (C,), fp32 or wider.
+    picture (1, C, H, W) of any float dtype · groups: a divisor of C · offset (C,): a bias that the picture still lacks
+    -> for each channel those of its group, two of (C,), fp32 or wider: what `normalize_rows` takes to normalize
+    picture + offset, the mean less the channel's offset.
     """
     upcast = torch.promote_types(picture.dtype, torch.float32)
-    variance, mean = torch.var_mean(picture.double().unflatten(1, (groups, -1)), dim=(0, 2, 3, 4), correction=0)
+    bias = torch.zeros(picture.shape[1], device=picture.device) if offset is None else offset
+    whole = picture.double() + bias.double()[:, None, None]
+    variance, mean = torch.var_mean(whole.unflatten(1, (groups, -1)), dim=(0, 2, 3, 4), correction=0)
     size = picture.shape[1] // groups
-    return mean.repeat_interleave(size).to(upcast), variance.repeat_interleave(size).to(upcast)
+    return (mean.repeat_interleave(size) - bias).to(upcast), variance.repeat_interleave(size).to(upcast)
 
 
-def _channels_last(picture: Tensor, groups: int) -> bool | str:
+def _channels_last(picture: Tensor, groups: int, offset: Tensor | None = None) -> bool | str:
+    if offset is not None:
+        return "takes pictures with their bias"
     return picture.is_contiguous(memory_format=torch.channels_last) or "takes pictures in channels last"
 
 
 @group_moments.on("cpu", "torch", when=_channels_last, bound=256.0)
-def _by_chunks(picture: Tensor, groups: int) -> Moments:
+def _by_chunks(picture: Tensor, groups: int, offset: None = None) -> Moments:
     """Take the moments of chunks of rows in fp32, and put them together in fp64.
 
     Off by 1e-6 of a deviation and 4e-6 of the variance; in 16 bits by up to 5e-5 of the variance.
@@ -115,23 +121,25 @@ def _moments_kernel(
 
 @kernel
 def _combine_kernel(
-    partial: "Any", moments: "Any", N: "Any", EACH: "Any", PROGRAMS: "Any", C: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    partial: "Any", offset: "Any", moments: "Any", N: "Any", EACH: "Any", PROGRAMS: "Any", C: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """Put a group's partial moments together -> moments (2, C): mean and variance of each of its channels."""
+    """Put a group's partial moments together -> moments (2, C): mean, less offset, and variance of its channels."""
     channel = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     program = tl.arange(0, BLOCK)[:, None]
     inside = program < PROGRAMS
     count = tl.where(inside, tl.minimum(N - program * EACH, EACH), 0).to(tl.float32)
     at = partial + program * C + channel[None, :]
-    means = tl.load(at, mask=inside, other=0.0)
-    numbers = N.to(tl.float32) * SIZE
+    bias = tl.zeros((SIZE,), tl.float32) if offset is None else tl.load(offset + channel).to(tl.float32)
+    means = tl.load(at, mask=inside, other=0.0) + bias[None, :]
+    # Not N.to: a 1 is a constant to the compiler.
+    numbers = tl.cast(N, tl.float32) * SIZE
     # Around one of the means, for the digits again.
-    near = tl.load(partial + tl.program_id(0) * SIZE)
+    near = tl.load(partial + tl.program_id(0) * SIZE) + tl.sum(tl.where(tl.arange(0, SIZE) == 0, bias, 0.0), 0)
     mean = near + tl.sum(tl.sum((means - near) * count, 1), 0) / numbers
     squares = tl.load(at + PROGRAMS * C, mask=inside, other=0.0) + count * (means - mean) * (means - mean)
     variance = tl.sum(tl.sum(squares, 1), 0) / numbers
-    tl.store(moments + channel, mean + tl.zeros((SIZE,), tl.float32))
+    tl.store(moments + channel, mean - bias)
     tl.store(moments + C + channel, variance + tl.zeros((SIZE,), tl.float32))
 
 
@@ -153,9 +161,9 @@ def _normalize_kernel(
     tl.store(out + n * C + channel, y.to(out.dtype.element_ty), mask=n < N)
 
 
-@launcher(lambda picture, groups: picture.new_empty(2, picture.shape[1], dtype=torch.float32))
-def launch_moments(picture: Tensor, groups: int) -> Tensor:
-    """Take the moments of a picture (1, C, H, W) in channels last, C a power of two -> mean, variance: (2, C) fp32."""
+@launcher(lambda picture, groups, offset: picture.new_empty(2, picture.shape[1], dtype=torch.float32))
+def launch_moments(picture: Tensor, groups: int, offset: Tensor | None) -> Tensor:
+    """Take `group_moments` of a picture (1, C, H, W) in channels last, C a power of two -> (2, C) fp32."""
     channels, positions = picture.shape[1], picture.shape[2] * picture.shape[3]
     rows = max(1, PROGRAM_NUMBERS // channels)
     steps = max(1, -(-positions // (rows * PROGRAMS)))
@@ -164,16 +172,9 @@ def launch_moments(picture: Tensor, groups: int) -> Tensor:
     moments = torch.empty(2, channels, dtype=torch.float32, device=picture.device)
     _moments_kernel[(programs,)](picture, partial, positions, steps, channels, rows, num_warps=4)
     _combine_kernel[(groups,)](
-        partial,
-        moments,
-        positions,
-        rows * steps,
-        programs,
-        channels,
-        channels // groups,
-        holding(programs),
+        partial, offset, moments, positions, rows * steps, programs, channels, channels // groups, holding(programs),
         num_warps=8,
-    )
+    )  # fmt: skip
     return moments
 
 
@@ -192,21 +193,13 @@ def launch_normalize(
     return out
 
 
-def _in_kernel(picture: Tensor, *args: Any) -> bool | str:
-    """Return True, or why the kernels cannot take this picture."""
-    channels = picture.shape[1]
-    if not picture.is_contiguous(memory_format=torch.channels_last) or channels != holding(channels):
-        return "takes pictures in channels last whose channels are a power of two"
-    return why_unsupported(picture, FLOAT_DTYPES) or True
-
-
-@group_moments.on("cuda", "triton", when=_in_kernel, bound=256.0)
-def _triton_moments(picture: Tensor, groups: int) -> Moments:
-    moments = launch_moments(picture, groups)
+@group_moments.on("cuda", "triton", when=in_kernel, bound=256.0)
+def _triton_moments(picture: Tensor, groups: int, offset: Tensor | None = None) -> Moments:
+    moments = launch_moments(picture, groups, offset)
     return moments[0], moments[1]
 
 
-@normalize_rows.on("cuda", "triton", when=_in_kernel)
+@normalize_rows.on("cuda", "triton", when=in_kernel)
 def _triton_normalize(
     rows: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool
 ) -> Tensor:

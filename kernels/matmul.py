@@ -15,6 +15,7 @@ Annotations of run-time arguments are in quotes because Triton looks up the name
 Source: the persistent products among Triton's tutorials for the walk and its second counter.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -224,6 +225,7 @@ def _scaled_kernel(
         )  # fmt: skip
 
 
+@functools.cache
 def program_count(device: torch.device) -> int:
     """Return how many programs fill a device: the processors (SMs) of a GPU, or 4 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

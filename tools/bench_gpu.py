@@ -59,7 +59,8 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 def run_stage(name: str, seconds: float, out: Path, dry: bool, machine: Mapping[str, str]) -> None:
     """Run one stage in this process and write its rows; seconds: how long it may take."""
     import torch
-    from bench_gpu_stages import STAGES, Bench
+    from bench_gpu_row import Bench
+    from bench_gpu_stages import STAGES
 
     bench = Bench(torch.device("cpu" if dry else "cuda"), seconds, out, dry)
     with torch.no_grad():

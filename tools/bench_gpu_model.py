@@ -4,6 +4,7 @@ Everything that the benchmark imports from the engine is imported here. Weights 
 format: encoding six billion of them would take minutes.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from s3dit.kernels.attention import Spans, attention, attention_lse
 from s3dit.kernels.dispatch import Op, use_backend
 from s3dit.kernels.group_norm import group_moments, normalize_rows
-from s3dit.kernels.matmul import scaled_matmul
+from s3dit.kernels.matmul import launch_scaled, scaled_matmul
 from s3dit.kernels.norm import (
     gated_residual,
     gated_residual_norm,
@@ -24,6 +25,7 @@ from s3dit.kernels.norm import (
     rms_norm,
     rms_norm_modulate,
 )
+from s3dit.kernels.pictures import add_pictures, repeat_pixels
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.kernels.swiglu import swiglu
@@ -35,6 +37,7 @@ from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Context, Transformer
 from s3dit.model.vae import Autoencoder
 from s3dit.pipeline import Pipeline
+from s3dit.research.attention import attention_maps
 from s3dit.runtime.block_streaming import stream, tensors
 from s3dit.runtime.graphs import Replay, compile_blocks
 from s3dit.runtime.joining import join
@@ -42,11 +45,11 @@ from s3dit.runtime.modulations import together
 from s3dit.weights.quantize import quantizable_layers
 
 __all__ = [
-    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "attention", "attention_lse",
-    "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm", "group_moments", "implementations",
-    "model_inputs", "normalize_rows", "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "residual_norm",
-    "rms_norm", "rms_norm_modulate", "scaled_matmul", "stream", "swiglu", "swiglu_linear", "text_encoder",
-    "transformer", "use_backend",
+    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "add_pictures", "attention",
+    "attention_lse", "attention_maps", "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm",
+    "group_moments", "implementations", "in_fp32", "launch_scaled", "model_inputs", "normalize_rows", "qk_norm_rope",
+    "quantize_rows", "random_tensors", "relative", "repeat_pixels", "residual_norm", "rms_norm", "rms_norm_modulate",
+    "scaled_matmul", "stream", "swiglu", "swiglu_linear", "text_encoder", "transformer", "upcast", "use_backend",
 ]  # fmt: skip
 
 BF16 = torch.bfloat16
@@ -157,6 +160,27 @@ def model_inputs(model: Transformer, side: int, device: torch.device, text: Tens
     context = model.context(text_to_image([(grid, grid)], [CAPTION], device), text)
     time = torch.tensor([0.3], device=device)
     return torch.randn(grid * grid, 64, device=device), time, context, None, together(model, [time], context)[0]
+
+
+def upcast(model: nn.Module) -> None:
+    """Make the parameters of a model fp32, in place; weights in a number format stay as they are."""
+    for owner, leaf, tensor in list(tensors(model)):
+        if isinstance(tensor, nn.Parameter) and tensor.dtype == BF16:
+            owner[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
+
+
+def in_fp32(value: Any) -> Any:
+    """Return arguments of a forward with all that is bf16 in fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype == BF16 else value
+    if isinstance(value, tuple | list):
+        return type(value)(in_fp32(each) for each in value)
+    if isinstance(value, dict):
+        return {key: in_fp32(each) for key, each in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: in_fp32(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return type(value)(**fields)
+    return value
 
 
 def implementations(op: Op, args: tuple[Any, ...], device: torch.device) -> dict[str, Callable[..., Any]]:

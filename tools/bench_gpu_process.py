@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench_machine import ROOT
 
-# Environment variables that may name the commit where git is missing.
+# Environment variables that may name the commit, where git is missing or the tree is a copy.
 COMMIT_VARIABLES = ("S3DIT_COMMIT", "COMMIT", "GIT_COMMIT")
 
 
@@ -57,8 +57,8 @@ def place(dry: bool) -> dict[str, str]:
     gpu, _, driver = query.partition(", ")
     if not gpu and not dry:
         gpu = program_output(sys.executable, "-c", "import torch; print(torch.cuda.get_device_name())")
-    commit = program_output("git", "rev-parse", "--short", "HEAD")
-    commit = commit or next((os.environ[name] for name in COMMIT_VARIABLES if os.environ.get(name)), "unknown")
+    named = next((os.environ[name] for name in COMMIT_VARIABLES if os.environ.get(name)), "")
+    commit = named or program_output("git", "rev-parse", "--short", "HEAD") or "unknown"
     versions = {name: package_version(name) for name in ("torch", "triton")}
     return {"gpu": gpu or "none", "driver": driver or "none", **versions, "commit": commit}
 

@@ -2,8 +2,6 @@
 
 A stage measures one thing after another through `Bench.attempt`: an error in a measurement is its row and the next one
 goes on; a measurement for which too little time is left is skipped and says so.
-
-It is one file, though long: a stage is read with what it measures, and no two of them share more than the `Bench`.
 """
 
 import importlib.util
@@ -12,69 +10,24 @@ import re
 import shutil
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import bench_gpu_model as engine
 import torch
+from bench_gpu_micro import draw, micro
 from bench_gpu_process import package_version, program_output
-from bench_gpu_timing import Timer
+from bench_gpu_row import BF16, E4M3, INT8, Bench, Row
 from bench_machine import ROOT
 from torch import Tensor
 
-Row = dict[str, Any]
-BF16, E4M3, INT8 = torch.bfloat16, torch.float8_e4m3fn, torch.int8
 # Largest relative distance that counts as within bounds, by number format.
 BOUNDS = {"fp32": 1e-4, "bf16": 1e-2, "int4": 1e-2, "fp8-weights": 1e-2, "fp8": 2e-2, "int8": 2e-2}
 # Kernels of a forward that profile.txt lists.
 KERNELS_LISTED = 40
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pytest", "pytest-xdist", "gguf", "diffusers")
-
-
-@dataclass
-class Bench:
-    """Where and how long a stage measures: device, seconds from now, folder of the files, dry run or not."""
-
-    device: torch.device
-    seconds: float
-    out: Path
-    dry: bool
-    timer: Timer = field(init=False)
-    start: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.timer = Timer(self.device)
-
-    def left(self) -> float:
-        """Seconds that the stage may go on."""
-        return self.seconds - (time.monotonic() - self.start)
-
-    @property
-    def sides(self) -> tuple[int, ...]:
-        """Sides of pictures in pixels, the larger first."""
-        return (64,) if self.dry else (1024, 512)
-
-    def attempt(self, needed: float, measure: Callable[[], Iterator[Row]], **fields: Any) -> Iterator[Row]:
-        """Yield the rows of `measure`, each with `fields`; or a row with "error", or with "skipped".
-
-        needed: seconds without which it is not begun.
-        """
-        if self.left() < needed:
-            yield fields | {"skipped": f"{self.left():.0f} s left, needed {needed:.0f}"}
-            return
-        self.timer.release()
-        try:
-            for row in measure():
-                yield fields | row
-        except Exception as error:  # Whatever went wrong is a result, and must not lose the other measurements.
-            where = traceback.format_exc().splitlines()[-6:]
-            yield fields | {"error": f"{type(error).__name__}: {error}"[:500], "trace": where}
 
 
 def clocks() -> str:
@@ -94,15 +47,16 @@ def env(bench: Bench) -> Iterator[Row]:
         "gcc": shutil.which("gcc"),
         "clocks": clocks(),
     } | {package: package_version(package) for package in PACKAGES}
+    bench.timer.warm_up()
     for name, measure in {"copy": _copy, "matmul": _matmul, "bus": _bus, "launch": _launch}.items():
         yield from bench.attempt(3, partial(measure, bench), name=name)
 
 
 def _copy(bench: Bench) -> Iterator[Row]:
-    """Copies inside the device's memory."""
-    size = 1 << (12 if bench.dry else 29)
-    source, target = (torch.zeros(size, dtype=torch.uint8, device=bench.device) for _ in range(2))
-    yield {"gb_s": 2 * size / bench.timer.graph_ms([lambda: target.copy_(source)]) / 1e6}
+    """Copies inside the device's memory, by a kernel: a copy of so much goes another way in a graph, and slower."""
+    size = 1 << (12 if bench.dry else 28)
+    source, target = (torch.randn(size, device=bench.device, dtype=BF16) for _ in range(2))
+    yield {"gb_s": 4 * size / bench.timer.graph_ms([lambda: torch.neg(source, out=target)]) / 1e6}
 
 
 def _matmul(bench: Bench) -> Iterator[Row]:
@@ -207,6 +161,7 @@ def accuracy(bench: Bench) -> Iterator[Row]:
     batch = {"prompt": ["a red circle", "a blue square above a green circle"], "height": [128, 64], "width": [128, 64]}
     if bench.dry:
         fields |= {"num_inference_steps": 1, "height": 64, "width": 64}
+    # Of a number format and of none.
     expected: dict[str | None, Tensor] = {}
     guided = fields | batch | {"guidance_scale": 2.0}
     measure = partial(_case, bench, "fp32", {}, guided, {})
@@ -216,6 +171,28 @@ def accuracy(bench: Bench) -> Iterator[Row]:
             options = {name: value for name, value in options.items() if name not in CUDA_OPTIONS and value != "triton"}
         measure = partial(_case, bench, number_format, options, fields, expected)
         yield from bench.attempt(10, measure, format=number_format, options=options)
+    for number_format in ("bf16", "fp8"):
+        yield from bench.attempt(10, partial(_looked_into, bench, number_format, fields), format=number_format)
+
+
+def _looked_into(bench: Bench, number_format: str, fields: Row) -> Iterator[Row]:
+    """What looking inside costs the picture, and how far the maps of a word are from those of the CPU in fp32."""
+    quantize = None if number_format == "bf16" else number_format
+    maps: dict[str, Tensor] = {}
+    for device, dtype in ((torch.device("cpu"), "fp32"), (bench.device, "bf16")):
+        pipe = engine.Pipeline.load(device=device, dtype=dtype, quantize=quantize)
+        plain = pipe(**fields).latents[0]
+        with engine.attention_maps(pipe, "circle") as gathered:
+            mapped = pipe(**fields).latents[0]
+        maps[dtype] = gathered.map("circle")
+        with pipe.observe("**", reduce="rms") as record:
+            observed = pipe(**fields).latents[0]
+        yield {
+            "options": {"looked into": str(device)}, "sites": len({key.site for key in record}),
+            "map_bits": torch.equal(mapped, plain),
+            "observed_distance": engine.relative(observed, plain),
+        }  # fmt: skip
+    yield {"options": {"looked into": "maps"}, "distance": engine.relative(maps["bf16"], maps["fp32"])}
 
 
 def _case(
@@ -223,17 +200,21 @@ def _case(
 ) -> Iterator[Row]:
     """One picture on the device; `expected` keeps the CPU's latents by number format."""
     quantize = None if number_format in ("bf16", "fp32") else number_format
-    if quantize not in expected:
-        pipe = engine.Pipeline.load(device="cpu", dtype="fp32", quantize=quantize)
-        expected[quantize] = torch.cat([latents.flatten() for latents in pipe(**fields).latents])
+    for each in {quantize, None} - expected.keys():
+        pipe = engine.Pipeline.load(device="cpu", dtype="fp32", quantize=each)
+        expected[each] = torch.cat([latents.flatten() for latents in pipe(**fields).latents])
     options = {"dtype": "fp32" if number_format == "fp32" else "bf16", **options}
     pipe = engine.Pipeline.load(device=bench.device, quantize=quantize, **options)
     drawn: list[Any] = []
     first = bench.timer.wall_ms(lambda: drawn.append(pipe(**fields)))
-    distance = engine.relative(torch.cat([latents.flatten() for latents in drawn[0].latents]), expected[quantize])
-    bound = BOUNDS[number_format]
+    latents = torch.cat([latents.flatten() for latents in drawn[0].latents])
+    distance, off = engine.relative(latents, expected[quantize]), engine.relative(expected[quantize], expected[None])
+    # Rounding to 8 bits magnifies what is a rounding before it, so two devices part by what the format costs, once for
+    # each of them: by its square root of 2.
+    bound = max(BOUNDS[number_format], 1.5 * off)
     yield {
-        "distance": distance, "bound": bound, "within": distance <= bound, "first_ms": first,
+        "distance": distance, "bound": bound, "within": distance <= bound, "format_costs": off,
+        "costs_here": engine.relative(latents, expected[None]), "first_ms": first,
         "again_ms": bench.timer.wall_ms(lambda: pipe(**fields)),
     }  # fmt: skip
 
@@ -249,10 +230,10 @@ def _forwards(bench: Bench, number_format: str) -> Iterator[Row]:
     """All sides of one number format, with one set of weights."""
     model = engine.transformer(number_format, bench.device, bench.dry)
     for side in bench.sides:
-        yield from bench.attempt(6, partial(_forward, bench, model, BOUNDS[number_format], side), side=side)
+        yield from bench.attempt(6, partial(_forward, bench, model, side), side=side)
 
 
-def _forward(bench: Bench, model: Any, bound: float, side: int) -> Iterator[Row]:
+def _forward(bench: Bench, model: Any, side: int) -> Iterator[Row]:
     """One forward: eager, recorded, host time, memory; then at the smallest side its distance to the reference."""
     args = engine.model_inputs(model, side, bench.device)
     run = partial(model, *args)
@@ -273,9 +254,20 @@ def _forward(bench: Bench, model: Any, bound: float, side: int) -> Iterator[Row]
     }
     del replay, recorded
     if side == bench.sides[-1]:
-        with engine.use_backend("reference"):
-            distance = engine.relative(values, run())
-        yield {"distance": distance, "bound": bound, "within": distance <= bound}
+        yield from _distance(model, args, values)
+
+
+def _distance(model: Any, args: tuple[Any, ...], values: Tensor) -> Iterator[Row]:
+    """Hold a forward against the references in fp32, beside the references in bf16: both are off by roundings alone.
+
+    Activations of 8 bits are rounded in all three.
+    """
+    with engine.use_backend("reference"):
+        plain = model(*args)
+        engine.upcast(model)
+        exact = model(*engine.in_fp32(args))
+    distance, of_reference = engine.relative(values, exact), engine.relative(plain, exact)
+    yield {"distance": distance, "reference_distance": of_reference, "within": distance <= 1.1 * of_reference}
 
 
 # ------------------------------------------------------------------------------------------------------ picture
@@ -318,168 +310,14 @@ def _picture(bench: Bench, number_format: str) -> Iterator[Row]:
     rounds = [{name: bench.timer.wall_ms(run) for name, run in parts.items()} for _ in range(2 if bench.dry else 4)]
     row: Row = {name: median(each[name] for each in rounds[1:]) for name in parts}
     whole = median(sum(each.values()) for each in rounds[1:]) / 1e3
+    # As `Pipeline.load(graphs=True)` encodes; without a GPU a recording that does nothing.
+    recorded = engine.Replay(encoder, None if bench.timer.cuda else lambda call: (lambda: None, call()))
+    again = partial(recorded, embedded, (engine.CAPTION,), encoder.rope_of((engine.CAPTION,), bench.device))
+    again()
+    row["text_graph_ms"] = median(bench.timer.wall_ms(again) for _ in range(3))
     yield {"side": side, "steps": steps, "picture_s": whole, "first_s": sum(rounds[0].values()) / 1e3} | row | {
         "peak_gb": bench.timer.peak_gb(), "finite": bool(state["pixels"].isfinite().all()),
     }  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------------------------- micro
-def micro(bench: Bench) -> Iterator[Row]:
-    """Measure every implementation of each Op at the shapes of the model.
-
-    Row kernels stand beside a copy of as many bytes (`share` of its rate), products beside cuBLAS's in bf16.
-    """
-    for side in bench.sides:
-        n = (side // 16) ** 2 + 128
-        for name, make, op, nbytes in _row_kernels(bench, n):
-            yield from bench.attempt(4, partial(_row_kernel, bench, make, op, nbytes), op=name, rows=n)
-        for name, make, op, nbytes in _group_norms(bench, side):
-            yield from bench.attempt(4, partial(_row_kernel, bench, make, op, nbytes), op=name, side=side)
-        for op in (engine.attention, engine.attention_lse):
-            yield from bench.attempt(4, partial(_attention, bench, op, n), rows=n)
-        for number_format in ("int8", "fp8"):
-            yield from bench.attempt(4, partial(_swiglu_layers, bench, n, number_format), rows=n)
-        for layer, (out, width) in _layers(bench).items():
-            yield from bench.attempt(
-                4, partial(_products, bench, n, out, width), layer=layer, rows=n, out=out, width=width
-            )
-
-
-def _sizes(bench: Bench) -> tuple[int, int, int, int]:
-    """Width, width of the feed-forward, heads and width of a head."""
-    return (128, 256, 2, 64) if bench.dry else (3840, 10240, 30, 128)
-
-
-def _layers(bench: Bench) -> dict[str, tuple[int, int]]:
-    """Linear layers of a block: name -> (out, in)."""
-    dim, ffn, *_ = _sizes(bench)
-    return {"to_q": (dim, dim), "w1": (ffn, dim), "w2": (dim, ffn)}
-
-
-def _draw(bench: Bench, *shape: int) -> Tensor:
-    return torch.randn(*shape, device=bench.device, dtype=BF16)
-
-
-def _arguments(bench: Bench, shapes: tuple[tuple[int, ...], ...], *others: Any) -> tuple[Any, ...]:
-    """Arguments of an Op: random bf16 tensors of these shapes, and the others as they are."""
-    return (*(_draw(bench, *shape) for shape in shapes), *others)
-
-
-def _row_kernels(bench: Bench, n: int) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]], Any, float]]:
-    """Name, function that draws arguments, Op, and bytes read and written, of each kernel that works by rows."""
-    dim, ffn, heads, head = _sizes(bench)
-    row = torch.zeros(n, dtype=torch.int64, device=bench.device)
-    weight, table, head_weight = _draw(bench, dim), _draw(bench, 1, dim).float(), _draw(bench, head)
-    rope = torch.randn(n, head // 2, 2, device=bench.device)
-    narrow, hidden, by_heads = (n, dim), (n, ffn), (n, heads, head)
-    nbytes = 2 * n * dim
-    for dtype in (None, E4M3, INT8):
-        name, out = ("bf16", 1.0) if dtype is None else (str(dtype).removeprefix("torch."), 0.5)
-        last = (row, 1e-5) if dtype is None else (row, 1e-5, dtype)
-        make = partial(_arguments, bench, (narrow,), table, *last)
-        yield f"rms_norm_modulate {name}", make, engine.rms_norm_modulate, (1 + out) * nbytes
-        make = partial(_arguments, bench, (narrow, narrow), table, table, *last)
-        yield f"gated_residual_norm {name}", make, engine.gated_residual_norm, (3 + out) * nbytes
-        make = partial(_arguments, bench, (hidden, hidden), *last[2:])
-        yield f"swiglu {name}", make, engine.swiglu, (2 + out) * 2 * n * ffn
-    yield "rms_norm", partial(_arguments, bench, (narrow,), weight, 1e-5), engine.rms_norm, 2 * nbytes
-    make = partial(_arguments, bench, (narrow, narrow), table, row, 1e-5)
-    yield "gated_residual", make, engine.gated_residual, 3 * nbytes
-    make = partial(_arguments, bench, (narrow, narrow), weight, 1e-5)
-    yield "residual_norm", make, engine.residual_norm, 4 * nbytes
-    make = partial(_arguments, bench, (by_heads, by_heads), head_weight, head_weight, rope, 1e-5)
-    yield "qk_norm_rope", make, engine.qk_norm_rope, 4 * nbytes + rope.nbytes
-
-
-def _row_kernel(bench: Bench, make: Callable[[], tuple[Any, ...]], op: Any, nbytes: float) -> Iterator[Row]:
-    """Every implementation of one Op, after a copy of as many bytes."""
-    size = int(nbytes) // 2
-    pairs = bench.timer.input_sets(
-        lambda: tuple(torch.zeros(size, dtype=torch.uint8, device=bench.device) for _ in range(2)), nbytes
-    )
-    copy_ms = bench.timer.graph_ms([partial(target.copy_, source) for source, target in pairs])
-    del pairs
-    inputs = bench.timer.input_sets(make, nbytes)
-    for name, function in engine.implementations(op, inputs[0], bench.device).items():
-        measure = partial(
-            _implementation, bench, function, inputs, lambda ms: {"gb_s": nbytes / ms / 1e6, "share": copy_ms / ms}
-        )
-        yield from bench.attempt(2, measure, implementation=name, copy_us=1e3 * copy_ms)
-
-
-def _implementation(
-    bench: Bench, function: Callable[..., Any], inputs: list[tuple[Any, ...]], rate: Callable[[float], Row]
-) -> Iterator[Row]:
-    """One implementation over rotating inputs; rate(ms): what its time amounts to."""
-    row = bench.timer.measure([partial(function, *args) for args in inputs])
-    yield row | rate(row.get("graph_ms", row["eager_ms"]))
-
-
-def _attention(bench: Bench, op: Any, n: int) -> Iterator[Row]:
-    """Attention of one item of n tokens, with its log-sum-exp or without."""
-    _, _, heads, head = _sizes(bench)
-    spans = engine.Spans.of((n,), bench.device)
-    inputs = bench.timer.input_sets(
-        lambda: (*(_draw(bench, n, heads, head) for _ in range(3)), spans, spans), 6 * n * heads * head
-    )
-    flops = 4 * n * n * heads * head
-    for name, function in engine.implementations(op, inputs[0], bench.device).items():
-        chosen = inputs[:1] if name == "reference" else inputs
-        measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
-        yield from bench.attempt(2, measure, op=op.name, implementation=name)
-
-
-def _swiglu_layers(bench: Bench, n: int, number_format: str) -> Iterator[Row]:
-    """Both products of a feed-forward's first half and what joins them, rounded for the next layer."""
-    width, out, *_ = _sizes(bench)
-    scheme = engine.SCHEMES[number_format]
-    assert scheme.activation is not None
-    inputs: list[tuple[Any, ...]] = []
-    for _ in range(2):
-        gate, up = (engine.random_tensors(scheme.spec(out, width), bench.device) for _ in range(2))
-        x = engine.quantize_rows(_draw(bench, n, width), scheme.activation)
-        inputs.append((x, scheme, gate, up, scheme.activation))
-    flops = 4 * n * out * width
-    for name, function in engine.implementations(engine.swiglu_linear, inputs[0], bench.device).items():
-        chosen = inputs[:1] if name == "reference" else inputs
-        measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
-        yield from bench.attempt(2, measure, op=f"swiglu_linear {number_format}", implementation=name)
-
-
-def _group_norms(bench: Bench, side: int) -> Iterator[tuple[str, Callable[[], tuple[Any, ...]], Any, float]]:
-    """The two kernels of a GroupNorm at the decoder's last and largest size, as `_row_kernels` gives others."""
-    channels, groups = (16, 4) if bench.dry else (128, 32)
-    nbytes = 2 * channels * side * side
-    ones, zeros = (make(channels, device=bench.device) for make in (torch.ones, torch.zeros))
-
-    def picture() -> Tensor:
-        """A picture in channels last."""
-        return _draw(bench, 1, channels, side, side).contiguous(memory_format=torch.channels_last)
-
-    yield "group_moments", lambda: (picture(), groups), engine.group_moments, nbytes
-    make = lambda: (picture(), zeros, ones, ones.to(BF16), zeros.to(BF16), 1e-6, True)  # noqa: E731
-    yield "normalize_rows", make, engine.normalize_rows, 2 * nbytes
-
-
-def _products(bench: Bench, n: int, out: int, width: int) -> Iterator[Row]:
-    """One linear layer: in bf16 by cuBLAS and by our own kernel, then in every number format."""
-    flops, rate = 2 * n * out * width, lambda ms: {"tflops": 2 * n * out * width / ms / 1e9}
-    plain = bench.timer.input_sets(lambda: (_draw(bench, n, width), _draw(bench, out, width)), 2 * width * (n + out))
-    products: dict[str, Callable[..., Tensor]] = {"cublas": torch.nn.functional.linear}
-    if bench.timer.cuda:  # Ours, which nothing takes by default.
-        products["triton"] = lambda x, weight: engine.scaled_matmul(x, weight, None, None, None, BF16)
-    for name, function in products.items():
-        measure = partial(_implementation, bench, function, plain, rate)
-        yield from bench.attempt(2, measure, op="linear bf16", implementation=name, gflop=flops / 1e9)
-    for number_format, scheme in engine.SCHEMES.items():
-        inputs: list[tuple[Any, ...]] = []
-        for x, _ in plain:
-            given = x if scheme.activation is None else engine.quantize_rows(x, scheme.activation)
-            inputs.append((given, engine.random_tensors(scheme.spec(out, width), bench.device), None))
-        for name, function in engine.implementations(scheme.linear, inputs[0], bench.device).items():
-            chosen = inputs[:1] if name == "reference" else inputs
-            measure = partial(_implementation, bench, function, chosen, rate)
-            yield from bench.attempt(2, measure, op=f"linear {number_format}", implementation=name)
 
 
 # ---------------------------------------------------------------------------------- profile, compile, streaming
@@ -498,7 +336,7 @@ def _profiled(bench: Bench, what: str) -> Callable[[], Any]:
         return partial(engine.autoencoder(bench.device, bench.dry).decode, latents)
     if what == "text":
         encoder = engine.text_encoder(bench.device, bench.dry)
-        return partial(encoder, _draw(bench, engine.CAPTION, encoder.config.hidden_size), [engine.CAPTION])
+        return partial(encoder, draw(bench, engine.CAPTION, encoder.config.hidden_size), [engine.CAPTION])
     model = engine.transformer(what, bench.device, bench.dry)
     return partial(model, *engine.model_inputs(model, side, bench.device))
 
@@ -577,6 +415,7 @@ def _streamed(bench: Bench, number_format: str) -> Iterator[Row]:
     yield {
         "side": bench.sides[0], "resident_ms": resident_ms, "streamed_ms": streamed_ms, "gb": nbytes / 1e9,
         "gb_s": nbytes / streamed_ms / 1e6, "same_bits": torch.equal(values, expected),
+        "distance": engine.relative(values, expected),
     }  # fmt: skip
 
 

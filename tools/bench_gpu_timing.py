@@ -31,6 +31,14 @@ class Timer:
         if self.cuda:
             torch.cuda.synchronize()
 
+    def warm_up(self, seconds: float = 0.5) -> None:
+        """Keep a GPU busy until its clocks are those of work."""
+        if self.cuda:
+            a, end = torch.randn(4096, 4096, device=self.device), time.monotonic() + seconds
+            while time.monotonic() < end:
+                a @ a
+                self.synchronize()
+
     def input_sets(self, make: Callable[[], Any], nbytes: float) -> list[Any]:
         """Call `make` so often that its results, of `nbytes` each, are larger together than the L2 cache."""
         return [make() for _ in range(max(2, min(32, math.ceil(ROTATED_BYTES / nbytes))) if self.cuda else 1)]

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.kernels.group_norm import Moments, group_moments, normalize_rows
+from s3dit.kernels.pictures import add_pictures, repeat_pixels
 from s3dit.model.config import VAEConfig
 from s3dit.model.hooks import watched
 from s3dit.model.linear import Linear
@@ -33,6 +34,8 @@ from s3dit.model.tiles import by_tiles, check_tile
 SMALL_POSITIONS = 128 * 128
 # Numbers of a strip of rows; 16 MiB in 16 bits.
 STRIP = 1 << 23
+# Kinds of devices whose convolutions add no bias themselves: torch does, in a pass of its own.
+BIAS_APART = ("cuda",)
 
 
 def _in_strips(x: Tensor) -> bool:
@@ -114,11 +117,31 @@ class Resnet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, width, H, W) -> (B, out, H, W), same dtype."""
+        if x.device.type in BIAS_APART and _in_strips(x) and not watched(self.children()):
+            done = [self._with_biases_last(picture) for picture in x.split(1)]
+            return done[0] if len(done) == 1 else torch.cat(done)
         h = _convolved(x, self.norm1, self.conv1)
         h = _convolved(h, self.norm2, self.conv2)
         beside = x if self.conv_shortcut is None else self.conv_shortcut(x)
         # In the memory of h, which a hook may have kept.
         return h.add_(beside) if _in_strips(h) and not watched((self.conv2,)) else beside + h
+
+    def _with_biases_last(self, x: Tensor) -> Tensor:
+        """Apply to x (1, width, H, W): the first bias is added by the moments of the second norm, others at the end."""
+        h = self.norm1.applied(x, group_moments(x, self.norm1.num_groups), True)
+        h = _without_bias(self.conv1, h)
+        h = self.norm2.applied(h, group_moments(h, self.norm2.num_groups, self.conv1.bias), True)
+        h, bias = _without_bias(self.conv2, h), self.conv2.bias
+        assert bias is not None
+        if self.conv_shortcut is not None:
+            assert self.conv_shortcut.bias is not None
+            x, bias = _without_bias(self.conv_shortcut, x), bias + self.conv_shortcut.bias
+        return add_pictures(h, x, bias)
+
+
+def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Convolve x (B, C, H, W) without the bias."""
+    return F.conv2d(x, conv.weight, padding=conv.padding)
 
 
 class Attention(nn.Module):
@@ -187,7 +210,7 @@ class Upsample(nn.Module):
         # A hook on the convolution is called once, and sees the rounding of one.
         simple = torch.is_grad_enabled() or small or watched((self.conv,))
         if simple or x.device.type != "cpu":
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return self.conv(repeat_pixels(x))
         return self._by_phases(x)
 
     def _by_phases(self, x: Tensor) -> Tensor:

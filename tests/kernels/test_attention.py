@@ -70,6 +70,18 @@ def test_flash_kernel(q_lengths, k_lengths, dim, described, dtype, device, kerne
     assert ((rows.double() - lse)[finite].abs() < 1e-5).all()
 
 
+@pytest.mark.parametrize("lengths", [((64, 64), (64, 64)), ((96,), (130,)), ((5, 70), (33, 70))])
+def test_every_log_sum_exp_on_a_device(lengths, device):
+    """Whatever a device has beside the kernel: cuDNN's, of equal lengths."""
+    args = packed(*lengths, 128, torch.float16, device)
+    expected, lse = exact(*args)
+    ways = [each for each in attention_lse.implementations if not each.why_not(device.type, args)]
+    for way in (*ways, attention_lse.reference):
+        out, rows = getattr(way, "function", way)(*args)
+        assert rows.dtype == torch.float32 and relative(out, expected) < 1e-3
+        assert ((rows.double() - lse).abs() < 1e-5).all()
+
+
 @pytest.mark.parametrize("config", [(16, 64), (64, 16), (128, 64)])
 def test_flash_kernel_in_other_tiles(config, device, kernel_of, poison):
     args = packed((33, 70), (100, 31), 64, torch.float16, device, heads=1)

@@ -38,7 +38,8 @@ def launch(kernel, grid):
         signature, constants, aligned = {}, {}, {}
         given = (*given, *(options.pop(parameter.name) for parameter in kernel.params[len(given) :]))
         for i, (parameter, value) in enumerate(zip(kernel.params, given, strict=True)):
-            if parameter.is_constexpr or value is None:
+            # As Triton does at a launch, which takes a 1 for a constant.
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
                 signature[parameter.name], constants[(i,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[parameter.name] = "*" + names[value.dtype]
@@ -62,6 +63,7 @@ triton.JITFunction.__getitem__ = launch
 ROW_KERNELS = """
 from s3dit.kernels.group_norm import launch_moments, launch_normalize
 from s3dit.kernels.norm_kernels import launch_norm, launch_norm_rope, launch_residual_norm
+from s3dit.kernels.pictures import launch_add, launch_repeat
 from s3dit.kernels.swiglu import swiglu
 
 x, weight, head = torch.zeros(3, 3840).bfloat16(), torch.zeros(3840).bfloat16(), torch.zeros(128).bfloat16()
@@ -80,10 +82,11 @@ launch_residual_norm(x, x, factor, None, row, 1e-5, None)
 launch_residual_norm(x, x, None, weight, None, 1e-5, None)
 for halves in (False, True):
     launch_norm_rope(q, k, head, head, rope, 1e-5, halves)
-for channels in (128, 256, 512):
-    picture = torch.zeros(1, channels, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
-    moments = launch_moments(picture, 32)
+for channels, side in ((128, 64), (512, 64), (128, 1)):
+    picture = torch.zeros(1, channels, side, side).bfloat16().contiguous(memory_format=torch.channels_last)
+    moments = launch_moments(picture, 32, weight[:channels] if side > 1 else None)
     launch_normalize(picture, *moments, weight[:channels], weight[:channels], 1e-6, True)
+    launch_repeat(launch_add(picture, picture, weight[:channels]))
 found = "".join(assembly)
 # Pairs of numbers are converted by one instruction.
 words = ["cvt.rn.bf16x2.f32"] + ["cvt.rn.satfinite.e4m3x2.f32"] * (capability >= 90)

@@ -12,6 +12,10 @@ def picture(channels, height, width, mean=0.0, dtype=torch.float32):
     return drawn.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
+def relative(got, expected):
+    return ((got.double() - expected).norm() / expected.norm()).item()
+
+
 def exact(x, groups):
     """Mean and variance of every channel's group, in float64."""
     grouped = x.double().unflatten(1, (groups, -1))
@@ -35,6 +39,18 @@ def test_moments(backend, mean, device, kernel_of):
     assert got_mean.dtype == torch.float32
     assert ((got_mean.double() - true_mean).abs() < 3e-6 * max(1.0, mean)).all()
     assert ((got_variance.double() / true_variance - 1).abs() < 4e-6).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_bias_that_is_still_missing(backend, device, kernel_of):
+    """Moments with an offset normalize the picture as those of picture + offset normalize that."""
+    x, offset = picture(32, 13, 9).to(device), 3 * torch.randn(32, device=device)
+    weight, bias = torch.randn(2, 32, device=device)
+    run = {"reference": group_moments.reference, "triton": kernel_of(group_moments)}[backend]
+    got = normalize_rows(x, *run(x, 4, offset), weight, bias, 1e-6, False)
+    whole = x.double() + offset.double()[:, None, None]
+    expected = F.group_norm(whole, 4, weight.double(), bias.double(), 1e-6)
+    assert relative(got, expected) < 1e-6
 
 
 @pytest.mark.parametrize("mean, bound", [(0.0, 5e-6), (1.8, 5e-5), (3.0, 5e-6), (30.0, 5e-6)])

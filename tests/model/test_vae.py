@@ -90,6 +90,23 @@ def in_float64(model, latents):
     return wide.double().decode(latents.double())
 
 
+def test_biases_that_are_added_last(monkeypatch):
+    """As on a GPU: one bias is in the moments of a norm, the other comes with the shortcut. Seen: 3e-7."""
+    model = randomized()
+    model.memory_format = torch.channels_last
+    monkeypatch.setattr(vae, "SMALL_POSITIONS", 0)
+    monkeypatch.setattr(vae, "BIAS_APART", ("cpu",))
+    latents = noise(2, 4, 24, 20)
+    with torch.no_grad():
+        decoded, expected = model.decode(latents), in_float64(model, latents)
+        assert relative(decoded, expected) < 2e-6
+        kept = []
+        handle = model.decoder.up_blocks[0].resnets[0].conv1.register_forward_hook(lambda *args: kept.append(args[2]))
+        watched = model.decode(latents)
+        handle.remove()
+    assert len(kept) == 1 and relative(watched, expected) < 2e-6
+
+
 @pytest.mark.parametrize("strip", [1, 5000, 1 << 23])
 def test_strips_are_the_whole_picture(strip, monkeypatch):
     """Rows of a strip are normalized by the moments of the picture and see their neighbours: no seam at any height.

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import bench_gpu  # noqa: E402
 import bench_gpu_process  # noqa: E402
-from bench_gpu_stages import STAGES, Bench, count_outcomes  # noqa: E402
+from bench_gpu_row import Bench  # noqa: E402
+from bench_gpu_stages import STAGES, count_outcomes  # noqa: E402
 from bench_gpu_timing import Timer  # noqa: E402
 
 MACHINE = {"gpu": "none", "driver": "none", "torch": "2", "triton": "3", "commit": "unknown"}
