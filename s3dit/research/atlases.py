@@ -105,7 +105,9 @@ def layer_atlas(
 
     def again(model: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         now = pipe.now
-        if now is None or not any(True for _ in split(site, output)):
+        if now is None:
+            raise RequestError("atlases are of pictures; needed a call of the pipeline itself, or of its stream")
+        if not any(True for _ in split(site, output)):
             return
         unchanged = output.cpu().double()
         whole = unchanged.square().sum().item()

@@ -70,6 +70,8 @@ def passes(pipe: LoadedModel) -> Iterator[list[Pass]]:
     running: list[Pass] = []
 
     def begin(model: nn.Module, args: tuple[Any, ...]) -> None:
+        if pipe.now is None:
+            raise RequestError("lenses are of pictures; needed a call of the pipeline itself, or of its stream")
         state, t, context = args[:3]
         final = module.all_final_layer[PATCH]
         assert isinstance(final, FinalLayer)

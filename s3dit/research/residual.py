@@ -71,7 +71,8 @@ class Residual(Record):
     def map(self, term: str, step: int, statistic: str = "norm", item: int = 0, branch: str = "positive") -> Tensor:
         """Return a statistic of the image tokens on their grid, (rows, columns)."""
         values = self.at(term, step=step, item=item, branch=branch, statistic=statistic)
-        (tokens,) = (each for each in self.items_seen if (each.item, each.branch) == (item, branch))
+        # Of several pictures, the last one's values are here.
+        tokens = [each for each in self.items_seen if (each.item, each.branch) == (item, branch)][-1]
         image = values if statistic == "share" else values[tokens.find("image")]
         return image.unflatten(0, tokens.grid)
 
@@ -159,7 +160,7 @@ class _Account:
             self._keep(part, "cosine", F.cosine_similarity(rows.float(), stream[part.index].float(), dim=1))
         image, scale = current.image_tokens(site, term)
         linear = current.final.linear
-        centered = (image - image.mean(-1, keepdim=True)) * scale
+        centered = ((image.float() - image.float().mean(-1, keepdim=True)) * scale).to(image.dtype)
         # Less the bias, and with what adapters add.
         self._parts[site.name] = (linear(centered) - linear(torch.zeros_like(centered[:1]))).float()
 

@@ -94,6 +94,9 @@ def test_lenses_of_a_guided_batch_are_those_of_each_alone():
     # The negative branches of both pictures have one prompt and other noise, the positive ones other prompts.
     assert torch.equal(*(seen.states[1, 0, branch][0] for branch in ("positive", "negative")))
     assert not torch.equal(seen.velocity(END, 1, 0, "positive"), seen.velocity(END, 1, 0, "negative"))
+    for item, branch in ((0, "positive"), (1, "positive"), (0, "negative"), (1, "negative")):
+        # Every term is rounded to bf16 three times on its way.
+        assert sum(terms.table("share", item, branch).column(2).values()) == pytest.approx(1, abs=3e-3)
     # The embedded model computes bf16 in 8 bits of mantissa: each of 12 additions rounds by 2^-9 of the stream.
     assert 1e-4 < max(values.max() for values in terms.select(statistic="unexplained").values()) < 24 * 2**-9
 
@@ -262,6 +265,9 @@ def test_bad_input(pipe):
         pass
     with pytest.raises(RequestError, match="has no image tokens"), lens(pipe, "context_refiner.0"):
         pass
+    for look in (lens(pipe), residual(pipe), layer_atlas(pipe, "layers.0", ["drop"])):
+        with pytest.raises(RequestError, match="are of pictures"), look:
+            pipe.velocity(torch.zeros(1, 16, 8, 8), 0.5, pipe.encode("a red star"))
     with lens(pipe, "layers.0", steps=[1]) as seen, residual(pipe, steps=[1]) as terms:
         latents(pipe)
     for wrong in (
