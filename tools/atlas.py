@@ -4,7 +4,7 @@
 shares of pictures that show what their prompt demands, with one block or part of it dropped, repeated or quantized; the
 lens after every block; what every block wrote; changes and cosines between steps, and what a cache loses that reuses
 what changed little. `--model` takes any other model, without scores; it is drawn at its own size.
-The embedded model takes ten minutes on two cores, with scores of 24 pictures.
+The embedded model takes some seven minutes of one core, nearly all of them for scores of 24 pictures.
 """
 
 import argparse
