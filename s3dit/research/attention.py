@@ -45,6 +45,11 @@ class AttentionMaps:
         # (item, branch, word or kind or "entropy", step or 0, layer or "") -> sum (heads or 1, queries) and count.
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
 
+    def groups(self, item: ItemTokens) -> dict[str, list[int]]:
+        """Return the tokens whose weights are added up, by name: of each kind but image, of the text, of each word."""
+        kinds = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
+        return kinds | {word: item.find(word) for word in self.words if item.has(word)}
+
     def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
         """Add values (heads, queries) of one layer and step."""
         key = (
@@ -117,9 +122,27 @@ def attention_maps(
     words = [words] if isinstance(words, str) else list(words)
     if wrong := [name for name in keep if name not in get_args(Axis)]:
         raise RequestError(f"keep is {wrong}; needed some of {', '.join(get_args(Axis))}")
+    maps = AttentionMaps(words, keep)
+    with gathering(pipe, maps, layers=layers, steps=steps, items=items, branch=branch):
+        yield maps
+    missing = [word for word in words if maps.items and not any(item.has(word) for item in maps.items.values())]
+    if missing:
+        next(iter(maps.items.values())).find(missing[0])
+
+
+@contextmanager
+def gathering(
+    pipe: LoadedModel,
+    maps: AttentionMaps,
+    *,
+    layers: str | Sequence[str] = "layers.*",
+    steps: Sequence[int] | None = None,
+    items: Sequence[int] | None = None,
+    branch: str | None = None,
+) -> Iterator[None]:
+    """Give attention to `maps.add` for as long as the `with` lasts: for classes that keep other means than these."""
     patterns = [layers] if isinstance(layers, str) else list(layers)
     chosen = sites(pipe, [f"{pattern}.attention.{site}" for pattern in patterns for site in ("q_rope", "k_rope")])
-    maps = AttentionMaps(words, keep)
     split = splitter(pipe, steps, items, branch, None)
     queries: dict[str, Tensor] = {}
 
@@ -131,10 +154,7 @@ def attention_maps(
             _gather(maps, split, site, queries.pop(site.block), tensor)
 
     with attached(pipe, chosen.values(), visit):
-        yield maps
-    missing = [word for word in words if maps.items and not any(item.has(word) for item in maps.items.values())]
-    if missing:
-        next(iter(maps.items.values())).find(missing[0])
+        yield
 
 
 def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tensor) -> None:
@@ -153,8 +173,7 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         scale = q.shape[-1] ** -0.5
         entropy = lse - scale * (qi.float() * mean_key.float()).sum(-1)
         maps.add(item, "entropy", part.step, site.block, entropy.T)
-        groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
-        groups |= {word: item.find(word) for word in maps.words if item.has(word)}
+        groups = maps.groups(item)
         columns = sorted({token for found in groups.values() for token in found})
         place = {token: i for i, token in enumerate(columns)}
         sums = _weights(qi, ki[columns], lse, scale, [[place[token] for token in found] for found in groups.values()])
