@@ -6,11 +6,12 @@
     maps.tensors()["attention.by_layer_and_head"]       # (columns, layers, heads, rows, columns)
 
 Of every column, which is a word at its place in the prompt, a kind of token, or the entropy, three means are kept as
-the model runs: over everything, by layer and step (over heads), and by layer and head (over steps). Each kind holds at
-most NUMBERS numbers: its maps are averaged over squares of cells, as large as that takes. At 1024 × 1024 with 30
-layers, 30 heads, 8 steps and 18 columns these are squares of 1, 2 and 4 cells: 4.4 and 4.1 million numbers, 70 MB.
+the model runs: over everything, by layer and step (over heads), and by layer and head (over steps). Each of the three
+has room for so many numbers, AXES; its maps are averaged over squares of cells, as large as that takes. At 1024 × 1024
+with 30 layers, 30 heads, 8 steps and 18 columns these are squares of 1, 2 and 4 cells: 8.6 million numbers, 70 MB.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -22,8 +23,14 @@ from s3dit.model.layout import Grid
 from s3dit.research.attention import AttentionMaps
 from s3dit.research.tokens import KINDS, ItemTokens
 
-# Numbers that each of the kinds of map may hold.
-NUMBERS = 6_000_000
+# Means by name: their further axes, and room for the numbers of their maps.
+AXES = {
+    "attention": ((), 2_000_000),
+    "attention.by_layer_and_step": (("layers", "steps"), 5_000_000),
+    "attention.by_layer_and_head": (("layers", "heads"), 5_000_000),
+}
+# What a map counts for beside its cells: on a page its range and its mean.
+BESIDE = 16
 # A word, or one character of a writing that puts no spaces between words.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
@@ -32,7 +39,7 @@ WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 @dataclass(frozen=True, slots=True)
 class Column:
     """What image tokens look at: name · kind: "word", "kind" of token, "text" or "entropy" · of a word its characters
-    (start, stop) in the prompt · tokens: of the joint sequence, none where the prompt was cut before the word.
+    (start, stop) in the prompt · tokens: of the joint sequence.
     """
 
     name: str
@@ -43,20 +50,28 @@ class Column:
 
 
 def columns(item: ItemTokens) -> list[Column]:
-    """Return the words of an item's prompt, each at its place, then the kinds of token that it has, text and entropy."""
+    """Return the words of an item's prompt, each at its place, then the kinds of token that it has, text and entropy.
+
+    Words behind the end of what the text encoder was given are none.
+    """
     found = []
     for match in WORD.finditer(item.prompt):
         start, stop = match.span()
         tokens = [i for i, place in enumerate(item.places) if place and place[0] < stop and start < place[1]]
-        found.append(Column(match[0], "word", start, stop, tuple(tokens)))
-    kinds = [Column(kind, "kind", 0, 0, tuple(item.find(kind))) for kind in KINDS if kind in item.kinds]
-    return [*found, *kinds, Column("text", "text", 0, 0, tuple(item.find("text"))), Column("entropy", "entropy", 0, 0, ())]
+        if tokens:
+            found.append(Column(match[0], "word", start, stop, tuple(tokens)))
+    found += [Column(kind, "kind", 0, 0, tuple(item.find(kind))) for kind in KINDS if kind in item.kinds]
+    found += [Column("text", "text", 0, 0, tuple(item.find("text"))), Column("entropy", "entropy", 0, 0, ())]
+    return found
 
 
-def side(grid: Grid, maps: int, numbers: int = NUMBERS) -> int:
-    """Return the side of the smallest squares of cells of a grid of which so many maps hold at most so many numbers."""
+def side(grid: Grid, maps: int, room: int) -> int:
+    """Return the side of the smallest squares of cells of a grid by which so many maps fit into a room of numbers.
+
+    Of the whole grid where even a number a map does not fit.
+    """
     cells = 1
-    while cells < max(grid) and maps * -(-grid[0] // cells) * -(-grid[1] // cells) > numbers:
+    while cells < max(grid) and maps * (-(-grid[0] // cells) * -(-grid[1] // cells) + BESIDE) > room:
         cells += 1
     return cells
 
@@ -69,23 +84,20 @@ def pooled(values: Tensor, cells: int) -> Tensor:
 class BoundedMaps(AttentionMaps):
     """Means of one item's attention, made by `gathering`; `tensors` gives them."""
 
-    def __init__(self, item: ItemTokens, layers: int, heads: int, steps: int, numbers: int = NUMBERS) -> None:
-        """item: whose tokens · layers: main blocks · steps: of the solver · numbers: that each kind of map may hold."""
+    def __init__(self, item: ItemTokens, *, layers: int, heads: int, steps: int) -> None:
+        """item: whose tokens · layers: main blocks · heads: of each · steps: of the solver."""
         super().__init__((), ())
         self.columns, self.grid = columns(item), item.grid
-        names = [f"word {i}" if column.kind == "word" else column.name for i, column in enumerate(self.columns)]
-        self._place = {name: i for i, name in enumerate(names)}
-        count = len(names)
-        axes = {"attention": (), "attention.by_layer_and_step": (layers, steps),
-                "attention.by_layer_and_head": (layers, heads)}  # fmt: skip
-        self._sides, self._totals = {}, dict[str, Tensor]()
-        for name, axis in axes.items():
-            self._sides[name] = side(item.grid, count * torch.Size(axis).numel(), numbers)
+        named = [f"word {i}" if column.kind == "word" else column.name for i, column in enumerate(self.columns)]
+        self._place = {name: i for i, name in enumerate(named)}
+        sizes, self._sides, self._totals = {"layers": layers, "heads": heads, "steps": steps}, {}, dict[str, Tensor]()
+        for name, (axes, room) in AXES.items():
+            shape = (len(named), *(sizes[axis] for axis in axes))
+            self._sides[name] = side(item.grid, math.prod(shape), room)
             rows = [-(-cells // self._sides[name]) for cells in item.grid]
-            self._totals[name] = torch.zeros(count, *axis, *rows, dtype=torch.float64)
-        self._totals |= {"share.by_layer_and_step": torch.zeros(count, layers, steps, dtype=torch.float64),
-                       "share.by_layer_and_head": torch.zeros(count, layers, heads, dtype=torch.float64)}  # fmt: skip
-        self._calls = torch.zeros(count, layers, steps)
+            self._totals[name] = torch.zeros(*shape, *rows, dtype=torch.float64)
+            self._totals[name.replace("attention", "share")] = torch.zeros(shape, dtype=torch.float64)
+        self._calls = torch.zeros(len(named), layers, steps)
 
     def groups(self, item: ItemTokens) -> dict[str, list[int]]:
         """Return the tokens of every column but image and entropy, which follow from the others."""
@@ -95,17 +107,14 @@ class BoundedMaps(AttentionMaps):
     def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
         """Add values (heads, queries) of one layer and step."""
         i, at, now = self._place[what], int(layer.removeprefix("layers.")), step - 1
-        maps = values.detach().float().unflatten(1, self.grid)
-        mean = maps.mean(0, keepdim=True)
-
-        def add(name: str, index: tuple[int, ...], of: Tensor) -> None:
-            self._totals[name][index] += of.double().cpu()
-
-        add("attention", (i,), pooled(mean, self._sides["attention"])[0])
-        add("attention.by_layer_and_step", (i, at, now), pooled(mean, self._sides["attention.by_layer_and_step"])[0])
-        add("attention.by_layer_and_head", (i, at), pooled(maps, self._sides["attention.by_layer_and_head"]))
-        add("share.by_layer_and_step", (i, at, now), mean.mean())
-        add("share.by_layer_and_head", (i, at), maps.mean((1, 2)))
+        by_head = values.detach().float().unflatten(1, self.grid)
+        mean = by_head.mean(0, keepdim=True)
+        # The first axis of `mean` is none of the totals'.
+        for name, index, maps in (("", (i, None), mean), (".by_layer_and_step", (i, at, now, None), mean),
+                                  (".by_layer_and_head", (i, at), by_head)):  # fmt: skip
+            cells = self._sides[f"attention{name}"]
+            self._totals[f"attention{name}"][index] += pooled(maps, cells).double().cpu()
+            self._totals[f"share{name}"][index] += maps.double().mean((1, 2)).cpu()
         self._calls[i, at, now] += 1
 
     def tensors(self) -> dict[str, Tensor]:
@@ -113,10 +122,10 @@ class BoundedMaps(AttentionMaps):
 
         `attention` are maps (…, rows, columns), `share` means over the image.
         """
-        calls = {"": self._calls.sum((1, 2)), ".by_layer_and_step": self._calls, ".by_layer_and_head": self._calls.sum(2)}
-        calls[".by_layer_and_head"] = calls[".by_layer_and_head"][:, :, None]
+        calls = {"": self._calls.sum((1, 2)), "by_layer_and_step": self._calls,
+                 "by_layer_and_head": self._calls.sum(2)[:, :, None]}  # fmt: skip
         means = {}
         for name, total in self._totals.items():
-            count = calls["." + name.partition(".")[2] if "." in name else ""]
+            count = calls[name.partition(".")[2]]
             means[name] = (total / count.view(*count.shape, *[1] * (total.ndim - count.ndim))).float()
         return means
