@@ -38,8 +38,10 @@ WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """What image tokens look at: name · kind: "word", "kind" of token, "text" or "entropy" · of a word its characters
-    (start, stop) in the prompt · tokens: of the joint sequence.
+    """What image tokens look at: a word, a kind of token, all of the text, or the entropy of where they look.
+
+    name · kind: "word", "kind", "text" or "entropy" · start, stop: of a word, its characters in the prompt · tokens: of
+    the joint sequence.
     """
 
     name: str
