@@ -16,7 +16,6 @@ The step atlas keeps a sketch of each output, `SKETCH` numbers, from which cosin
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -30,9 +29,9 @@ from s3dit.errors import RequestError
 from s3dit.loaded_model import LoadedModel
 from s3dit.research.changes import CHANGES, changed, modules, why_not
 from s3dit.research.instrument import Item, attached
-from s3dit.research.observe import Edit, observe
+from s3dit.research.observe import Edit, observe, splitter
 from s3dit.research.record import Record
-from s3dit.research.sites import nearest
+from s3dit.research.sites import nearest, sites
 from s3dit.research.table import Table
 
 # Prime, so that no channel of every row falls on the same few numbers.
@@ -102,12 +101,13 @@ def layer_atlas(
         raise RequestError(f"{outside[0]} runs once a request, before its passes; needed modules of layers or "
                            "noise_refiner, or score_atlas")  # fmt: skip
     atlas = LayerAtlas(names, changes, _missing(pipe, names, changes))
+    split, site = splitter(pipe, steps, None, None, None), sites(pipe, "velocity")["velocity"]
 
     def again(model: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         now = pipe.now
-        if now is None or (steps is not None and now.step not in steps):
+        if now is None or not any(True for _ in split(site, output)):
             return
-        unchanged = output.double()
+        unchanged = output.cpu().double()
         whole = unchanged.square().sum().item()
         for name in names:
             for change in changes:
@@ -116,7 +116,7 @@ def layer_atlas(
                         # Not the modulation that was computed before.
                         other = model.forward(*args[:4])
                     before = atlas.squares.get((name, change, now.step), (0.0, 0.0))
-                    difference = (other.double() - unchanged).square().sum().item()
+                    difference = (other.cpu().double() - unchanged).square().sum().item()
                     atlas.squares[name, change, now.step] = (before[0] + difference, before[1] + whole)
 
     with attached(pipe, (), lambda site, tensor: None):
@@ -126,7 +126,7 @@ def layer_atlas(
         finally:
             handle.remove()
     if unseen := sorted(set(steps or ()) - set(atlas.steps)):
-        warnings.warn(f"the atlas has nothing of steps {unseen}: none of them was computed", stacklevel=3)
+        raise RequestError(f"steps {unseen} were chosen, and not computed; needed some of those that were drawn")
 
 
 def _missing(pipe: LoadedModel, names: Sequence[str], changes: Sequence[str]) -> dict[tuple[str, str], str]:

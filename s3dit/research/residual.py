@@ -130,7 +130,8 @@ class _Account:
         if site.name == END:
             self._shares(items, tensor, current)
         elif site.name == "layers.0.input":
-            self._sum = torch.zeros_like(tensor, dtype=torch.float64)
+            # Metal has no fp64.
+            self._sum = torch.zeros_like(tensor, dtype=torch.float32 if tensor.device.type == "mps" else torch.float64)
             self._parts.clear()
             self._term(site, items, tensor, tensor, current)
         elif site.suffix in ADDED:
@@ -165,7 +166,7 @@ class _Account:
     def _check(self, site: Site, items: list[Item], stream: Tensor) -> None:
         """Compare the stream (N, dim) with the sum of the terms, and measure its channels."""
         for part in items:
-            there = stream[part.index].double()
+            there = stream[part.index].to(self._sum.dtype)
             lengths = torch.linalg.vector_norm(there, dim=1).clamp(min=1e-30)
             self._keep(part, "unexplained", torch.linalg.vector_norm(self._sum[part.index] - there, dim=1) / lengths)
             if site.suffix == "output":

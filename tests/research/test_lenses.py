@@ -1,13 +1,16 @@
 """Lenses read what the model itself reads, terms add up to the stream, and both leave the picture as it is."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from s3dit import Pipeline
+from s3dit import Control, Pipeline
 from s3dit.errors import RequestError
 from s3dit.model.layout import patchify
+from s3dit.research.atlases import layer_atlas
 from s3dit.research.lenses import END, lens, x0_images
 from s3dit.research.residual import residual
 from s3dit.research.table import Table
@@ -93,6 +96,47 @@ def test_lenses_of_a_guided_batch_are_those_of_each_alone():
     assert not torch.equal(seen.velocity(END, 1, 0, "positive"), seen.velocity(END, 1, 0, "negative"))
     # The embedded model computes bf16 in 8 bits of mantissa: each of 12 additions rounds by 2^-9 of the stream.
     assert 1e-4 < max(values.max() for values in terms.select(statistic="unexplained").values()) < 24 * 2**-9
+
+
+def built(file):
+    """A module of other tests, for what it builds."""
+    spec = importlib.util.spec_from_file_location(file, Path(__file__).parents[1] / "inputs" / f"{file}.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    return module
+
+
+@pytest.fixture(scope="module", params=["control", "references"])
+def steered(request, pipe, tmp_path_factory):
+    """A pipeline and a request with what else there is in the streams: a ControlNet's hints, or clean tokens."""
+    if request.param == "control":
+        made = built("test_control_hints")
+        net = made.write(tmp_path_factory.mktemp("net") / "net.safetensors", "1.0")
+        return pipe, {"control": Control(image=made.picture(1, 128, 96), model=net)}
+    made = built("test_references")
+    omni = Pipeline.load(made.folder.__wrapped__(tmp_path_factory), device="cpu", dtype="fp32")
+    return omni, {"reference": [made.picture()], "guidance_scale": 1.5}
+
+
+def test_with_control_and_with_references(steered):
+    pipe, more = steered
+    before = latents(pipe, **more)
+    with lens(pipe) as seen, residual(pipe) as terms:
+        assert all(map(torch.equal, latents(pipe, **more), before))
+    with layer_atlas(pipe, "layers.5", ["drop"]) as atlas:
+        assert all(map(torch.equal, latents(pipe, **more), before))
+    for branch in {branch for _, _, branch in seen.states}:
+        assert torch.equal(seen.velocity("layers.5", 2, 0, branch), seen.velocity(END, 2, 0, branch))
+        assert sum(terms.table("share", branch=branch).column(2).values()) == pytest.approx(1, abs=1e-5)
+    assert max(values.max() for values in terms.select(statistic="unexplained").values()) < 1e-6
+    # Hints come after blocks 0, 2 and 4.
+    hints = [term for term in terms.terms if term.endswith(".input")]
+    assert hints == ["layers.0.input", *(f"layers.{i}.input" for i in (1, 3, 5) if "control" in more)]
+    # Without the last block, the velocity is what the lens reads before it; but for the hint that comes between.
+    pairs = [[seen.velocity(layer, *at).double() for layer in ("layers.4", END)] for at in seen.states if at[0] == 2]
+    error = sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)
+    assert (atlas.error("layers.5", "drop", [2]) == pytest.approx(error.sqrt().item(), rel=1e-6)) == (
+        "control" not in more
+    )
 
 
 def test_pictures_of_a_lens(pipe):
@@ -183,6 +227,23 @@ def test_massive_channels(pipe):
     assert table.rows == tuple(f"channel {i}" for i in channels)
     assert torch.allclose(torch.tensor(table.values, dtype=torch.float64), ratios[:, channels].T, rtol=1e-6)
     assert max(max(row) for row in table.values) > 20
+
+
+def test_what_is_kept_of_a_full_size_picture_fits(pipe):
+    """Counted here, and by the same formulas of 30 blocks, 4,096 image and 64 caption tokens of 3,840, and 8 steps."""
+    with lens(pipe) as seen, residual(pipe) as terms:
+        latents(pipe)
+
+    def kept(blocks, joint, image, dim, steps):
+        count = 2 * blocks + 1
+        by_step = count * (2 * joint + image) + 2 * blocks * joint + blocks * (dim + 1)
+        return 4 * steps * by_step, 4 * steps * (blocks + 1) * image * 64
+
+    (item,) = terms.items_seen
+    counted = [sum(tensor.nbytes for tensor in each.values()) for each in (terms, seen.velocities)]
+    assert counted == list(kept(6, len(item), len(item.find("image")), 192, 2))
+    of_terms, of_lens = kept(30, 4096 + 64, 4096, 3840, 8)
+    assert of_terms < 40e6 and of_lens < 261e6
 
 
 def test_nothing_is_left_behind(pipe):
