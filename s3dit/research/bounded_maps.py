@@ -101,10 +101,10 @@ class BoundedMaps(AttentionMaps):
             self._totals[name.replace("attention", "share")] = torch.zeros(shape, dtype=torch.float64)
         self._calls = torch.zeros(len(named), layers, steps)
 
-    def groups(self, item: ItemTokens) -> dict[str, list[int]]:
-        """Return the tokens of every column but image and entropy, which follow from the others."""
+    def groups(self, item: ItemTokens) -> dict[str, tuple[int, ...]]:
+        """Return the tokens of every word, by name."""
         named = zip(self._place, self.columns, strict=True)
-        return {name: list(column.tokens) for name, column in named if name not in ("image", "entropy")}
+        return {name: column.tokens for name, column in named if column.kind == "word"}
 
     def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
         """Add values (heads, queries) of one layer and step."""
