@@ -40,7 +40,7 @@ from s3dit.research.report_page import page
 from s3dit.research.residual import Residual, residual
 from s3dit.research.table import Table
 from s3dit.research.tokens import ItemTokens, tokens
-from s3dit.sampling.solvers import Step
+from s3dit.sampling.step import Step
 
 PAGE, DATA, PICTURE = REPORT
 # The key of the description in the metadata of DATA.
