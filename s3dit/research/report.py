@@ -10,8 +10,9 @@ map and table of the page, in more digits: its metadata name the axes (`INDEX`);
 Everything comes from the one run that draws the picture, whose bits stay as they do in `observe`; then the estimates of
 the image are decoded. What is kept is bounded beforehand, whatever the model: maps of attention by `BoundedMaps`, 12
 million numbers; estimates of the image at PREVIEWS steps; what `residual` takes, which at 1024 × 1024 with 30 blocks is
-450 MB, and as much again with guidance. Where a solver calls the model twice in a step, attention is the mean of both
-calls and the residual stream that of the first; with guidance all is of the positive branch.
+450 MB, and as much again with guidance. All together stays below 1 GB there. Where a solver calls the model twice in a
+step, attention is the mean of both calls and the residual stream that of the first; with guidance all is of the
+positive branch.
 """
 
 import json
