@@ -47,6 +47,10 @@ class AttentionMaps:
         # (item, branch, word or kind or "entropy", step or 0, layer or "") -> sum (heads or 1, queries) and count.
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
 
+    def groups(self, item: ItemTokens) -> Sequence[str] | Mapping[str, Sequence[int]]:
+        """Return what `looks` is to look at besides kinds of token: words, or tokens of the item by name."""
+        return self.words
+
     def add(self, item: ItemTokens, step: int, layer: str, found: Mapping[str, Tensor]) -> None:
         """Add what one layer looks at, (heads, queries) each; RequestError after a picture of another size."""
         values = torch.stack(list(found.values())).detach().double()
@@ -133,9 +137,27 @@ def attention_maps(
     words = [words] if isinstance(words, str) else list(words)
     if wrong := [name for name in keep if name not in get_args(Axis)]:
         raise RequestError(f"keep is {wrong}; needed some of {', '.join(get_args(Axis))}")
+    maps = AttentionMaps(words, keep)
+    with gathering(pipe, maps, layers=layers, steps=steps, items=items, branch=branch):
+        yield maps
+    missing = [word for word in words if maps.items and not any(item.has(word) for item in maps.items.values())]
+    if missing:
+        next(iter(maps.items.values())).find(missing[0])
+
+
+@contextmanager
+def gathering(
+    pipe: LoadedModel,
+    maps: AttentionMaps,
+    *,
+    layers: str | Sequence[str] = "layers.*",
+    steps: Sequence[int] | None = None,
+    items: Sequence[int] | None = None,
+    branch: str | None = None,
+) -> Iterator[None]:
+    """Give attention to `maps.add` for as long as the `with` lasts: for classes that keep other means than these."""
     patterns = [layers] if isinstance(layers, str) else list(layers)
     chosen = sites(pipe, [f"{pattern}.attention.{site}" for pattern in patterns for site in ("q_rope", "k_rope")])
-    maps = AttentionMaps(words, keep)
     split = splitter(pipe, steps, items, branch, None)
     queries: dict[str, Tensor] = {}
 
@@ -147,10 +169,7 @@ def attention_maps(
             _gather(maps, split, site, queries.pop(site.block), tensor)
 
     with attached(pipe, chosen.values(), visit):
-        yield maps
-    missing = [word for word in words if maps.items and not any(item.has(word) for item in maps.items.values())]
-    if missing:
-        next(iter(maps.items.values())).find(missing[0])
+        yield
 
 
 def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tensor) -> None:
@@ -162,15 +181,18 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         maps.items[item.item, item.branch] = item
         if site.stream != "joint":
             raise RequestError(f"{site.block} has no text beside the image; needed blocks layers.*")
-        maps.add(item, part.step, site.block, looks(q[part.index], k[part.index], item, maps.words))
+        maps.add(item, part.step, site.block, looks(q[part.index], k[part.index], item, maps.groups(item)))
 
 
-def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> dict[str, Tensor]:
+def looks(
+    q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] | Mapping[str, Sequence[int]] = ()
+) -> dict[str, Tensor]:
     """Return the weights of one item's image tokens on words and kinds of token, and their entropy, in one block.
 
     q, k (n, H, D): of all the item's tokens, as they are multiplied · words: as `ItemTokens.find` takes them; those
     that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1. Of words of
-    the text also the other way, "word->image": mean weight of the word's tokens on each image token.
+    the text also the other way, "word->image": mean weight of the word's tokens on each image token. A mapping gives
+    tokens of the item by names of one's own, and is looked at one way.
     """
     if q.device.type == "cpu":
         # As fast as 16 bits, in which the mean key, and so the entropy, would be rounded.
@@ -179,8 +201,9 @@ def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> 
     everything, q = q, q[image]
     lse, mean_score = _moments(q, k)
     # What is left of each query's weight is on the image.
+    own, words = (words, ()) if isinstance(words, Mapping) else ({}, words)
     names = [name for name in dict.fromkeys((*KINDS, "text", *words)) if name != "image" and item.has(name)]
-    groups = {name: found for name in names if (found := item.find(name))}
+    groups = {name: found for name in names if (found := item.find(name))} | {name: [*own[name]] for name in own}
     columns = sorted({token for found in groups.values() for token in found})
     place = {token: i for i, token in enumerate(columns)}
     sums = _weights(q, k[columns], lse, [[place[token] for token in found] for found in groups.values()])

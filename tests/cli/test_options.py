@@ -284,6 +284,7 @@ MISSING = {
     "control image": ["generate", "x", "--control", "a.png:no.png"],
     "control model": ["generate", "x", "--control", "no.safetensors:a.png"],
     "reference": ["plan", "x", "--reference", "no.png"],
+    "picture to look at": ["microscope", "--replay", "no.png"],
     "prompts": ["generate", "--prompt-file", "no.txt"],
     "replay": ["generate", "--replay", "no.png"],
     "adapter": ["generate", "x", "--lora", "no.safetensors:0.8"],
