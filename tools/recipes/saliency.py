@@ -10,7 +10,7 @@ Found on the embedded model: three quarters of the features' gradient lies on th
 behind the prompt: the encoder is causal and has carried the words there. Followed back to the embeddings it names the
 thing's color first of all words in 8 of 8 pictures through one step, in 7 through all. But so it does for the color of
 the background: it says what a picture is sensitive to, not what a score is about. On the noise the squared gradient is
-twice the mean where the thing will stand through one step, four times through all.
+twice the mean where the thing will stand through one step, four times through all, most of it along the outline.
 
     python tools/recipes/saliency.py --out saliency.png
 """
@@ -100,7 +100,7 @@ def gradients(pipe: Pipeline, asked: Prompt, seed: int, steps: int) -> dict[str,
 
 
 def study(count: int = 8, steps: int = 8) -> dict[str, Any]:
-    """Differentiate so many pictures through 1 step or all; -> shares of pictures and means, and example `pictures`.
+    """Differentiate so many pictures through 1 step or all; -> shares and means, and `pictures` with maps of the noise.
 
     first: how often the color of the thing has the largest gradient of all words, for the thing's score and for the
     background's · template: share of the features' gradient on the template's tokens · place: squared gradient of the
@@ -122,8 +122,8 @@ def study(count: int = 8, steps: int = 8) -> dict[str, Any]:
             "template": norms[template].sum() / norms.sum(),
             "place": place,
         })  # fmt: skip
-        pictures[f"{color} {scene.things[0].shape}"] = found["picture"]
-        pictures[f"noise, {steps} steps ({seed + 1})"] = overlay(found["picture"], by_patch(found["thing"][0]).sqrt())
+        name = f"{color} {scene.things[0].shape}"
+        pictures[name] = found["picture"], overlay(found["picture"], by_patch(found["thing"][0]).sqrt())
     means = {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
     return {**means, "pictures": pictures}
 
@@ -133,11 +133,15 @@ def main() -> None:
     out = options(__doc__)
     found = {steps: study(steps=steps) for steps in (1, 8)}
     for name in (name for name in found[1] if name != "pictures"):
-        print(f"{name:18}", *(f"{of[name]:6.2f} through {steps} steps" for steps, of in found.items()))
-    pictures = found[1]["pictures"] | found[8]["pictures"]
-    strip(list(pictures.values()), list(pictures), "Where the noise matters to the color of the thing", columns=8).save(
-        out
-    )
+        print(f"{name:18} {found[1][name]:5.2f} through one step {found[8][name]:5.2f} through all")
+    rows = {
+        "{}": [picture for picture, _ in found[1]["pictures"].values()],
+        "{}, one step": [noise for _, noise in found[1]["pictures"].values()],
+        "{}, all steps": [noise for _, noise in found[8]["pictures"].values()],
+    }
+    captions = [form.format(name) for form in rows for name in found[1]["pictures"]]
+    title = "Where the noise matters to the color of the thing"
+    strip([picture for row in rows.values() for picture in row], captions, title, columns=len(rows["{}"])).save(out)
     print(f"wrote {out}")
 
 
