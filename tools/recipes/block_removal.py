@@ -5,7 +5,11 @@ Method: one at a time, let a block or a half of it add nothing to the residual, 
 that its attention reads. Measure the error of the velocity, on the states of the run as it is (the edited velocity is
 looked at and the original put back, so that errors do not add up over steps), and the pictures' score.
 Source: Li et al. 2026, "Unraveling MMDiT Blocks" (arXiv 2601.02211).
-Found on the embedded model: RESULT
+Found on the embedded model: the text is read early and details are drawn late, as in the paper. With the text hidden
+from layer 1 alone no picture is right, which is worse than without the layer (half of them are); hidden from layers 4
+or 5 it makes no difference, though without layer 4 no picture is right either. Layer 2 is missed least. The velocity's
+error tells what becomes of a picture (rank correlation 0.85), with exceptions: without the attention of the last layer
+it is 0.6, and every picture is right.
 
     python tools/recipes/block_removal.py --out blocks.png
 """
@@ -13,7 +17,7 @@ Found on the embedded model: RESULT
 from typing import Any
 
 import torch
-from embedded_model import accuracy, difference, draw, load, options, prompts
+from embedded_model import accuracy, difference, draw, load, options, prompts, stack
 from torch import Tensor
 
 from s3dit import Pipeline
@@ -62,7 +66,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def study(count: int = 10, velocities: int = 4, blocks: list[str] | None = None) -> dict[str, Any]:
+def study(count: int = 8, velocities: int = 3, blocks: list[str] | None = None) -> dict[str, Any]:
     """Take out every part of every block, for so many pictures; velocities: of how many errors are measured.
 
     blocks: their names (default: all) -> `effects`: by (block, part) error of the velocity, accuracy, difference of
@@ -104,7 +108,7 @@ def main() -> None:
     ]
     captions = [f"{block}, {part}" for block, part in found["pictures"]]
     images = strip([*found["pictures"].values()], captions, columns=6)
-    strip([strip(panels), images], columns=1).save(out)
+    stack([strip(panels), images]).save(out)
     print(f"wrote {out}")
 
 
