@@ -52,10 +52,10 @@ def test_suppression_of_nothing_changes_nothing(pipe):
 
 
 def test_sinks_move_a_picture_further_than_random_tokens():
-    effects = attention_sinks.study(4, (1,))["effects"]
+    effects = attention_sinks.study(3, (1,))["effects"]
     assert effects[1, "sinks"][0] >= 0.75
     assert effects[1, "sinks"][1] > 3 * effects[1, "random tokens"][1]
-    assert effects[1, "sinks"][1] > 1.5 * effects[1, "random shift"][1]
+    assert effects[1, "sinks"][1] > 1.4 * effects[1, "random shift"][1]
 
 
 def test_two_means_find_two_heaps_and_overlap_counts_area():
@@ -70,11 +70,11 @@ def test_two_means_find_two_heaps_and_overlap_counts_area():
 
 
 def test_few_channels_draw_the_picture():
-    found = massive_activations.study(3)
+    found = massive_activations.study(2)
     assert min(found["times"]) > 30
     zeroed, masks, transport = found["zeroed"], found["masks"], found["transport"]
     assert zeroed["massive"][0] == 0 and zeroed["smallest"][0] == 1
-    assert zeroed["massive"][1] > 3 * zeroed["random"][1] > 3 * zeroed["smallest"][1]
+    assert zeroed["massive"][1] > 2 * zeroed["random"][1] > 4 * zeroed["smallest"][1]
     assert masks["ceiling"] > masks["massive"] > masks["random"] + 0.05 > masks["smallest"]
     assert transport["massive"] > 1.3 * transport["random"] > 2 * transport["smallest"]
 
@@ -94,7 +94,7 @@ def test_ranks_are_correlated():
 
 
 def test_the_text_is_read_in_an_early_layer_and_not_in_a_late_one():
-    effects = block_removal.study(3, 1, ["layers.1", "layers.4"])["effects"]
+    effects = block_removal.study(2, 1, ["layers.1", "layers.4"])["effects"]
     assert effects["layers.1", "text"][0] > 5 * effects["layers.4", "text"][0]
     assert effects["layers.1", "text"][1] == 0 and effects["layers.4", "text"][1] == 1
     assert effects["layers.4", "block"][0] > 5 * effects["layers.4", "text"][0]
@@ -109,7 +109,7 @@ def test_a_layer_without_all_of_its_heads_is_one_without_attention(pipe):
 
 
 def test_heads_that_look_at_the_text_are_needed_first():
-    found = head_ablation.study(3, (8,), draws=1)
+    found = head_ablation.study(2, (8,), draws=1)
     assert len(found["scores"]) == 36 and all(0 <= score <= 1 for score in found["scores"].values())
     first, last = (found["difference"][f"{end} on text first"][0] for end in ("most", "least"))
     assert first > 2 * last and found["accuracy"]["most on text first"][0] < found["accuracy"]["least on text first"][0]

@@ -53,7 +53,7 @@ def test_gradients_are_those_of_finite_differences(pipe, start, steps):
     gradients = torch.autograd.grad(value(pipe, *leaves, sigmas), leaves)
     for i, gradient in enumerate(gradients):
         length = torch.linalg.vector_norm(gradient)
-        # Along the gradient: the slope is its length. 1e-2 leaves 1e-4 of rounding, and curvature cancels in the middle.
+        # Along the gradient the slope is its length; 1e-2 leaves 1e-4 of rounding, and curvature cancels.
         ends = []
         for sign in (1, -1):
             moved = [leaf.detach() for leaf in leaves]
@@ -69,7 +69,12 @@ def test_checkpointing_keeps_less_and_gives_the_same(pipe, start):
     for checkpointed in (False, True):
         leaves = [noise.clone().requires_grad_(), embedded.clone().requires_grad_()]
         sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+
+        def keep(x, sizes=sizes):
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             score = value(pipe, *leaves, sigmas[:4], checkpointed)
         kept[checkpointed] = sum(sizes)
         gradients[checkpointed] = torch.autograd.grad(score, leaves)

@@ -1,4 +1,4 @@
-"""Attention sinks: are the tokens that everybody looks at needed?
+"""Attention sinks: find the tokens that everybody looks at, suppress them, and see whether a picture needs them.
 
 Question: a few tokens receive far more attention than others. Does a picture depend on them, more than on others?
 Method: in every layer and step, find the k tokens that receive the most attention (mean over heads and queries), and

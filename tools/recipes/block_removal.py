@@ -1,4 +1,4 @@
-"""Block removal: which blocks, and which halves of them, does a picture need?
+"""Block removal: take out one block, one half of it, or its text at a time, and rank what is lost.
 
 Question: what is lost without one block, without its attention or its feed-forward, and with its text hidden from it?
 Method: one at a time, let a block or a half of it add nothing to the residual, or put zeros in place of the text tokens

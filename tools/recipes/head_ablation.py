@@ -1,4 +1,4 @@
-"""Head ablation: do scores of attention say which heads a picture needs?
+"""Head ablation: take out heads in the order of a score of attention, and in random orders.
 
 Question: heads that look at the text much, or little, or at one place: does that say what happens without them?
 Method: give every head of the main blocks a score from where the image tokens look in it (mean mass on a kind of token,
