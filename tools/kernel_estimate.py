@@ -1,8 +1,9 @@
 """Floors and estimated times of launches, from what was compiled and the published or measured rates of a device.
 
-Nothing here was measured by this project. A floor is what a launch cannot be faster than: its bytes at the rate of a
-copy, its multiplications at that of the tensor cores, its instructions at one a cycle and scheduler. An estimate
-divides the largest floor by the share of it that such kernels reach; it is given as (low, high).
+Rates are those of an H200 (`results/h200`), low where power limits a long run of passes, high in a single one; those of
+an H100 are taken to be the same but for copies, and were not measured. A floor is what a launch cannot be faster than:
+its bytes at the rate of a copy, its multiplications at that of the tensor cores, its instructions at one a cycle and
+scheduler. An estimate divides the largest floor by the share of it that such kernels reach; it is given as (low, high).
 """
 
 from collections import Counter
@@ -30,17 +31,17 @@ class Device:
 DEVICES = {"H100": Device(3.0e12), "H200": Device(4.3e12)}
 # Multiplications and additions of an SM of Hopper a cycle. Source: NVIDIA, H100 whitepaper, dense.
 TENSOR_FLOP = {"16": 4096, "8": 8192}
-# Rates of libraries in TFLOP/s, (low, high), as published for Hopper: cuBLAS in bf16, whose 128 × 256 tiles fill 3.75
-# waves at 3,840 columns and 10.0 at 10,240; cuBLASLt in e4m3 by rows; cuDNN's attention, and the memory-efficient
-# kernel for heads above 256; cuDNN's convolutions, channels last.
+# Rates of libraries in TFLOP/s, (low, high): cuBLAS in bf16, whose 128 × 256 tiles fill 3.75 waves at 3,840 columns and
+# 10.0 at 10,240; cuBLASLt in e4m3 by rows; cuDNN's attention, and the memory-efficient kernel for heads above 256;
+# cuDNN's convolutions, channels last.
 LIBRARY_RATES = {
-    "mm": (730.0, 770.0), "mm narrow": (690.0, 740.0), "_scaled_mm": (1150.0, 1380.0), "attention": (580.0, 620.0),
-    "attention wide": (70.0, 110.0), "convolution": (450.0, 550.0),
+    "mm": (690.0, 815.0), "mm narrow": (660.0, 780.0), "_scaled_mm": (1220.0, 1510.0), "attention": (570.0, 650.0),
+    "attention wide": (150.0, 155.0), "convolution": (750.0, 800.0),
 }  # fmt: skip
 NARROW = 4096
 # What our own kernels reach of their floor: (low, high). Power, not cycles, limits 8 bits.
-OWN_SHARES = {"16": (0.77, 0.87), "8": (0.62, 0.75)}
-COPY_SHARE, ISSUE_SHARE = 0.85, 0.80
+OWN_SHARES = {"16": (0.75, 0.88), "8": (0.60, 0.70)}
+COPY_SHARE, ISSUE_SHARE = 0.90, 0.80
 # Seconds of the shortest launch inside of a graph.
 SHORTEST = 2e-6
 GROUPS = ("products", "attention", "rows", "dequantization", "convolutions", "other")

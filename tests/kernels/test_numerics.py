@@ -92,7 +92,8 @@ def test_what_runs_on_a_cpu_keeps_its_promise(op, dtype):
 def test_exact_over_many_chunks(op):
     args = arguments(torch.float32, 9001)[op]
     for candidate in (each for each in op.implementations if each.numerics == "exact"):
-        compare(op, candidate, args, torch.float32)
+        if candidate.device == "cpu" or INTERPRETED:
+            compare(op, candidate, args, torch.float32)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
