@@ -94,7 +94,8 @@ def test_ranks_are_correlated():
 
 
 def test_the_text_is_read_in_an_early_layer_and_not_in_a_late_one():
-    effects = block_removal.study(2, 1, ["layers.1", "layers.4"])["effects"]
+    removals = [("layers.1", "text"), ("layers.4", "text"), ("layers.4", "block")]
+    effects = block_removal.study(2, 1, removals)["effects"]
     assert effects["layers.1", "text"][0] > 5 * effects["layers.4", "text"][0]
     assert effects["layers.1", "text"][1] == 0 and effects["layers.4", "text"][1] == 1
     assert effects["layers.4", "block"][0] > 5 * effects["layers.4", "text"][0]

@@ -66,28 +66,29 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
-def study(count: int = 8, velocities: int = 3, blocks: list[str] | None = None) -> dict[str, Any]:
-    """Take out every part of every block, for so many pictures; velocities: of how many errors are measured.
+def study(count: int = 8, velocities: int = 3, removals: list[tuple[str, str]] | None = None) -> dict[str, Any]:
+    """Take out one part of one block at a time, for so many pictures; velocities: of how many errors are measured.
 
-    blocks: their names (default: all) -> `effects`: by (block, part) error of the velocity, accuracy, difference of
-    pictures; `rank`: correlation between the first and the last; `pictures` of the first prompt.
+    removals: (block, part), a name and one of REMOVALS (default: all) -> `effects`: by (block, part) error of the
+    velocity, accuracy, difference of pictures; `rank`: correlation between the first and the last; `pictures` of the
+    first prompt.
     """
     pipe, asked = load(), prompts(count)
-    if blocks is None:
+    if removals is None:
         layers = [f"layers.{i}" for i in range(pipe.config.transformer.n_layers)]
         blocks = ["context_refiner.0", "noise_refiner.0", *layers]
+        # Refiners run on text or image alone.
+        removals = [(block, part) for block in blocks for part in REMOVALS if part != "text" or block in layers]
     plain, errors = draw(pipe, asked), VelocityErrors(pipe, [text for _, text in asked[:velocities]])
     found: dict[str, Any] = {"effects": {}, "pictures": {}}
-    for block in blocks:
-        for part, (suffixes, tokens) in REMOVALS.items():
-            if tokens == "text" and not block.startswith("layers"):
-                continue
-            changes: dict[str, Edit] = {f"{block}.{suffix}": zero() for suffix in suffixes}
-            with pipe.edit(changes, tokens=tokens):
-                drawn = draw(pipe, asked)
-            error = errors.mean(changes, tokens)
-            found["effects"][block, part] = error, accuracy(drawn, asked), difference(drawn, plain)
-            found["pictures"][block, part] = drawn[0]
+    for block, part in removals:
+        suffixes, tokens = REMOVALS[part]
+        changes: dict[str, Edit] = {f"{block}.{suffix}": zero() for suffix in suffixes}
+        with pipe.edit(changes, tokens=tokens):
+            drawn = draw(pipe, asked)
+        error = errors.mean(changes, tokens)
+        found["effects"][block, part] = error, accuracy(drawn, asked), difference(drawn, plain)
+        found["pictures"][block, part] = drawn[0]
     table = torch.tensor([*found["effects"].values()], dtype=torch.float64)
     return {**found, "rank": rank_correlation(table[:, 0], table[:, 2])}
 
