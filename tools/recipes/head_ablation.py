@@ -8,7 +8,7 @@ Source: pruning heads in the order of a score, Michel et al. 2019 (arXiv 1905.10
 is attention itself, on a diffusion transformer.
 Found on the embedded model: mass on the text is a good score. Without the 8 of 36 heads that look at it most, 2 of 10
 pictures are right; without 8 random ones 8, without the 8 that look at it least all. Heads of the first two layers read
-the text, most of those after them the image. Shapes go first, colors stay.
+the text most.
 
     python tools/recipes/head_ablation.py --out heads.png
 """
