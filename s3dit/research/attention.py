@@ -3,6 +3,7 @@
     with attention_maps(pipe, ["star", "ring"]) as maps:
         pipe("a red star above a blue ring", seed=7)
     maps.map("star")                    # (rows, columns): how much the image looks at the word
+    maps.map("star->image")             # and the word at the image
     maps.share("text padding")          # mean mass of the image tokens on a kind of token
 
 Queries are the image tokens, keys everything they see. Their weights on few columns are exp(q·k / sqrt(D) - L), where
@@ -14,7 +15,7 @@ Means over steps, layers and heads are made as the model runs; `keep` says which
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -46,18 +47,18 @@ class AttentionMaps:
         # (item, branch, word or kind or "entropy", step or 0, layer or "") -> sum (heads or 1, queries) and count.
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
 
-    def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
-        """Add values (heads, queries) of one layer and step. Raises RequestError after a picture of another size."""
-        key = (
-            item.item, item.branch, what, step if "step" in self.keep else 0, layer if "layer" in self.keep else "",
-        )  # fmt: skip
-        values = (values if "head" in self.keep else values.mean(0, keepdim=True)).detach().double().cpu()
-        total, count = self._sums.get(key, (torch.zeros_like(values), 0))
-        if total.shape != values.shape:
-            raise RequestError(
-                f"item {item.item} is of another size than in the picture before; needed one; look at each by itself"
-            )
-        self._sums[key] = total + values, count + 1
+    def add(self, item: ItemTokens, step: int, layer: str, found: Mapping[str, Tensor]) -> None:
+        """Add what one layer looks at, (heads, queries) each; RequestError after a picture of another size."""
+        values = torch.stack(list(found.values())).detach().double()
+        # All in one copy: a GPU would be waited for at each.
+        values = (values if "head" in self.keep else values.mean(1, keepdim=True)).cpu()
+        at = (step if "step" in self.keep else 0, layer if "layer" in self.keep else "")
+        for what, own in zip(found, values, strict=True):
+            total, count = self._sums.get(key := (item.item, item.branch, what, *at), (torch.zeros_like(own), 0))
+            if total.shape != own.shape:
+                found_size = f"item {item.item} is of another size than in the picture before"
+                raise RequestError(f"{found_size}; needed one; look at each by itself")
+            self._sums[key] = total + own, count + 1
 
     def weights(
         self, what: str, *, item: int = 0, branch: str = "positive", step: int | None = None, layer: str | None = None,
@@ -65,8 +66,9 @@ class AttentionMaps:
     ) -> Tensor:  # fmt: skip
         """Return the mean weight of each image token on a word or kind of token, or its entropy: (queries,) fp64.
 
-        what: one of `words`, a kind of token, or "entropy" · step, layer (a block's name), head: one of those that were
-        kept apart; averaged over where None. Raises RequestError for what was not looked at.
+        what: one of `words`, a kind of token, or "entropy"; "word->image" for the word's weight on each image token ·
+        step, layer (a block's name), head: one of those that were kept apart; averaged over where None. Raises
+        RequestError for what was not looked at.
         """
         found = [
             (total, count)
@@ -160,30 +162,36 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         maps.items[item.item, item.branch] = item
         if site.stream != "joint":
             raise RequestError(f"{site.block} has no text beside the image; needed blocks layers.*")
-        for what, values in looks(q[part.index], k[part.index], item, maps.words).items():
-            maps.add(item, what, part.step, site.block, values)
+        maps.add(item, part.step, site.block, looks(q[part.index], k[part.index], item, maps.words))
 
 
 def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the weights of one item's image tokens on words and kinds of token, and their entropy, in one block.
 
     q, k (n, H, D): of all the item's tokens, as they are multiplied · words: as `ItemTokens.find` takes them; those
-    that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1.
+    that the item has none of are left out -> (H, queries) fp32 each; those of the kinds of token sum to 1. Of words of
+    the text also the other way, "word->image": mean weight of the word's tokens on each image token.
     """
     if q.device.type == "cpu":
         # As fast as 16 bits, in which the mean key, and so the entropy, would be rounded.
         q, k = q.float(), k.float()
-    q = q[item.find("image")]
+    image = item.find("image")
+    everything, q = q, q[image]
     lse, mean_score = _moments(q, k)
-    groups = {kind: item.find(kind) for kind in (*KINDS, "text") if kind != "image"}
-    groups |= {word: item.find(word) for word in words if item.has(word)}
-    groups = {what: found for what, found in groups.items() if found}
+    # What is left of each query's weight is on the image.
+    names = [name for name in dict.fromkeys((*KINDS, "text", *words)) if name != "image" and item.has(name)]
+    groups = {name: found for name in names if (found := item.find(name))}
     columns = sorted({token for found in groups.values() for token in found})
     place = {token: i for i, token in enumerate(columns)}
     sums = _weights(q, k[columns], lse, [[place[token] for token in found] for found in groups.values()])
     weights = dict(zip(groups, sums, strict=True))
     weights["image"] = 1.0 - torch.stack([weights[kind] for kind in KINDS if kind in weights]).sum(0)
     weights["entropy"] = (lse - mean_score).T
+    for word in words:
+        found = [token for token in groups.get(word, ()) if item.places[token]]
+        if found:
+            scores = torch.einsum("nhd,mhd->hnm", everything[found].float(), k.float()) * q.shape[-1] ** -0.5
+            weights[f"{word}->image"] = scores.softmax(-1)[:, :, image].mean(1)
     return weights
 
 
@@ -208,17 +216,13 @@ def _moments(q: Tensor, k: Tensor) -> Tensor:
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, groups: list[list[int]]) -> list[Tensor]:
     """The weights of queries (n, H, D) on groups of keys (m, H, D), summed within each group: (H, n) fp32 a group."""
-    scale = q.shape[-1] ** -0.5
     member = torch.zeros(len(k), len(groups), device=q.device)
     for i, group in enumerate(groups):
         member[group, i] = 1.0
-    out = []
-    for head in range(q.shape[1]):
-        keys = k[:, head].float().T
-        rows = max(1, CHUNK // max(1, len(k)))
-        pieces = [
-            ((piece.float() @ keys) * scale - at[:, None]).exp() @ member
-            for piece, at in zip(q[:, head].split(rows), lse[:, head].split(rows), strict=True)
-        ]
-        out.append(torch.cat(pieces))
-    return list(torch.stack(out).unbind(-1))
+    keys = (k.float() * q.shape[-1] ** -0.5).permute(1, 2, 0)
+    rows = max(1, CHUNK // max(1, keys.shape[0] * len(k)))
+    pieces = [
+        (piece.float().transpose(0, 1) @ keys).sub_(at.T[..., None]).exp_() @ member
+        for piece, at in zip(q.split(rows), lse.split(rows), strict=True)
+    ]
+    return list(torch.cat(pieces, 1).unbind(-1))

@@ -99,7 +99,8 @@ class _Patch:
         return self.record.model
 
     def __call__(self, rows: Tensor, where: Item) -> Tensor:
-        key = {"step": where.step, "item": where.item, "branch": where.branch, "call": where.call} | self.choice
+        key: dict[str, Any] = {"step": where.step, "item": where.item, "branch": where.branch, "call": where.call}
+        key |= self.choice
         return self.record.at(where.site.name, **key).to(rows.device, rows.dtype)
 
 

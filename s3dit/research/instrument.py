@@ -238,9 +238,9 @@ class Splitter:
         """Yield the items of a site's tensor that are chosen."""
         now = self._pipe.now
         step = now.step if now is not None and site.part == "transformer" else 0
-        if step and now is not self._now:
+        if step and now is not None and now is not self._now:
             # Another step, or another run.
-            if self._now is None or now is None or now.plan is not self._now.plan:
+            if self._now is None or now.plan is not self._now.plan:
                 self._maps.clear()
                 self._check_steps(now)
             self._now = now

@@ -61,8 +61,8 @@ def rms(x: Tensor) -> Tensor:
 def kurtosis(x: Tensor) -> Tensor:
     """Fourth central moment of all numbers over their squared variance (3 for normal ones): -> ()."""
     center = _average(x, lambda rows: rows).mean()
-    variance, fourth = (_average(x, lambda rows, power=power: (rows - center).pow(power)).mean() for power in (2, 4))
-    return (fourth / variance.square()).float()
+    variance = _average(x, lambda rows: (rows - center).square()).mean()
+    return (_average(x, lambda rows: (rows - center).pow(4)).mean() / variance.square()).float()
 
 
 def percentiles(x: Tensor) -> Tensor:

@@ -60,10 +60,15 @@ def test_one_item_of_one_block(pipe, threads, dtype, monkeypatch):
     q, k = (torch.randn(2, len(item), 3, 32, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
     weights = torch.einsum("nhd,mhd->hnm", q.double(), k.double()) * 32**-0.5
     assert weights.abs().max() > 18
-    weights = weights.softmax(-1)[:, item.find("image")]
-    got = looks(q, k, item, ["star", "ring", "moon"])
-    assert set(got) == {kind for kind in KINDS if item.find(kind)} | {"text", "star", "ring", "entropy"}
-    for what in set(got) - {"entropy"}:
+    everything = weights.softmax(-1)
+    weights = everything[:, item.find("image")]
+    got = looks(q, k, item, ["star", "blue ring", "moon", "image"])
+    back = {"star->image", "blue ring->image"}
+    assert set(got) == {kind for kind in KINDS if item.find(kind)} | {"text", "star", "blue ring", "entropy"} | back
+    for what in back:
+        rows = everything[:, item.find(what.removesuffix("->image"))][:, :, item.find("image")]
+        assert torch.allclose(got[what].double(), rows.mean(1), atol=1e-5)
+    for what in set(got) - {"entropy"} - back:
         assert got[what].shape == (3, 48) and got[what].dtype == torch.float32
         assert torch.allclose(got[what].double(), weights[:, :, item.find(what)].sum(-1), atol=1e-5), what
     # A difference of numbers up to 20, in fp32.
@@ -95,6 +100,7 @@ def test_means_are_means_and_kinds_sum_to_one(pipe):
     assert sum(mean.share(kind) for kind in KINDS if kind in mean.items[0, "positive"].kinds) == pytest.approx(
         1, abs=1e-6
     )
+    assert mean.map("star->image").shape == (6, 8) and 0 < mean.map("star->image").sum() < 1
     inside = mean.map("star", within_text=True)
     assert torch.allclose(inside, mean.map("star") / mean.map("text"))
 
