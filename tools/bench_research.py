@@ -101,9 +101,7 @@ def maps(repeat: int) -> dict[str, Any]:
 
     def look() -> None:
         """Gather as `attention_maps` does."""
-        gathered = AttentionMaps(words, ())
-        for what, values in looks(q, k, item, words).items():
-            gathered.add(item, what, 1, "layers.0", values)
+        AttentionMaps(words, ()).add(item, 1, "layers.0", looks(q, k, item, words))
 
     def timed(run: Callable[[], object]) -> Callable[[], float]:
         """Call it once to warm up -> a function that calls it and returns its seconds."""

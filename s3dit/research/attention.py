@@ -15,7 +15,7 @@ Means over steps, layers and heads are made as the model runs; `keep` says which
 """
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -47,18 +47,18 @@ class AttentionMaps:
         # (item, branch, word or kind or "entropy", step or 0, layer or "") -> sum (heads or 1, queries) and count.
         self._sums: dict[tuple[int, str, str, int, str], tuple[Tensor, int]] = {}
 
-    def add(self, item: ItemTokens, what: str, step: int, layer: str, values: Tensor) -> None:
-        """Add values (heads, queries) of one layer and step. Raises RequestError after a picture of another size."""
-        key = (
-            item.item, item.branch, what, step if "step" in self.keep else 0, layer if "layer" in self.keep else "",
-        )  # fmt: skip
-        values = (values if "head" in self.keep else values.mean(0, keepdim=True)).detach().double().cpu()
-        total, count = self._sums.get(key, (torch.zeros_like(values), 0))
-        if total.shape != values.shape:
-            raise RequestError(
-                f"item {item.item} is of another size than in the picture before; needed one; look at each by itself"
-            )
-        self._sums[key] = total + values, count + 1
+    def add(self, item: ItemTokens, step: int, layer: str, found: Mapping[str, Tensor]) -> None:
+        """Add what one layer looks at, (heads, queries) each; RequestError after a picture of another size."""
+        values = torch.stack(list(found.values())).detach().double()
+        # All in one copy: a GPU would be waited for at each.
+        values = (values if "head" in self.keep else values.mean(1, keepdim=True)).cpu()
+        at = (step if "step" in self.keep else 0, layer if "layer" in self.keep else "")
+        for what, own in zip(found, values, strict=True):
+            total, count = self._sums.get(key := (item.item, item.branch, what, *at), (torch.zeros_like(own), 0))
+            if total.shape != own.shape:
+                found_size = f"item {item.item} is of another size than in the picture before"
+                raise RequestError(f"{found_size}; needed one; look at each by itself")
+            self._sums[key] = total + own, count + 1
 
     def weights(
         self, what: str, *, item: int = 0, branch: str = "positive", step: int | None = None, layer: str | None = None,
@@ -162,8 +162,7 @@ def _gather(maps: AttentionMaps, split: Splitter, site: Site, q: Tensor, k: Tens
         maps.items[item.item, item.branch] = item
         if site.stream != "joint":
             raise RequestError(f"{site.block} has no text beside the image; needed blocks layers.*")
-        for what, values in looks(q[part.index], k[part.index], item, maps.words).items():
-            maps.add(item, what, part.step, site.block, values)
+        maps.add(item, part.step, site.block, looks(q[part.index], k[part.index], item, maps.words))
 
 
 def looks(q: Tensor, k: Tensor, item: ItemTokens, words: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -217,17 +216,13 @@ def _moments(q: Tensor, k: Tensor) -> Tensor:
 
 def _weights(q: Tensor, k: Tensor, lse: Tensor, groups: list[list[int]]) -> list[Tensor]:
     """The weights of queries (n, H, D) on groups of keys (m, H, D), summed within each group: (H, n) fp32 a group."""
-    scale = q.shape[-1] ** -0.5
     member = torch.zeros(len(k), len(groups), device=q.device)
     for i, group in enumerate(groups):
         member[group, i] = 1.0
-    out = []
-    for head in range(q.shape[1]):
-        keys = k[:, head].float().T
-        rows = max(1, CHUNK // max(1, len(k)))
-        pieces = [
-            ((piece.float() @ keys) * scale - at[:, None]).exp() @ member
-            for piece, at in zip(q[:, head].split(rows), lse[:, head].split(rows), strict=True)
-        ]
-        out.append(torch.cat(pieces))
-    return list(torch.stack(out).unbind(-1))
+    keys = (k.float() * q.shape[-1] ** -0.5).permute(1, 2, 0)
+    rows = max(1, CHUNK // max(1, keys.shape[0] * len(k)))
+    pieces = [
+        (piece.float().transpose(0, 1) @ keys).sub_(at.T[..., None]).exp_() @ member
+        for piece, at in zip(q.split(rows), lse.split(rows), strict=True)
+    ]
+    return list(torch.cat(pieces, 1).unbind(-1))

@@ -31,7 +31,7 @@ from s3dit.research.instrument import attached
 from s3dit.research.observe import splitter
 from s3dit.research.sites import Site, nearest, sites
 from s3dit.research.table import Table
-from s3dit.sampling.solvers import Step
+from s3dit.sampling.step import Step
 
 # The name of the pass's own velocity among those of blocks.
 END = "velocity"

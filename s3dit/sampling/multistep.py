@@ -57,7 +57,7 @@ def integrate(rule: Rule, velocity: Velocity, x: Tensor, sigmas: Tensor, noise: 
 
 
 def log_snr(sigma: Tensor) -> float:
-    """log((1 - sigma) / sigma), -inf at noise, +inf at the image."""
+    """Return log((1 - sigma) / sigma): -inf at noise, +inf at the image."""
     s = sigma.double().item()
     return float(np.inf) if s == 0 else float(-np.inf) if s == 1 else float(np.log((1 - s) / s))
 
