@@ -5,6 +5,7 @@ full-size model over 8 steps take less than 1 GB. None makes a copy of all of th
 millions of numbers: they go through it by pieces. Further ones are functions of one's own.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 
@@ -93,8 +94,11 @@ def sample(x: Tensor) -> Tensor:
 
 def _evenly(x: Tensor, most: int) -> Tensor:
     """At most so many numbers of x, flat, in fp32."""
-    # An odd step, so that it does not fall on the same channels of every row.
-    index = torch.arange(0, x.numel(), -(-x.numel() // most) | 1, device=x.device)
+    step = max(1, -(-x.numel() // most))
+    # No divisor in common with a row, so that it does not fall on the same channels of each.
+    while x.ndim and math.gcd(step, x.shape[-1]) > 1:
+        step += 1
+    index = torch.arange(0, x.numel(), step, device=x.device)
     # By places: a flat view of a tensor that is not contiguous would be a copy of all of it.
     return x.detach()[torch.unravel_index(index, x.shape)].float()
 

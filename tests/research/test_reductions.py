@@ -44,8 +44,8 @@ def test_against_plain_formulas(piece, monkeypatch):
 def test_a_sample_is_spread_evenly_over_what_is_not_contiguous():
     x = torch.arange(200 * 300.0).view(300, 200).T
     kept = reductions.sample(x)
-    # 60,000 numbers: every fourth would do, every fifth is odd.
-    assert torch.equal(kept, x.flatten()[::5]) and len(kept) <= reductions.SAMPLE
+    # 60,000 numbers: every fourth would do, seven is the next that has no divisor in common with a row of 300.
+    assert torch.equal(kept, x.flatten()[::7]) and len(kept) <= reductions.SAMPLE
 
 
 class Largest(TorchDispatchMode):
@@ -130,3 +130,11 @@ def test_a_record_holds_what_is_counted():
     for key, value in record.items():
         whole = everything[key._replace(statistic="")]
         assert value.untyped_storage().nbytes() == kept(key.statistic, tuple(whole.shape))
+
+
+def test_a_sample_sees_every_channel():
+    """Rows of 192: with a step of 3, or of any other divisor, only a third of the channels would be seen."""
+    channels = torch.arange(192.0).expand(1000, 192)
+    for most in (64_000, 1 << 16, 48_000, 1000):
+        seen = reductions._evenly(channels, most)
+        assert most / 4 < len(seen) <= most and len(seen.unique()) == 192
