@@ -197,7 +197,7 @@ def test_the_table_of_bad_values_knows_every_option():
         (["--sampler", "euler_a"], "argument --sampler: invalid choice: 'euler_a'; needed one of euler, heun"),
         (["--sampler", "DPM++ 2M"], "did you mean dpmpp_2m?"),
         (["--scheduler", "kerras"], "did you mean karras?"),
-        (["--scheduler", "normal"], "needed one of official, simple, beta, karras, exponential; see"),
+        (["--scheduler", "normal"], "needed one of official, simple, beta, karras, exponential, sgm_uniform, kl_optimal, linear_quadratic, bong_tangent; see"),
     ],
 )
 def test_a_value_of_another_program_is_answered_with_the_one_here(words, answer, capsys):
