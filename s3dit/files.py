@@ -25,6 +25,9 @@ from s3dit.errors import RequestError
 # The form of a picture, by the ending of its name.
 ENDINGS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 DEFAULT = "s3dit.png"
+# The files of a report (`s3dit microscope`): the page, the numbers behind it, the picture; and its folder.
+REPORT = ("index.html", "data.safetensors", "picture.png")
+REPORTS = "report"
 # Endings of files of weights.
 WEIGHTS = (".safetensors", ".gguf")
 # The names of the Hub for what other programs call by a short one.
@@ -180,6 +183,24 @@ def outputs(given: str | None, pictures: int, overwrite: bool) -> tuple[list[Pat
         return paths, overwrite or pictures == 1
     free = (path for path in names if not taken(path))
     return [next(free) for _ in range(pictures)], False
+
+
+def report_folder(given: str | os.PathLike[str] | None, overwrite: bool) -> Path:
+    """The folder of a report: the one that -o names, which must hold none unless `overwrite`, else a free name.
+
+    Raises RequestError.
+    """
+    if given is None:
+        names = chain([REPORTS], (f"{REPORTS}-{n}" for n in count(2)))
+        return next(path for path in map(Path, names) if not taken(path))
+    folder = Path(given)
+    _check_folder(folder / REPORT[0])
+    if (there := [name for name in REPORT if taken(folder / name)]) and not overwrite:
+        raise RequestError(
+            f"output is {folder}, which holds {', '.join(there)} already; needed one without; name another, or replace "
+            "them with --overwrite"
+        )
+    return folder
 
 
 def taken(path: Path) -> bool:

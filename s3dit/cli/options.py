@@ -6,6 +6,7 @@ and its text come from the field as well.
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -21,8 +22,9 @@ SIZE = re.compile(r"(\d+)\s*[x×X*]\s*(\d+)")
 OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
 
 
-def add_request(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a Request to a parser, in the groups that its fields name."""
+def add_request(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """Add the options of a Request to a parser, in the groups that its fields name, but those of fields `without`."""
+    parser.set_defaults(**dict.fromkeys(without))
     groups: dict[str, Any] = {}
     for field in fields(Request):
         title = field.metadata["group"]
@@ -36,7 +38,7 @@ def add_request(parser: argparse.ArgumentParser) -> None:
                 "--prompt-file", metavar="FILE", help="one prompt a line, one picture each; - reads standard input"
             )
             prompts.add_argument("--size", type=_size, metavar="WxH", help="width and height at once, such as 1024x768")
-        elif title:
+        elif title and field.name not in without:
             _add_field(groups[title], field)
 
 

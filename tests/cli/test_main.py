@@ -258,7 +258,9 @@ def test_help_names_the_environment(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     assert "S3DIT_BACKEND=auto|reference|torch|triton" in out
-    assert all(f"  s3dit {command} " in out for command in ("generate", "plan", "inspect", "convert", "quantize"))
+    assert all(
+        f"  s3dit {command} " in out for command in ("generate", "plan", "microscope", "inspect", "convert", "quantize")
+    )
 
 
 def test_every_field_has_its_option():

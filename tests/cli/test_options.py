@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
@@ -15,7 +16,7 @@ from s3dit.cli.main import COMMANDS, _parsers, main, parse
 from s3dit.cli.option_names import FIELDS, in_options
 from s3dit.cli.parser import ANSWERS, SPELLINGS, UNCLEAR, Parser
 from s3dit.pipeline import Pipeline
-from s3dit.request import Request
+from s3dit.request import Request, Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -197,7 +198,7 @@ def test_the_table_of_bad_values_knows_every_option():
         (["--sampler", "euler_a"], "argument --sampler: invalid choice: 'euler_a'; needed one of euler, heun"),
         (["--sampler", "DPM++ 2M"], "did you mean dpmpp_2m?"),
         (["--scheduler", "kerras"], "did you mean karras?"),
-        (["--scheduler", "normal"], "needed one of official, simple, beta, karras, exponential; see"),
+        (["--scheduler", "normal"], f"needed one of {', '.join(get_args(Schedule))}; see"),
     ],
 )
 def test_a_value_of_another_program_is_answered_with_the_one_here(words, answer, capsys):
@@ -284,6 +285,7 @@ MISSING = {
     "control image": ["generate", "x", "--control", "a.png:no.png"],
     "control model": ["generate", "x", "--control", "no.safetensors:a.png"],
     "reference": ["plan", "x", "--reference", "no.png"],
+    "picture to look at": ["microscope", "--replay", "no.png"],
     "prompts": ["generate", "--prompt-file", "no.txt"],
     "replay": ["generate", "--replay", "no.png"],
     "adapter": ["generate", "x", "--lora", "no.safetensors:0.8"],

@@ -156,7 +156,7 @@ def test_a_full_disk_leaves_nothing_half_written(source, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("s3dit.weights.convert_adapter.save_file", full)
+    monkeypatch.setattr("s3dit.weights.convert_adapter.write_safetensors", full)
     with pytest.raises(CheckpointError, match="No space left"):
         convert_adapter(source, tmp_path / "target.safetensors", version="1")
     assert [path.name for path in tmp_path.iterdir()] == ["source.safetensors"]
