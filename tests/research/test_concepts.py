@@ -215,5 +215,7 @@ def test_bad_input_is_named(pipe):
         maps.map("star", contrast="others")
     with pytest.raises(RequestError, match="needed some, as"):
         maps.combined("star", [])
-    with pytest.warns(UserWarning, match="nothing was drawn at the steps"), concept_maps(pipe, "star", steps=[3]):
+    with pytest.raises(RequestError, match="a run that has 2"), concept_maps(pipe, "star", steps=[3]):
+        pipe(PROMPTS[0], **ONE)
+    with pytest.warns(UserWarning, match="nothing was drawn at the steps"), concept_maps(pipe, "star", items=[1]):
         pipe(PROMPTS[0], **ONE)
