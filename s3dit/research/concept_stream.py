@@ -139,7 +139,7 @@ class ConceptStream:
 
     @contextmanager
     def attached(self, chosen: Iterable[Site]) -> Iterator[None]:
-        """Go along as long as the `with` lasts. chosen: the first main block's input, SITES of all blocks to look at."""
+        """Go along as long as the `with` lasts. chosen: the first main block's input, and SITES of blocks."""
         begin = self._model.register_forward_pre_hook(self._begin)
         try:
             with attached(self._pipe, chosen, self._visit):

@@ -1,5 +1,8 @@
 """Concepts that go along with a picture: their rows are those of a plain computation in float64, its bits stay."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -175,6 +178,28 @@ def test_every_residency_gives_the_same_maps(pipe, residency, source):
     with concept_maps(other, "star", source=source) as b:
         after = other(PROMPTS[0], **ONE).latents
     assert torch.equal(a.map("star"), b.map("star")) and torch.equal(before[0], after[0])
+
+
+def test_with_reference_pictures(tmp_path_factory):
+    """In the first block the words that go along have the modulation, positions and values of the prompt's own."""
+    file = Path(__file__).parents[1] / "inputs" / "test_references.py"
+    spec = importlib.util.spec_from_file_location("test_references", file)
+    spec.loader.exec_module(made := importlib.util.module_from_spec(spec))
+    omni = Pipeline.load(made.folder.__wrapped__(tmp_path_factory), device="cpu", dtype="fp32")
+    request = {**ONE, "prompt": PROMPTS[0], "reference": [made.picture()], **GUIDED}
+    look = {"methods": ["value", "image to concept"], "layers": "layers.0", "keep": ["step", "head"]}
+    before = omni(**request).latents
+    with (
+        concept_maps(omni, "ring", source="prompt", **look) as along,
+        concept_maps(omni, "ring", source="tokens", **look) as own,
+        concept_maps(omni, "a moon") as new,
+    ):
+        after = omni(**request).latents
+    assert torch.equal(before[0], after[0]) and new.map("a moon", branch="negative").shape == (6, 8)
+    for method in look["methods"]:
+        for step in (1, 2):
+            a, b = (maps.array("ring", method=method)[step - 1] for maps in (along, own))
+            assert torch.allclose(a, b, atol=1e-5 * b.abs().max().item())
 
 
 def test_others_see_nothing_of_the_concepts(pipe):
