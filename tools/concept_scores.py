@@ -262,8 +262,12 @@ def table(found: dict[str, Any]) -> str:
     for variant, method in (("template", "output"), ("template", "value"), ("word", "attention_maps")):
         means = [[value / 1000 for value in rows[kind, variant, method]["all"][-1][-1]] for kind in KINDS]
         line(f"{variant}: {method}", means, "mean of all")
-    line("heads combined", [base[kind]["combined heads"] for kind in KINDS], "below")
-    return "\n".join(lines)
+    line("template: heads combined", [base[kind]["combined heads"] for kind in KINDS], "below")
+    heads = [
+        f"*{name}*: " + ", ".join(f"{method} {layer.removeprefix('layers.')}/{head}" for method, layer, head in each)
+        for name, each in zip(("star", "red", "red star"), found["combined"].values(), strict=True)
+    ]
+    return "\n".join([*lines, "", "Heads combined: " + " · ".join(heads) + "."])
 
 
 def _cells(scores: Sequence[float]) -> str:

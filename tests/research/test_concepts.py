@@ -180,6 +180,18 @@ def test_every_residency_gives_the_same_maps(pipe, residency, source):
     assert torch.equal(a.map("star"), b.map("star")) and torch.equal(before[0], after[0])
 
 
+def test_in_eight_bits(pipe):
+    """Of rows of concepts and of the model's own, the same layers; errors are those of bf16 and int8."""
+    other, look = Pipeline.load(device="cpu", dtype="bf16", quantize="int8"), {"layers": "layers.3", "keep": ["head"]}
+    before = other(PROMPTS[0], **ONE).latents
+    with concept_maps(other, "red star", **look) as narrow:
+        after = other(PROMPTS[0], **ONE).latents
+    with concept_maps(pipe, "red star", **look) as wide:
+        pipe(PROMPTS[0], **ONE)
+    a, b = (maps.map("red star", head=1) for maps in (narrow, wide))
+    assert torch.equal(before[0], after[0]) and (a - b).norm() < 3e-2 * b.norm()
+
+
 def test_with_reference_pictures(tmp_path_factory):
     """In the first block the words that go along have the modulation, positions and values of the prompt's own."""
     file = Path(__file__).parents[1] / "inputs" / "test_references.py"
