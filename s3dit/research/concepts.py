@@ -5,8 +5,8 @@
     maps.map("star")                    # (rows, columns)
 
 Concept tokens go along with the picture read-only: each main block treats them as it treats its own tokens, with the
-same weights and modulation, and in attention they look at one another and at the image, while neither image nor prompt
-looks at them, so the picture keeps its bits. Where an image token's answer of attention is like a concept's, the
+same weights and modulation, and in attention those of a concept look at one another and at the image, while neither
+image nor prompt looks at them, so the picture keeps its bits. Where an image token's answer of attention is like a concept's, the
 picture shows the concept. This is ConceptAttention (arXiv 2502.04320), whose concepts run in the text half of
 two-stream blocks; here both streams share their weights, as in CogVideoX.
 
