@@ -3,6 +3,8 @@
     python tools/concept_scores.py              draws 260 pictures, writes tools/results/concepts.json, prints the table
     python tools/concept_scores.py --table      prints the table of that file
 
+It takes some six minutes of one core.
+
 Concepts are a thing's shape ("star"), its color ("red") and both ("red star"); of the first two, things count whose
 word is not the other thing's as well. What is best is chosen on 60 prompts and scored on 200 others.
 """

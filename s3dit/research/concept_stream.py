@@ -1,8 +1,8 @@
 """The tokens of concepts, and what the main blocks make of them: a stream that the picture knows nothing of.
 
 A block treats rows of concepts as it treats its own tokens, with the same weights, adapters and modulation; in
-attention those of a concept look at one another and at the image. They are computed beside the model, by the layers' own `forward`
-and the references of Ops, so that hooks, edits and replaced Ops of others see nothing of them.
+attention those of a concept look at one another and at the image. They are computed beside the model, by the layers'
+own `forward` and the references of Ops, so that hooks, edits and replaced Ops of others see nothing of them.
 """
 
 from collections import Counter

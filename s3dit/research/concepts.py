@@ -6,9 +6,9 @@
 
 Concept tokens go along with the picture read-only: each main block treats them as it treats its own tokens, with the
 same weights and modulation, and in attention those of a concept look at one another and at the image, while neither
-image nor prompt looks at them, so the picture keeps its bits. Where an image token's answer of attention is like a concept's, the
-picture shows the concept. This is ConceptAttention (arXiv 2502.04320), whose concepts run in the text half of
-two-stream blocks; here both streams share their weights, as in CogVideoX.
+image nor prompt looks at them, so the picture keeps its bits. Where what attention answers to the image is like what it
+answers to a concept, or like what the concept would tell, the picture shows the concept. This is ConceptAttention
+(arXiv 2502.04320), whose concepts run in the text half of two-stream blocks; here both streams share their weights.
 
 The rows of concepts are computed beside the model (`concept_stream`). What an edit does to the image reaches them
 through its keys and values. What finds things best is measured in README.md.
