@@ -15,12 +15,11 @@ alone gives 0.92 of the way, in the first six nothing.
     python tools/recipes/activation_patching.py --out patching.png
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from embedded_model import load, options, thing_mask
 from PIL import Image
 from torch import Tensor
