@@ -7,7 +7,10 @@ Name a feature by what it fires for: of all features at all tokens, the one that
 from the rest, scored by F1 on prompts that were not trained on. Then push all template tokens along the direction of
 each color's feature, against a random direction of the same length, and let the scorer say what color things have.
 Source: Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093).
-Found on the embedded model: @@
+Found on the embedded model: 8 of 256 features explain 0.83 of the variance. For nearly every word there is a feature
+that tells it at one token: F1 on new prompts 0.97 on average, none below 0.75. Pushed by four times its usual activity
+along its color's feature, 0.68 of things turn into that color (every one into black or white, none into orange), along
+a random direction 0.02: a feature that tells well does not always turn.
 
     python tools/recipes/sparse_autoencoder.py --out sparse.png
 """
@@ -156,7 +159,7 @@ def study(
     model = fit(x[:trained].flatten(0, 1))
     features, rng = named(model, x, said, trained), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"explained": explained(model, x[trained:]), "features": features, "steered": {}}
-    first = said[trained]
+    first = next(prompt for prompt in said[trained:] if prompt[0].background == "green")
     found["pictures"] = {first[1]: draw(pipe, [first])[0]}
     for color in colors:
         feature = features["color", color]

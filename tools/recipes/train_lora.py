@@ -1,13 +1,16 @@
 """Train a LoRA: how little does it take to teach a model a style that it cannot draw?
 
-Question: can a few per cent of further weights, trained for half a minute, turn every picture into its negative?
+Question: can four per cent of further weights, trained for half a minute, turn every picture into a blueprint?
 Method: two thin matrices beside every linear layer of the main blocks, y + B A x with B = 0 at first; flow matching on
-pictures that `tiny_world` renders, with their colors inverted, at the noise levels that the sampler stops at.
+pictures of `tiny_world`, things white on blue whatever colors are said, at the noise levels that the sampler visits.
 Source: LoRA, Hu et al. 2021 (arXiv 2106.09685); flow matching, Lipman et al. 2022 (arXiv 2210.02747).
+Found on the embedded model: 240 pictures, 240 steps of 4. Without it no picture is a blueprint, with it 39 of 40 are, of
+prompts that were not trained on, with the shapes and at the places that these ask for.
 
     python tools/recipes/train_lora.py --out lora.png
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from embedded_model import accuracy, draw, load, options, prompts
-from PIL import ImageOps
+from embedded_model import Prompt, accuracy, draw, load, options, prompts
 from safetensors.torch import save_file
 from tiny_world import Scene, caption_of, draw_scene, render
 from torch import Tensor, nn
@@ -31,6 +33,14 @@ def blueprint(scene: Scene) -> Scene:
     return replace(scene, background="blue", things=tuple(replace(thing, colour="white") for thing in scene.things))
 
 
+def examples(pipe: Pipeline, count: int) -> tuple[Tensor, list[Tensor]]:
+    """Render blueprints of random scenes -> their latents (n, 16, 16, 16), and features of what their scenes are."""
+    rng = np.random.default_rng(1)
+    scenes = [draw_scene(rng) for _ in range(count)]
+    pixels = torch.from_numpy(np.stack([render(blueprint(scene)) for scene in scenes])).permute(0, 3, 1, 2)
+    return torch.stack(pipe.encode_images(pixels / 127.5 - 1)), pipe.encode([caption_of(each, rng) for each in scenes])
+
+
 def add_factors(transformer: nn.Module, rank: int) -> dict[str, nn.Parameter]:
     """Put factors A (rank, in) and B (out, rank) beside the linear layers of the main blocks -> them, by name."""
     for name, layer in transformer.named_modules():
@@ -41,34 +51,55 @@ def add_factors(transformer: nn.Module, rank: int) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if "lora" in name}
 
 
-def examples(pipe: Pipeline, count: int, seed: int) -> tuple[Tensor, list[Tensor]]:
-    """Render negatives of random scenes -> their latents (n, 16, 16, 16) and their captions' features."""
-    rng = np.random.default_rng(seed)
-    scenes = [draw_scene(rng) for _ in range(count)]
-    pixels = torch.from_numpy(np.stack([render(blueprint(scene)) for scene in scenes])).permute(0, 3, 1, 2) / 127.5 - 1
-    return torch.stack(pipe.encode_images(pixels)), pipe.encode([caption_of(scene, rng) for scene in scenes])
-
-
-def train(path: Path, steps: int, count: int, rank: int = 8, batch: int = 16, rate: float = 4e-3) -> list[float]:
-    """Train on so many pictures and write a file that diffusers and PEFT read too; -> the loss of every step."""
+def train(path: Path, steps: int, count: int, rank: int = 8, batch: int = 4, rate: float = 4e-3) -> list[float]:
+    """Train on so many pictures and write a file that diffusers and PEFT read too -> the loss of every step."""
     torch.manual_seed(0)
     pipe, losses = load(), list[float]()
     sigmas = torch.tensor(pipe.plan("").sigmas[:-1])
-    images, features = examples(pipe, count, seed=1)
+    images, features = examples(pipe, count)
     factors = add_factors(pipe.transformer, rank)
-    optimizer = torch.optim.AdamW(factors.values(), rate, weight_decay=0)
+    optimizer = torch.optim.AdamW(factors.values(), rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for _ in range(steps):
         rows = torch.randint(count, (batch,))
-        noise, sigma = torch.randn(batch, *images.shape[1:]), sigmas[torch.randint(len(sigmas), (batch,))]
-        share = sigma.view(-1, 1, 1, 1)
-        state = (1 - share) * images[rows] + share * noise
+        sigma, noise = sigmas[torch.randint(len(sigmas), (batch,))], torch.randn(batch, *images.shape[1:])
+        state = torch.lerp(images[rows], noise, sigma.view(-1, 1, 1, 1))
         velocity = pipe.velocity(state, 1 - sigma, [features[row] for row in rows])
         loss = (velocity - (images[rows] - noise)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(loss.item())
     save_file({f"transformer.{name}.weight": factor.detach() for name, factor in factors.items()}, path)
     return losses
+
+
+def study(path: Path, steps: int = 240, count: int = 240, scored: int = 40) -> dict[str, Any]:
+    """Train, attach the file to a fresh model and score it -> losses, accuracy before and after, and `pictures`."""
+    losses, pipe, asked = train(path, steps, count), load(), prompts(scored)
+    wanted: Sequence[Prompt] = [(blueprint(scene), text) for scene, text in asked]
+    before = draw(pipe, asked)
+    report = pipe.lora.attach(path)
+    after = draw(pipe, asked)
+    scores = {"before": accuracy(before, wanted), "after": accuracy(after, wanted)}
+    return {"losses": losses, "report": report, **scores, "pictures": (before, after)}
+
+
+def main() -> None:
+    """Print the scores and draw some pictures without and with it."""
+    out = options(__doc__)
+    with TemporaryDirectory() as folder:
+        found = study(Path(folder) / "blueprint.safetensors")
+    print(found["report"])
+    first, last = np.mean(found["losses"][:10]), np.mean(found["losses"][-10:])
+    print(f"loss {first:.2f} in the first 10 steps, {last:.2f} in the last 10")
+    print(f"blueprints that are right: {found['before']:.2f} before, {found['after']:.2f} after")
+    before, after = (pictures[:6] for pictures in found["pictures"])
+    captions = [text[:20] for _, text in prompts(6)]
+    strip([*before, *after], captions * 2, "The same prompts and seeds without and with it", columns=6).save(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
