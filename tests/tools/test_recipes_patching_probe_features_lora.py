@@ -17,6 +17,8 @@ import train_lora  # noqa: E402
 from activation_patching import Cell  # noqa: E402
 from embedded_model import load  # noqa: E402
 
+from s3dit.research.tokens import tokens  # noqa: E402
+
 
 def test_patching_finds_a_color_where_it_must_be_and_where_it_is():
     cells = {
@@ -47,7 +49,7 @@ def test_patching_from_a_run_of_the_same_prompt_changes_nothing():
 
 def test_kinds_of_tokens_are_apart_and_complete():
     pipe = load()
-    (item,) = activation_patching.tokens(pipe, pipe.plan(activation_patching.PROMPT.format("blue")))
+    (item,) = tokens(pipe, pipe.plan(activation_patching.PROMPT.format("blue")))
     apart = [activation_patching.of_kind(item, kind) for kind in activation_patching.KINDS if kind != "text"]
     assert sorted(sum(apart, [])) == list(range(len(item)))
     assert sorted(sum(apart[:-1], [])) == sorted(activation_patching.of_kind(item, "text"))
@@ -62,7 +64,7 @@ def test_ridge_is_least_squares_with_rows_of_the_penalty():
 
 
 def test_a_probe_reads_color_after_a_layer_and_chance_before_or_shuffled():
-    found = linear_probe.study(count=150, trained=110, steps=(1,))
+    found = linear_probe.study(count=240, trained=200, steps=(1,))
     # 40 pictures: 0.4 of right answers by chance of 0.1 is beyond five deviations.
     assert found["color", 1][2] > 0.6 and found["place", 1][2] > 0.5
     assert found["color", 1][0] < 0.4 and found["place", 1][0] < 0.45
@@ -96,7 +98,8 @@ def test_an_autoencoder_finds_the_directions_that_vectors_are_sums_of():
 
 
 def test_found_features_name_words_of_new_prompts_and_turn_things():
-    found = sparse_autoencoder.study(["red", "black"], count=460, trained=400, each=4)
+    found = sparse_autoencoder.study(["black"], count=300, trained=260, steps=300, each=4)
+    print(found["steered"], found["explained"], [round(f.f1, 2) for f in found["features"].values()])
     scores = [feature.f1 for feature in found["features"].values()]
     # A feature that fires for every prompt has 2 / 11 for one color of ten.
     assert np.mean(scores) > 0.7
@@ -127,9 +130,7 @@ def test_diffusers_loads_the_file_of_a_lora_without_a_key_left(tmp_path):
     train_lora.train(tmp_path / "few.safetensors", steps=1, count=4)
     state = diffusers.ZImagePipeline.lora_state_dict(tmp_path / "few.safetensors")
     model = diffusers.ZImageTransformer2DModel.from_pretrained(load().folder / "transformer")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "_hf_peft_config_loaded", False, raising=False)
-        model.load_lora_adapter(state, prefix="transformer")
+    model.load_lora_adapter(state, prefix="transformer")
     layers = {name.partition(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
     assert layers == {key.removeprefix("transformer.").partition(".lora_A")[0] for key in state if ".lora_A." in key}
     assert len(layers) == 42

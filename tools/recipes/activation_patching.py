@@ -28,7 +28,7 @@ from s3dit import Pipeline
 from s3dit.research.instrument import Item
 from s3dit.research.pictures import heatmap, strip
 from s3dit.research.record import Record
-from s3dit.research.tokens import ItemTokens, tokens
+from s3dit.research.tokens import ItemTokens
 
 OWN, OTHER = "red", "blue"
 PROMPT = "a {} circle on a white background"

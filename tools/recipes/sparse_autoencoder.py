@@ -145,18 +145,23 @@ def has_thing(picture: Image.Image, color: str) -> bool:
 
 
 def study(
-    colors: Sequence[str] = tuple(COLOURS), count: int = 700, trained: int = 600, strength: float = 4.0, each: int = 6
+    colors: Sequence[str] = tuple(COLOURS),
+    count: int = 700,
+    trained: int = 600,
+    steps: int = 600,
+    strength: float = 4.0,
+    each: int = 6,
 ) -> dict[str, Any]:
     """Find features in so many prompts, `trained` of which train; push `each` of the rest towards each of the colors.
 
-    strength: length of a push, in activities that a feature has where its color is said. -> explained: share of the
+    steps: of the autoencoder's training · strength: length of a push, in activities that a feature has where its color is said. -> explained: share of the
     variance, on the rest · features: by (kind, name) · steered: by color the shares of pictures whose thing has it,
     after a push along the feature and along a random direction · pictures: the first prompt's, as it is and pushed.
     """
     pipe, said = load(), scenes(count, seed=5)
     held = activations(pipe, [text for _, text in said])
     x = held - held[:trained].mean(0)
-    model = fit(x[:trained].flatten(0, 1))
+    model = fit(x[:trained].flatten(0, 1), steps=steps)
     features, rng = named(model, x, said, trained), torch.Generator().manual_seed(0)
     found: dict[str, Any] = {"explained": explained(model, x[trained:]), "features": features, "steered": {}}
     first = next(prompt for prompt in said[trained:] if prompt[0].background == "green")
