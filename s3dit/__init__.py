@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from s3dit.plan import Plan as Plan
     from s3dit.request import Request as Request
     from s3dit.result import Result as Result
-    from s3dit.sampling.solvers import Step as Step
+    from s3dit.sampling.step import Step as Step
 
 __version__ = "0.1.0"
 __all__ = [

@@ -30,7 +30,7 @@ from s3dit.runtime.components import Components
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.encoders import Encoders, PromptEmbeds
 from s3dit.runtime.sources import Sources
-from s3dit.sampling.solvers import split_latents
+from s3dit.sampling.step import split_latents
 
 if TYPE_CHECKING:
     from s3dit.request import Embeds

@@ -48,7 +48,8 @@ from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
-from s3dit.sampling.solvers import Step, solve
+from s3dit.sampling.solvers import solve
+from s3dit.sampling.step import Step
 
 if TYPE_CHECKING:
     from s3dit.research.observe import Edit

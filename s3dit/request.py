@@ -33,8 +33,14 @@ if TYPE_CHECKING:
     # Features of prompts: (tokens, width), a list of them, a batch, or a padded batch and the lengths in it.
     Embeds = torch.Tensor | Sequence[torch.Tensor] | tuple[torch.Tensor, Sequence[int] | torch.Tensor]
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "euler_ancestral"]
-Schedule = Literal["official", "simple", "beta", "karras", "exponential"]
+Solver = Literal[
+    "euler", "heun", "dpmpp_2m", "euler_ancestral", "res_multistep", "res_multistep_ancestral", "res_2s",
+    "dpmpp_2m_sde", "er_sde", "unipc", "lcm",
+]  # fmt: skip
+Schedule = Literal[
+    "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
+    "bong_tangent",
+]  # fmt: skip
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]

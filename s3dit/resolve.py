@@ -6,6 +6,8 @@ from s3dit.errors import RequestError
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
+from s3dit.sampling.multistep import STOCHASTIC
+from s3dit.sampling.schedules import UNSHIFTED
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
 REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
@@ -109,11 +111,13 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
             yield f"solver {request.solver} has no effect: a single step is one of euler"
         if request.schedule not in ("official", config.scheduler.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
-    if request.sigmas is not None and request.schedule == "simple":
-        yield "the values of sigmas have no effect: schedule simple spaces as many steps by itself"
+    if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED):
+        yield f"the values of sigmas have no effect: schedule {request.schedule} spaces as many steps by itself"
     elif request.sigmas is not None and request.schedule != "official":
         yield f"of sigmas only their number, the first and the last count: schedule {request.schedule} spaces the rest"
-    random = request.solver == "euler_ancestral" or (request.image is not None and request.posterior == "sample")
+    if request.schedule in UNSHIFTED and request.shift != config.scheduler.shift:
+        yield f"shift has no effect: schedule {request.schedule} has sigmas of its own"
+    random = request.solver in STOCHASTIC or (request.image is not None and request.posterior == "sample")
     if request.latents is not None and request.upscale is None and not random:
         for name in ("seed", "generator"):
             if getattr(request, name) is not None:

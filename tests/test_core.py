@@ -1,7 +1,8 @@
 """The size of the core: what somebody reads to know how the model draws stays below a bound.
 
 The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and what they are split into), in
-model/ all but the vision tower, ControlNet, tiles and hooks, all of sampling/, and in kernels/ the reference functions
+model/ all but the vision tower, ControlNet, tiles and hooks, sampling/ but for solvers that no model is published with,
+and in kernels/ the reference functions
 of the Ops, which are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines
 with nothing but a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
 """
@@ -23,16 +24,16 @@ BORDER = {
     "__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
     "values",
 }  # fmt: skip
-# Files of model/ that only some requests need, or those who look on.
-OPTIONAL = {"controlnet", "hooks", "tiles", "vision_encoder"}
+# Files of model/ and sampling/ that only some requests need, or those who look on.
+OPTIONAL = {"controlnet", "corrected", "hooks", "multistep", "tiles", "vision_encoder"}
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
 def core_files():
     """The files that are core as a whole."""
     files = [path for path in (ROOT / "s3dit").glob("*.py") if path.stem not in BORDER]
-    files += [path for path in (ROOT / "s3dit" / "model").glob("*.py") if path.stem not in OPTIONAL]
-    return sorted([*files, *(ROOT / "s3dit" / "sampling").glob("*.py")])
+    rooms = (path for room in ("model", "sampling") for path in (ROOT / "s3dit" / room).glob("*.py"))
+    return sorted([*files, *(path for path in rooms if path.stem not in OPTIONAL)])
 
 
 def count(text):

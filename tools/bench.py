@@ -3,6 +3,7 @@
     python tools/bench.py transformer        one refiner of each kind and --layers main blocks, 512², 64 text tokens
     python tools/bench.py text               a 20-token prompt; diffusers pads to 512
     python tools/bench.py vae                decode of a picture of --side pixels (default 512)
+    python tools/bench.py research           what instruments cost: unused, and attention maps (bench_research.py)
     python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps
     python tools/bench.py table FILE         the README's table from a file of results
     python tools/bench.py --quality …        what number formats cost in quality (bench_formats.py; --quality --help)
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_machine import ROOT, machine, watched, write_checkpoint
+from bench_research import bench_research
 
 DIFFUSERS_RUN = """
 import json, sys, time, torch
@@ -212,7 +214,7 @@ def main() -> None:
         bench_formats.main(["quality", *(one for one in sys.argv[1:] if one != "--quality")])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("transformer", "text", "vae", "checkpoint", "table"))
+    parser.add_argument("what", choices=("transformer", "text", "vae", "research", "checkpoint", "table"))
     parser.add_argument("file", nargs="?", type=Path, help="results, for table")
     parser.add_argument("--layers", type=int, default=1, help="main blocks, or text layers (default 1)")
     parser.add_argument("--side", type=int, default=512, help="of the picture that vae decodes (default 512)")
@@ -228,7 +230,10 @@ def main() -> None:
     guards = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "tests/parity"]
     if not args.no_tests and subprocess.run(guards, cwd=ROOT).returncode:
         raise SystemExit("the tests fail: no figures on red")
-    bench = {"transformer": bench_transformer, "text": bench_text, "vae": bench_vae, "checkpoint": bench_checkpoint}
+    bench = {
+        "transformer": bench_transformer, "text": bench_text, "vae": bench_vae, "research": bench_research,
+        "checkpoint": bench_checkpoint,
+    }  # fmt: skip
     line = json.dumps(bench[args.what](args) | {"machine": machine()}, ensure_ascii=False)
     print(line)
     if args.json is not None:

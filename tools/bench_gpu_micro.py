@@ -23,6 +23,7 @@ def micro(bench: Bench) -> Iterator[Row]:
             yield from bench.attempt(4, partial(_row_kernel, bench, make, op, nbytes), op=name, side=side)
         for op in (engine.attention, engine.attention_lse):
             yield from bench.attempt(4, partial(_attention, bench, op, n), rows=n)
+        yield from bench.attempt(4, partial(_maps, bench, side), rows=n)
         yield from bench.attempt(4, partial(_swiglu_bf16, bench, n), rows=n)
         for number_format in ("int8", "fp8"):
             yield from bench.attempt(4, partial(_swiglu_layers, bench, n, number_format), rows=n)
@@ -115,6 +116,25 @@ def _attention(bench: Bench, op: Any, n: int) -> Iterator[Row]:
         chosen = inputs[:1] if name == "reference" else inputs
         measure = partial(_implementation, bench, function, chosen, lambda ms: {"tflops": flops / ms / 1e9})
         yield from bench.attempt(2, measure, op=op.name, implementation=name)
+
+
+def _maps(bench: Bench, side: int) -> Iterator[Row]:
+    """What attention maps of 16 words take in one block, beside its attention."""
+    _, _, heads, head = _sizes(bench)
+    pipe = engine.Pipeline.load(device="cpu")
+    (item,) = engine.tokens(pipe, pipe.plan(engine.WORDS, height=side, width=side, seed=1))
+    words, spans = list(dict.fromkeys(item.words))[:16], engine.Spans.of((len(item),), bench.device)
+    q, k, v = (draw(bench, len(item), heads, head) for _ in range(3))
+
+    def looked_at() -> None:
+        """As `attention_maps` does, to the sums on the host."""
+        engine.AttentionMaps(words, ()).add(item, 1, "layers.0", engine.looks(q, k, item, words))
+
+    calls = {"attention": lambda: engine.attention(q, k, v, spans, spans), "maps": looked_at}
+    for name, run in calls.items():
+        yield {"op": "attention maps", "implementation": name, "tokens": len(item)} | {
+            "eager_ms": bench.timer.eager_ms([run, run], 9), "host_us": bench.timer.host_us(run, 5),
+        }  # fmt: skip
 
 
 def _swiglu_bf16(bench: Bench, n: int) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from bench_machine import ROOT
+from bench_research import WORDS
 from torch import Tensor, nn
 
 from s3dit.kernels.attention import Spans, attention, attention_lse
@@ -37,7 +38,8 @@ from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Context, Transformer
 from s3dit.model.vae import Autoencoder
 from s3dit.pipeline import Pipeline
-from s3dit.research.attention import attention_maps
+from s3dit.research.attention import AttentionMaps, attention_maps, looks
+from s3dit.research.tokens import tokens
 from s3dit.runtime.block_streaming import stream, tensors
 from s3dit.runtime.graphs import Replay, compile_blocks
 from s3dit.runtime.joining import join
@@ -45,11 +47,12 @@ from s3dit.runtime.modulations import together
 from s3dit.weights.quantize import quantizable_layers
 
 __all__ = [
-    "CAPTION", "FORMATS", "SCHEMES", "Context", "Op", "Pipeline", "Replay", "Spans", "add_pictures", "attention",
-    "attention_lse", "attention_maps", "autoencoder", "compile_blocks", "gated_residual", "gated_residual_norm",
-    "group_moments", "implementations", "in_fp32", "launch_scaled", "model_inputs", "normalize_rows", "qk_norm_rope",
-    "quantize_rows", "random_tensors", "relative", "repeat_pixels", "residual_norm", "rms_norm", "rms_norm_modulate",
-    "scaled_matmul", "stream", "swiglu", "swiglu_linear", "text_encoder", "transformer", "upcast", "use_backend",
+    "CAPTION", "FORMATS", "SCHEMES", "WORDS", "AttentionMaps", "Context", "Op", "Pipeline", "Replay", "Spans",
+    "add_pictures", "attention", "attention_lse", "attention_maps", "autoencoder", "compile_blocks", "gated_residual",
+    "gated_residual_norm", "group_moments", "implementations", "in_fp32", "launch_scaled", "looks", "model_inputs",
+    "normalize_rows", "qk_norm_rope", "quantize_rows", "random_tensors", "relative", "repeat_pixels", "residual_norm",
+    "rms_norm", "rms_norm_modulate", "scaled_matmul", "stream", "swiglu", "swiglu_linear", "text_encoder", "tokens",
+    "transformer", "upcast", "use_backend",
 ]  # fmt: skip
 
 BF16 = torch.bfloat16

@@ -1,9 +1,9 @@
 """Floors and estimated times of launches, from what was compiled and the published or measured rates of a device.
 
 Rates are those of an H200 (`results/h200`), low where power limits a long run of passes, high in a single one; those of
-an H100 are taken to be the same but for copies, and were not measured. A floor is what a launch cannot be faster than: its bytes at the rate of a
-copy, its multiplications at that of the tensor cores, its instructions at one a cycle and scheduler. An estimate
-divides the largest floor by the share of it that such kernels reach; it is given as (low, high).
+an H100 are taken to be the same but for copies, and were not measured. A floor is what a launch cannot be faster than:
+its bytes at the rate of a copy, its multiplications at that of the tensor cores, its instructions at one a cycle and
+scheduler. An estimate divides the largest floor by the share of it that such kernels reach; it is given as (low, high).
 """
 
 from collections import Counter

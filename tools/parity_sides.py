@@ -26,7 +26,7 @@ from s3dit.errors import RequestError
 from s3dit.inputs.images import to_pil
 from s3dit.model.layout import Layout, text_to_image
 from s3dit.research.trace import Record, trace
-from s3dit.sampling.solvers import split_latents
+from s3dit.sampling.step import split_latents
 
 # What is looked at inside the transformer, in the first step and in the later ones.
 RUNGS = ["cap_embedder", "context_refiner.*", "t_embedder", "all_x_embedder.2-1", "noise_refiner.*", "layers.*"]

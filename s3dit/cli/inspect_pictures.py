@@ -12,23 +12,26 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from s3dit.cli.inspect_report import HOME, Facts, draw
 from s3dit.cli.record import PLACE, needed, own_name, read_record
 from s3dit.errors import RequestError
 from s3dit.files import taken
 from s3dit.inputs.image_metadata import read_metadata, read_texts
-from s3dit.request import Request
+from s3dit.request import Request, Schedule
 
 # How pictures that carry what made them begin.
 PICTURES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF")
 # Their samplers and schedules under the names that they have here; of others the nearest is the default.
 SOLVERS = {
     "euler": "euler", "euler a": "euler_ancestral", "euler_ancestral": "euler_ancestral", "heun": "heun",
-    "dpm++ 2m": "dpmpp_2m", "dpmpp_2m": "dpmpp_2m",
+    "dpm++ 2m": "dpmpp_2m", "dpmpp_2m": "dpmpp_2m", "dpm++ 2m sde": "dpmpp_2m_sde", "dpmpp_2m_sde": "dpmpp_2m_sde",
+    "dpmpp_2m_sde_gpu": "dpmpp_2m_sde", "res multistep": "res_multistep", "res_multistep": "res_multistep",
+    "res_multistep_ancestral": "res_multistep_ancestral", "res_2s": "res_2s", "er sde": "er_sde", "er_sde": "er_sde",
+    "unipc": "unipc", "uni_pc": "unipc", "uni_pc_bh2": "unipc", "lcm": "lcm",
 }  # fmt: skip
-SCHEDULES = ("simple", "beta", "karras", "exponential")
+SCHEDULES = set(get_args(Schedule)) - {"official"}
 # One `name: value` of the last line of `parameters`; a value with commas stands in quotation marks.
 SETTING = re.compile(r'\s*([\w /-]{1,40}):\s*("(?:\\.|[^\\"]){0,4000}"|[^,]{0,4000})(?:,|$)')
 LORA = re.compile(r"<lora:([^:<>]{1,200})(?::(-?[\d.]{1,8}))?[^<>]{0,80}>")
@@ -151,7 +154,7 @@ def _foreign(path: Path, kind: str, facts: dict[str, Any], prompt: str) -> Facts
     """The facts of another program's picture, and the command that comes closest."""
     notes = ["another program drew it: the nearest command draws another picture of the same words"]
     options, model = ["--model", HOME], str(facts["model"] or "")
-    sampler, schedule = str(facts["sampler"] or "").lower(), str(facts["schedule"] or "").lower()
+    sampler, schedule = str(facts["sampler"] or "").lower(), str(facts["schedule"] or "").lower().replace(" ", "_")
     wanted = {
         "seed": ("--seed", _number(facts["seed"], int)),
         "num_inference_steps": ("--steps", _number(facts["steps"], int)),

@@ -54,10 +54,14 @@ ANSWERS = {
     "-v": "progress is always shown; s3dit plan says what will be loaded and computed",
     "--base-model": "say --model",
 }  # fmt: skip
-# What other programs call a solver that there is here by another name.
+# What other programs call a solver, or a schedule, that there is here by another name.
 VALUES = {
     "euler_a": "euler_ancestral", "euler a": "euler_ancestral", "k_euler": "euler", "dpm++2m": "dpmpp_2m",
     "dpm++ 2m": "dpmpp_2m", "k_dpmpp_2m": "dpmpp_2m", "flowmatcheulerdiscretescheduler": "euler", "flow_euler": "euler",
+    "dpm++2m_sde": "dpmpp_2m_sde", "dpm++ 2m sde": "dpmpp_2m_sde", "dpmpp_2m_sde_gpu": "dpmpp_2m_sde",
+    "res multistep": "res_multistep", "er sde": "er_sde", "uni_pc": "unipc", "uni_pc_bh2": "unipc",
+    "unipcmultistepscheduler": "unipc", "flowmatchlcmscheduler": "lcm", "sgm uniform": "sgm_uniform",
+    "kl optimal": "kl_optimal", "linear quadratic": "linear_quadratic",
 }  # fmt: skip
 # A command line and what it does.
 Examples = Sequence[tuple[str, str]]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from s3dit.kernels.dispatch import Op
     from s3dit.pipeline import Pipeline
     from s3dit.plan import Plan
-    from s3dit.sampling.solvers import Step
+    from s3dit.sampling.step import Step
 
 # Bytes of a part from which its loading is worth a bar.
 LONG = 1 << 28

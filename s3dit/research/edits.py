@@ -9,6 +9,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -85,23 +86,33 @@ def steer(vector: Tensor, strength: float = 1.0) -> Edit:
     return change
 
 
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    """The edit of `patch`; choice: fields of the record's keys that are taken in place of the run's."""
+
+    record: Record
+    choice: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        """The fingerprint of the only model that it fits; `edit` compares it."""
+        return self.record.model
+
+    def __call__(self, rows: Tensor, where: Item) -> Tensor:
+        key: dict[str, Any] = {"step": where.step, "item": where.item, "branch": where.branch, "call": where.call}
+        key |= self.choice
+        return self.record.at(where.site.name, **key).to(rows.device, rows.dtype)
+
+
 def patch(record: Record, *, item: int | None = None, branch: str | None = None, step: int | None = None) -> Edit:
     """Put what another run had at the same site, step, call, item and branch; those given here are taken instead.
 
     The record is one of `observe` over the same tokens, without `reduce`. Where it has no such tensor, or one of
-    another shape, the run stops with a RequestError.
+    another shape, the run stops with a RequestError. So does `edit` where the record is of another model; to patch from
+    one all the same, set its `model` to "".
     """
-
-    def change(rows: Tensor, where: Item) -> Tensor:
-        return record.at(
-            where.site.name,
-            step=where.step if step is None else step,
-            item=where.item if item is None else item,
-            branch=where.branch if branch is None else branch,
-            call=where.call,
-        ).to(rows.device, rows.dtype)
-
-    return change
+    choice = {"item": item, "branch": branch, "step": step}
+    return _Patch(record, {name: value for name, value in choice.items() if value is not None})
 
 
 @contextmanager

@@ -201,8 +201,8 @@ class Item:
 
     site · step: of the solver, from 1; 0 for what is no part of a step (text encoder, autoencoder) · call: of the site
     within the step, from 0 · item: index of the picture; of the text encoder and the autoencoder, of their call ·
-    branch: positive or negative · tokens: the item's map, None where its rows are no tokens of a pass · index: the rows
-    of the tensor that are its, or those of the chosen tokens.
+    branch: positive or negative · tokens: the item's map, None where its rows are no tokens of a pass · index: its part
+    of the tensor: its rows, or those of the chosen tokens.
     """
 
     site: Site
@@ -211,7 +211,7 @@ class Item:
     item: int
     branch: str
     tokens: ItemTokens | None
-    index: slice | Tensor
+    index: int | slice | Tensor
 
 
 class Splitter:
@@ -238,10 +238,11 @@ class Splitter:
         """Yield the items of a site's tensor that are chosen."""
         now = self._pipe.now
         step = now.step if now is not None and site.part == "transformer" else 0
-        if step and now is not self._now:
+        if step and now is not None and now is not self._now:
             # Another step, or another run.
-            if self._now is None or now is None or now.plan is not self._now.plan:
+            if self._now is None or now.plan is not self._now.plan:
                 self._maps.clear()
+                self._check_steps(now)
             self._now = now
             self._calls.clear()
         call = self._calls[site.name]
@@ -249,7 +250,8 @@ class Splitter:
         if site.stream in ("prompt", "picture") or now is None:
             if self._items is None or call in self._items:
                 self.seen.add(site.name)
-                yield Item(site, step, 0, call, "positive", None, slice(None))
+                # Pictures come one by one, each as a batch.
+                yield Item(site, step, 0, call, "positive", None, 0 if site.stream == "picture" else slice(None))
             return
         if self._steps is not None and step not in self._steps:
             return
@@ -271,6 +273,15 @@ class Splitter:
                 index = torch.tensor(found, device=tensor.device)
             self.seen.add(site.name)
             yield Item(site, step, call, item.item, item.branch, item, index)
+
+    def _check_steps(self, now: Now) -> None:
+        """Raise RequestError for steps that a run which begins does not have."""
+        count, plan = 0, now.plan if now.step == 1 else None
+        while plan is not None:
+            # Steps are counted on through a second pass.
+            count, plan = count + len(plan.sigmas) - 1, plan.then
+        if count and (wrong := [step for step in self._steps or () if step > count]):
+            raise RequestError(f"steps {wrong} were chosen of a run that has {count}; needed some of 1 to {count}")
 
     def _parts(self, site: Site, n: int, plan: Plan) -> Iterator[tuple[ItemTokens, int, Sequence[int]]]:
         """Of every item of a pass: its map, where its rows begin in the site's tensor of n rows, and their tokens."""

@@ -50,7 +50,7 @@ def observe(
     them · reduce: what to keep of each, a name of `REDUCTIONS` or several, or a function of the rows; everything
     without. Steps, branch and tokens choose among sites of the transformer. Of several pictures drawn one after the
     other, the last one's tensors stay.
-    Raises RequestError for sites, branches, words or reductions that do not exist; warns where nothing was seen.
+    Raises RequestError for sites, branches, steps, words or reductions that do not exist; warns where nothing was seen.
     """
     keep = _reducers(reduce)
     chosen = sites(pipe, patterns)
@@ -87,7 +87,8 @@ def edit(
 
     changes: pattern of sites -> function(rows of an item, where) that returns rows of the same shape, or None to leave
     them; several that match a site act one after the other · the rest as in `observe`. Raises RequestError, also out of
-    the run where a function returns another shape, or numbers that are not finite; warns where nothing was edited.
+    the run where a function returns another shape, or numbers that are not finite, or the run has no such step; warns
+    where nothing was edited.
     """
     chosen, by_site = _chosen(pipe, changes)
     split = splitter(pipe, steps, items, branch, tokens)
@@ -127,6 +128,12 @@ def _chosen(pipe: LoadedModel, changes: Mapping[str, Edit]) -> tuple[dict[str, S
             raise RequestError(
                 f"the edit of {pattern} is {type(function).__name__}; needed a function of rows and Item"
             )
+        model = getattr(function, "model", "")
+        if model and model != fingerprint(pipe):
+            raise RequestError(
+                f"the edit of {pattern} is of a record of model {model[:12]}, this one is {fingerprint(pipe)[:12]}; "
+                "needed one model; record it again with this one"
+            )
         for name, site in sites(pipe, pattern).items():
             chosen[name] = site
             by_site.setdefault(name, []).append(function)
@@ -139,7 +146,8 @@ def _check(changed: Any, rows: Tensor, item: Item) -> None:
     if not isinstance(changed, Tensor) or changed.shape != rows.shape:
         found = tuple(changed.shape) if isinstance(changed, Tensor) else type(changed).__name__
         raise RequestError(f"{where} returned {found}; needed a tensor {tuple(rows.shape)}, or None")
-    if not changed.isfinite().all():
+    # In the dtype that it will have: what is finite in fp32 need not be in 16 bits.
+    if not changed.to(rows.dtype).isfinite().all():
         raise RequestError(f"{where} returned numbers that are not finite; needed finite ones")
 
 

@@ -64,7 +64,7 @@ def heatmap(
         )
     shown = np.log10(np.where(data > 0, data, np.nan)) if log else data
     bounds = limits and (tuple(np.log10(limits)) if log else limits)
-    low, high, signed = _limits(shown, bounds)
+    low, high, signed = _limits(shown, bounds, symmetric=not log)
     names, heads = [str(row) for row in rows], [str(column) for column in columns]
     numbers = data.size <= 400 if numbers is None else numbers
     texts = [["" if np.isnan(x) else _cell(x, form) for x in row] for row in data] if numbers else []
@@ -162,7 +162,8 @@ def lines(
 ) -> Image.Image:
     """Draw curves by name over one axis x (default: 1, 2, …), with a legend; missing values leave gaps.
 
-    log: the vertical axis is logarithmic, values above 0 · size: of the picture, in pixels.
+    Many curves are colored from dark to light in their order. log: the vertical axis is logarithmic, values above 0 ·
+    size: of the picture, in pixels.
     """
     data = {name: array(values) for name, values in curves.items()}
     lengths = {len(values) for values in data.values()} | ({len(x)} if x is not None else set())
@@ -192,7 +193,7 @@ def lines(
     for i in np.unique(np.linspace(0, count - 1, min(count, 9)).astype(int)):
         pen.text((across[i], top + height + GAP), format(at[i], "g"), INK, FONT, anchor="mt")
     for i, (name, values) in enumerate(data.items()):
-        color = CURVES[i % len(CURVES)]
+        color = CURVES[i] if len(data) <= len(CURVES) else _mixed(i, len(data))
         down = top + height * (1 - (values - low) / ((high - low) or 1.0))
         for j in range(count):
             if np.isfinite(down[j]):
@@ -201,6 +202,11 @@ def lines(
                 pen.line((across[j - 1], down[j - 1], across[j], down[j]), color, 2)
         pen.text((left + width + 2 * GAP, top + LINE * i), name, color, FONT)
     return canvas
+
+
+def _mixed(i: int, count: int) -> tuple[int, ...]:
+    """The color of one of many curves: from dark to light in their order."""
+    return tuple(map(int, colors(i / count, 0.0, 1.0)))
 
 
 def _limits(data: Array, given: tuple[float, float] | None, *, symmetric: bool = True) -> tuple[float, float, bool]:

@@ -147,7 +147,10 @@ def _item(data: dict[str, Any]) -> ItemTokens:
     places = tuple(None if place is None else (int(place[0]), int(place[1])) for place in data["places"])
     rows = {name: tuple(of_stream) for name, of_stream in data["rows"].items()}
     rest = {name: data[name] for name in ("item", "branch", "prompt", "starts")}
-    return ItemTokens(grid=tuple(data["grid"]), kinds=tuple(data["kinds"]), places=places, rows=rows, **rest)
+    references = tuple((rows, columns) for rows, columns in data.get("references", ()))
+    return ItemTokens(
+        grid=tuple(data["grid"]), kinds=tuple(data["kinds"]), places=places, rows=rows, references=references, **rest
+    )
 
 
 # Of checkpoints that were looked at: some containers compute tensors, or read them whole.

@@ -1,10 +1,12 @@
 """Reductions: what to keep of a site's tensor in place of all of it, by name.
 
 Each takes one item's rows (n, …) and gives a small fp32 tensor, at once, so that nothing large is held: all sites of a
-full-size model over 8 steps take less than 1 GB. Further ones are functions of one's own.
+full-size model over 8 steps take less than 1 GB. None makes a copy of all of the tensor, which may have hundreds of
+millions of numbers: they go through it by pieces. Further ones are functions of one's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -14,42 +16,53 @@ SAMPLE = 16384
 # Numbers that percentiles are taken of, and rows of the effective rank.
 PERCENTILES, RANK_ROWS = (0.1, 1.0, 5.0, 25.0, 50.0, 75.0, 95.0, 99.0, 99.9), 256
 PERCENTILE_SAMPLE = 1 << 20
+# Numbers that are in fp64 at a time: 8 MiB.
+PIECE = 1 << 20
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The rows of a tensor (n, …) as fp32 (n, D)."""
-    return x.detach().float().flatten(1) if x.ndim > 1 else x.detach().float()[None]
+def _pieces(x: Tensor) -> Iterator[Tensor]:
+    """The rows of a tensor (n, …) as fp64, about PIECE numbers at a time."""
+    for piece in x.detach().split(max(1, PIECE // x[0].numel())):
+        # Metal has no fp64.
+        yield piece.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def _average(x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean over the rows of what a function gives of rows."""
+    return reduce(torch.add, (of(piece).sum(0) for piece in _pieces(x))) / len(x)
 
 
 def mean(x: Tensor) -> Tensor:
     """Mean of each channel over the rows: (n, …) -> (…)."""
-    return x.detach().float().mean(0)
+    return _average(x, lambda rows: rows).float()
 
 
 def std(x: Tensor) -> Tensor:
     """Standard deviation of each channel over the rows (divided by n): (n, …) -> (…)."""
-    return x.detach().float().std(0, correction=0)
+    center = _average(x, lambda rows: rows)
+    return _average(x, lambda rows: (rows - center).square()).sqrt().float()
 
 
 def largest(x: Tensor) -> Tensor:
     """Largest magnitude of each channel over the rows: (n, …) -> (…)."""
-    return x.detach().float().abs().amax(0)
+    return reduce(torch.maximum, (piece.abs().amax(0) for piece in _pieces(x))).float()
 
 
 def norms(x: Tensor) -> Tensor:
     """Euclidean norm of each row: (n, …) -> (n,)."""
-    return torch.linalg.vector_norm(_rows(x), dim=1)
+    return torch.cat([torch.linalg.vector_norm(piece.flatten(1), dim=1) for piece in _pieces(x)]).float()
 
 
 def rms(x: Tensor) -> Tensor:
     """Root of the mean square of all numbers: -> ()."""
-    return x.detach().double().square().mean().sqrt().float()
+    return _average(x, torch.square).mean().sqrt().float()
 
 
 def kurtosis(x: Tensor) -> Tensor:
     """Fourth central moment of all numbers over their squared variance (3 for normal ones): -> ()."""
-    centered = x.detach().double() - x.detach().double().mean()
-    return (centered.pow(4).mean() / centered.square().mean().square()).float()
+    center = _average(x, lambda rows: rows).mean()
+    variance = _average(x, lambda rows: (rows - center).square()).mean()
+    return (_average(x, lambda rows: (rows - center).pow(4)).mean() / variance.square()).float()
 
 
 def percentiles(x: Tensor) -> Tensor:
@@ -63,11 +76,10 @@ def effective_rank(x: Tensor) -> Tensor:
 
     Between 1 (all rows are multiples of one) and the number of rows or channels. Source: Roy and Vetterli 2007.
     """
-    rows = _rows(x)
-    if len(rows) > RANK_ROWS:
-        rows = rows[torch.linspace(0, len(rows) - 1, RANK_ROWS, device=x.device).long()]
+    if len(x) > RANK_ROWS:
+        x = x[torch.linspace(0, len(x) - 1, RANK_ROWS, device=x.device).long()]
+    rows = x.detach().flatten(1).double()
     # The eigenvalues of the smaller Gram matrix are the squares.
-    rows = rows.double()
     gram = rows @ rows.T if rows.shape[0] <= rows.shape[1] else rows.T @ rows
     values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     share = values / values.sum()
@@ -81,11 +93,10 @@ def sample(x: Tensor) -> Tensor:
 
 def _evenly(x: Tensor, most: int) -> Tensor:
     """At most so many numbers of x, flat, in fp32."""
-    flat = x.detach().reshape(-1)
-    if flat.numel() > most:
-        # An odd step, so that it does not fall on the same channels of every row.
-        flat = flat[:: -(-flat.numel() // most) | 1]
-    return flat.float()
+    # An odd step, so that it does not fall on the same channels of every row.
+    index = torch.arange(0, x.numel(), -(-x.numel() // most) | 1, device=x.device)
+    # By places: a flat view of a tensor that is not contiguous would be a copy of all of it.
+    return x.detach()[torch.unravel_index(index, x.shape)].float()
 
 
 REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -40,7 +40,7 @@ class ItemTokens:
     and columns of its image tokens · kinds: of each token in joint order, from KINDS · places: of each token the
     characters (start, stop) of the prompt that it stands for, None for tokens that are none of the prompt's · starts:
     where the item begins in each stream · rows: of each stream, the token of this item (an index of `kinds`) that each
-    of its rows holds.
+    of its rows holds · references: rows and columns of each reference picture's tokens.
     """
 
     item: int
@@ -51,6 +51,7 @@ class ItemTokens:
     places: tuple[tuple[int, int] | None, ...]
     starts: dict[str, int]
     rows: dict[str, tuple[int, ...]]
+    references: tuple[Grid, ...] = ()
 
     def __len__(self) -> int:
         return len(self.kinds)
@@ -63,14 +64,20 @@ class ItemTokens:
     def find(self, what: str) -> list[int]:
         """Return the tokens of a kind, or of a piece of the prompt: indices in the joint sequence of the item.
 
-        what: one of KINDS; "text" for prompt, template and embeds; "padding" for all padding; else text of the prompt,
-        a word or several: the tokens of every place where it stands (as a whole word if it does somewhere, in any
-        case), so that "word:image" finds the word and not the kind. Raises RequestError, naming the nearest words.
+        what: one of KINDS; "text" for prompt, template and embeds; "padding" for all padding; "reference 2" for the
+        second reference picture; else text of the prompt, a word or several: the tokens of every place where it stands
+        (as a whole word if it does somewhere, in any case), so that "word:image" finds the word and not the kind.
+        Raises RequestError, naming the nearest words.
         """
+        if what in self._references:
+            sizes = [rows * columns for rows, columns in self.references]
+            start = sum(sizes[: self._references.index(what)])
+            return self.find("reference")[start : start + sizes[self._references.index(what)]]
         if (kinds := _kinds_of(what)) is not None:
             return [i for i, kind in enumerate(self.kinds) if kind in kinds]
         if not (spans := self._spans(what)):
-            near = difflib.get_close_matches(what.removeprefix("word:"), [*self.words, *KINDS], n=3, cutoff=0.0)
+            known = [*self.words, *KINDS, *self._references]
+            near = difflib.get_close_matches(what.removeprefix("word:"), known, n=3, cutoff=0.0)
             raise RequestError(
                 f"{what!r} is neither in the prompt {self.prompt!r} nor a kind of token; needed a word of it or one of "
                 f"{', '.join(KINDS)}; the nearest are {', '.join(near)}"
@@ -79,7 +86,11 @@ class ItemTokens:
 
     def has(self, what: str) -> bool:
         """Return whether `find` takes it: a kind of token, or text that stands in the prompt."""
-        return _kinds_of(what) is not None or bool(self._spans(what))
+        return what in self._references or _kinds_of(what) is not None or bool(self._spans(what))
+
+    @property
+    def _references(self) -> list[str]:
+        return [f"reference {i + 1}" for i in range(len(self.references))]
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
         """Where a text stands in the prompt: as whole words if it does somewhere, in any case."""
@@ -114,6 +125,7 @@ def tokens(pipe: LoadedModel, plan: Plan, *, guided: bool | None = None) -> list
     joint, labels, texts = _kinds(layout), _owners(layout), list(_captions(pipe, plan))
     result, begin = [], dict.fromkeys(STREAMS, 0)
     count = request.count
+    references = [tuple(each.grid for each in row) for row in plan.references] or [()] * count
     # A text token's turn in the order of its pack.
     pending = iter([place for prompt, places in texts[: len(plan.captions)] for place in places])
     for index, length in enumerate(layout.joint.spans.lengths):
@@ -128,7 +140,7 @@ def tokens(pipe: LoadedModel, plan: Plan, *, guided: bool | None = None) -> list
         result.append(
             ItemTokens(
                 index % count, BRANCHES[index // count], prompt, plan.grids[index % count], tuple(kinds), tuple(places),
-                dict(begin), {**rows, "joint": tuple(range(length))},
+                dict(begin), {**rows, "joint": tuple(range(length))}, references[index % count],
             )
         )  # fmt: skip
         for name in labels:

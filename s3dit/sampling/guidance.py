@@ -16,7 +16,7 @@ from torch import Tensor
 
 from s3dit.model.timestep import Modulation
 from s3dit.model.transformer import Context, Steering
-from s3dit.sampling.solvers import Velocity
+from s3dit.sampling.step import Velocity
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ PARAMETERS = (
 )
 GRAPH = {
     "3": {"class_type": "KSampler", "inputs": {
-        "seed": 11, "steps": 2, "cfg": 1, "sampler_name": "res_multistep", "scheduler": "simple", "denoise": 1,
+        "seed": 11, "steps": 2, "cfg": 1, "sampler_name": "ddpm", "scheduler": "simple", "denoise": 1,
         "model": ["11", 0], "positive": ["6", 0], "negative": ["33", 0], "latent_image": ["13", 0]}},
     "6": {"class_type": "CLIPTextEncode", "inputs": {"text": ["7", 0], "clip": ["30", 0]}},
     "7": {"class_type": "PrimitiveString", "inputs": {"value": "-a red star-"}},
@@ -206,7 +206,7 @@ KINDS = {
                   "--schedule beta --negative-prompt 'text, blur' --lora path/to/style:0.7", "'a red star above a"),
     "a1111.jpg": ("AUTOMATIC1111", "--seed 7"),
     "comfy.png": ("ComfyUI", "--seed 11 --steps 2", "--lora path/to/style.safetensors:0.5", "-- '-a red star-'",
-                  "res_multistep is none of this engine's"),
+                  "ddpm is none of this engine's"),
     "comfy.webp": ("ComfyUI", "z_image_turbo_bf16"),
     "advanced.png": ("--seed 5 --steps 1 --height 64 --width 80 --solver euler --schedule beta", "not sound like"),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 import io
 import json
 import zlib
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from s3dit.errors import RequestError
 from s3dit.inputs.images import Pictures
 from s3dit.inputs.start_image import InpaintBlend, StartImage, begin, enlarged, noised, read, remaining_sigmas
 from s3dit.model.layout import patchify
-from s3dit.request import Request
+from s3dit.request import Request, Solver
 from s3dit.sampling.schedules import sigmas
 from s3dit.sampling.solvers import solve
 
 PROMPTS = ["a red star on a white background", "a blue circle on a black background", "a green ring, pink background"]
-SOLVERS = ["euler", "heun", "dpmpp_2m", "euler_ancestral"]
+SOLVERS = get_args(Solver)
 FEW = {"num_inference_steps": 4, "output_type": "latent"}
 
 

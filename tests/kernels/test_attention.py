@@ -135,6 +135,37 @@ def test_head_by_head_on_one_core(q_lengths, k_lengths, monkeypatch, poison):
     assert relative(room._by_heads(*args), exact(*args)[0]) < 5e-3
 
 
+@pytest.mark.parametrize("q_lengths, k_lengths", LENGTHS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_log_sum_exp_of_torchs_own_kernel_on_a_cpu(q_lengths, k_lengths, dtype, poison):
+    args = packed(q_lengths, k_lengths, 128, dtype)
+    assert attention_lse.choose(*args) is room._native_lse
+    out, rows = attention_lse(*args)
+    expected, lse = exact(*args)
+    assert out.dtype == dtype and rows.dtype == torch.float32 and rows.shape == lse.shape
+    assert relative(out, expected) < CLOSE.get(dtype, 1e-6) and (rows.double() - lse).abs().max() < 1e-5
+
+
+def test_what_torchs_own_kernel_on_a_cpu_would_get_wrong():
+    """Empty items stop the process, and numbers that do not lie side by side are misread: the reference takes them."""
+    q, k, v, *spans = packed((4, 7), (5, 6), 32)
+    scattered = q.mT.contiguous().mT
+    for args, why in (
+        (packed((0, 7), (3, 5), 32), "empty"),
+        (packed((4, 7), (0, 5), 32), "empty"),
+        ((scattered, k, v, *spans), "side by side"),
+        ((q.requires_grad_(), k, v, *spans), "gradient"),
+        ((q.detach().double(), k, v, *spans), "one dtype"),
+        ((q.detach(), k, v[..., :16], *spans), "one head size"),
+    ):
+        assert attention_lse.choose(*args) is attention_lse.reference
+        assert any(why in line[2] for line in attention_lse.explain(*args))
+        out, rows = attention_lse(*args)
+        expected, lse = exact(*args)
+        assert relative(out, expected) < 1e-6
+        assert torch.allclose(rows.double(), lse, atol=1e-5)
+
+
 def fake(x, device):
     """Arguments that only say where they are."""
     return type("Fake", (), {"device": torch.device(device), "dtype": x.dtype, "shape": x.shape})()

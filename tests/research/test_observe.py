@@ -1,15 +1,19 @@
 """Observation leaves every bit as it was, sites hold what they say, and edits act where they are meant to."""
 
+import re
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 from s3dit import Pipeline
 from s3dit.errors import RequestError
+from s3dit.kernels.dispatch import overridden
 from s3dit.model.layout import patchify
 from s3dit.research import edits
+from s3dit.research.attention import attention_maps
 from s3dit.research.observe import edit, observe
 from s3dit.research.record import Record
-from s3dit.research.reductions import REDUCTIONS
 from s3dit.research.sites import sites
 from s3dit.research.tokens import tokens
 
@@ -73,7 +77,7 @@ def test_shapes_are_those_that_are_listed(pipe):
         if listed[key.site].stream != "picture":
             assert tensor.shape[1:] == shape[1:], key.site
         else:
-            assert tensor.ndim == 4, key.site
+            assert tensor.ndim == 3 == len(shape), key.site
 
 
 def test_sites_of_a_block_agree_with_one_another(pipe):
@@ -131,7 +135,7 @@ def test_choices(pipe):
 
 def test_what_is_never_seen_is_said(pipe):
     with pytest.warns(UserWarning, match=r"observed nothing of layers\.1\.output"):  # noqa: SIM117
-        with observe(pipe, ["layers.1.output", "text_encoder.layers.0.output"], items=[0], steps=[9]) as record:
+        with observe(pipe, ["layers.1.output", "text_encoder.layers.0.output"], items=[0], branch="negative") as record:
             latents(pipe)
     assert {key.site for key in record} == {"text_encoder.layers.0.output"}
 
@@ -193,7 +197,7 @@ def test_edits_are_chosen_by_step_item_and_token(pipe):
         after = latents(pipe, prompts, **more)
     assert torch.equal(before[0], after[0]) and not torch.equal(before[1], after[1])
     with pytest.warns(UserWarning, match=r"edited nothing of layers\.2\.output"):  # noqa: SIM117
-        with edit(pipe, {"layers.2.output": edits.scale(1.1)}, steps=[3]):
+        with edit(pipe, {"layers.2.output": edits.scale(1.1)}, branch="negative"):
             assert torch.equal(latents(pipe, prompts, **more), before)
 
 
@@ -203,6 +207,15 @@ def test_patching_everything_gives_the_other_run(pipe, plain):
         pipe(other, **DRAW)
     with edit(pipe, {"layers.5.output": edits.patch(record)}):
         assert torch.equal(latents(pipe), latents(pipe, other))
+
+
+def test_a_picture_of_the_autoencoder_is_edited(pipe):
+    """Zeros in every channel of its first layer leave what the rest makes of zeros, the same for all pictures."""
+    more = {**DRAW, "seed": [1, 2], "output_type": "pil"}
+    site = "vae.decoder.conv_in.output"
+    with edit(pipe, {site: edits.zero()}), observe(pipe, site) as record:
+        first, second = pipe([PROMPT, "a green ring"], **more).images
+    assert not record.at(site, step=0, item=1).any() and first.tobytes() == second.tobytes()
 
 
 def test_ablations(pipe, plain):
@@ -276,6 +289,74 @@ def test_wrong_choices_are_named(pipe):
         pass
 
 
+@pytest.mark.parametrize("ends", [True, False])
+def test_nothing_is_left_when_a_with_ends(pipe, plain, ends):
+    """No hook on any module, no Op replaced, whether the run ended or was broken off: unused, they cost nothing."""
+
+    def broken(rows, where):
+        raise KeyError("broken off")
+
+    def ours():
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        modules = [module for part in ("transformer", "text_encoder", "vae") for module in pipe.parts[part].modules()]
+        hooks = [hook for module in modules for kind in kinds for hook in getattr(module, kind).values()]
+        return [hook for hook in hooks if "s3dit.research" in getattr(hook, "__module__", "")]
+
+    error = nullcontext() if ends else pytest.raises(KeyError)
+    change = {"layers.2.between": edits.scale(1.0) if ends else broken}
+    with error, observe(pipe, "**", reduce="rms"), attention_maps(pipe, "star"), edit(pipe, change):
+        assert overridden() and ours()
+        latents(pipe)
+    assert not overridden() and not ours()
+    assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize("steps", [[99], [2, 3]])
+def test_steps_that_a_run_does_not_have(pipe, plain, steps):
+    wrong = [step for step in steps if step > 2]
+    said = re.escape(f"steps {wrong} were chosen of a run that has 2; needed some of 1 to 2")
+    for look in (
+        observe(pipe, "layers.1.output", steps=steps),
+        edit(pipe, {"layers.1.output": edits.zero()}, steps=steps),
+        attention_maps(pipe, "star", steps=steps),
+    ):
+        with pytest.raises(RequestError, match=said), look:
+            latents(pipe)
+    assert torch.equal(latents(pipe), plain)
+
+
+def test_steps_are_counted_through_two_passes(pipe):
+    two = {"upscale": 1.5, "upscale_strength": 0.5}
+    with observe(pipe, "velocity", reduce="rms") as record:
+        pipe(PROMPT, **DRAW, **two)
+    last = max(key.step for key in record)
+    with observe(pipe, "velocity", steps=[last], reduce="rms") as again:
+        pipe(PROMPT, **DRAW, **two)
+    assert last > 2 and [key.step for key in again] == [last]
+    with pytest.raises(RequestError, match=f"of a run that has {last};"), observe(pipe, "velocity", steps=[last + 1]):
+        pipe(PROMPT, **DRAW, **two)
+
+
+def test_a_record_of_another_model_is_no_patch(pipe, plain):
+    with observe(pipe, "layers.2.output") as record:
+        pipe(PROMPT, **DRAW)
+    part = record.select("layers.2.output", step=1)
+    with edit(pipe, {"layers.2.output": edits.patch(part)}, steps=[1]):
+        assert torch.equal(latents(pipe), plain)
+    part.model = "f" * 64
+    said = f"of model f{{12}}, this one is {record.model[:12]}; needed one model"
+    with pytest.raises(RequestError, match=said), edit(pipe, {"layers.2.output": edits.patch(part)}):
+        pass
+    part.model = ""
+    with edit(pipe, {"layers.2.output": edits.patch(part)}, steps=[1]):
+        assert torch.equal(latents(pipe), plain)
+    with (
+        edit(pipe, {"layers.2.output": edits.patch(part)}),
+        pytest.raises(RequestError, match="needed one; the nearest"),
+    ):
+        latents(pipe)
+
+
 def test_a_record_is_saved_and_loaded(pipe, tmp_path):
     with observe(pipe, "layers.*.output", reduce=["norms", "sample"]) as record:
         pipe(PROMPT, **DRAW)
@@ -287,22 +368,6 @@ def test_a_record_is_saved_and_loaded(pipe, tmp_path):
         Record.load(tmp_path / "run.safetensors", "0" * 64)
     with pytest.raises(RequestError, match=r"layers\.1\.outpt.*nearest"):
         record.at("layers.1.outpt")
-
-
-def test_reductions_against_plain_formulas():
-    x = torch.randn(40, 3, 5, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    flat = x.double().flatten(1)
-    assert torch.allclose(REDUCTIONS["norms"](x).double(), flat.square().sum(1).sqrt())
-    assert torch.allclose(REDUCTIONS["mean"](x).double(), x.double().mean(0))
-    assert torch.allclose(REDUCTIONS["std"](x).double(), x.double().std(0, correction=0))
-    assert torch.equal(REDUCTIONS["largest"](x), x.abs().amax(0))
-    centered = flat - flat.mean()
-    assert torch.allclose(REDUCTIONS["kurtosis"](x).double(), centered.pow(4).mean() / centered.square().mean() ** 2)
-    values = torch.linalg.svdvals(flat)
-    share = values / values.sum()
-    assert torch.allclose(REDUCTIONS["effective_rank"](x).double(), torch.exp(-(share * share.log()).sum()), rtol=1e-5)
-    assert abs(REDUCTIONS["effective_rank"](torch.ones(9, 4)).item() - 1) < 1e-3
-    assert REDUCTIONS["percentiles"](x)[4] == x.flatten().quantile(0.5)
 
 
 def test_cosines_between_steps(pipe):

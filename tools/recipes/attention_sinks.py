@@ -1,4 +1,4 @@
-"""Attention sinks: are the tokens that everybody looks at needed?
+"""Attention sinks: find the tokens that everybody looks at, suppress them, and see whether a picture needs them.
 
 Question: a few tokens receive far more attention than others. Does a picture depend on them, more than on others?
 Method: in every layer and step, find the k tokens that receive the most attention (mean over heads and queries), and
@@ -130,7 +130,7 @@ def main() -> None:
     print(f"{'k':>3} {'without':14} {'accuracy':>8} {'difference':>11}")
     for (k, name), (right, change) in found["effects"].items():
         print(f"{k:3} {name:14} {right:8.2f} {change:11.3f}")
-    captions = [f"{k} {name}" for k, name in found["pictures"]]
+    captions = [name if name == "as it is" else f"{k} {name}" for k, name in found["pictures"]]
     strip([*found["pictures"].values()], captions, "Without attention to", columns=4).save(out)
     print(f"wrote {out}")
 

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,6 @@ from tiny_world import Scene, fixed_prompts  # noqa: E402
 
 # A scene, and how it is said.
 Prompt = tuple[Scene, str]
-T = TypeVar("T")
 
 
 def load() -> Pipeline:
@@ -54,6 +52,16 @@ def thing_mask(picture: Image.Image) -> NDArray[np.bool_]:
     pixels = np.asarray(picture, np.float32)
     frame = np.concatenate([pixels[:3].reshape(-1, 3), pixels[-3:].reshape(-1, 3), pixels[:, :3].reshape(-1, 3)])
     return np.asarray(np.linalg.norm(pixels - np.median(frame, 0), axis=2) > MIN_CONTRAST)
+
+
+def stack(panels: Sequence[Image.Image]) -> Image.Image:
+    """Lay images one below the other."""
+    canvas = Image.new("RGB", (max(panel.width for panel in panels), sum(panel.height for panel in panels)), "white")
+    top = 0
+    for panel in panels:
+        canvas.paste(panel, (0, top))
+        top += panel.height
+    return canvas
 
 
 def options(description: str | None) -> Path:

@@ -1,4 +1,4 @@
-"""Massive activations: do a few channels draw the whole picture?
+"""Massive activations: take out, cluster and transport the few channels that are far larger than the rest.
 
 Question: some channels of the residual stream are always far larger than the rest. Do they carry the picture?
 Method: in every layer take the k channels whose mean over the image tokens is largest in magnitude, and

@@ -1,4 +1,4 @@
-"""Saliency: which words, and which tokens of the noise, is the color of a thing most sensitive to?
+"""Saliency: gradients of a color in the picture, to words and to the noise, through one step and through all.
 
 Question: does a gradient through the sampler name the word and the place that a part of a picture depends on?
 Method: the score is linear in the pixels: how far the mean color of a thing (or of its background) has gone from the
