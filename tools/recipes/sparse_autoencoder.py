@@ -189,7 +189,7 @@ def study(
         "f1": best_scores(active, said, trained),
         "features": [int((features.names == i).sum()) for i in range(len(COLOURS))],
         "steered": {},
-        "pictures": {example[1]: draw(pipe, [example])[0]},
+        "pictures": {"as it is": draw(pipe, [example])[0]},
     }
     for color in colors:
         i = tuple(COLOURS).index(color)
@@ -219,7 +219,12 @@ def main() -> None:
         print(f"{color:28} {number:8}", *(f"{value:18.2f}" for value in row.values()))
     means = [np.mean([row[name] for row in rows.values()]) for name in rows["red"]]
     print(f"{'mean':28} {'':8}", *(f"{value:18.2f}" for value in means))
-    strip([*found["pictures"].values()], [*found["pictures"]], "Turned by features", columns=4).save(out)
+    strip(
+        [*found["pictures"].values()],
+        [*found["pictures"]],
+        "One picture, turned by the features of each color",
+        columns=6,
+    ).save(out)
     print(f"wrote {out}")
 
 

@@ -38,7 +38,9 @@ def examples(pipe: Pipeline, count: int) -> tuple[Tensor, list[Tensor]]:
     rng = np.random.default_rng(1)
     scenes = [draw_scene(rng) for _ in range(count)]
     pixels = torch.from_numpy(np.stack([render(blueprint(scene)) for scene in scenes])).permute(0, 3, 1, 2)
-    return torch.stack(pipe.encode_images(pixels / 127.5 - 1)), pipe.encode([caption_of(each, rng) for each in scenes])
+    return torch.stack(pipe.encode_images(list(pixels / 127.5 - 1))), pipe.encode(
+        [caption_of(each, rng) for each in scenes]
+    )
 
 
 def add_factors(transformer: nn.Module, rank: int) -> dict[str, nn.Parameter]:
