@@ -1,4 +1,4 @@
-"""A sparse autoencoder: does the text that the model reads fall apart into features that one can name, and turn?
+"""A sparse autoencoder: take what the model reads of the text apart into features, name them, and turn them.
 
 Question: are there directions that stand for one word each, and does turning them up turn things into its color?
 Method: take the template's tokens before the first main block, where colors are read from (`activation_patching.py`),
@@ -46,7 +46,7 @@ LABELS: dict[str, tuple[Sequence[str], Callable[[Scene], str]]] = {
 
 
 class Autoencoder(nn.Module):
-    """x (n, D) -> its k largest features (n, F), the rest 0 -> x again, as a sum of rows of `directions` (F, D)."""
+    """Write x (n, D) as its k largest features (n, F), the rest 0, times `directions` (F, D)."""
 
     def __init__(self, width: int, features: int, k: int) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ def main() -> None:
     strip(
         [*found["pictures"].values()],
         [*found["pictures"]],
-        "One picture, turned by the features of each color",
+        "Turned by the features of a color",
         columns=6,
     ).save(out)
     print(f"wrote {out}")
