@@ -1,4 +1,4 @@
-"""Activation patching: where in the model does a color live?
+"""Activation patching: carry activations from one run into another, and see where a color lives.
 
 Question: in which tokens, at which layer, in which steps, on which path is it held that a circle is red and not blue?
 Method: draw "a red circle ..." and "a blue circle ..." from one noise, and keep the residual stream of the second. Then

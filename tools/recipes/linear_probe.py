@@ -1,4 +1,4 @@
-"""Linear probes: from which layer on can the color and the place of a thing be read off the residual stream?
+"""Linear probes: read the color and the place of a thing off the residual stream, after every layer.
 
 Question: after which layers, at which step do the image tokens say what color the thing has, and where it stands?
 Method: draw pictures of one thing in one of ten colors and eight places, and keep the mean over the image tokens of the
@@ -69,8 +69,9 @@ def accuracy(x: Tensor, labels: Tensor, trained: int, penalty: float = 1.0) -> f
 def study(
     count: int = 300, trained: int = 200, steps: Sequence[int] = (1, 4), seed: int = 0
 ) -> dict[tuple[str, int], list[float]]:
-    """Probe so many scenes, of which `trained` fit the probes -> accuracy on the rest by (label, step): before the
-    first layer and after every layer. Labels are those of LABELS, and the same shuffled.
+    """Probe so many scenes, of which `trained` fit the probes -> accuracy on the rest by (label, step).
+
+    Each is a list: before the first layer and after every layer. Labels are those of LABELS, and the same shuffled.
     """
     said, found = scenes(count, seed), dict[tuple[str, int], list[float]]()
     held, rng = activations([text for _, text in said], steps), torch.Generator().manual_seed(seed)
