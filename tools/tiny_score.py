@@ -98,8 +98,8 @@ def _fit(cover: NDArray[np.float32]) -> tuple[str, float, float, float, float]:
     return best
 
 
-def find(picture: NDArray[np.uint8]) -> tuple[str, list[Region]]:
-    """Read a (128, 128, 3) picture: its background colour and the things on it."""
+def separate(picture: NDArray[np.uint8]) -> tuple[NDArray[np.float32], list[NDArray[np.bool_]]]:
+    """Cut a (128, 128, 3) picture into things: its background's RGB, and the pixels (128, 128) of each thing on it."""
     pixels = picture.astype(np.float32)
     frame = np.concatenate(
         [
@@ -111,11 +111,16 @@ def find(picture: NDArray[np.uint8]) -> tuple[str, list[Region]]:
     )
     ground = np.median(frame, 0)
     labels = _label(np.sqrt(((pixels - ground) ** 2).sum(2)) > MIN_CONTRAST)
+    counted = zip(*np.unique(labels[labels > 0], return_counts=True), strict=True)
+    return ground, [labels == label for label, area in counted if area >= MIN_AREA]
+
+
+def find(picture: NDArray[np.uint8]) -> tuple[str, list[Region]]:
+    """Read a (128, 128, 3) picture: its background colour and the things on it."""
+    pixels = picture.astype(np.float32)
+    ground, things = separate(picture)
     regions = []
-    for label, area in zip(*np.unique(labels[labels > 0], return_counts=True), strict=True):
-        if area < MIN_AREA:
-            continue
-        inside = labels == label
+    for inside in things:
         rgb = np.median(pixels[inside], 0)
         grown = np.pad(inside, 1)
         grown = inside | grown[:-2, 1:-1] | grown[2:, 1:-1] | grown[1:-1, :-2] | grown[1:-1, 2:]
