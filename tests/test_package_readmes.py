@@ -12,6 +12,7 @@ READMES = [
     ROOT / "s3dit" / "API.md",
     ROOT / "s3dit" / "cli" / "README.md",
     ROOT / "s3dit" / "research" / "README.md",
+    ROOT / "tools" / "recipes" / "README.md",
     ROOT / "README.md",
     *(
         path

@@ -19,7 +19,7 @@ DESCRIBED = [*TOOLS, *(ROOT / "s3dit" / "cli").glob("*.py"), *(ROOT / "s3dit" / 
 
 def test_the_readme_has_a_line_for_each_tool():
     assert list(ROWS) and set(ROWS) == {path.name for path in TOOLS}
-    assert README.count("\n") <= 60
+    assert README.count("\n") <= 64
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -42,6 +42,18 @@ def test_a_command_of_the_readme_is_that_of_its_file(name):
 def test_a_program_without_other_libraries_answers_help(name):
     done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", "--help"], capture_output=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith(b"usage: ")
+
+
+def test_the_recipes_readme_has_a_line_for_each_in_order():
+    folder = ROOT / "tools" / "recipes"
+    rows = re.findall(r"^\| `(\w+\.py)` \|", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    recipes = [path for path in folder.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+    assert len(rows) >= 5 and rows == sorted(path.name for path in recipes)
+    # Each is a lesson: its question, method and source, what is found, and how it is run.
+    for path in recipes:
+        words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert all(f"{part}:" in words for part in ("Question", "Method", "Source")), path.name
+        assert "Found on the embedded model:" in words and f"python tools/recipes/{path.name}" in words, path.name
 
 
 @pytest.mark.parametrize("path", DESCRIBED, ids=lambda path: path.stem)

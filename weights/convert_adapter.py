@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Literal
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.adapter import METADATA, Adapter, Deltas, read_adapter
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fuse
+from s3dit.weights.safetensors_dir import write_safetensors
 
 # Layers that an error names.
 SHOWN_LAYERS = 10
@@ -78,7 +78,7 @@ def _save(tensors: Mapping[str, Tensor], target: Path, metadata: dict[str, str])
     partial = target.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         # Of its own memory each: layers that share a factor must not share bytes of the file.
-        save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, partial, metadata=metadata)
+        write_safetensors({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, partial, metadata)
         os.replace(partial, target)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: cannot be written ({error}); needed a writable folder with room") from None

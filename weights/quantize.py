@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from s3dit.errors import BackendError, CheckpointError
@@ -31,7 +30,7 @@ from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.container import FLOATS
 from s3dit.weights.formats import FINER_SCHEMES
 from s3dit.weights.model_folder import building, left_out
-from s3dit.weights.safetensors_dir import SUFFIX
+from s3dit.weights.safetensors_dir import SUFFIX, write_safetensors
 
 # Layers that may be of a number format, by part, under official names.
 QUANTIZABLE = {
@@ -296,5 +295,5 @@ class Shards:
 
     def _flush(self) -> None:
         self._files.append(list(self._tensors))
-        save_file(self._tensors, self._file(len(self._files)), metadata=self.metadata)
+        write_safetensors(self._tensors, self._file(len(self._files)), self.metadata)
         self._tensors, self._held = {}, 0

@@ -12,10 +12,12 @@ Source: https://github.com/huggingface/safetensors (format), transformers' shard
 """
 
 import math
+import stat
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
@@ -218,3 +220,14 @@ def shard_path(folder: Path, name: str) -> Path:
             "the file here, or link the folder as a whole"
         )
     return path
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file with the permissions of any new one; raises OSError or SafetensorError.
+
+    safetensors 0.8 writes files that nobody but their owner may read.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata)
+    path.chmod(mode)

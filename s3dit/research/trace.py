@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from s3dit.errors import RequestError
@@ -37,6 +36,7 @@ from s3dit.kernels.dispatch import Op
 from s3dit.model.hooks import why_not
 from s3dit.runtime.finite import output_tensors
 from s3dit.weights.container import parse_json
+from s3dit.weights.safetensors_dir import write_safetensors
 
 Record = dict[str, Tensor]
 
@@ -152,7 +152,7 @@ def save(record: Record, path: str | Path, metadata: Mapping[str, str] | None = 
     notes = {**(metadata or {}), ORDER: json.dumps([*record])}
     try:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in record.items()}, partial, notes)
+            write_safetensors({name: tensor.contiguous() for name, tensor in record.items()}, partial, notes)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)

@@ -53,11 +53,14 @@ def stored_in(folder, scheme, layers):
     return folder
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+LAYERS = [("layers.2.attention.to_q", scheme) for scheme in SCHEMES]
+
+
 @pytest.mark.parametrize(
-    "layer", ["layers.2.attention.to_q", "layers.5.feed_forward.w2", "noise_refiner.0.feed_forward.w1"]
+    ("layer", "scheme"),
+    [*LAYERS, ("layers.5.feed_forward.w2", "int8"), ("noise_refiner.0.feed_forward.w1", "fp8")],
 )
-def test_a_quantized_layer_is_one_of_a_model_stored_so(pipe, plain, tmp_path, scheme, layer):
+def test_a_quantized_layer_is_one_of_a_model_stored_so(pipe, plain, tmp_path, layer, scheme):
     loaded = Pipeline.load(EMBEDDED, transformer=stored_in(tmp_path / "t", scheme, [layer]), device="cpu", dtype="fp32")
     with changed(pipe, layer, scheme):
         assert torch.equal(latents(pipe), expected := latents(loaded))

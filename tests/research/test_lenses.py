@@ -265,6 +265,9 @@ def test_bad_input(pipe):
         pass
     with pytest.raises(RequestError, match="has no image tokens"), lens(pipe, "context_refiner.0"):
         pass
+    for look in (lens(pipe, steps=[3]), residual(pipe, steps=[1, 3])):
+        with pytest.raises(RequestError, match=r"steps \[3\] were chosen of a run that has 2"), look:
+            latents(pipe)
     for look in (lens(pipe), residual(pipe), layer_atlas(pipe, "layers.0", ["drop"])):
         with pytest.raises(RequestError, match="are of pictures"), look:
             pipe.velocity(torch.zeros(1, 16, 8, 8), 0.5, pipe.encode("a red star"))

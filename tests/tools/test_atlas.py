@@ -28,12 +28,12 @@ def test_everything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["atlas.py", str(tmp_path), "--count", "2", "--steps", "4", "--modules", "layers.3", "layers.0.attention"],
+        ["atlas.py", str(tmp_path), "--count", "2", "--steps", "4", "--modules", "layers.3"],
     )
     atlas.main()
     tables = {path.stem: Table.load(path) for path in tmp_path.glob("*.json")}
     assert {path.stem for path in tmp_path.glob("*.png")} == {*tables, "lens", "x0"}
-    assert tables["score"].rows == ("layers.0.attention", "layers.3", "unchanged")
+    assert tables["score"].rows == ("layers.3", "unchanged")
     assert tables["score"].at("unchanged", "drop") == tables["score"].at("layers.3", "int8") == 1
     assert tables["score"].at("layers.3", "drop") == 0 < tables["velocity-drop"].at("layers.3", 4)
     assert tables["velocity"].at("layers.3", "int8") < 0.02 < tables["velocity"].at("layers.3", "drop")

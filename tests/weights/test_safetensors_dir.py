@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import open_checkpoint
-from s3dit.weights.safetensors_dir import open_file
+from s3dit.weights.safetensors_dir import open_file, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -298,3 +298,10 @@ def test_folder_without_safetensors(file, words, tmp_path):
     if file is not None:
         (tmp_path / file).write_bytes(b"x")
     refused(tmp_path, words)
+
+
+def test_what_is_written_may_be_read_as_any_new_file(tmp_path):
+    (tmp_path / "any").touch()
+    write_safetensors({"a": torch.ones(2)}, tmp_path / "new.safetensors", {"of": "nobody"})
+    assert (tmp_path / "new.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert open_checkpoint(tmp_path / "new.safetensors").load("a").tolist() == [1, 1]
