@@ -13,6 +13,7 @@ from s3dit.terminal import event, say, tell
 SUMMARY = "draw a picture and show what happens inside: words, heads, layers, steps"
 EXAMPLES = (
     ('s3dit microscope "a red circle left of a blue star" -o report/', "open report/index.html in a browser"),
+    ('s3dit microscope "a red circle left of a blue star" --concepts circle,star', "also maps of what words mean"),
     ("s3dit microscope --replay star.png -o report/", "how a picture that is there came about"),
     (
         's3dit microscope "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --quantize int8 -o fox/',
@@ -29,6 +30,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_request(parser, WITHOUT)
     add_model(parser)
     add_runtime(parser)
+    group = parser.add_argument_group("what is looked at")
+    group.add_argument(
+        "--concepts", metavar="WORDS", type=_words, default=(),
+        help="also show maps of concepts, such as circle,star: what in the picture is like a word, where attention "
+        "says what looks at it (words, kinds of token, heads and layers are always shown)",
+    )  # fmt: skip
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="DIR",
@@ -39,6 +46,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--replay", type=Path, metavar="FILE", help="look at how this picture was drawn; other options "
                        "change it")  # fmt: skip
     group.add_argument("--json", action="store_true", help="progress as JSON lines on stdout instead of a bar")
+
+
+def _words(text: str) -> list[str]:
+    """Words between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         event(event="start", seed=plan.request.seed, prompt=plan.request.prompts[0], path=str(folder))
     with speaking_of_options(), Progress(pipe, plan, json=args.json, preview=None) as progress:
-        page = look(pipe, plan, on_step=progress).save(folder)
+        page = look(pipe, plan, concepts=args.concepts, on_step=progress).save(folder)
     if args.json:
         event(event="saved", path=str(page))
     else:

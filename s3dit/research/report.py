@@ -17,6 +17,7 @@ positive branch.
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from s3dit.research import trace
 from s3dit.research.atlases import StepAtlas, step_atlas
 from s3dit.research.attention import gathering
 from s3dit.research.bounded_maps import BoundedMaps, Column, pooled, side
+from s3dit.research.concepts import ConceptMaps, Source, concept_maps
 from s3dit.research.lenses import decode
 from s3dit.research.observe import observe
 from s3dit.research.record import Record, fingerprint
@@ -46,8 +48,11 @@ from s3dit.sampling.step import Step
 PAGE, DATA, PICTURE = REPORT
 # The key of the description in the metadata of DATA.
 INDEX = "s3dit.report"
-# Steps whose estimate of the image is decoded, spread evenly; room for the numbers of the residual stream's maps.
+# Steps whose estimate of the image is decoded, spread evenly; room for the numbers of the residual stream's maps, and
+# as much for those of concepts.
 PREVIEWS, ROOM = 16, 1_000_000
+# Concepts at most: at 1024 × 1024 with 30 blocks and 8 steps 8 MB each while the picture is drawn.
+CONCEPTS = 16
 # One item and branch of a request.
 CHOICE: dict[str, Any] = {"items": [0], "branch": "positive"}
 
@@ -58,9 +63,10 @@ class Report:
 
     picture, metadata: as `pipe(…)` gives them · item: its map of tokens · columns: what maps of attention are of ·
     layers, steps: names of the main blocks, and numbers of the steps with the noise level that each begins at · heads:
-    of a block · previews: estimate of the image by step · tensors: maps by name; `attention…` have the axes columns,
-    those in their name, rows and columns; `residual.norm` has layers, steps, rows, columns · tables: by name, one, or
-    one for each layer or step · model: fingerprint of the transformer.
+    of a block · concepts: whose maps were asked for · previews: estimate of the image by step · tensors: maps by name;
+    `attention…` have the axes columns, those in their name, rows and columns; `residual.norm` has layers, steps, rows,
+    columns, `concept.by_layer_and_step` concepts before them · tables: by name, one, or one for each layer or step ·
+    model: fingerprint of the transformer.
     """
 
     picture: Image.Image
@@ -70,6 +76,7 @@ class Report:
     layers: Sequence[str]
     steps: dict[int, float]
     heads: int
+    concepts: Sequence[str]
     previews: dict[int, Image.Image]
     tensors: dict[str, Tensor]
     tables: dict[str, list[Table]]
@@ -80,6 +87,7 @@ class Report:
         return {
             "prompt": self.item.prompt, "grid": list(self.item.grid), "layers": list(self.layers),
             "steps": list(self.steps), "sigmas": list(self.steps.values()), "heads": self.heads,
+            "concepts": list(self.concepts),
             "columns": [asdict(column) for column in self.columns], "model": self.model, "request": self.metadata,
             "tables": {
                 name: {"title": table.title, "rows": table.rows, "columns": table.columns}
@@ -113,25 +121,36 @@ def report(
     folder: str | Path = "report",
     *,
     overwrite: bool = False,
+    concepts: Sequence[str] = (),
     on_step: Callable[[Step], None] | None = None,
     **fields: Any,
 ) -> Path:
     """Draw one picture and write a report of it into a folder -> its page.
 
-    request, fields, on_step: as of `pipe(…)` · overwrite: replace a report that is there. Raises RequestError, of the
-    folder before anything is drawn.
+    request, fields, on_step: as of `pipe(…)` · overwrite: replace a report that is there · concepts: as of `look`.
+    Raises RequestError, of the folder before anything is drawn.
     """
     folder = report_folder(folder, overwrite)
-    return look(pipe, request, on_step=on_step, **fields).save(folder)
+    return look(pipe, request, concepts=concepts, on_step=on_step, **fields).save(folder)
 
 
 def look(
-    pipe: LoadedModel, request: Any = None, *, on_step: Callable[[Step], None] | None = None, **fields: Any
+    pipe: LoadedModel,
+    request: Any = None,
+    *,
+    concepts: Sequence[str] = (),
+    on_step: Callable[[Step], None] | None = None,
+    **fields: Any,
 ) -> Report:
-    """Draw one picture and look at everything that a report shows. Arguments as of `pipe(…)`; raises RequestError."""
+    """Draw one picture and look at everything that a report shows.
+
+    concepts: at most CONCEPTS words or pieces of text whose maps (`concepts.py`) are shown too, of several each less
+    the mean of the others; those of the prompt where all stand in it, else each as a prompt of its own · the rest as of
+    `pipe(…)`. Raises RequestError.
+    """
     draw: Any = pipe
     plan: Plan = draw.plan(request, **fields) if fields or not isinstance(request, Plan) else request
-    _check(plan)
+    _check(plan, concepts)
     item, config, count = tokens(pipe, plan)[0], pipe.config.transformer, len(plan.sigmas) - 1
     wanted = torch.linspace(1, count, min(count, PREVIEWS)).round().int().tolist()
     estimates: dict[int, Tensor] = {}
@@ -149,27 +168,55 @@ def look(
         residual(pipe, **CHOICE) as terms,
         step_atlas(pipe, "layers.*.output", tokens="image", **CHOICE) as atlas,
         observe(pipe, "layers.*.output", tokens="image", reduce=_lengths(item, cells), **CHOICE) as norms,
+        ExitStack() as stack,
     ):
+        likeness = None
+        if concepts:
+            source: Source = "prompt" if all(map(item.has, concepts)) else "template"
+            likeness = stack.enter_context(
+                concept_maps(pipe, concepts, source=source, keep=("step", "layer"), **CHOICE)
+            )
         result = draw(plan, on_step=see)
     layers = [f"layers.{i}" for i in range(config.n_layers)]
+    tensors = maps.tensors() | {"residual.norm": _stacked(norms, layers, count)}
     previews = dict(zip(estimates, decode(pipe, estimates.values()), strict=True))
     return Report(
         result.images[0], result.metadata[0], item, maps.columns, layers,
-        {i: float(sigma) for i, sigma in enumerate(plan.sigmas[:-1], 1)}, config.n_heads, previews,
-        maps.tensors() | {"residual.norm": _stacked(norms, layers, count)}, _tables(maps, terms, atlas, layers, count),
+        {i: float(sigma) for i, sigma in enumerate(plan.sigmas[:-1], 1)}, config.n_heads, concepts, previews,
+        tensors | _concepts(likeness, item, layers, count), _tables(maps, terms, atlas, layers, count),
         fingerprint(pipe),
     )  # fmt: skip
 
 
-def _check(plan: Plan) -> None:
-    """Raise RequestError for a plan that draws more than one picture, or one in two passes."""
+def _check(plan: Plan, concepts: Sequence[str]) -> None:
+    """Raise RequestError for a plan that draws more than one picture, or one in two passes, and for many concepts."""
     request = plan.request
     if request.count != 1:
         raise RequestError(f"the request is for {request.count} pictures; needed 1, which a report is of")
     if plan.then is not None:
         raise RequestError(f"upscale is {request.upscale:g}; needed none: a report is of a single pass")
+    if isinstance(concepts, str) or len(concepts) > CONCEPTS:
+        found = f"the text {concepts!r}" if isinstance(concepts, str) else f"{len(concepts)} of them"
+        raise RequestError(f"concepts are {found}; needed a list of at most {CONCEPTS} words")
     if request.output_type != "pil":
         raise RequestError(f"output_type is {request.output_type!r}; needed 'pil', the picture that the page shows")
+
+
+def _concepts(maps: ConceptMaps | None, item: ItemTokens, layers: Sequence[str], count: int) -> dict[str, Tensor]:
+    """The maps of concepts by layer and step, averaged over squares of cells as far as they have to be."""
+    if maps is None:
+        return {}
+    values = torch.stack([
+        torch.stack([
+            torch.stack([maps.values(concept, layer=layer, step=step) for step in range(1, count + 1)])
+            for layer in layers
+        ])
+        for concept in maps.concepts
+    ])  # fmt: skip
+    if (n := len(values)) > 1:
+        values = (values - values.mean(0)) * (n / (n - 1))
+    small = pooled(values.reshape(-1, *item.grid), side(item.grid, n * len(layers) * count, ROOM))
+    return {"concept.by_layer_and_step": small.unflatten(0, values.shape[:-1]).float()}
 
 
 def _lengths(item: ItemTokens, cells: int) -> Callable[[Tensor], Tensor]:

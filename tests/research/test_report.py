@@ -17,6 +17,7 @@ from s3dit.errors import RequestError
 from s3dit.research import bounded_maps, trace
 from s3dit.research.attention import attention_maps
 from s3dit.research.bounded_maps import AXES, BESIDE, BoundedMaps, columns, pooled, side
+from s3dit.research.concepts import concept_maps
 from s3dit.research.observe import observe
 from s3dit.research.report import INDEX, PREVIEWS, look, report
 from s3dit.research.report_page import DATA, TEMPLATE, TITLE, page
@@ -266,6 +267,19 @@ def test_guidance_two_calls_a_step_and_a_start_image(pipe, seen):
     assert list(other.steps.values()) == [pytest.approx(x, abs=1e-6) for x in other.metadata["engine"]["levels"][:-1]]
 
 
+@pytest.mark.parametrize(("concepts", "source"), [(["red", "star"], "prompt"), (["star", "green"], "template")])
+def test_maps_of_concepts_are_those_of_concept_maps(pipe, seen, concepts, source):
+    other = look(pipe, PROMPT, concepts=concepts, **DRAW)
+    assert np.array_equal(np.asarray(other.picture), np.asarray(seen.picture))
+    with concept_maps(pipe, concepts, source=source, keep=("step", "layer")) as maps:
+        pipe(PROMPT, **DRAW)
+    found = other.tensors["concept.by_layer_and_step"]
+    assert found.shape == (2, 6, 3, 6, 8) and other.index()["concepts"] == concepts
+    for i, concept in enumerate(concepts):
+        expected = maps.map(concept, contrast="others", layer="layers.4", step=2)
+        assert torch.allclose(found[i, 4, 1].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_many_steps_give_few_estimates(pipe):
     many = look(pipe, "a star", seed=1, num_inference_steps=20, height=32, width=32)
     assert len(many.previews) == PREVIEWS and {1, 20} <= {*many.previews} and len(many.steps) == 20
@@ -280,6 +294,8 @@ def test_one_step_has_no_changes(pipe):
     [
         ({"num_images_per_prompt": 2}, "for 2 pictures; needed 1"),
         ({"upscale": 2.0}, "upscale is 2; needed none"),
+        ({"concepts": ["a"] * 17}, "concepts are 17 of them; needed a list of at most 16"),
+        ({"concepts": "star"}, "concepts are the text 'star'"),
         ({"output_type": "latent"}, "needed 'pil'"),
     ],
 )

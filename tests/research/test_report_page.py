@@ -39,7 +39,7 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     pipe = Pipeline.load(device="cpu", dtype="fp32")
-    seen = look(pipe, PROMPT, seed=7, num_inference_steps=3, height=96, width=128)
+    seen = look(pipe, PROMPT, concepts=["star", "a blue star"], seed=7, num_inference_steps=3, height=96, width=128)
     return seen, seen.save(tmp_path_factory.mktemp("report"))
 
 
@@ -102,15 +102,17 @@ def test_maps_are_the_numbers_behind_them(browser, written):
     """Decoded by the page, and averaged over what is not chosen: within half of a level of 255 of each map's range."""
     seen, page = written
     script = """const out = [[4, null, null, null], [4, 3, 1, null], [8, 2, null, 4], [8, null, 2, null],
-    [4, 1, null, null], [NORM, 3, 0, null]].map(at => { const m = map(...at); return {...m, values: [...m.values]}; });
+    [4, 1, null, null], [NORM, 3, 0, null],
+    [NORM - 2, 3, null, null]].map(at => { const m = map(...at); return {...m, values: [...m.values]}; });
     document.body.dataset.maps = JSON.stringify(out);"""
     found = json.loads(html.unescape(re.search(r'data-maps="([^"]*)"', opened(browser, page, "", script))[1]))
     names = ("attention", "attention.by_layer_and_step", "attention.by_layer_and_head", "residual.norm")
     whole, by_step, by_head, norms = (seen.tensors[name] for name in names)
+    concepts = seen.tensors["concept.by_layer_and_step"]
     cases = [(whole[4], whole[4:5]), (by_step[4, 3, 1], by_step[4, 3, 1:2]),
              (by_head[8, 2, 4], by_head[8, 2, 4:5]),
              (by_step[8, :, 2].mean(0), by_step[8, :, 2]), (by_step[4, 1].mean(0), by_step[4, 1]),
-             (norms[3, 0], norms[3, :1])]  # fmt: skip
+             (norms[3, 0], norms[3, :1]), (concepts[1, 3].mean(0), concepts[1, 3])]  # fmt: skip
     for got, (expected, parts) in zip(found, cases, strict=True):
         assert (got["rows"], got["columns"]) == tuple(expected.shape)
         ranges = parts.amax((-2, -1)) - parts.amin((-2, -1))
