@@ -35,7 +35,8 @@ from s3dit.research import trace
 from s3dit.research.atlases import StepAtlas, step_atlas
 from s3dit.research.attention import gathering
 from s3dit.research.bounded_maps import BoundedMaps, Column, pooled, side
-from s3dit.research.concepts import ConceptMaps, Source, concept_maps
+from s3dit.research.concept_stream import Source
+from s3dit.research.concepts import ConceptMaps, concept_maps
 from s3dit.research.lenses import decode
 from s3dit.research.observe import observe
 from s3dit.research.record import Record, fingerprint
