@@ -104,22 +104,10 @@ def layer_atlas(
     split, site = splitter(pipe, steps, None, None, None), sites(pipe, "velocity")["velocity"]
 
     def again(model: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        now = pipe.now
-        if now is None:
+        if pipe.now is None:
             raise RequestError("atlases are of pictures; needed a call of the pipeline itself, or of its stream")
-        if not any(True for _ in split(site, output)):
-            return
-        unchanged = output.cpu().double()
-        whole = unchanged.square().sum().item()
-        for name in names:
-            for change in changes:
-                if (name, change) not in atlas.missing:
-                    with changed(pipe, name, change):
-                        # Not the modulation that was computed before.
-                        other = model.forward(*args[:4])
-                    before = atlas.squares.get((name, change, now.step), (0.0, 0.0))
-                    difference = (other.cpu().double() - unchanged).square().sum().item()
-                    atlas.squares[name, change, now.step] = (before[0] + difference, before[1] + whole)
+        if any(True for _ in split(site, output)):
+            _measure(atlas, pipe, model, args, output)
 
     with attached(pipe, (), lambda site, tensor: None):
         handle = pipe.parts.component("transformer").module.register_forward_hook(again)
@@ -129,6 +117,22 @@ def layer_atlas(
             handle.remove()
     if unseen := sorted(set(steps or ()) - set(atlas.steps)):
         raise RequestError(f"steps {unseen} were chosen, and not computed; needed some of those that were drawn")
+
+
+def _measure(atlas: LayerAtlas, pipe: LoadedModel, model: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Run a pass once more for every change, and add how far its velocity is from the output."""
+    assert pipe.now is not None
+    unchanged, step = output.cpu().double(), pipe.now.step
+    whole = unchanged.square().sum().item()
+    for name in atlas.modules:
+        for change in atlas.changes:
+            if (name, change) not in atlas.missing:
+                with changed(pipe, name, change):
+                    # Not the modulation that was computed before.
+                    other = model.forward(*args[:4])
+                before = atlas.squares.get((name, change, step), (0.0, 0.0))
+                difference = (other.cpu().double() - unchanged).square().sum().item()
+                atlas.squares[name, change, step] = (before[0] + difference, before[1] + whole)
 
 
 def _missing(pipe: LoadedModel, names: Sequence[str], changes: Sequence[str]) -> dict[tuple[str, str], str]:

@@ -29,9 +29,9 @@ from s3dit.errors import RequestError
 from s3dit.loaded_model import LoadedModel
 from s3dit.research.attention import Axis
 from s3dit.research.concept_stream import SITES, ConceptStream, Rows, Source
-from s3dit.research.instrument import Item
+from s3dit.research.instrument import Item, Splitter
 from s3dit.research.observe import splitter
-from s3dit.research.sites import nearest, sites
+from s3dit.research.sites import Site, nearest, sites
 from s3dit.research.tokens import ItemTokens
 
 Contrast = Literal["others", "softmax"]
@@ -164,10 +164,8 @@ def concept_maps(
     mutual: bool = False,
     methods: str | Sequence[str] = "value",
     layers: str | Sequence[str] = "layers.*",
-    steps: Sequence[int] | None = None,
-    items: Sequence[int] | None = None,
-    branch: str | None = None,
     keep: Sequence[Axis] = (),
+    **choice: Any,
 ) -> Iterator[ConceptMaps]:
     """Gather maps of concepts for as long as the `with` lasts.
 
@@ -175,41 +173,60 @@ def concept_maps(
     tokens are at first: "template", the concept as a prompt of its own; "bare", likewise without the chat template;
     "prompt", the words where they stand in the prompt, as the refiner leaves them; or "tokens", where no token goes
     along and the prompt's own take the place of the concept's in each block · mutual: whether concepts look at one
-    another, so that the maps of each depend on the rest · methods: of METHODS · layers: patterns of
-    main blocks · steps, items, branch: as in `observe` · keep: "step", "layer", "head", which are then not averaged
-    over. Of "prompt" and "tokens", a concept that an item's prompt lacks is left out there.
+    another, so that the maps of each depend on the rest · methods: of METHODS · layers: patterns of main blocks · keep:
+    "step", "layer", "head", which are then not averaged over · choice: steps, items, branch of `observe`. Of "prompt"
+    and "tokens", a concept that an item's prompt lacks is left out there.
     Raises RequestError for what does not exist, and for a concept that no item has.
     """
-    concepts, methods = (
-        [given] if isinstance(given, str) else list(dict.fromkeys(given)) for given in (concepts, methods)
-    )
+    concepts, methods = _listed(concepts), _listed(methods)
     _check(concepts, methods, source, keep)
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    wanted = {site.block for site in sites(pipe, [f"{pattern}.attention.heads" for pattern in patterns]).values()}
-    if foreign := [name for name in wanted if not name.startswith("layers.")]:
-        raise RequestError(f"{foreign[0]} has no text beside the image; needed blocks layers.*")
-    last = max(int(name.split(".")[1]) for name in wanted)
-    chosen = sites(pipe, ["layers.0.input", *(f"layers.{i}.{site}" for i in range(last + 1) for site in SITES)])
+    wanted, chosen = _blocks(pipe, layers)
     maps = ConceptMaps(concepts, methods, keep)
 
     def show(part: Item, image: Rows, concept: Rows, owner: Sequence[str]) -> None:
         if part.site.block in wanted:
-            for method in maps.methods:
-                values = METHODS[method](image, concept)
-                for name in dict.fromkeys(owner):
-                    own = [i for i, owned in enumerate(owner) if owned == name]
-                    maps.add(part, name, method, values[own].mean(0))
+            _compare(maps, part, image, concept, owner)
 
-    split = splitter(pipe, steps, items, branch, None)
-    stream = ConceptStream(pipe, concepts, source, mutual, split, show)
+    stream = ConceptStream(pipe, concepts, source, mutual, _split(pipe, **choice), show)
     maps.items = stream.items
-    with stream.attached(chosen.values()):
+    with stream.attached(chosen):
         yield maps
     if not maps.items:
         warnings.warn("no map: nothing was drawn at the steps, items and branch that were chosen", stacklevel=3)
     for item in maps.items.values():
         if missing := set(concepts) - {key[2] for key in maps._sums}:
             item.find(min(missing))
+
+
+def _listed(given: str | Sequence[str]) -> list[str]:
+    return [given] if isinstance(given, str) else list(dict.fromkeys(given))
+
+
+def _compare(maps: ConceptMaps, part: Item, image: Rows, concept: Rows, owner: Sequence[str]) -> None:
+    """Add what every method says of one block; owner: the concept of each row."""
+    for method in maps.methods:
+        values = METHODS[method](image, concept)
+        for name in dict.fromkeys(owner):
+            own = [i for i, owned in enumerate(owner) if owned == name]
+            maps.add(part, name, method, values[own].mean(0))
+
+
+def _split(
+    pipe: LoadedModel, *, steps: Sequence[int] | None = None, items: Sequence[int] | None = None,
+    branch: str | None = None,
+) -> Splitter:  # fmt: skip
+    return splitter(pipe, steps, items, branch, None)
+
+
+def _blocks(pipe: LoadedModel, layers: str | Sequence[str]) -> tuple[set[str], list[Site]]:
+    """The blocks whose maps are wanted, and the sites of all blocks up to the last of them."""
+    patterns = [f"{pattern}.attention.heads" for pattern in _listed(layers)]
+    wanted = {site.block for site in sites(pipe, patterns).values()}
+    if foreign := [name for name in wanted if not name.startswith("layers.")]:
+        raise RequestError(f"{foreign[0]} has no text beside the image; needed blocks layers.*")
+    last = max(int(name.split(".")[1]) for name in wanted)
+    chosen = sites(pipe, ["layers.0.input", *(f"layers.{i}.{site}" for i in range(last + 1) for site in SITES)])
+    return wanted, list(chosen.values())
 
 
 def _check(concepts: Sequence[str], methods: Sequence[str], source: str, keep: Sequence[str]) -> None:

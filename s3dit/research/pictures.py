@@ -57,14 +57,9 @@ def heatmap(
     are negative symmetric about 0 · form: format of numbers (default: two digits) · numbers: write them into the cells
     (default: up to 400 cells).
     """
-    data = array(values)
-    if data.shape != (len(rows), len(columns)) or not data.size:
-        raise RequestError(
-            f"values are {data.shape}; needed a row for each of {len(rows)}, {len(columns)} numbers each"
-        )
+    data = _table(values, len(rows), len(columns))
     shown = np.log10(np.where(data > 0, data, np.nan)) if log else data
-    bounds = limits and (tuple(np.log10(limits)) if log else limits)
-    low, high, signed = _limits(shown, bounds, symmetric=not log)
+    low, high, signed = _limits(shown, limits and tuple(np.log10(limits) if log else limits), symmetric=not log)
     names, heads = [str(row) for row in rows], [str(column) for column in columns]
     numbers = data.size <= 400 if numbers is None else numbers
     texts = [["" if np.isnan(x) else _cell(x, form) for x in row] for row in data] if numbers else []
@@ -75,25 +70,49 @@ def heatmap(
     top = (LINE + GAP if title else GAP) + (int(max(map(FONT.getlength, heads))) + GAP if upright else LINE)
     size = (left + width * len(heads), top + height * len(names))
     bar = int(max(FONT.getlength(_number(end, log)) for end in (low, high))) + 4 * GAP
-    canvas = Image.new("RGB", (max(size[0] + bar, _width(title)) + GAP, max(size[1], top + 80) + GAP), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, GAP // 2), title, INK, FONT)
+    canvas, pen = _titled(max(size[0] + bar, _width(title)) + GAP, max(size[1], top + 80) + GAP, title)
     paint = colors(shown, low, high, signed=signed)
     for i, name in enumerate(names):
         pen.text((left - GAP // 2, top + height * i + height // 2), name, INK, FONT, anchor="rm")
         for j in range(len(heads)):
             x, y = left + width * j, top + height * i
-            pen.rectangle((x, y, x + width - 2, y + height - 2), tuple(map(int, paint[i, j])))
-            if numbers:
-                dark = paint[i, j] @ (0.3, 0.59, 0.11) < 128
-                pen.text((x + width / 2, y + height / 2), texts[i][j], PAPER if dark else INK, FONT, anchor="mm")
-    for j, head in enumerate(heads):
-        if upright:
-            _upright(canvas, head, left + width * j + width // 2, top - GAP // 2)
-        else:
-            pen.text((left + width * j + width / 2, top - GAP // 2), head, INK, FONT, anchor="mb")
+            _filled(pen, (x, y, x + width - 2, y + height - 2), paint[i, j], texts[i][j] if numbers else "")
+    _heads(canvas, heads, (left, top - GAP // 2), width, upright)
     _bar(canvas, (size[0] + 2 * GAP, top), max(size[1] - top, 72), low, high, signed=signed, log=log)
     return canvas
+
+
+def _table(values: Any, rows: int, columns: int) -> Array:
+    """Return the numbers of a table of this size; RequestError for another."""
+    data = array(values)
+    if data.shape != (rows, columns) or not data.size:
+        raise RequestError(f"values are {data.shape}; needed a row for each of {rows}, {columns} numbers each")
+    return data
+
+
+def _titled(width: int, height: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    """Return an empty picture with a title, and what draws on it."""
+    canvas = Image.new("RGB", (width, height), PAPER)
+    pen = ImageDraw.Draw(canvas)
+    pen.text((GAP, GAP // 2), title, INK, FONT)
+    return canvas, pen
+
+
+def _filled(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: NDArray[np.uint8], text: str) -> None:
+    """Draw a cell with a text that can be read on its color."""
+    pen.rectangle(box, tuple(map(int, color)))
+    middle = (box[0] + box[2] + 2) / 2, (box[1] + box[3] + 2) / 2
+    pen.text(middle, text, PAPER if color @ (0.3, 0.59, 0.11) < 128 else INK, FONT, anchor="mm")
+
+
+def _heads(canvas: Image.Image, texts: Sequence[str], at: tuple[int, int], width: int, upright: bool) -> None:
+    """Write the names of columns of a width, each over the middle of its own."""
+    for j, text in enumerate(texts):
+        x = at[0] + width * j + width // 2
+        if upright:
+            _upright(canvas, text, x, at[1])
+        else:
+            ImageDraw.Draw(canvas).text((x, at[1]), text, INK, FONT, anchor="mb")
 
 
 def strip(
@@ -120,9 +139,7 @@ def strip(
     height, head = max(tile.height for tile in tiles) + LINE * bool(names), LINE + GAP if title else GAP
     row_count = -(-len(tiles) // per_row)
     across = max(GAP + per_row * (width + GAP), _width(title) + GAP)
-    canvas = Image.new("RGB", (across, head + row_count * (height + GAP)), PAPER)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, GAP // 2), title, INK, FONT)
+    canvas, pen = _titled(across, head + row_count * (height + GAP), title)
     for i, tile in enumerate(tiles):
         x, y = GAP + i % per_row * (width + GAP), head + i // per_row * (height + GAP)
         if names:
@@ -165,14 +182,7 @@ def lines(
     Many curves are colored from dark to light in their order. log: the vertical axis is logarithmic, values above 0 ·
     size: of the picture, in pixels.
     """
-    data = {name: array(values) for name, values in curves.items()}
-    lengths = {len(values) for values in data.values()} | ({len(x)} if x is not None else set())
-    if len(lengths) != 1 or 0 in lengths:
-        raise RequestError(
-            f"curves of {len(data)} names have lengths {sorted(lengths)}; needed one length for all and x"
-        )
-    (count,) = lengths
-    at = np.arange(1, count + 1, dtype=float) if x is None else array(x)
+    data, at = _curves(curves, x)
     if log:
         data = {name: np.log10(np.where(values > 0, values, np.nan)) for name, values in data.items()}
     low, high, _ = _limits(np.stack(list(data.values())), None, symmetric=False)
@@ -181,27 +191,41 @@ def lines(
     left, top = int(max(map(FONT.getlength, marks))) + 2 * GAP, LINE + 2 * GAP
     width, height = max(size[0] - left - legend - 2 * GAP, 60), max(size[1] - top - LINE - 2 * GAP, LINE * len(data))
     total = (max(left + width + legend + 2 * GAP, _width(title)), top + height + LINE + 2 * GAP)
-    canvas = Image.new("RGB", total, PAPER)
-    pen = ImageDraw.Draw(canvas)
-    pen.text((GAP, GAP // 2), title, INK, FONT)
+    canvas, pen = _titled(*total, title)
     for i, mark in enumerate(marks):
         y = top + height * (1 - i / 4)
         pen.line((left, y, left + width, y), RULE)
         pen.text((left - GAP // 2, y), mark, INK, FONT, anchor="rm")
     reach = (at.max() - at.min()) or 1.0
     across = left + width * (at - at.min()) / reach
-    for i in np.unique(np.linspace(0, count - 1, min(count, 9)).astype(int)):
+    for i in np.unique(np.linspace(0, len(at) - 1, min(len(at), 9)).astype(int)):
         pen.text((across[i], top + height + GAP), format(at[i], "g"), INK, FONT, anchor="mt")
     for i, (name, values) in enumerate(data.items()):
         color = CURVES[i] if len(data) <= len(CURVES) else _mixed(i, len(data))
         down = top + height * (1 - (values - low) / ((high - low) or 1.0))
-        for j in range(count):
-            if np.isfinite(down[j]):
-                pen.ellipse((across[j] - 2, down[j] - 2, across[j] + 2, down[j] + 2), color)
-            if j and np.isfinite(down[j - 1 : j + 1]).all():
-                pen.line((across[j - 1], down[j - 1], across[j], down[j]), color, 2)
+        _curve(pen, across, down, color)
         pen.text((left + width + 2 * GAP, top + LINE * i), name, color, FONT)
     return canvas
+
+
+def _curves(curves: Mapping[str, Any], x: Sequence[float] | None) -> tuple[dict[str, Array], Array]:
+    """Return the numbers of curves and of their axis (1, 2, … without one); RequestError where lengths differ."""
+    data = {name: array(values) for name, values in curves.items()}
+    lengths = {len(values) for values in data.values()} | ({len(x)} if x is not None else set())
+    if len(lengths) != 1 or 0 in lengths:
+        raise RequestError(
+            f"curves of {len(data)} names have lengths {sorted(lengths)}; needed one length for all and x"
+        )
+    return data, np.arange(1, lengths.pop() + 1, dtype=float) if x is None else array(x)
+
+
+def _curve(pen: ImageDraw.ImageDraw, across: Array, down: Array, color: tuple[int, ...]) -> None:
+    """Draw a curve with its points; missing values leave gaps."""
+    for j in range(len(across)):
+        if np.isfinite(down[j]):
+            pen.ellipse((across[j] - 2, down[j] - 2, across[j] + 2, down[j] + 2), color)
+        if j and np.isfinite(down[j - 1 : j + 1]).all():
+            pen.line((across[j - 1], down[j - 1], across[j], down[j]), color, 2)
 
 
 def _mixed(i: int, count: int) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ positive branch.
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,15 +153,7 @@ def look(
     plan: Plan = draw.plan(request, **fields) if fields or not isinstance(request, Plan) else request
     _check(plan, concepts)
     item, config, count = tokens(pipe, plan)[0], pipe.config.transformer, len(plan.sigmas) - 1
-    wanted = torch.linspace(1, count, min(count, PREVIEWS)).round().int().tolist()
-    estimates: dict[int, Tensor] = {}
-
-    def see(step: Step) -> None:
-        if step.i in wanted:
-            estimates[step.i] = step.denoised[0].cpu()
-        if on_step is not None:
-            on_step(step)
-
+    estimates, see = _estimates(count, on_step)
     maps = BoundedMaps(item, layers=config.n_layers, heads=config.n_heads, steps=count)
     cells = side(item.grid, config.n_layers * count, ROOM)
     with (
@@ -169,14 +161,8 @@ def look(
         residual(pipe, **CHOICE) as terms,
         step_atlas(pipe, "layers.*.output", tokens="image", **CHOICE) as atlas,
         observe(pipe, "layers.*.output", tokens="image", reduce=_lengths(item, cells), **CHOICE) as norms,
-        ExitStack() as stack,
+        _likeness(pipe, item, concepts) as likeness,
     ):
-        likeness = None
-        if concepts:
-            source: Source = "prompt" if all(map(item.has, concepts)) else "template"
-            likeness = stack.enter_context(
-                concept_maps(pipe, concepts, source=source, keep=("step", "layer"), **CHOICE)
-            )
         result = draw(plan, on_step=see)
     layers = [f"layers.{i}" for i in range(config.n_layers)]
     tensors = maps.tensors() | {"residual.norm": _stacked(norms, layers, count)}
@@ -187,6 +173,30 @@ def look(
         tensors | _concepts(likeness, item, layers, count), _tables(maps, terms, atlas, layers, count),
         fingerprint(pipe),
     )  # fmt: skip
+
+
+def _estimates(count: int, on_step: Callable[[Step], None] | None) -> tuple[dict[int, Tensor], Callable[[Step], None]]:
+    """What keeps the estimates of the image of up to PREVIEWS steps of `count`, by step, and the function that does."""
+    wanted = torch.linspace(1, count, min(count, PREVIEWS)).round().int().tolist()
+    estimates: dict[int, Tensor] = {}
+
+    def see(step: Step) -> None:
+        if step.i in wanted:
+            estimates[step.i] = step.denoised[0].cpu()
+        if on_step is not None:
+            on_step(step)
+
+    return estimates, see
+
+
+def _likeness(
+    pipe: LoadedModel, item: ItemTokens, concepts: Sequence[str]
+) -> AbstractContextManager[ConceptMaps | None]:
+    """Maps of concepts, if there are any, for as long as the `with` lasts."""
+    if not concepts:
+        return nullcontext()
+    source: Source = "prompt" if all(map(item.has, concepts)) else "template"
+    return concept_maps(pipe, concepts, source=source, keep=("step", "layer"), **CHOICE)
 
 
 def _check(plan: Plan, concepts: Sequence[str]) -> None:

@@ -144,7 +144,7 @@ def test_what_cannot_be_converted_leaves_nothing(tensors, official_dir, tmp_path
     def full(*args, **options):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("s3dit.weights.quantize.save_file", full)
+    monkeypatch.setattr("s3dit.weights.quantize.write_safetensors", full)
     with pytest.raises(CheckpointError, match="could not be written"):
         convert(official_dir, tmp_path / "out", version="0")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.safetensors", "x.safetensors"]
