@@ -22,11 +22,6 @@ PROMPT = "a red star above a blue ring"
 DRAW = {"seed": 7, "num_inference_steps": 2, "height": 96, "width": 128, "output_type": "latent"}
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
-
-
 def latents(pipe, prompt=PROMPT, **more):
     return torch.stack(pipe(prompt, **{**DRAW, **more}).latents)
 

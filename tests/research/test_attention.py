@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.research import attention
 from s3dit.research.attention import attention_maps, looks
@@ -14,11 +13,6 @@ from s3dit.research.tokens import tokens as map_of_tokens
 PROMPTS = ["a red star above a blue ring", "a green ring"]
 DRAW = {"seed": [7, 8], "num_inference_steps": 2, "height": 96, "width": 128, "output_type": "latent"}
 GUIDED = {"negative_prompt": "a blue star", "guidance_scale": 1.5}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
 
 
 def exact(record, layer, step, item, branch, tokens):

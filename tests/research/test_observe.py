@@ -21,11 +21,6 @@ PROMPT = "a red star above a blue ring"
 DRAW = {"seed": 7, "num_inference_steps": 2, "height": 96, "width": 128, "output_type": "latent"}
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
-
-
 def latents(pipe, prompt=PROMPT, **more):
     return torch.stack(pipe(prompt, **{**DRAW, **more}).latents)
 
@@ -375,3 +370,16 @@ def test_cosines_between_steps(pipe):
         pipe(PROMPT, **DRAW)
     a, b = (record.at("layers.3.output", step).double().flatten() for step in (1, 2))
     assert torch.allclose(record.select("layers.3.output").cosines()[0, 1], a @ b / a.norm() / b.norm())
+
+
+def test_text_is_swapped_from_a_step_on(pipe):
+    """From the first step on it is the other prompt's picture, to the bit; later on neither."""
+    other, text = "a green star above a blue ring", ["text", "text padding"]
+    with observe(pipe, "layers.0.input", tokens=text, steps=[1]) as record:
+        whole = latents(pipe, other)
+    swap = {"layers.0.input": edits.patch(record, step=1)}
+    with edit(pipe, swap, tokens=text):
+        assert torch.equal(latents(pipe), whole)
+    with edit(pipe, swap, tokens=text, steps=[2]):
+        late = latents(pipe)
+    assert not torch.equal(late, whole) and not torch.equal(late, latents(pipe))

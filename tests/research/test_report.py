@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.research import bounded_maps, trace
 from s3dit.research.attention import attention_maps
@@ -28,11 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "a red star above a blue star"
 DRAW = {"seed": 7, "num_inference_steps": 3, "height": 96, "width": 128}
 ALL = ("step", "layer", "head")
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
 
 
 @pytest.fixture(scope="module")

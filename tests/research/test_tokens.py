@@ -3,16 +3,10 @@
 import pytest
 import torch
 
-from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.research.tokens import KINDS, tokens
 
 PROMPTS = ["a red star above a blue ring", "a green ring"]
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
 
 
 @pytest.fixture(scope="module")
