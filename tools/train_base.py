@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_export
 import torch
 from safetensors.torch import load_file
 from tiny_score import find, judge, table
@@ -106,9 +107,9 @@ def negatives(count: int = 200) -> list[tuple[str, str]]:
     return [(prompt.replace("a orange", "an orange"), avoided) for prompt, avoided in out]
 
 
-def score(pipe: Any, prompts: list[tuple[Scene, str]], batch: int = 20, **settings: Any) -> dict[str, float]:
-    """Shares right of the prompts drawn with these settings; the seed is the prompt's index."""
-    verdicts = []
+def right(pipe: Any, **settings: Any) -> dict[str, float]:
+    """Shares right of the 500 fixed prompts drawn with these settings; the seed is the prompt's index."""
+    verdicts, prompts, batch = [], fixed_prompts(), 20
     for start in range(0, len(prompts), batch):
         chosen = prompts[start : start + batch]
         pictures = pipe([caption for _, caption in chosen], seed=start, **settings).images
@@ -116,9 +117,9 @@ def score(pipe: Any, prompts: list[tuple[Scene, str]], batch: int = 20, **settin
     return table(verdicts)
 
 
-def appearing(pipe: Any, cases: list[tuple[str, str]], negative: bool, batch: int = 20) -> float:
+def appearing(pipe: Any, negative: bool) -> float:
     """Share of pictures in which a thing has the color to be avoided, which is the negative prompt or is not."""
-    hits = []
+    hits, cases, batch = [], negatives(), 20
     for start in range(0, len(cases), batch):
         prompts, avoided = zip(*cases[start : start + batch], strict=True)
         against = {"negative_prompt": list(avoided)} if negative else {}
@@ -127,14 +128,34 @@ def appearing(pipe: Any, cases: list[tuple[str, str]], negative: bool, batch: in
     return round(float(np.mean(hits)), 4)
 
 
+def score(folder: Path) -> dict[str, Any]:
+    """Measure a folder with its defaults, without guidance, and by negative prompts."""
+    from s3dit import Pipeline
+
+    pipe = Pipeline.load("embedded-base" if folder == Path("weights/tiny_base") else folder)
+    return {
+        "28 steps, guidance 4": right(pipe),
+        "28 steps, no guidance": right(pipe, guidance_scale=0.0),
+        "a color appears that the prompt leaves open": appearing(pipe, negative=False),
+        "a color appears that is the negative prompt": appearing(pipe, negative=True),
+        "placement": str(pipe.placement),
+    }
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder of checkpoints and data")
     parser.add_argument("--tiny", type=Path, default=Path("weights/tiny"), help="the embedded model's folder")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny_base"), help="the base model's folder")
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=3_500)
+    parser.add_argument("--score", action="store_true", help="score --out on the 500 fixed prompts and stop")
     args = parser.parse_args()
+    if args.score:
+        found = score(args.out)
+        (args.out / "score.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found, indent=1))
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     config = json.loads((args.tiny / "vae" / "config.json").read_text())
     vae, model = Autoencoder(VAE_CONFIG), Model()
@@ -145,7 +166,8 @@ def main() -> None:
         state = load_file(args.tiny / f"{file}.safetensors")
         module.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     data = make_data(args.work, vae, config["scaling_factor"], config["shift_factor"])
-    train_base(args.work, data, Tokenizer(args.tiny / "tokenizer"), model, args.steps)
+    trained = train_base(args.work, data, Tokenizer(args.tiny / "tokenizer"), model, args.steps)
+    tiny_export.write_base(args.out, trained.dit)
 
 
 if __name__ == "__main__":
