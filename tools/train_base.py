@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/tiny"), help="folder of checkpoints and data")
     parser.add_argument("--tiny", type=Path, default=Path("weights/tiny"), help="the embedded model's folder")
     parser.add_argument("--out", type=Path, default=Path("weights/tiny_base"), help="the base model's folder")
-    parser.add_argument("--steps", type=int, default=3_500)
+    parser.add_argument("--steps", type=int, default=1_400)
     parser.add_argument("--score", action="store_true", help="score --out on the 500 fixed prompts and stop")
     args = parser.parse_args()
     if args.score:
