@@ -43,7 +43,7 @@ def applied(request: Request) -> Request:
         return request
     if request.preset == "comfyui-2k" and request.image is None:
         raise RequestError(
-            "preset comfyui-2k redraws a picture, enlarged before; needed image, and height and width twice as large"
+            "preset is comfyui-2k, which redraws a picture; give image too, and height and width, such as twice its own"
         )
     values = {spec.name: getattr(request, spec.name) for spec in fields(request)}
     given = {name for name, value in values.items() if value is not None and not isinstance(value, Default)}
@@ -60,13 +60,13 @@ def check(request: Request) -> None:
     whose, several = request.convention, as_list(request.seed)
     if request.batch_place is not None and (whose == "own" or request.generator is not None):
         raise RequestError(
-            "batch_place is about a batch whose noise is drawn at once from one seed; give convention diffusers or "
-            "comfyui, and no generator, or leave batch_place out"
+            "batch_place is about a batch whose noise is drawn at once from one seed; give convention too, diffusers "
+            "or comfyui, and no generator, or leave batch_place out"
         )
     if whose == "comfyui" and request.solver in ABSENT:
         raise RequestError(
-            f"solver {request.solver} with convention comfyui; ComfyUI has it for variance-exploding models only, and "
-            "it spoils a flow's pictures; needed another solver, or convention own"
+            f"convention comfyui has no solver {request.solver} for flows: ComfyUI's is for variance-exploding models, "
+            "and spoils a flow's pictures; needed another solver, or convention own"
         )
     if whose == "own" or request.generator is not None:
         return

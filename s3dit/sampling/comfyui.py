@@ -41,8 +41,8 @@ def sigmas(n: int, shift: float, schedule: Schedule, dynamic: bool = False, stre
     whole = n if strength is None or strength > 0.9999 else int(n / strength)
     if whole > MOST_SIGMAS:
         raise RequestError(
-            f"strength {strength:g} with {n} steps takes the last sigmas of {whole:,} (convention comfyui); needed at "
-            f"most {MOST_SIGMAS:,}; redraw more, or in fewer steps"
+            f"strength {strength:g} needs the last {n} of {whole:,} steps (convention comfyui); needed at most "
+            f"{MOST_SIGMAS:,}, as there are sigmas; redraw more, or in fewer steps"
         )
     table = schedules.training_sigmas(shift, dynamic)
     if schedule == "simple":
