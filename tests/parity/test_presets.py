@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -13,7 +14,7 @@ from s3dit.inputs.start_image import remaining_sigmas
 from s3dit.model.config import SchedulerConfig
 from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
-from s3dit.resolve import resolve
+from s3dit.resolve import resolve, without_effect
 from s3dit.runtime.model_config import read_model
 from s3dit.sampling.solvers import solve
 
@@ -124,3 +125,5 @@ def test_dynamic_shift_and_schedules(kind, schedule, n):
     else:
         plain = resolve(replace(request, shift=7.0), MODEL)
         assert np.array_equal(found, remaining_sigmas(plain).double().numpy())
+    # A shift that nobody gave is not said to have no effect.
+    assert not any("shift" in note for note in without_effect(request, SimpleNamespace(config=config)))
