@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from s3dit import guidance_notes
 from s3dit.errors import BackendError
 from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
@@ -27,6 +28,7 @@ from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
 from s3dit.runtime.sources import Sources
+from s3dit.sampling.guidance_methods import extra_calls
 from s3dit.sampling.solvers import model_calls
 from s3dit.stages import References, Stage, Work, memory_plan, new_tokens, stages_of
 
@@ -98,9 +100,10 @@ def make_plan(
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
     captions = _captions(request, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
+    notes += guidance_notes.notes(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),
-        calls=tuple(model_calls(request.solver, each) for each in sigmas),
+        calls=tuple(model_calls(request.solver, each) + extra_calls(request, each) for each in sigmas),
         new_tokens=new_tokens(captions, kept_prompts),
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 
+from s3dit import guidance_notes
 from s3dit.errors import RequestError
+from s3dit.guidance_options import check_guidance, guidance_scale
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
-from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
+from s3dit.runtime.sources import SHIFT_NOTE, Sources
 from s3dit.sampling.multistep import STOCHASTIC
 from s3dit.sampling.schedules import UNSHIFTED
 
@@ -18,7 +20,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
     settings, scheduler = config.settings, config.scheduler
     if request.prompt is None and not request.embeds and not config.prompt:
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
-    guidance = request.cfg - 1.0 if request.cfg is not None else request.guidance_scale
+    guidance = guidance_scale(request, settings.guidance_scale)
     steps = request.num_inference_steps or settings.num_inference_steps
     if request.sigmas is not None:
         steps = len([sigma for sigma in request.sigmas if sigma > 0])
@@ -31,7 +33,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         height=_side(request, "height", settings.height),
         width=_side(request, "width", settings.width),
         num_inference_steps=steps,
-        guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
+        guidance_scale=guidance,
         cfg=None,
         schedule=scheduler.schedule if request.schedule == "official" else request.schedule,
         # A shift that follows from the size stays None, so that a second pass and a replay find their own.
@@ -39,6 +41,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         if request.shift is None
         else float(request.shift),
     )
+    check_guidance(resolved, config.transformer.n_layers)
     resolved.check_pixels()
     resolved.check_latents()
     resolved.check_embeds(config.transformer.cap_feat_dim)
@@ -79,24 +82,7 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
 def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     """One note for each field of a resolved request that was given and changes nothing, or works against the model."""
     config = sources.config
-    if request.guidance_scale:
-        if request.cfg_truncation > 1:
-            yield "cfg_truncation above 1 has no effect: t ends at 1"
-        # Not where Turbo is a guess, which the user may have corrected with this very guidance.
-        if config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes:
-            yield (
-                f"guidance_scale {request.guidance_scale:g}: Turbo is distilled to draw without guidance, which takes "
-                "twice the work here and often makes the picture worse; its own is 0"
-            )
-    else:
-        given = {
-            "negative_prompt": request.negative_prompt is not None and any(request.per_image("negative_prompt")),
-            "negative_prompt_embeds": request.negative_prompt_embeds is not None,
-            "cfg_normalization": bool(request.cfg_normalization),
-            "cfg_truncation": request.cfg_truncation != 1,
-        }
-        for name in (name for name, is_given in given.items() if is_given):
-            yield f"{name} has no effect: guidance is off; give guidance_scale, such as 4, to models that have it"
+    yield from guidance_notes.without_effect(request, sources)
     if request.seed == -1:
         yield "seed -1 is a seed like any other; leave seed out for a random one"
     masked = request.mask_image is not None or request.extend is not None

@@ -16,6 +16,7 @@ from PIL import Image
 
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
+from s3dit.guidance_options import variations
 from s3dit.inputs import control_hints
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
@@ -107,9 +108,11 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     )
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
+    varied = variations(request)
     made = []
     for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
+        own["variation"] = str(varied[i]) if varied[i].strength else None
         if own["reference"] is None:
             own["reference_positions"] = "released"
         controls = request.controls_of(i)
