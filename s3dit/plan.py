@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from s3dit import guidance_notes
 from s3dit.errors import BackendError
 from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
@@ -21,9 +20,10 @@ from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import Grid, Layout, edit, text_to_image
 from s3dit.model.tokenizer import Tokenizer
+from s3dit.notes import notes as notes_on
+from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
-from s3dit.resolve import notes as notes_on
-from s3dit.resolve import resolve, without_effect
+from s3dit.resolve import resolve
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
@@ -100,7 +100,7 @@ def make_plan(
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
     captions = _captions(request, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
-    notes += guidance_notes.notes(request, sigmas)
+    notes += on_calls(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),
         calls=tuple(model_calls(request.solver, each) + extra_calls(request, each) for each in sigmas),

@@ -102,8 +102,8 @@ def one_or_several(name: str, value: Any, low: float, high: float) -> None:
 
 def interval(name: str, value: Any) -> None:
     """Check that a value is two times, from and to, within 0 (noise) and 1 (image)."""
-    given = value if several(value) and len(value) == 2 else (None,)
-    if not all(_number(t, int | float) for t in given) or not 0 <= given[0] <= given[1] <= 1:
+    given = list(value) if several(value) and len(value) == 2 else []
+    if not given or not all(_number(t, int | float) for t in given) or not 0 <= given[0] <= given[1] <= 1:
         raise RequestError(f"{name} is {shown(value)}; needed two times from 0 (noise) to 1 (image), as in 0.1-0.8")
 
 

@@ -21,7 +21,7 @@ BOUND = 3000
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
 # picture carries, what a budget allows, what a user is told; and a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "files", "guidance_notes", "guidance_options",
+    "__init__", "__main__", "control", "dry_run", "errors", "files", "guidance_options", "notes",
     "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.

@@ -24,7 +24,7 @@ FLOORS = (
     ("sampling.",),
     ("inputs.",),
     ("runtime.",),
-    ("guidance_notes", "resolve", "stages", "plan"),
+    ("notes", "resolve", "stages", "plan"),
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),

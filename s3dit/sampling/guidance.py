@@ -11,13 +11,13 @@ Source: diffusers `ZImagePipeline.__call__`; the official pipeline is the same b
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from s3dit.model.timestep import Modulation
 from s3dit.model.transformer import Context, Steering
+from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.step import Velocity
 
 # mix(scale, positive, negative, x, sigma) -> the guided velocity; tensors (tokens, 64) fp32, sigma () fp32
@@ -27,16 +27,6 @@ Mix = Callable[[float, Tensor, Tensor, Tensor, Tensor], Tensor]
 def plain(scale: float, positive: Tensor, negative: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
     """Return Z-Image's form of guidance."""
     return positive + scale * (positive - negative)
-
-
-class Skipped(Protocol):
-    """The interface of a pass without some layers; `skip_layers.SkippedLayers` implements it."""
-
-    def at(self, t: float) -> float:
-        """Return the weight of what these layers add, 0 where there is no pass."""
-
-    def __call__(self, *args: object) -> Tensor:
-        """Call the transformer without them; arguments as of `Transformer.forward`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +44,7 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     times: Sequence[float] = ()
     mix: Mix = plain
-    skipped: Skipped | None = None
+    skipped: SkippedLayers | None = None
 
     def at(self, t: float) -> float:
         """Return the scale at time t (0 noise, 1 image), 0 where guidance is off."""
@@ -91,8 +81,8 @@ def guide(
         scale, time = guidance.at(t.item()), t[None].to(x.device)
 
         def call(model: Callable[..., Tensor], guided: bool) -> Tensor:
-            twice = x.repeat(2, 1) if guided else x
-            return model(twice, time, context(guided), control(sigma), modulation(guided, sigma)).float()
+            items = x.repeat(2, 1) if guided else x
+            return model(items, time, context(guided), control(sigma), modulation(guided, sigma)).float()
 
         if scale > 0:
             positive, negative = call(transformer, True).chunk(2)

@@ -22,27 +22,27 @@ from torch import Tensor
 
 from s3dit.guidance_options import Method, SkipLayers
 from s3dit.request import Request
-from s3dit.sampling.guidance import Guidance, Mix, Skipped, flow_time, plain
+from s3dit.sampling.guidance import Guidance, Mix, flow_time, plain
+from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 
 
 def guidance_of(
-    request: Request, sigmas: Tensor, lengths: Sequence[int] = (), skipped: Skipped | None = None
+    request: Request, sigmas: Tensor, lengths: Sequence[int] = (), skipped: SkippedLayers | None = None
 ) -> Guidance:
     """Return the guidance of a resolved request in a pass over sigmas (n + 1,); lengths: patches of each picture."""
     method, given = Method.of(request.guidance_method), request.guidance_scale or 0.0
-    mixes = {
-        "plain": lambda: plain,
-        "apg": lambda: apg(method, lengths),
-        "cfg_zero": lambda: partial(cfg_zero, lengths=lengths),
-    }
+    start, end = request.guidance_interval or (0.0, 1.0)
+    mixes: dict[str, Mix] = {
+        "plain": plain, "apg": apg(method, lengths), "cfg_zero": partial(cfg_zero, lengths=lengths)
+    }  # fmt: skip
     return Guidance(
         scale=given if isinstance(given, float) else scales(given, request.num_inference_steps or 1, len(sigmas) - 1),
         normalization=float(request.cfg_normalization),
         truncation=float(request.cfg_truncation),
-        interval=(0.0, 1.0) if request.guidance_interval is None else (*request.guidance_interval,),  # type: ignore[arg-type]
+        interval=(start, end),
         times=[flow_time(sigma).item() for sigma in sigmas[:-1]],
-        mix=mixes[method.name](),
+        mix=mixes[method.name],
         skipped=skipped,
     )
 
@@ -69,7 +69,7 @@ def apg(method: Method, lengths: Sequence[int]) -> Mix:
 
 
 def _projected(update: Tensor, image: Tensor, method: Method) -> Tensor:
-    """One picture's update with its norm cut, and what is parallel to the image multiplied by eta; both (tokens, 64)."""
+    """One picture's update (tokens, 64) with its norm cut, and its part parallel to the image multiplied by eta."""
     if method.norm_threshold > 0:
         update = update * (method.norm_threshold / torch.linalg.vector_norm(update)).clamp(max=1.0)
     parallel = (update * image).sum() / (image * image).sum() * image
@@ -86,7 +86,7 @@ def cfg_zero(
 
 
 def times_of_calls(request: Request, sigmas: Tensor) -> list[float]:
-    """Return the time t of every call of the velocity that a solver makes, found by solving a flow that stands still."""
+    """Return the time t of every call of the velocity that a solver makes, found on a flow that stands still."""
     times: list[float] = []
     still = torch.zeros(1, 64)
 

@@ -35,7 +35,7 @@ class SkippedLayers:
         for attributes in held:
             attributes["forward"] = lambda x, *rest: x
         try:
-            return self._transformer(*args)  # type: ignore[no-any-return]
+            return self._transformer(*args)
         finally:
             for attributes, forward in zip(held, before, strict=True):
                 if forward is None:
