@@ -11,21 +11,18 @@ Not here: what they do, which is in `sampling/guidance_methods.py`, `sampling/sk
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from s3dit import values
 from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.values import MOST_STEPS, Kind
 
-if TYPE_CHECKING:
-    from s3dit.request import Request
-
 # A text that is longer is none of these.
 LONGEST = 1000
 METHOD_FORM = (
-    "plain, apg[:eta=0,momentum=-0.5,norm_threshold=0] (eta from 0 to 10, momentum within ±0.99, norm_threshold from 0) "
-    "or cfg_zero[:zero_init_steps=1]"
+    "plain, apg[:eta=0,momentum=-0.5,norm_threshold=0] (eta from 0 to 10, momentum within ±0.99, norm_threshold from "
+    "0) or cfg_zero[:zero_init_steps=1]"
 )
 SKIP_FORM = "LAYERS:SCALE[@A-B], such as 2,3:1.5@0.1-0.5: a scale from 0 to 100, and t from A to B within 0 and 1"
 VARIATION_FORM = "STRENGTH[:SEED], such as 0.3:7: a strength from 0 to 10, and a seed from 0"
@@ -104,42 +101,6 @@ class Variation:
     def __str__(self) -> str:
         """The text that `of` reads."""
         return f"{self.strength!r}" + ("" if self.seed is None else f":{self.seed}")
-
-
-def guidance_scale(request: "Request", default: float) -> float | list[float]:
-    """The scale or scales of a request in Z-Image's form: 0.0 where all are 0."""
-    given = request.guidance_scale if request.cfg is None else [weight - 1.0 for weight in values.as_list(request.cfg)]
-    several = [float(scale) for scale in ([default] if given is None else values.as_list(given))]
-    return several[0] if len(several) == 1 else several if any(several) else 0.0
-
-
-def check_guidance(request: "Request", layers: int) -> None:
-    """Hold a resolved request's guidance to its steps and to the model's main layers; raises RequestError."""
-    steps = request.num_inference_steps or 1
-    if (given := len(values.as_list(request.guidance_scale))) > steps:
-        raise RequestError(f"guidance_scale has {given} numbers; needed at most one a step, of which there are {steps}")
-    if request.strength is None and (left_out := zero_init_steps(request)) >= steps:
-        raise RequestError(f"zero_init_steps of guidance_method is {left_out}; needed fewer than the {steps} steps")
-    if request.skip_layers is not None and (last := SkipLayers.of(request.skip_layers).layers[-1]) >= layers:
-        raise RequestError(f"skip_layers has layer {last}; needed layers from 0 to {layers - 1} of this model")
-
-
-def zero_init_steps(request: "Request") -> int:
-    """The first steps of a resolved request that have no velocity, by its method of guidance."""
-    method = Method.of(request.guidance_method)
-    return method.zero_init_steps if method.name == "cfg_zero" and request.guidance_scale else 0
-
-
-def variations(request: "Request") -> list[Variation]:
-    """The variation of every picture, none being of strength 0; seeds count up over the pictures that share one."""
-    if request.variation is None:
-        return [Variation(0.0)] * request.count
-    each = request.count // len(values.as_list(request.variation))
-    made = []
-    for i, (text, own) in enumerate(zip(request.per_image("variation"), request.seeds() or [0], strict=True)):
-        given = Variation.of(text)
-        made.append(Variation(given.strength, (own if given.seed is None else given.seed + i % each) % SEEDS))
-    return made
 
 
 def check(name: str, value: Any, read: Callable[[Any], object], form: str) -> None:

@@ -31,9 +31,9 @@ from s3dit import __version__
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
-from s3dit.guidance_options import SkipLayers, variations
+from s3dit.guidance_options import SkipLayers
 from s3dit.inputs import control_hints, images, references, start_image
-from s3dit.inputs.variation import varied
+from s3dit.inputs.variation import variations, varied
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from s3dit.errors import RequestError
-from s3dit.guidance_options import check_guidance, guidance_scale
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
+from s3dit.sampling.guidance_methods import check_guidance, guidance_scale
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
 REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35

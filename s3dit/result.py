@@ -16,11 +16,11 @@ from PIL import Image
 
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
-from s3dit.guidance_options import variations
 from s3dit.inputs import control_hints
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
 from s3dit.inputs.save_image import save_picture
+from s3dit.inputs.variation import variations
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 

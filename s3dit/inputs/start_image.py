@@ -24,12 +24,12 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from s3dit.errors import RequestError
-from s3dit.guidance_options import zero_init_steps
 from s3dit.inputs.images import Picture, Pictures
 from s3dit.inputs.resize import resized
 from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
 from s3dit.request import IMAGES, Request
+from s3dit.sampling.guidance_methods import zero_init_steps
 from s3dit.sampling.schedules import sigmas
 from s3dit.values import LARGEST_SIDE
 
@@ -168,7 +168,9 @@ def _cells(mask: Tensor) -> Tensor:
 def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
     """Return the sigmas of a resolved request, (steps + 1,) fp32: all of them, or with a strength the last ones.
 
-    Without a picture to begin from, cfg_zero's first steps, which have no velocity, are left out. scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
+    Without a picture to begin from, cfg_zero's first steps, which have no velocity, are left out.
+
+    scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
     """
     dynamic = request.shift is None and scheduler is not None
     shift = _dynamic_shift(request, scheduler) if dynamic and scheduler else request.shift or 1.0

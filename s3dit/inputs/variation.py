@@ -10,7 +10,21 @@ from collections.abc import Iterator, Sequence, Sized
 import torch
 from torch import Tensor
 
-from s3dit.guidance_options import Variation
+from s3dit.guidance_options import SEEDS, Variation
+from s3dit.request import Request
+from s3dit.values import as_list
+
+
+def variations(request: Request) -> list[Variation]:
+    """The variation of every picture, none being of strength 0; seeds count up over the pictures that share one."""
+    if request.variation is None:
+        return [Variation(0.0)] * request.count
+    each = request.count // len(as_list(request.variation))
+    made = []
+    for i, (text, own) in enumerate(zip(request.per_image("variation"), request.seeds() or [0], strict=True)):
+        given = Variation.of(text)
+        made.append(Variation(given.strength, (own if given.seed is None else given.seed + i % each) % SEEDS))
+    return made
 
 
 def varied(features: Sequence[Tensor], captions: Sequence[Sized], variations: Sequence[Variation]) -> list[Tensor]:

@@ -20,6 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from s3dit import values
+from s3dit.errors import RequestError
 from s3dit.guidance_options import Method, SkipLayers
 from s3dit.request import Request
 from s3dit.sampling.guidance import Guidance, Mix, flow_time, plain
@@ -45,6 +47,30 @@ def guidance_of(
         mix=mixes[method.name],
         skipped=skipped,
     )
+
+
+def guidance_scale(request: Request, default: float) -> float | list[float]:
+    """The scale or scales of a request in Z-Image's form: 0.0 where all are 0."""
+    given = request.guidance_scale if request.cfg is None else [weight - 1.0 for weight in values.as_list(request.cfg)]
+    several = [float(scale) for scale in ([default] if given is None else values.as_list(given))]
+    return several[0] if len(several) == 1 else several if any(several) else 0.0
+
+
+def check_guidance(request: Request, layers: int) -> None:
+    """Hold a resolved request's guidance to its steps and to the model's main layers; raises RequestError."""
+    steps = request.num_inference_steps or 1
+    if (given := len(values.as_list(request.guidance_scale))) > steps:
+        raise RequestError(f"guidance_scale has {given} numbers; needed at most one a step, of which there are {steps}")
+    if request.strength is None and (left_out := zero_init_steps(request)) >= steps:
+        raise RequestError(f"zero_init_steps of guidance_method is {left_out}; needed fewer than the {steps} steps")
+    if request.skip_layers is not None and (last := SkipLayers.of(request.skip_layers).layers[-1]) >= layers:
+        raise RequestError(f"skip_layers has layer {last}; needed layers from 0 to {layers - 1} of this model")
+
+
+def zero_init_steps(request: Request) -> int:
+    """The first steps of a resolved request that have no velocity, by its method of guidance."""
+    method = Method.of(request.guidance_method)
+    return method.zero_init_steps if method.name == "cfg_zero" and request.guidance_scale else 0
 
 
 def scales(given: Sequence[float], steps: int, left: int) -> list[float]:
