@@ -46,7 +46,10 @@ WRONG = [
     ({"cfg": 3.0, "guidance_scale": 2.0}, "same knob"),
     ({"guidance_scale": []}, "guidance_scale is "),
     ({"guidance_scale": [2.0, -1.0]}, "guidance_scale is -1.0"),
-    ({"guidance_scale": [3, 2, 1], "num_inference_steps": 2}, "guidance_scale has 3 numbers; needed at most one a step"),
+    (
+        {"guidance_scale": [3, 2, 1], "num_inference_steps": 2},
+        "guidance_scale has 3 numbers; needed at most one a step",
+    ),
     ({"guidance_interval": 0.5}, "guidance_interval is 0.5; needed two times from 0 .noise. to 1"),
     ({"guidance_interval": [0.5, 0.1]}, "needed two times"),
     ({"guidance_interval": [0.5, float("nan")]}, "needed two times"),

@@ -16,7 +16,7 @@ from s3dit.model.layout import text_to_image
 from s3dit.model.transformer import Transformer
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.guidance_methods import guidance_of, scales
-from s3dit.sampling.skip_layers import SkippedLayers, SkipLayers
+from s3dit.sampling.skip_layers import SkipLayers, SkippedLayers
 
 PROMPTS = ["a red star above a blue ring on a white background", "a green circle"]
 SMALL = {"height": 64, "width": 64, "seed": 3, "num_inference_steps": 4, "output_type": "latent"}

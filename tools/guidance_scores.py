@@ -1,0 +1,109 @@
+"""Score guidance by method and scale, and variation by strength, on a model of the embedded one's world.
+
+`python tools/guidance_scores.py --model FOLDER` prints two tables of `--count` fixed prompts, a fifth of which have a
+color and a shape that were never trained together; `--json FILE` writes them too. The first has, for each method and
+scale, the share of pictures that show what their prompt demands, and the share of color values outside of what pixels
+can hold, which are cut off: that is how too much guidance saturates. The second has, for each strength, the share that
+is right and how far apart pictures of one prompt are: the root mean square of their pixels' difference (of 255), mean
+over all pairs of `--seeds` seeds; the first noise of a prompt is once the same for all its pictures, so that variation
+alone tells them apart, and once each has its own.
+
+The embedded model is distilled to draw without guidance; only its undistilled twin shows what guidance is for.
+"""
+
+import argparse
+import json
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_score import judge
+from tiny_world import Scene, fixed_prompts
+
+from s3dit import Pipeline
+
+SCALES = (1.0, 2.0, 4.0, 8.0)
+# By name, what a request has beside a scale; layers are those of the embedded model, which has six.
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cfg_normalization 1": {"cfg_normalization": 1.0},
+    "interval 0.1-0.8": {"guidance_interval": (0.1, 0.8)},
+    "apg": {"guidance_method": "apg"},
+    "apg:momentum=0": {"guidance_method": "apg:momentum=0"},
+    "apg:momentum=0,norm_threshold=15": {"guidance_method": "apg:momentum=0,norm_threshold=15"},
+    "cfg_zero": {"guidance_method": "cfg_zero"},
+    "cfg_zero:zero_init_steps=0": {"guidance_method": "cfg_zero:zero_init_steps=0"},
+    "skip_layers 3:1@0-0.5": {"skip_layers": "3:1@0-0.5"},
+}
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
+
+
+def pixels(tensor: torch.Tensor) -> np.ndarray:
+    """A picture (3, H, W) in [-1, 1] as bytes (H, W, 3)."""
+    return ((tensor.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def score(pipe: Pipeline, scenes: list[Scene], prompts: list[str], **fields: Any) -> dict[str, float]:
+    """Shares of pictures that are right, and of color values that are cut off by half a step of a byte or more."""
+    drawn = pipe(prompts, seed=list(range(len(prompts))), output_type="tensor", **fields).images
+    right = [judge(pixels(each), scene).everything for each, scene in zip(drawn, scenes, strict=True)]
+    clipped = [(each.abs() > 1 + 1 / 255).float().mean().item() for each in drawn]
+    return {"right": float(np.mean(right)), "clipped": float(np.mean(clipped))}
+
+
+def vary(
+    pipe: Pipeline, scenes: list[Scene], prompts: list[str], seeds: int, strength: float, own: bool, **fields: Any
+) -> dict[str, float]:
+    """Share of pictures that are right, and distance of pictures of one prompt; own: whether each has its own noise."""
+    count = len(prompts)
+    numbers = [1000 * (i if own else 0) + k for i in range(seeds) for k in range(count)]
+    variation = [f"{strength}:{7000 * i + k}" for i in range(seeds) for k in range(count)]
+    given = {"variation": variation} if strength else {}
+    drawn = pipe(prompts * seeds, seed=numbers, output_type="tensor", **given, **fields).images
+    pictures = np.stack([pixels(each) for each in drawn]).reshape(seeds, count, -1).astype(float)
+    apart = [np.sqrt(((a - b) ** 2).mean(1)).mean() for a, b in combinations(pictures, 2)]
+    right = [judge(pixels(each), scene).everything for each, scene in zip(drawn, scenes * seeds, strict=True)]
+    return {"right": float(np.mean(right)), "apart": float(np.mean(apart))}
+
+
+def main() -> None:
+    """Print and write both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder (default: the embedded model)")
+    parser.add_argument("--count", type=int, default=100, help="prompts (default 100)")
+    parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt for the variety (default 4)")
+    parser.add_argument("--json", type=Path, help="a file for the tables")
+    args = parser.parse_args()
+    pipe = Pipeline.load(args.model)
+    every = fixed_prompts()
+    scenes, prompts = map(list, zip(*every[:: len(every) // args.count][: args.count], strict=True))
+    table: dict[str, Any] = {"prompts": args.count, "without": score(pipe, scenes, prompts, guidance_scale=0.0)}
+    print("right, clipped without guidance: {right:.0%}, {clipped:.2%}\n".format(**table["without"]))
+    print("| right, clipped |", " | ".join(f"{scale:g}" for scale in SCALES), "|\n" + "|---" * (len(SCALES) + 1) + "|")
+    for name, fields in METHODS.items():
+        row = {scale: score(pipe, scenes, prompts, guidance_scale=scale, **fields) for scale in SCALES}
+        print(
+            f"| {name} |",
+            " | ".join("{right:.0%}, {clipped:.2%}".format(**each) for each in row.values()),
+            "|",
+            flush=True,
+        )
+        table.setdefault("methods", {})[name] = row
+    print("\n| variation | right | apart, one noise | right | apart, own noise |\n" + "|---" * 5 + "|")
+    for strength in STRENGTHS:
+        pair = [vary(pipe, scenes, prompts, args.seeds, strength, own) for own in (False, True)]
+        print(
+            f"| {strength:g} |",
+            " | ".join("{right:.1%} | {apart:.1f}".format(**each) for each in pair),
+            "|",
+            flush=True,
+        )
+        table.setdefault("variation", {})[strength] = dict(zip(("one noise", "own noise"), pair, strict=True))
+    if args.json is not None:
+        args.json.write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
