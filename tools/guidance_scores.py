@@ -24,20 +24,21 @@ from tiny_world import Scene, fixed_prompts
 
 from s3dit import Pipeline
 
-SCALES = (1.0, 2.0, 4.0, 8.0)
 # By name, what a request has beside a scale; layers are those of the embedded model, which has six.
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
     "cfg_normalization 1": {"cfg_normalization": 1.0},
-    "interval 0.1-0.8": {"guidance_interval": (0.1, 0.8)},
+    "guidance_interval 0.1-0.8": {"guidance_interval": (0.1, 0.8)},
     "apg": {"guidance_method": "apg"},
-    "apg:momentum=0": {"guidance_method": "apg:momentum=0"},
-    "apg:momentum=0,norm_threshold=15": {"guidance_method": "apg:momentum=0,norm_threshold=15"},
+    "apg:norm_threshold=10": {"guidance_method": "apg:norm_threshold=10"},
     "cfg_zero": {"guidance_method": "cfg_zero"},
-    "cfg_zero:zero_init_steps=0": {"guidance_method": "cfg_zero:zero_init_steps=0"},
-    "skip_layers 3:1@0-0.5": {"skip_layers": "3:1@0-0.5"},
+    "skip_layers 3:0.5@0-0.2": {"skip_layers": "3:0.5@0-0.2"},
 }
-STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers that commas part, none of an empty text."""
+    return [float(part) for part in text.split(",") if part]
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
@@ -68,39 +69,41 @@ def vary(
     return {"right": float(np.mean(right)), "apart": float(np.mean(apart))}
 
 
+def print_row(name: str, cells: list[str]) -> None:
+    """Print a row of a table in Markdown."""
+    print("|", " | ".join([name, *cells]), "|", flush=True)
+
+
 def main() -> None:
     """Print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder (default: the embedded model)")
     parser.add_argument("--count", type=int, default=100, help="prompts (default 100)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt for the variety (default 4)")
+    parser.add_argument("--scales", type=numbers, default="4,16", help="of guidance (default 4,16; none: '')")
+    parser.add_argument(
+        "--strengths", type=numbers, default="0,0.1,0.3,0.5", help="of variation (default 0,0.1,0.3,0.5)"
+    )
     parser.add_argument("--json", type=Path, help="a file for the tables")
     args = parser.parse_args()
-    pipe = Pipeline.load(args.model)
-    every = fixed_prompts()
+    pipe, every = Pipeline.load(args.model), fixed_prompts()
     scenes, prompts = map(list, zip(*every[:: len(every) // args.count][: args.count], strict=True))
-    table: dict[str, Any] = {"prompts": args.count, "without": score(pipe, scenes, prompts, guidance_scale=0.0)}
-    print("right, clipped without guidance: {right:.0%}, {clipped:.2%}\n".format(**table["without"]))
-    print("| right, clipped |", " | ".join(f"{scale:g}" for scale in SCALES), "|\n" + "|---" * (len(SCALES) + 1) + "|")
-    for name, fields in METHODS.items():
-        row = {scale: score(pipe, scenes, prompts, guidance_scale=scale, **fields) for scale in SCALES}
-        print(
-            f"| {name} |",
-            " | ".join("{right:.0%}, {clipped:.2%}".format(**each) for each in row.values()),
-            "|",
-            flush=True,
-        )
-        table.setdefault("methods", {})[name] = row
-    print("\n| variation | right | apart, one noise | right | apart, own noise |\n" + "|---" * 5 + "|")
-    for strength in STRENGTHS:
-        pair = [vary(pipe, scenes, prompts, args.seeds, strength, own) for own in (False, True)]
-        print(
-            f"| {strength:g} |",
-            " | ".join("{right:.1%} | {apart:.1f}".format(**each) for each in pair),
-            "|",
-            flush=True,
-        )
-        table.setdefault("variation", {})[strength] = dict(zip(("one noise", "own noise"), pair, strict=True))
+    table: dict[str, Any] = {"prompts": args.count, "steps": pipe.config.settings.num_inference_steps}
+    if args.scales:
+        table["without"] = score(pipe, scenes, prompts, guidance_scale=0.0)
+        print("right, clipped without guidance: {right:.0%}, {clipped:.2%}\n".format(**table["without"]))
+        print_row("right, clipped", [f"{scale:g}" for scale in args.scales])
+        print("|---" * (len(args.scales) + 1) + "|")
+        for name, fields in METHODS.items():
+            row = {scale: score(pipe, scenes, prompts, guidance_scale=scale, **fields) for scale in args.scales}
+            print_row(name, ["{right:.0%}, {clipped:.2%}".format(**each) for each in row.values()])
+            table.setdefault("methods", {})[name] = row
+    if args.strengths:
+        print("\n| variation | right, one noise | apart | right, own noise | apart |\n" + "|---" * 5 + "|")
+        for strength in args.strengths:
+            pair = [vary(pipe, scenes, prompts, args.seeds, strength, own) for own in (False, True)]
+            print_row(f"{strength:g}", ["{right:.1%} | {apart:.1f}".format(**each) for each in pair])
+            table.setdefault("variation", {})[strength] = dict(zip(("one noise", "own noise"), pair, strict=True))
     if args.json is not None:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
 
