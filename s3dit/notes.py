@@ -38,13 +38,16 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
 
 def on_calls(request: Request, passes: Sequence[Tensor]) -> Iterator[str]:
     """Say how many model calls of all passes are guided, where some are not, and how many skip_layers adds."""
-    times = [times_of_calls(request, sigmas) for sigmas in passes]
-    calls = sum(map(len, times))
+    if request.guidance_interval is None and request.skip_layers is None:
+        return
+    calls = guided = extra = 0
+    for sigmas in passes:
+        guidance, times = guidance_of(request, sigmas), times_of_calls(request, sigmas)
+        calls, guided = calls + len(times), guided + sum(guidance.at(t) > 0 for t in times)
+        extra += extra_calls(request, sigmas)
     if request.guidance_scale and request.guidance_interval is not None:
-        acting = [guidance_of(request, each[0]).at(t) > 0 for each in zip(passes, times, strict=True) for t in each[1]]
-        yield f"guidance acts in {sum(acting)} of {calls} model calls"
+        yield f"guidance acts in {guided} of {calls} model calls"
     if request.skip_layers is not None:
-        extra = sum(extra_calls(request, sigmas) for sigmas in passes)
         yield f"skip_layers adds {extra} model calls without guidance to {calls}"
 
 

@@ -69,9 +69,18 @@ def vary(
     return {"right": float(np.mean(right)), "apart": float(np.mean(apart))}
 
 
-def print_row(name: str, cells: list[str]) -> None:
-    """Print a row of a table in Markdown."""
-    print("|", " | ".join([name, *cells]), "|", flush=True)
+def method_row(name: str, row: dict[Any, dict[str, float]]) -> str:
+    """A row of the first table in Markdown: of each scale the share right and the share cut off."""
+    return f"| {name} | " + " | ".join("{right:.0%}, {clipped:.2%}".format(**each) for each in row.values()) + " |"
+
+
+def variation_row(strength: Any, row: dict[str, dict[str, float]]) -> str:
+    """A row of the second table: with one noise and with their own the share right and how far pictures are apart."""
+    return (
+        f"| {float(strength):g} | "
+        + " | ".join("{right:.0%}, {apart:.1f}".format(**each) for each in row.values())
+        + " |"
+    )
 
 
 def main() -> None:
@@ -92,18 +101,19 @@ def main() -> None:
     if args.scales:
         table["without"] = score(pipe, scenes, prompts, guidance_scale=0.0)
         print("right, clipped without guidance: {right:.0%}, {clipped:.2%}\n".format(**table["without"]))
-        print_row("right, clipped", [f"{scale:g}" for scale in args.scales])
+        print("| right, clipped |", " | ".join(f"{scale:g}" for scale in args.scales), "|")
         print("|---" * (len(args.scales) + 1) + "|")
         for name, fields in METHODS.items():
             row = {scale: score(pipe, scenes, prompts, guidance_scale=scale, **fields) for scale in args.scales}
-            print_row(name, ["{right:.0%}, {clipped:.2%}".format(**each) for each in row.values()])
+            print(method_row(name, row), flush=True)
             table.setdefault("methods", {})[name] = row
     if args.strengths:
-        print("\n| variation | right, one noise | apart | right, own noise | apart |\n" + "|---" * 5 + "|")
+        print("\n| right, apart | one noise | own noise |\n|---|---|---|")
         for strength in args.strengths:
             pair = [vary(pipe, scenes, prompts, args.seeds, strength, own) for own in (False, True)]
-            print_row(f"{strength:g}", ["{right:.1%} | {apart:.1f}".format(**each) for each in pair])
-            table.setdefault("variation", {})[strength] = dict(zip(("one noise", "own noise"), pair, strict=True))
+            row = dict(zip(("one noise", "own noise"), pair, strict=True))
+            print(variation_row(strength, row), flush=True)
+            table.setdefault("variation", {})[strength] = row
     if args.json is not None:
         args.json.write_text(json.dumps(table, indent=1) + "\n")
 

@@ -51,7 +51,7 @@ class Guidance:
         # parity: above 1 diffusers does not look at truncation at all, and t never exceeds 1.
         if t > self.truncation or not self.interval[0] <= t <= self.interval[1]:
             return 0.0
-        return self.scale if isinstance(self.scale, float) else self.scale[bisect_right(self.times, t) - 1]
+        return self.scale if isinstance(self.scale, int | float) else self.scale[bisect_right(self.times, t) - 1]
 
 
 def flow_time(sigma: Tensor) -> Tensor:
