@@ -59,10 +59,9 @@ def vary(
 ) -> dict[str, float]:
     """Share of pictures that are right, and distance of pictures of one prompt; own: whether each has its own noise."""
     count = len(prompts)
-    numbers = [1000 * (i if own else 0) + k for i in range(seeds) for k in range(count)]
-    variation = [f"{strength}:{7000 * i + k}" for i in range(seeds) for k in range(count)]
-    given = {"variation": variation} if strength else {}
-    drawn = pipe(prompts * seeds, seed=numbers, output_type="tensor", **given, **fields).images
+    noises = [1000 * (i if own else 0) + k for i in range(seeds) for k in range(count)]
+    varied = [f"{strength}:{7000 * i + k}" for i in range(seeds) for k in range(count)] if strength else None
+    drawn = pipe(prompts * seeds, seed=noises, variation=varied, output_type="tensor", **fields).images
     pictures = np.stack([pixels(each) for each in drawn]).reshape(seeds, count, -1).astype(float)
     apart = [np.sqrt(((a - b) ** 2).mean(1)).mean() for a, b in combinations(pictures, 2)]
     right = [judge(pixels(each), scene).everything for each, scene in zip(drawn, scenes * seeds, strict=True)]
@@ -91,7 +90,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt for the variety (default 4)")
     parser.add_argument("--scales", type=numbers, default="4,16", help="of guidance (default 4,16; none: '')")
     parser.add_argument(
-        "--strengths", type=numbers, default="0,0.1,0.3,0.5", help="of variation (default 0,0.1,0.3,0.5)"
+        "--strengths", type=numbers, default="0,0.3,0.5,0.7,1", help="of variation (default 0,0.3,0.5,0.7,1)"
     )
     parser.add_argument("--json", type=Path, help="a file for the tables")
     args = parser.parse_args()
