@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from s3dit import presets
 from s3dit.errors import RequestError
+from s3dit.inputs.noise import places
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
 from s3dit.sampling.guidance_methods import check_guidance, guidance_scale
@@ -12,8 +14,8 @@ REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 
 
 def resolve(request: Request, config: ModelConfig) -> Request:
-    """Put the model's own settings where a request says None; raises RequestError."""
-    settings, scheduler = config.settings, config.scheduler
+    """Put a preset's settings where a request says nothing, then the model's own; raises RequestError."""
+    request, settings, scheduler = presets.applied(request), config.settings, config.scheduler
     if request.prompt is None and not request.embeds and not config.prompt:
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
     guidance = guidance_scale(request, settings.guidance_scale)
@@ -38,6 +40,8 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         else float(request.shift),
     )
     check_guidance(resolved, config.transformer.n_layers)
+    presets.check(resolved)
+    places(resolved)
     resolved.check_pixels()
     resolved.check_latents()
     resolved.check_embeds(config.transformer.cap_feat_dim)

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.",),
     ("weights.",),
     ("configs.",),
-    ("control", "values", "guidance_options", "request", "request_fields", "files", "terminal"),
+    ("control", "values", "guidance_options", "request", "presets", "request_fields", "files", "terminal"),
     ("model.",),
     ("sampling.",),
     ("inputs.",),

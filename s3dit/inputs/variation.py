@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from s3dit.guidance_options import SEEDS, Variation
+from s3dit.inputs.noise import places
 from s3dit.request import Request
 from s3dit.values import as_list
 
@@ -20,11 +21,12 @@ def variations(request: Request) -> list[Variation]:
     if request.variation is None:
         return [Variation(0.0)] * request.count
     each = request.count // len(as_list(request.variation))
-    made = []
-    for i, (text, own) in enumerate(zip(request.per_image("variation"), request.seeds() or [0], strict=True)):
-        given = Variation.of(text)
-        made.append(Variation(given.strength, (own if given.seed is None else given.seed + i % each) % SEEDS))
-    return made
+    own = [seed + place for seed, (place, _) in zip(request.seeds(), places(request), strict=True)]
+    given = [Variation.of(text) for text in request.per_image("variation")]
+    return [
+        Variation(one.strength, (own[i] if one.seed is None else one.seed + i % each) % SEEDS)
+        for i, one in enumerate(given)
+    ]
 
 
 def varied(features: Sequence[Tensor], captions: Sequence[Sized], variations: Sequence[Variation]) -> list[Tensor]:

@@ -120,7 +120,7 @@ def times_of_calls(request: Request, sigmas: Tensor) -> list[float]:
         times.append(flow_time(sigma).item())
         return still
 
-    for _ in solve(request.solver, velocity, still, sigmas, lambda: still):
+    for _ in solve(request.solver, velocity, still, sigmas, lambda: still, None, request.convention):
         pass
     return times
 

@@ -11,7 +11,7 @@ from PIL import Image
 from s3dit import Pipeline, Request
 from s3dit.cli.main import main
 from s3dit.guidance_options import Variation
-from s3dit.inputs.variation import varied
+from s3dit.inputs.variation import variations, varied
 from s3dit.model.layout import text_to_image
 from s3dit.model.transformer import Transformer
 from s3dit.sampling.guidance import Guidance, guide
@@ -228,6 +228,9 @@ def test_seeds_of_variations_count_up_and_are_the_pictures_own_without_one(pipe)
     many = {"num_images_per_prompt": 2, "num_inference_steps": 1}
     given = pipe(PROMPTS, **SMALL | many, variation=["0.2:7", 0.3])
     assert [record["variation"] for record in given.metadata] == ["0.2:7", "0.2:8", "0.3:5", "0.3:6"]
+    # Where a batch's noise is that of one seed, by the place in the batch.
+    batch = pipe.plan(PROMPTS[0], **SMALL | many, variation=0.3, convention="diffusers", batch_place=[1, 4]).request
+    assert [one.seed for one in variations(batch)] == [4, 5]
     record = json.loads(json.dumps(given.metadata[3]))
     fields = {name: value for name, value in record.items() if name not in ("engine", "model")}
     assert relative(pipe(**fields).latents[0], given.latents[3]) < 1e-5
