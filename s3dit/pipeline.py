@@ -31,7 +31,7 @@ from s3dit import __version__
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
-from s3dit.inputs import control_hints, images, references, start_image
+from s3dit.inputs import control_hints, images, references, region_masks, start_image
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
@@ -48,6 +48,7 @@ from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
+from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
 
@@ -280,12 +281,18 @@ class Pipeline(LoadedModel):
             for control in plan.controls
         ]
         transformer, nets = self._models(plan)
+        pictures, guided = range(request.count), bool(request.guidance_scale)
+        regions = None
+        if plan.shares:
+            regions = RegionBlend([*region_masks.copies(plan.shares, plan.grids)], plan.grids, device)
+            hints = [regions.spread(hint) if not guided else torch.cat((regions.spread(hint), hint)) for hint in hints]
 
         @cache
         def context(guided: bool) -> Context:
             layout = plan.layout(self.config.transformer, guided, device)
             text = torch.cat(positive + negative if guided else positive)
-            return transformer.context(layout, text, *references.joined(features * (2 if guided else 1)))
+            seen = [each for i in (*plan.owners, *(pictures if guided else ())) for each in features[i]]
+            return transformer.context(layout, text, *references.joined(seen))
 
         def noise() -> Tensor:
             return start_image.draw(plan.grids, generators).to(device)
@@ -301,7 +308,7 @@ class Pipeline(LoadedModel):
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
         lengths = [rows * columns for rows, columns in plan.grids]
-        velocity = guide(run, context, guidance, lengths, control, modulation)
+        velocity = guide(run, context, guidance, lengths, control, modulation, regions)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()
@@ -311,14 +318,16 @@ class Pipeline(LoadedModel):
             yield step
         checks.finish()
 
-    def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[references.ReferenceFeatures]]:
-        """What the transformer reads beside the pictures: prompts, negative prompts, references."""
+    def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[list[references.ReferenceFeatures]]]:
+        """What the transformer reads beside the pictures: prompts, negative prompts, references of each picture."""
+        prompts = len(plan.owners)
         positive, negative = (
             self.encoders.encode_texts([text for caption in captions for text in caption])
-            for captions in (plan.captions[: plan.request.count], plan.captions[plan.request.count :])
+            for captions in (plan.captions[:prompts], plan.captions[prompts:])
         )
         pictures = [reference for of_picture in plan.references for reference in of_picture]
-        return positive, negative, self.encoders.encode_references(pictures, plan.tile)
+        encoded = iter(self.encoders.encode_references(pictures, plan.tile))
+        return positive, negative, [[next(encoded) for _ in of_picture] for of_picture in plan.references]
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""

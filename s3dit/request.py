@@ -11,7 +11,7 @@ Importing this module does not import torch, so that the command line's `--help`
 because a field, what is checked of it and how JSON says it are to be read together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from os import PathLike
@@ -21,6 +21,7 @@ from s3dit import values
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
+from s3dit.region import HEAVIEST, Region
 from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
@@ -221,6 +222,14 @@ class Request:
         "released", values.CHOICE, Positions, group=STEERING,
         says="where captions between references stand: as in the released code, or as it was meant",
     )  # fmt: skip
+    region: "Region | Sequence[Region] | Sequence[Sequence[Region] | None] | None" = _field(
+        None, values.REGIONS, group=STEERING,
+        says="a prompt for a part of the picture, and the mask that says which; once for each",
+    )  # fmt: skip
+    base_weight: float = _field(
+        0.0, values.NUMBER, 0, HEAVIEST, group=STEERING,
+        says="weight of the prompt inside regions, against theirs of 1; where none is it holds alone",
+    )  # fmt: skip
     output_type: OutputType = _field(
         "pil", Kind(values.choice), OutputType,
         says="pictures as Pillow's, as tensors (3, H, W) in [-1, 1], or latents alone",
@@ -314,14 +323,22 @@ class Request:
 
         Raises RequestError.
         """
-        given = self.reference
+        return self._lists("reference", "images")
+
+    def regions(self) -> list[list[Region]]:
+        """Regions of every picture, spread like references. Raises RequestError."""
+        return self._lists("region", "Regions")
+
+    def _lists(self, name: str, what: str) -> list[list[Any]]:
+        """The values of a field of every picture: one list for all, or a list for each."""
+        given = getattr(self, name)
         several = given if isinstance(given, list | tuple) else [] if given is None else [given]
         lists = [entry is None or isinstance(entry, list | tuple) for entry in several]
         if not any(lists):
             return [list(several) for _ in range(self.count)]
         if not all(lists):
-            raise RequestError("reference mixes images and lists of images; needed one list, or a list for each prompt")
-        return [list(entry or ()) for entry in self.spread("reference", several)]
+            raise RequestError(f"{name} mixes {what} and lists of {what}; needed one list, or a list for each prompt")
+        return [list(entry or ()) for entry in self.spread(name, several)]
 
     def spread(self, name: str, value: Any) -> list[Any]:
         """`per_image` of any value, which messages call `name`."""
@@ -376,6 +393,8 @@ class Request:
         self._check_start()
         self._check_control()
         self._check_references()
+        if self.base_weight and not any(self.regions()):
+            raise RequestError("base_weight is given without region; it weighs the prompt against theirs; give both")
         self._check_steps()
 
     def _check_count(self) -> None:
@@ -478,6 +497,8 @@ class Request:
             value = getattr(self, name)
             if name == "control" and value is not None:
                 value = [control.to_json() for control in self.controls]
+            elif name == "region" and value is not None:
+                value = _each(value if isinstance(value, list | tuple) else [value], Region.to_json)
             elif name in (*IMAGES, "reference"):
                 value = _paths(value)
             elif values.several(value):
@@ -500,17 +521,22 @@ class Request:
         for name in {*IMAGES, "reference"} & {*data}:
             if data[name] is not None and _paths(data[name]) is None:
                 raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        controls = data.get("control")
-        if controls is None:
-            return cls(**data)
-        if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
-            raise RequestError(
-                f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list"
-            )
+        composite = {"control": (Control.from_json, MOST_CONTROLS), "region": (Region.from_json, MOST_PICTURES)}
+        for name, (_, most) in composite.items():
+            if (given := data.get(name)) is not None and (not isinstance(given, list) or len(given) > most):
+                raise RequestError(f"replay data has a {name} of {shown(given)}; needed at most {most}, in a list")
         try:
-            return cls(**data | {"control": [Control.from_json(control) for control in controls] or None})
+            read = {name: _each(data[name], of) or None for name, (of, _) in composite.items() if data.get(name)}
+            return cls(**data | read)
         except ValueError as error:
             raise RequestError(str(error)) from None
+
+
+def _each(given: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
+    """The entries of a list, changed, or those of the lists in it; None stays."""
+    rows = [entry if isinstance(entry, list | tuple) else [entry] for entry in given]
+    changed = [[None if entry is None else change(entry) for entry in row] for row in rows]
+    return [new if row is entry else new[0] for entry, row, new in zip(given, rows, changed, strict=True)]
 
 
 def _paths(given: Any, deep: int = 2) -> Any:

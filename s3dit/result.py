@@ -16,7 +16,7 @@ from PIL import Image
 
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
-from s3dit.inputs import control_hints
+from s3dit.inputs import control_hints, region_masks
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
 from s3dit.inputs.save_image import save_picture
@@ -113,11 +113,13 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
         if own["reference"] is None:
             own["reference_positions"] = "released"
         controls = request.controls_of(i)
-        data = shared.filled(seed=seed, control=controls or None, **own).to_json()
+        regions = request.regions()[i]
+        weight = {} if regions else {"base_weight": 0.0}
+        data = shared.filled(seed=seed, control=controls or None, region=regions or None, **own, **weight).to_json()
         # Without these the request alone does not say where noise, prompts and images came from.
         whole = request.from_data
         whole = whole and all(name in data for name, value in own.items() if value is not None)
-        whole = whole and all(control.named for control in controls)
+        whole = whole and all(each.named for each in (*controls, *regions))
         inputs = {"inputs": hashes} if (hashes := _hashes(plan, i)) else {}
         made.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
     return made
@@ -126,7 +128,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
 def _hashes(plan: Plan, i: int) -> dict[str, Any]:
     """Hashes of what picture i was drawn from, by the name of the request's field."""
     hashes: dict[str, Any] = dict(plan.start_images[i].hashes) if plan.start_images else {}
-    hashes |= control_hints.hashes(plan.controls, i)
+    hashes |= control_hints.hashes(plan.controls, i) | region_masks.hashes(plan.shares, i)
     if plan.references[i]:
         hashes["reference"] = [reference.sha256 for reference in plan.references[i]]
     return hashes

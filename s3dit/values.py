@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
+from s3dit.region import Region
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -24,8 +25,9 @@ MOST_PIXELS, MOST_PICTURES = 4 * LARGEST_SIDE**2, 1024
 MOST_TOKENS = 1 << 15
 LONGEST_PROMPT, MOST_TEXT = 4 * MOST_TOKENS, 1 << 22
 MOST_STEPS = 1000
-# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024².
-MOST_CONTROLS = MOST_REFERENCES = 16
+# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024², each
+# region as many as the picture.
+MOST_CONTROLS = MOST_REFERENCES = MOST_REGIONS = 16
 
 
 def several(value: Any) -> bool:
@@ -205,6 +207,29 @@ def controls(name: str, value: Any) -> None:
         raise RequestError(str(error)) from None
 
 
+def regions(name: str, value: Any) -> None:
+    """Check that a value is a Region, a list of them, or a list for each prompt, where None is an empty list."""
+    given = value if isinstance(value, list | tuple) else [value]
+    rows = [entry for entry in given if entry is None or isinstance(entry, list | tuple)]
+    if len(rows) > MOST_PICTURES:
+        raise RequestError(f"{name} has {len(rows):,} entries; needed at most {MOST_PICTURES}; draw fewer at once")
+    for row in rows or [given]:
+        if len(row or ()) > MOST_REGIONS:
+            raise RequestError(f"{name} has {len(row):,} entries; needed at most {MOST_REGIONS} a picture")
+    for region in (region for entry in given for region in (entry if isinstance(entry, list | tuple) else [entry])):
+        if region is None:
+            continue
+        if not isinstance(region, Region):
+            raise RequestError(f"{name} is {shown(value)}; needed a Region, a list of them, or a list for each prompt")
+        try:
+            region.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if not isinstance(region.prompt, str):
+            raise RequestError(f"{name} prompt is {shown(region.prompt)}; needed a string")
+        texts(f"{name} prompt", region.prompt)
+
+
 def generators(name: str, value: Any) -> None:
     """Check that a value is a torch.Generator, or a list of them."""
     import torch
@@ -314,6 +339,7 @@ MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels suc
 IMAGE = Kind(image, str, "FILE")
 REFERENCES = Kind(references, str, "FILE", several=True)
 CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
+REGIONS = Kind(regions, Region.parse, "MASK:PROMPT", several=True)
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)

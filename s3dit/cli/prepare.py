@@ -64,7 +64,7 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
         for report in attach(pipe, args, replay.adapters):
             say(f"adapter {report}")
         plan = pipe.plan(request)
-    if request.prompt is None:
+    if request.prompt is None and not request.region:
         say(f"no prompt is given; drawing the model's own example: {plan.request.prompts[0]}")
     return pipe, plan
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from s3dit.model.timestep import Modulation
 from s3dit.model.transformer import Context, Steering
+from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.step import Velocity
 
 
@@ -46,23 +47,28 @@ def guide(
     lengths: Sequence[int],
     control: Callable[[Tensor], Steering | None] = lambda sigma: None,
     modulation: Callable[[bool, Tensor], Modulation | None] = lambda guided, sigma: None,
+    regions: RegionBlend | None = None,
 ) -> Velocity:
     """Return the function velocity(x, sigma) that a solver calls.
 
     transformer: called as `Transformer.forward` · context(guided): of the pictures with their prompts, and when guided
     also, after them, with their negative prompts; called only when needed · lengths: patches of each picture ·
     control(sigma): what adds to the model's streams at a noise level, or None · modulation(guided, sigma): what was
-    computed for it before, or None.
+    computed for it before, or None · regions: where pictures have several prompts, whose items come first.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = flow_time(sigma)
         guided = guidance.on(t.item())
-        x = x.repeat(2, 1) if guided else x
-        out = transformer(x, t[None].to(x.device), context(guided), control(sigma), modulation(guided, sigma)).float()
+        prompts = x if regions is None else regions.spread(x)
+        state = torch.cat((prompts, x)) if guided else prompts
+        out = transformer(
+            state, t[None].to(x.device), context(guided), control(sigma), modulation(guided, sigma)
+        ).float()
+        positive, negative = out.split((len(prompts), len(state) - len(prompts)))
+        positive = positive if regions is None else regions.blend(positive, x)
         if not guided:
-            return out
-        positive, negative = out.chunk(2)
+            return positive
         mixed = positive + guidance.scale * (positive - negative)
         return _limit(mixed, positive, guidance.normalization, lengths)
 
