@@ -393,7 +393,7 @@ class Request:
         self._check_start()
         self._check_control()
         self._check_references()
-        if self.base_weight and not any(self.regions()):
+        if not any(self.regions()) and self.base_weight:
             raise RequestError("base_weight is given without region; it weighs the prompt against theirs; give both")
         self._check_steps()
 

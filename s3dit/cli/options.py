@@ -13,10 +13,13 @@ from typing import Any, get_args
 
 from s3dit import values
 from s3dit.cli.option_names import flag
-from s3dit.control import FORM
+from s3dit.control import FORM as CONTROL_FORM
 from s3dit.errors import RequestError
+from s3dit.region import FORM as REGION_FORM
 from s3dit.request import Request
 
+# The whole form of values that are several in one, by their metavar; its parser says itself what is wrong.
+FORMS = {values.CONTROLS.metavar: CONTROL_FORM, values.REGIONS.metavar: REGION_FORM}
 SIZE = re.compile(r"(\d+)\s*[x×X*]\s*(\d+)")
 # Number formats that --quantize and `s3dit quantize` make; any other comes with its file.
 OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
@@ -54,8 +57,7 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
             help=f"{text}; one of {', '.join(choices)} (default: {field.default})",
         )  # fmt: skip
     else:
-        if kind is values.CONTROLS:
-            text += f"; in full: {FORM}"
+        text += f"; in full: {FORMS[kind.metavar]}" if kind.metavar in FORMS else ""
         group.add_argument(
             *flags, dest=field.name, type=_reader(kind), metavar=kind.metavar, help=text,
             action="append" if kind.several else "store",
@@ -71,8 +73,7 @@ def _reader(kind: values.Kind) -> Any:
         try:
             return kind.parse(text)
         except ValueError as error:
-            own = kind is values.CONTROLS
-            raise argparse.ArgumentTypeError(str(error) if own else f"{text!r} is not {kind.name}") from None
+            raise argparse.ArgumentTypeError(str(error) if kind.metavar in FORMS else f"{text!r} is not {kind.name}") from None
 
     return read
 

@@ -103,6 +103,7 @@ def _images(request: Request) -> Iterator[tuple[str, str]]:
     for name in IMAGES:
         yield from ((FIELDS[name], path) for path in _paths(getattr(request, name)))
     yield from ((FIELDS["reference"], path) for path in _paths(request.reference))
+    yield from (("--region", path) for region in request.regions()[0] for path in _paths(region.mask))
     for control in request.controls:
         yield from (("--control", path) for name in CONTROL_IMAGES for path in _paths(getattr(control, name)))
 

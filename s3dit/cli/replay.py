@@ -7,10 +7,10 @@ itself alone; `--count` asks for more. The user's own options replace any of it.
 A replay never does this because of metadata: use the network; load a model, a part, an adapter or a ControlNet; choose
 a device or a number format; open an image without its recorded hash. Models, parts, adapters and controls are named in
 an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given take the
-strengths and the order of then. Start images, masks and references are searched as regular files beside the picture
-and in the current folder, under their recorded name (or below these folders, where that was a relative path without
-`..`), and used only if their pixels have the recorded hash; else the user gives them with `--image`, `--mask` or
-`--reference`.
+strengths and the order of then. Start images, masks, also of regions, and references are searched as regular files
+beside the picture and in the current folder, under their recorded name (or below these folders, where that was a
+relative path without `..`), and used only if their pixels have the recorded hash; else the user gives them with
+`--image`, `--mask`, `--region` or `--reference`.
 
 The picture has the same bits where model, adapters, images, number formats, device, dtype, versions, number of threads
 and kind of CPU are the same. `changes` gives what differs, as far as it is recorded, with the option that undoes it.
@@ -19,7 +19,7 @@ and kind of CPU are the same. `changes` gives what differs, as far as it is reco
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ from s3dit.cli.record import (
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
+from s3dit.region import Region
 from s3dit.request import IMAGES, Request
 
 if TYPE_CHECKING:
@@ -82,12 +83,14 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
         if request.controls and not controls:
             words = " ".join(f"--control {shown(spoken(control))}" for control in request.controls)
             raise RequestError(f"it was drawn with a ControlNet; give it, and what it is to follow, with {words}")
+        regions = args.region or _regions(args.replay.parent, request, inputs)
         engine["others"] = [*_others(args, request, controls, inputs)]
         engine["others"] += (
             [f"with {shown(record.unknown)}, of which this version knows nothing"] if record.unknown else []
         )
-        request = request.filled(control=None, **_images(args, request, inputs))
-    values = request.to_json()
+        request = request.filled(control=None, region=regions or None, **_images(args, request, inputs))
+    # Regions themselves: a Request takes no JSON of them.
+    values = request.to_json() | ({"region": request.region} if request.region else {})
     if prompt is not None:
         values.pop("prompt")
     for chosen, dropped in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
@@ -214,6 +217,22 @@ def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any
     return images
 
 
+def _regions(folder: Path, request: Request, inputs: Mapping[str, Any]) -> list[Region]:
+    """The regions that a picture names, their masks found beside it by their recorded hash."""
+    regions = []
+    for number, region in enumerate(request.regions()[0], 1):
+        if region.box is None:
+            sha256 = inputs.get(f"region {number} mask")
+            if not isinstance(sha256, str):
+                raise RequestError(
+                    f"it names {shown(region.mask)} as a mask of a region and has no hash of it; no file is opened "
+                    "without its hash; give the regions with --region"
+                )
+            region = replace(region, mask=image_beside(folder, str(region.mask), sha256, "--region"))
+        regions.append(region)
+    return regions
+
+
 def _others(
     args: argparse.Namespace, request: Request, controls: Sequence[Control], inputs: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -227,6 +246,8 @@ def _others(
         names = {name: f"control {number} {name}" for name in CONTROL_IMAGES}
         images = {key: getattr(control, name) for name, key in names.items()}
         given |= {key: [image] for key, image in images.items() if key in inputs and image}
+    names_of = {f"region {number} mask": region for number, region in enumerate(args.region or (), 1)}
+    given |= {key: [region.mask] for key, region in names_of.items() if key in inputs and region.box is None}
     for name, paths in given.items():
         if name in inputs and [Picture.open(path, name).sha256 for path in paths] != several(inputs[name]):
             yield f"with another {name} than {', '.join(map(shown, paths))}"
