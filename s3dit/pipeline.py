@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from s3dit import __version__
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
@@ -35,10 +34,10 @@ from s3dit.inputs import control_hints, images, references, region_masks, start_
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
-from s3dit.plan import Plan, make_plan, out_of_memory
+from s3dit.plan import Plan, make_plan
 from s3dit.request import Request
 from s3dit.request_fields import RequestFields
-from s3dit.result import Result, records, with_metadata
+from s3dit.result import Result, engine_of, records, with_metadata
 from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
 from s3dit.runtime.components import Components
@@ -51,6 +50,7 @@ from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.stages import out_of_memory
 
 if TYPE_CHECKING:
     from s3dit.research.observe import Edit
@@ -160,7 +160,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan):
+            with out_of_memory(plan.stages):
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -188,21 +188,10 @@ class Pipeline(LoadedModel):
 
     def records(self, plan: Plan) -> list[dict[str, Any]]:
         """What the pictures of a plan will carry, one a picture: JSON values."""
-        engine = {
-            "s3dit": __version__,
-            "torch": torch.__version__,
-            "variant": self.config.variant,
-            "placement": str(self.placement),
-            "numerics": self.numerics,
-            "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
-            "quantized": {part: name for part, name in self.parts.formats.items() if name},
-        }
         beside: dict[str, Any] = {"model": "embedded" if self.folder == EMBEDDED else self.folder.name}
         if self.lora.names:
             beside["adapters"] = self.lora.records()
-        return records(plan, engine, beside)
+        return records(plan, engine_of(self), beside)
 
     def observe(self, sites: "str | Sequence[str]", **choice: Any) -> "AbstractContextManager[Record]":
         """Record what sites compute, inside a `with`; arguments as of `research.observe.observe`."""

@@ -6,14 +6,12 @@ has its turn when, and how many bytes that takes; whatever is wrong is raised he
 """
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s3dit.errors import BackendError
 from s3dit.inputs import control_hints, references, region_masks, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
@@ -38,11 +36,11 @@ Caption = tuple[Text, ...]
 class Plan:
     """A resolved request and everything prepared for it.
 
-    captions: texts of every item of a pass: the pictures' prompts, those of their regions, and with guidance the
-    negative ones behind ·
-    sigmas: noise levels · calls: of the model, in all passes · notes: what the user should know · unused: those of them
-    that are about fields without effect · memory: the plan of memory where there is a budget · start_images, controls,
-    references, shares: read and checked, what each prompt has of a picture with regions · then: the second pass if there is one, whose start images the first one draws.
+    captions: texts of every item of a pass, the pictures' prompts, those of regions, and with guidance negative ones
+    behind · sigmas: noise levels · calls: of the model, in all passes · notes: what the user should know · unused:
+    those of them that are about fields without effect · memory: the plan of memory where there is a budget ·
+    start_images, controls, references: read and checked · shares: of each picture's prompts, if there are regions ·
+    then: the second pass if there is one, whose start images the first one draws.
     """
 
     request: Request
@@ -184,7 +182,9 @@ def _layout(
     grids = start_image.grids_of(request)
     lengths = [tuple(map(len, caption)) for caption in captions[: len(pictures)]]
     shapes = [[reference.shape for reference in seen[i]] for i in pictures] if seen else []
-    return layout_of([grids[i] for i in pictures], lengths, shapes, config, device, slide=request.reference_positions == "released")
+    return layout_of(
+        [grids[i] for i in pictures], lengths, shapes, config, device, slide=request.reference_positions == "released"
+    )
 
 
 def layout_of(
@@ -200,21 +200,3 @@ def layout_of(
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
     return edit(grids, lengths, shapes or [()] * len(grids), device, slide=slide)
-
-
-@contextmanager
-def out_of_memory(plan: Plan) -> Iterator[None]:
-    """Raise BackendError where memory runs out inside the `with`, which says what the plan holds and what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        held = max(stage.holds + stage.beside for stage in plan.stages)
-        message = (
-            f"out of memory ({str(error).splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
-            "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"
-        )
-    else:
-        return
-    raise BackendError(message) from None

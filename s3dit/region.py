@@ -1,8 +1,8 @@
 """Region: a prompt for a part of a picture, and the mask that says which part.
 
-In Python `Region("left.png", "a red star", weight=0.5)`, or with a box in place of a mask, `Region((0, 0, 64, 128), …)`;
-on the command line the same in one word, `left.png@0.5:a red star` and `0,0,64,128:a red star`. Importing this module
-does not import torch. What is wrong raises ValueError, which a Request turns into its own error. Not here: files and
+In Python `Region("left.png", "a red star", weight=0.5)`, or with a box for a mask, `Region((0, 0, 64, 128), …)`; on the
+command line the same in one word, `left.png@0.5:a red star` and `0,0,64,128:a red star`. Importing this module does not
+import torch. What is wrong raises ValueError, which a Request turns into its own error. Not here: files and
 pictures, which `inputs/region_masks.py` opens; the blending (sampling/regions.py).
 """
 
@@ -71,7 +71,9 @@ class Region:
             if not 0 < len(str(self.mask)) <= LONGEST_PATH or "\0" in str(self.mask):
                 raise ValueError(f"region mask is {shown(self.mask)}, which is no path; needed the path of a picture")
         elif self.box is None and not hasattr(self.mask, "size"):
-            raise ValueError(f"region mask is {shown(self.mask)}; needed a picture, or a box (left, top, width, height)")
+            raise ValueError(
+                f"region mask is {shown(self.mask)}; needed a picture, or a box (left, top, width, height)"
+            )
         if self.box is not None:
             left, top, width, height = self.box
             if not (left >= 0 and top >= 0 and width > 0 and height > 0):

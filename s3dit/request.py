@@ -11,7 +11,7 @@ Importing this module does not import torch, so that the command line's `--help`
 because a field, what is checked of it and how JSON says it are to be read together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from os import PathLike
@@ -22,7 +22,7 @@ from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
 from s3dit.region import HEAVIEST, Region
-from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
+from s3dit.values import LARGEST_SIDE, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -492,20 +492,9 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
-        data: dict[str, Any] = {}
-        for name in (spec.name for spec in fields(self) if spec.name not in UNNAMED):
-            value = getattr(self, name)
-            if name == "control" and value is not None:
-                value = [control.to_json() for control in self.controls]
-            elif name == "region" and value is not None:
-                value = _each(value if isinstance(value, list | tuple) else [value], Region.to_json)
-            elif name in (*IMAGES, "reference"):
-                value = _paths(value)
-            elif values.several(value):
-                value = list(value)
-            if value is not None:
-                data[name] = value
-        return data
+        replayable = (spec for spec in fields(self) if spec.name not in UNNAMED)
+        data = {spec.name: spec.metadata["kind"].to_json(getattr(self, spec.name)) for spec in replayable}
+        return {name: value for name, value in data.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -513,37 +502,12 @@ class Request:
 
         Drawing it opens the files that it names: what a stranger wrote goes through `cli.replay`.
         """
-        known = {f.name for f in fields(cls)} - {*UNNAMED}
-        if unknown := sorted(set(data) - known):
+        kinds = {spec.name: spec.metadata["kind"] for spec in fields(cls) if spec.name not in UNNAMED}
+        if unknown := sorted(set(data) - {*kinds}):
             raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
         if data.get("prompt") is None:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
-        for name in {*IMAGES, "reference"} & {*data}:
-            if data[name] is not None and _paths(data[name]) is None:
-                raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        composite = {"control": (Control.from_json, MOST_CONTROLS), "region": (Region.from_json, MOST_PICTURES)}
-        for name, (_, most) in composite.items():
-            if (given := data.get(name)) is not None and (not isinstance(given, list) or len(given) > most):
-                raise RequestError(f"replay data has a {name} of {shown(given)}; needed at most {most}, in a list")
         try:
-            read = {name: _each(data[name], of) or None for name, (of, _) in composite.items() if data.get(name)}
-            return cls(**data | read)
+            return cls(**{name: kinds[name].from_json(name, value) for name, value in data.items()})
         except ValueError as error:
             raise RequestError(str(error)) from None
-
-
-def _each(given: Sequence[Any], change: Callable[[Any], Any]) -> list[Any]:
-    """The entries of a list, changed, or those of the lists in it; None stays."""
-    rows = [entry if isinstance(entry, list | tuple) else [entry] for entry in given]
-    changed = [[None if entry is None else change(entry) for entry in row] for row in rows]
-    return [new if row is entry else new[0] for entry, row, new in zip(given, rows, changed, strict=True)]
-
-
-def _paths(given: Any, deep: int = 2) -> Any:
-    """Paths of image files as JSON has them, in lists like theirs; None where one is no file."""
-    if isinstance(given, str | PathLike):
-        return str(given)
-    if not isinstance(given, list | tuple) or not deep:
-        return None
-    paths = [_paths(entry, deep - 1) for entry in given]
-    return None if None in paths else paths

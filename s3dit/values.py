@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
+from s3dit.json_values import objects_from_json, objects_to_json, paths, paths_from_json, same, value_to_json
 from s3dit.region import Region
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
@@ -214,7 +215,7 @@ def regions(name: str, value: Any) -> None:
     if len(rows) > MOST_PICTURES:
         raise RequestError(f"{name} has {len(rows):,} entries; needed at most {MOST_PICTURES}; draw fewer at once")
     for row in rows or [given]:
-        if len(row or ()) > MOST_REGIONS:
+        if row is not None and len(row) > MOST_REGIONS:
             raise RequestError(f"{name} has {len(row):,} entries; needed at most {MOST_REGIONS} a picture")
     for region in (region for entry in given for region in (entry if isinstance(entry, list | tuple) else [entry])):
         if region is None:
@@ -317,7 +318,8 @@ class Kind:
 
     check(name, value, *bounds) raises RequestError · parse: a value from the command line's text (ValueError), None
     where a field cannot be given there · metavar: what stands for the value in --help · several: whether the option may
-    be repeated, each time one value more · name: what a text is not that cannot be read.
+    be repeated, each time one value more · name: what a text is not that cannot be read · to_json(value),
+    from_json(name, data): to what a picture's metadata hold, and back (ValueError).
     """
 
     check: Callable[..., None]
@@ -325,6 +327,8 @@ class Kind:
     metavar: str = ""
     several: bool = False
     name: str = ""
+    to_json: Callable[[Any], Any] = value_to_json
+    from_json: Callable[[str, Any], Any] = same
 
 
 TEXT = Kind(texts, str, "TEXT")
@@ -336,10 +340,18 @@ CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
 SIGMAS = Kind(sigmas, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
 MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
-IMAGE = Kind(image, str, "FILE")
-REFERENCES = Kind(references, str, "FILE", several=True)
-CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
-REGIONS = Kind(regions, Region.parse, "MASK:PROMPT", several=True)
+# Values that are no JSON: what of them a picture's metadata hold, and how that is read back.
+PATHS: Any = {"to_json": paths, "from_json": paths_from_json}
+IMAGE = Kind(image, str, "FILE", **PATHS)
+REFERENCES = Kind(references, str, "FILE", several=True, **PATHS)
+CONTROLS = Kind(
+    controls, Control.parse, "FILE:IMAGE[:…]", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Control.from_json, MOST_CONTROLS),
+)  # fmt: skip
+REGIONS = Kind(
+    regions, Region.parse, "MASK:PROMPT", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Region.from_json, MOST_PICTURES),
+)  # fmt: skip
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)

@@ -21,8 +21,8 @@ BOUND = 3000
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
 # picture carries, what a budget allows; and a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "files", "region", "request_fields", "result", "stages", "terminal",
-    "values",
+    "__init__", "__main__", "control", "dry_run", "errors", "files", "json_values", "region", "request_fields",
+    "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
 OPTIONAL = {"controlnet", "corrected", "hooks", "multistep", "regions", "tiles", "vision_encoder"}

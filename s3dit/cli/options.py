@@ -73,7 +73,8 @@ def _reader(kind: values.Kind) -> Any:
         try:
             return kind.parse(text)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error) if kind.metavar in FORMS else f"{text!r} is not {kind.name}") from None
+            message = str(error) if kind.metavar in FORMS else f"{text!r} is not {kind.name}"
+            raise argparse.ArgumentTypeError(message) from None
 
     return read
 

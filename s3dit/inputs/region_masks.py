@@ -44,7 +44,7 @@ Shares = tuple[tuple[Share, ...], ...]
 
 
 def read(request: Request, pictures: Pictures, notes: list[str]) -> Shares:
-    """Read and check the masks of a resolved request -> the shares of every picture; adds notes, raises RequestError."""
+    """Read and check the masks of a resolved request -> shares of every picture; adds notes, raises RequestError."""
     regions = request.regions()
     if not any(regions):
         return ()
@@ -99,8 +99,8 @@ def _box(box: tuple[float, ...], size: tuple[int, int]) -> Tensor:
     left, top, w, h = (side * of for side, of in zip(box, (width, height) * 2, strict=True)) if max(box) <= 1 else box
     if left + w > width + 1e-6 or top + h > height + 1e-6:
         raise RequestError(
-            f"region box {','.join(f'{side:g}' for side in box)} reaches beyond the picture of {width}×{height}; needed "
-            "left,top,width,height inside it, in pixels or, where none is above 1, in fractions"
+            f"region box {','.join(f'{side:g}' for side in box)} reaches beyond the picture of {width}×{height}; "
+            "needed left,top,width,height inside it, in pixels or, where none is above 1, in fractions"
         )
 
     def covered(start: float, length: float, count: int) -> Tensor:
@@ -120,7 +120,7 @@ def items(shares: Shares, count: int) -> Iterator[tuple[int, Share | None]]:
 
 
 def copies(shares: Shares, grids: Sequence[tuple[int, int]]) -> Iterator[Copy]:
-    """Yield what `RegionBlend` is made of, in the order of `items`; grids: of the pass, whose pictures may be larger."""
+    """Yield what `RegionBlend` is made of, in the order of `items`; grids: of the pass, which may be larger."""
     for picture, share in items(shares, len(grids)):
         assert share is not None
         rows, columns = grids[picture]
