@@ -7,7 +7,7 @@ pictures, which `inputs/region_masks.py` opens; the blending (sampling/regions.p
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from os import PathLike, path
 from typing import Any, Self
 
@@ -104,7 +104,7 @@ class Region:
         region = cls(**data)
         if not region.named:
             raise ValueError(f"replay data has a region whose mask is {shown(region.mask)}; needed a path or a box")
-        return region
+        return replace(region, mask=region.box or region.mask)
 
     def __str__(self) -> str:
         """Return the form that `parse` reads, of a Region whose mask is a path or a box."""

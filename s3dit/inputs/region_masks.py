@@ -79,7 +79,7 @@ def _shares(
             masks.append(_box(region.box, size))
             hashes.append("")
         if not masks[-1].any():
-            raise RequestError(f"{name} is black everywhere, so its prompt would draw nothing; needed white in it")
+            raise RequestError(f"{name} is black everywhere, so its prompt would draw nothing; needed white there")
         if bool((masks[-1] == 1).all()):
             notes.append(f"region {number} is the whole picture of {size[1]}×{size[0]}: its mask is white everywhere")
     own = request.base_weight + (1 - sum(masks, torch.zeros(size))).clamp(min=0)
