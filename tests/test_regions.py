@@ -1,4 +1,4 @@
-"""Regions in whole pictures of the embedded model: where things appear, and that one way through the model serves all."""
+"""Regions in whole pictures of the embedded model: where things appear, and in every kind of request the same."""
 
 import numpy as np
 import pytest
@@ -117,7 +117,6 @@ def test_the_plan_says_the_cost(pipe):
     assert plan.owners == (0, 0, 0) and len(plan.captions) == 4
     assert any("8 model calls, 4 items each" in stage.work for stage in plan.stages)
     assert not any("has no effect" in note for note in plan.notes)
-    pipe.dry_run(plan)
 
 
 def test_the_map_of_tokens_names_every_prompt(pipe):
@@ -150,4 +149,4 @@ def test_from_the_command_line_and_again(tmp_path, monkeypatch, capsys):
     assert main(["inspect", "a.png"]) == 0
     assert f"--region 'path/to/left.png:{STAR}' --region '64,0,64,128@0.5:{RING}'" in capsys.readouterr().out
     again = ["generate", "--replay", "a.png", "--region", f"left.png:{STAR}", "--steps", "1", "-o", "d.png"]
-    assert main(again) == 0 and "with another region 1 mask than left.png" in capsys.readouterr().err
+    assert main(again) == 0 and "with another region 1 mask than 'left.png'" in capsys.readouterr().err

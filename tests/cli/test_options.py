@@ -146,6 +146,7 @@ BAD = {
     "reference": ["--reference="], "reference_area": ["--reference-area=1"], "schedule": ["--schedule=none"],
     "solver": ["--solver=none"], "mask_mode": ["--mask-mode=none"], "posterior": ["--posterior=none"],
     "reference_positions": ["--reference-positions=none"], "composite": ["--composite=1"],
+    "region": ["--region=a.png@0:a"], "base_weight": ["--base-weight=-1"],
 }  # fmt: skip
 
 
