@@ -232,9 +232,9 @@ class Pipeline(LoadedModel):
 
     def _sample(self, plan: Plan, before: int = 0) -> Iterator[Step]:
         """Every step of one pass, each in a turn of its own; before: steps of the passes before it."""
-        steps, memory, step = None, plan.memory, None
+        steps, memory, step, n = None, plan.memory, None, len(plan.sigmas) - 1
         while True:
-            with self._turn():
+            with self._turn(), self.lora.step(step.i if step else 0, n):
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
                     self.parts.set_policy(memory.mode, memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
@@ -277,11 +277,14 @@ class Pipeline(LoadedModel):
             hints = [regions.spread(hint) if not guided else torch.cat((regions.spread(hint), hint)) for hint in hints]
 
         @cache
-        def context(guided: bool) -> Context:
+        def made(guided: bool, adapters: object) -> Context:
             layout = plan.layout(self.config.transformer, guided, device)
             text = torch.cat(positive + negative if guided else positive)
             seen = [each for i in (*plan.owners, *(pictures if guided else ())) for each in features[i]]
             return transformer.context(layout, text, *references.joined(seen))
+
+        def context(guided: bool) -> Context:
+            return made(guided, self.lora.state)
 
         def noise() -> Tensor:
             return start_image.draw(plan.grids, generators).to(device)
@@ -295,7 +298,9 @@ class Pipeline(LoadedModel):
         )
         run = self.parts.component("transformer").replay if self.graphs else transformer
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
-        modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
+        modulation = ahead(
+            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer"))
+        )
         lengths = [rows * columns for rows, columns in plan.grids]
         velocity = guide(run, context, guidance, lengths, control, modulation, regions)
         computing = {"transformer": transformer, **nets}

@@ -94,7 +94,7 @@ def _models(args: argparse.Namespace, request: Request) -> Iterator[tuple[str, s
     for name in MODELS:
         if (value := getattr(args, name)) not in (None, "embedded"):
             yield NAMES[name], value
-    yield from (("--lora", file) for file, _ in args.lora)
+    yield from (("--lora", file) for file in (option.file for option in args.lora))
     yield from (("--control", str(control.model)) for control in request.controls)
 
 

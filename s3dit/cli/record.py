@@ -35,7 +35,15 @@ ENGINE: dict[str, Any] = {
     "levels": [NUMBER], "model_calls": int, "replayable": bool, "inputs": {str: str | list}, "threads": int,
     "cpu": str, "numerics": str,
 }  # fmt: skip
-ADAPTER: dict[str, Any] = {"file": str, "sha256": str, "scale": NUMBER, "partial": bool, "merged": bool}
+ADAPTER: dict[str, Any] = {
+    "file": str,
+    "sha256": str,
+    "scale": NUMBER,
+    "partial": bool,
+    "merged": bool,
+    "blocks": {str: NUMBER},
+    "steps": [NUMBER],
+}
 REQUIRED = {"file", "sha256", "scale"}
 # Adapters and entries of a list at most: s3dit writes fewer.
 MOST_ADAPTERS, MOST_ENTRIES = 64, 1001

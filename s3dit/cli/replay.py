@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.options import OWN_FORMATS
 from s3dit.cli.record import (
     FORMATS,
@@ -103,34 +104,37 @@ def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping
     """Attach the adapters of the command line, and yield a report of each.
 
     records: of the adapters of a replayed picture, or none. Each must be among those given, matched by its hash, else
-    by its file's name; adapters are attached in the order of the records, with the recorded strength unless another is
-    given. Raises RequestError, CheckpointError.
+    by its file's name; adapters are attached in the order of the records, with the recorded strength, blocks and steps
+    unless others are given. Raises RequestError, CheckpointError.
     """
     from s3dit.weights.adapter import read_adapter
     from s3dit.weights.hub import resolve_file
 
-    left = [(file, scale, read_adapter(resolve_file(file)).digest() if records else "") for file, scale in args.lora]
+    left = [(option, read_adapter(resolve_file(option.file)).digest() if records else "") for option in args.lora]
     # Files by the number of the record that they are taken for.
-    matched: dict[int, tuple[str, float | None, str]] = {}
+    matched: dict[int, tuple[LoraOption, str]] = {}
     for by_hash in (True, False):
         for i, was in enumerate(records):
             wanted = was["sha256"] if by_hash else own_name(was["file"])
-            same = [given for given in left if wanted == (given[2] if by_hash else own_name(given[0]))]
+            same = [given for given in left if wanted == (given[1] if by_hash else own_name(given[0].file))]
             if i not in matched and same:
                 left.remove(same[0])
                 matched[i] = same[0]
     if missing := [was for i, was in enumerate(records) if i not in matched]:
         raise RequestError(f"{args.replay}: {_wanted(missing)} (scale 0 leaves one out)")
     for i, was in enumerate(records):
-        file, scale, digest = matched[i]
+        option, digest = matched[i]
+        scale = was["scale"] if option.scale is None else option.scale
+        strength = {name: was[name] for name in ("blocks", "steps") if name in was} | option.strength
         partial = args.lora_allow_partial or was.get("partial", False)
-        report = pipe.lora.attach(file, was["scale"] if scale is None else scale, allow_partial=partial)
+        report = pipe.lora.attach(option.file, scale, allow_partial=partial, **strength)
         if was.get("merged"):
             pipe.lora.merge(report.name)
-        strength = f"; strength {was['scale']:g} as the picture was drawn" if scale is None else ""
-        yield f"{report}{strength}{'' if digest == was['sha256'] else '; another file than the picture was drawn with'}"
-    for file, scale, _ in left:
-        report = pipe.lora.attach(file, 1.0 if scale is None else scale, allow_partial=args.lora_allow_partial)
+        told = f"; strength {scale:g} as the picture was drawn" if option.scale is None else ""
+        yield f"{report}{told}{'' if digest == was['sha256'] else '; another file than the picture was drawn with'}"
+    for option, _ in left:
+        scale = 1.0 if option.scale is None else option.scale
+        report = pipe.lora.attach(option.file, scale, allow_partial=args.lora_allow_partial, **option.strength)
         yield f"{report}{'; the picture was drawn without it' if records else ''}"
 
 
