@@ -20,6 +20,7 @@ from s3dit.files import ENDINGS
 from s3dit.inputs import control_hints, region_masks
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
+from s3dit.inputs.noise import places
 from s3dit.inputs.save_image import save_picture
 from s3dit.loaded_model import LoadedModel
 from s3dit.plan import Plan
@@ -125,18 +126,20 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
     made = []
-    for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
+    for i, (seed, place, *values) in enumerate(zip(request.seeds(), places(request), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
         if own["reference"] is None:
             own["reference_positions"] = "released"
-        controls = request.controls_of(i)
-        regions = request.regions()[i]
-        weight = {} if regions else {"base_weight": 0.0}
-        data = shared.filled(seed=seed, control=controls or None, region=regions or None, **own, **weight).to_json()
+        controls, regions = request.controls_of(i), request.regions()[i]
+        own |= {"control": controls or None, "region": regions or None}
+        if not regions:
+            own["base_weight"] = 0.0
+        own["batch_place"] = None if place == (0, 1) else place
+        data = shared.filled(seed=seed, **own).to_json()
         # Without these the request alone does not say where noise, prompts and images came from.
         whole = request.from_data
         whole = whole and all(name in data for name, value in own.items() if value is not None)
-        whole = whole and all(each.named for of_picture in (controls, regions) for each in of_picture)
+        whole = whole and all(control.named for control in controls) and all(region.named for region in regions)
         inputs = {"inputs": hashes} if (hashes := _hashes(plan, i)) else {}
         made.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
     return made

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.",),
     ("weights.",),
     ("configs.",),
-    ("control", "region", "json_values", "values", "request", "request_fields", "files", "terminal"),
+    ("control", "region", "json_values", "values", "request", "presets", "request_fields", "files", "terminal"),
     ("model.",),
     ("sampling.",),
     ("inputs.",),

@@ -1,4 +1,4 @@
-"""Score regions: are two things, asked for by two prompts with masks, each drawn right in its own half?
+"""Score regions: whether two things, asked for by two prompts with masks, are drawn right, each in its half.
 
     python tools/region_scores.py                     the embedded model, 240 cases a form, about 5 minutes
     python tools/region_scores.py --model DIR --json regions.json

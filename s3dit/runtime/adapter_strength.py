@@ -8,7 +8,7 @@ counts. The factor multiplies the adapter's strength there; at 0 the layer is le
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -31,14 +31,22 @@ def check_scale(value: Any) -> None:
         )
 
 
-def check_steps(steps: Any) -> tuple[float, float]:
-    """Return the two ends of a stretch of steps; raises RequestError unless 0 <= start < end <= 1."""
+def check_steps(steps: Any, parts: Collection[str]) -> tuple[float, float]:
+    """Return the two ends of a stretch of steps; raises RequestError unless 0 <= start < end <= 1.
+
+    parts: that the adapter changes; of these only the transformer computes in steps.
+    """
     given = [*steps] if isinstance(steps, Sequence) and not isinstance(steps, str) else []
     numbers = len(given) == 2 and all(isinstance(each, int | float) and not isinstance(each, bool) for each in given)
     if not numbers or not 0 <= given[0] < given[1] <= 1:
         raise RequestError(
             f"the steps of an adapter are {shown(steps)}; needed (start, end), fractions of the steps from 0 to 1, "
             "start below end"
+        )
+    if tuple(given) != ALL_STEPS and {*parts} != {PARTS[0]}:
+        raise RequestError(
+            "the adapter changes the text encoder, which runs once before the steps, and is to act in some of them; "
+            "needed an adapter of the transformer, or blocks of text_encoder=0"
         )
     return float(given[0]), float(given[1])
 

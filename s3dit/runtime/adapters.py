@@ -135,7 +135,6 @@ class Adapters:
         """
         with self._turn():
             check_scale(scale)
-            first, last = check_steps(steps)
             blocks = check_blocks(blocks or {})
             if name is not None and name in self._loaded:
                 raise RequestError(f"there is an adapter {name!r} already; detach it, or give this one another name")
@@ -145,12 +144,7 @@ class Adapters:
             matched, report = match_layers(adapter, shapes, name, allow_partial)
             deltas = by_block(matched, blocks) if blocks else matched
             loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
-            loaded.blocks, loaded.steps = blocks, (first, last)
-            if loaded.steps != ALL_STEPS and set(deltas) != {"transformer"}:
-                raise RequestError(
-                    f"{name} changes the text encoder, which runs once before the steps, so that steps cannot choose "
-                    "when; needed an adapter of the transformer, or blocks={'text_encoder': 0}"
-                )
+            loaded.blocks, loaded.steps = blocks, check_steps(steps, deltas)
             try:
                 for part, component in self._held(deltas):
                     attach_one(loaded, name, part, component, self._parts.placement)
