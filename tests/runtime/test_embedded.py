@@ -24,8 +24,10 @@ def pipe():
 def test_it_has_its_own_transformer_and_shares_the_rest():
     sources, other = open_sources("embedded-base", {}, None), open_sources("embedded", {}, None)
     assert {part: found.path.parent for part, found in sources.checkpoints.items()} == {
-        "transformer": EMBEDDED_BASE / "transformer", "text_encoder": EMBEDDED / "text_encoder", "vae": EMBEDDED / "vae",
-    }  # fmt: skip
+        "transformer": EMBEDDED_BASE / "transformer",
+        "text_encoder": EMBEDDED / "text_encoder",
+        "vae": EMBEDDED / "vae",
+    }
     assert sources.tokenizer == other.tokenizer and sources.notes == other.notes and not sources.mixed
     assert sources.config.transformer == other.config.transformer
     assert (sources.config.settings.num_inference_steps, sources.config.settings.guidance_scale) == (28, 4.0)
