@@ -20,16 +20,8 @@ FLOORS = (
     ("weights.",),
     ("configs.",),
     (
-        "control",
-        "region",
-        "json_values",
-        "values",
-        "guidance_options",
-        "request",
-        "presets",
-        "request_fields",
-        "files",
-        "terminal",
+        "control", "region", "json_values", "values", "guidance_options", "request", "presets", "request_fields",
+        "files", "terminal",
     ),
     ("model.",),
     ("sampling.",),
@@ -41,7 +33,7 @@ FLOORS = (
     ("pipeline",),
     ("cli.",),
     ("__main__", "__init__"),
-)
+)  # fmt: skip
 
 # What pip installs with the engine, by import name.
 INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "PIL"}
