@@ -156,10 +156,10 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
 
     Each distinct text was encoded once, by itself; here they are laid out as the pictures' prompts read them.
     """
-    count, each = plan.request.count, plan.request.num_images_per_prompt
+    count = plan.request.count
     done = [] if taps is None else list(taps.text.done)
     for prefix, captions in (("", plan.captions[:count]), ("negative ", plan.captions[count:])):
-        texts = [text for caption in captions[::each] for text in caption]
+        texts = [text for caption in captions for text in caption]
         if not texts or not all(isinstance(text, tuple) for text in texts):
             continue
         out[f"{prefix}token ids"] = torch.tensor([token for text in texts for token in text])
@@ -170,10 +170,9 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
                 stage = name.partition("#")[0].replace("model.", "text.", 1)
                 out[f"{prefix}{stage}"] = torch.cat([calls[text][name] for text in texts])
         last = pipe.config.text_encoder.num_hidden_layers - 2
-        features = out.get(f"{prefix}text.layers.{last}")
-        out[f"{prefix}text features"] = (
-            torch.cat([each.cpu() for each in pipe.encoders.encode_texts(texts)]) if features is None else features
-        )
+        if (features := out.get(f"{prefix}text.layers.{last}")) is None:
+            features = torch.cat([each.cpu() for each in pipe.encoders.encode_texts(texts)])
+        out[f"{prefix}text features"] = features
 
 
 def _decoded(pipe: Pipeline, latents: list[Tensor], out: Stages, inside: Inside) -> None:

@@ -4,7 +4,7 @@ Its pipelines are made for FlowMatchEulerDiscreteScheduler. Levels come from tha
 shift and spacing) or, where diffusers has no such spacing, from the request; steps from the scheduler of a solver.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from s3dit.errors import RequestError
 from s3dit.plan import Plan
+from s3dit.sampling.schedules import sigmas
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # Solver -> class of diffusers and its options.
@@ -26,8 +27,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 SPACINGS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
-# after(velocity, state at the level, state after the step), of all pictures: (B, 16, H/8, W/8)
-After = Callable[[Tensor, Tensor, Tensor], None]
 
 
 def check_solver(solver: str) -> None:
@@ -39,87 +38,83 @@ def check_solver(solver: str) -> None:
         )
 
 
-def watched_scheduler(
-    config: Any, plan: Plan, generators: Sequence[torch.Generator], after: After, blend: Any = None
-) -> Any:
-    """Return FlowMatchEulerDiscreteScheduler whose steps are those of the plan's solver, and are told to `after`.
+def scheduler_of(config: Any, plan: Plan, generators: Sequence[torch.Generator]) -> Any:
+    """Return a FlowMatchEulerDiscreteScheduler whose steps are those of the plan's solver.
 
-    config: of the model's scheduler · generators: of fresh noise, one a picture · blend(i, state) -> the state that the
-    pipeline goes on with, after step i (from 1).
+    config: of the model's scheduler · generators: of fresh noise, one a picture. After every call of `step` it has
+    `called`, (velocity, state) of the call that began the step, and `whole`: whether the step is done.
     """
     import diffusers
-    from diffusers.utils.torch_utils import randn_tensor
 
     request = plan.request
-    spacing = request.schedule
-    options = {switch: name == spacing for name, switch in SPACINGS.items()}
+    options = {switch: name == request.schedule for name, switch in SPACINGS.items()}
     options |= {} if request.shift is None else {"shift": request.shift, "use_dynamic_shifting": False}
     name, more = SCHEDULERS[request.solver]
     own = getattr(diffusers, name)(**more)
-    twice = request.solver == "heun"
 
-    class Watched(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    class Steps(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
         """The model's levels, another scheduler's steps."""
 
-        def set_timesteps(self, *args: Any, **named: Any) -> None:
-            """Set the levels, and give them to the scheduler whose steps are taken."""
-            super().set_timesteps(*args, **named)
-            if spacing not in ("official", *SPACINGS):
-                # Not diffusers' own: the whole list that a start image then cuts.
-                levels = torch.tensor(every(plan), dtype=torch.float32)
-                self.sigmas, self.timesteps = levels, levels[:-1] * self.config.num_train_timesteps
-            self.started, self.first, self.taken = False, None, 0
+        whole, started = True, False
+        called: tuple[Tensor, Tensor]
+
+        # Its pipelines look for this name among the parameters.
+        def set_timesteps(self, *args: Any, sigmas: Any = None, **named: Any) -> None:
+            """Set the levels."""
+            super().set_timesteps(*args, sigmas=sigmas, **named)
+            if request.schedule not in ("official", *SPACINGS):
+                # A spacing that diffusers has not; all levels, of which a start image leaves some out.
+                self.sigmas = _levels(plan).to(self.sigmas)
+                self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+            if request.solver == "heun":
+                self.timesteps = _twice(self.sigmas)[:-1] * self.config.num_train_timesteps
 
         def step(self, output: Tensor, t: Tensor, x: Tensor, **named: Any) -> Any:
-            """Take a step of the plan's solver."""
+            """Take a step, or half of one."""
+            if self.whole:
+                self.called = (-output, x)
             if request.solver == "euler":
-                done = super().step(output, t, x, **named)[0]
-            else:
-                done = self._other(output, t, x)
-            if self.first is None:
-                self.first = (-output, x)
-            if not twice or self.second:
-                self.taken += 1
-                done = done if blend is None else blend(self.taken, done)
-                after(*self.first, done)
-                self.first = None
-            return (done,)
-
-        @property
-        def second(self) -> bool:
-            """Whether the call that was made ends a step of Heun's; the last step, to 0, has one."""
-            return own.state_in_first_order
-
-        def _other(self, output: Tensor, t: Tensor, x: Tensor) -> Tensor:
-            """A step of another scheduler, on the levels from t on."""
+                return super().step(output, t, x, **named)
             if not self.started:
-                begin = int((self.sigmas[:-1] * self.config.num_train_timesteps - t).abs().argmin())
-                start_on(own, self.sigmas[begin:], self.config.num_train_timesteps, twice)
-                self.started = True
-            fresh = {}
+                level = int((self.sigmas[:-1] * self.config.num_train_timesteps - t).abs().argmin())
+                _start(own, self.sigmas[level:], request.solver)
+                self.started, self._step_index = True, level
+            self._step_index += 1
+            done = own.step(output, own.timesteps[own.step_index or 0], x, **self._fresh(x), return_dict=False)
+            self.whole = request.solver != "heun" or own.state_in_first_order
+            # Heun's last step, to the image, has one call.
+            self.whole |= own.step_index == len(own.timesteps)
+            return done
+
+        def _fresh(self, x: Tensor) -> dict[str, Any]:
+            """What a stochastic step draws from: the generators that drew the first noise."""
+            if request.solver == "lcm":
+                return {"generator": list(generators)}
             if request.solver == "dpmpp_2m_sde":
-                fresh = {"variance_noise": randn_tensor(x.shape, generator=list(generators))}
-            elif request.solver == "lcm":
-                fresh = {"generator": list(generators)}
-            return own.step(output, own.timesteps[own.step_index or 0], x, return_dict=False, **fresh)[0]
+                drawn = [torch.randn(one.shape, generator=g) for one, g in zip(x, generators, strict=True)]
+                return {"variance_noise": torch.stack(drawn).to(x)}
+            return {}
 
-    return Watched.from_config(config, **options)
+    return Steps.from_config(config, **options)
 
 
-def every(plan: Plan) -> list[float]:
+def _levels(plan: Plan) -> Tensor:
     """All levels of a plan's schedule, those included that a start image leaves out."""
-    from s3dit.sampling.schedules import sigmas
-
     request = plan.request
-    return sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas).tolist()
+    return sigmas(request.num_inference_steps or 1, request.shift or 1.0, request.schedule, request.sigmas)
 
 
-def start_on(scheduler: Any, levels: Tensor, train: int, twice: bool) -> None:
+def _twice(levels: Tensor) -> Tensor:
+    """Every level but the ends twice, as Heun's calls come."""
+    return torch.cat([levels[:1], levels[1:-1].repeat_interleave(2), levels[-1:]])
+
+
+def _start(scheduler: Any, levels: Tensor, solver: str) -> None:
     """Put a scheduler at the begin of some levels (n + 1,)."""
     scheduler.set_timesteps(len(levels) - 1)
-    scheduler.sigmas, scheduler.timesteps = levels, levels[:-1] * train
-    if twice:
-        middle = levels[1:-1].repeat_interleave(2)
-        scheduler.sigmas = torch.cat([levels[:1], middle, levels[-1:]])
-        scheduler.timesteps = scheduler.sigmas[:-1] * train
+    levels = _twice(levels) if solver == "heun" else levels.clone()
+    if solver == "unipc":
+        # parity: pure noise is infinitely far in log-SNR; diffusers moves the first level a millionth away from it.
+        levels[0] = min(levels[0].item(), 1 - 1e-6)
+    scheduler.sigmas, scheduler.timesteps = levels, levels[:-1] * scheduler.config.num_train_timesteps
     scheduler.set_begin_index(0)

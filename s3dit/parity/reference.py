@@ -1,0 +1,327 @@
+"""The stages of the same picture drawn by diffusers, recorded by hooks on its own pipelines.
+
+Which pipeline draws follows from the plan: text to image, image to image, inpainting, ControlNets with and without
+inpainting, Omni. A part is loaded when it is used, and the text encoder goes before the transformer comes. What of a
+plan diffusers cannot draw is refused by name (`refusals`); where it needs a hand, in the posterior of start images, the
+rule of a ControlNet's refiner or maps of change, a note says so.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from s3dit.inputs.start_image import generators
+from s3dit.parity.official import Official
+from s3dit.parity.ours import Stages, pixels
+from s3dit.parity.packing import of_reference
+from s3dit.parity.parts import ReferenceParts
+from s3dit.parity.reference_call import Call, call_of
+from s3dit.parity.solvers import scheduler_of
+from s3dit.parity.taps import FIRST, LATER, OMNI, SAMPLE, VAE, Calls, Inside, by_name, tap_attention, tap_streams
+from s3dit.pipeline import Pipeline
+from s3dit.plan import Plan
+from s3dit.research.trace import trace
+
+
+@torch.no_grad()
+def reference(
+    pipe: Pipeline,
+    plan: Plan,
+    out: Stages,
+    inside: Inside = Inside(),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    streamed: bool = False,
+    official: Path | None = None,
+    notes: list[str] | None = None,
+) -> Stages:
+    """Draw a plan of `pipe`'s model with diffusers and put its stages into `out`, as they come; returns it.
+
+    streamed: read blocks of the large parts as they compute · official: a checkout of Tongyi-MAI/Z-Image, whose
+    transformer takes the place of diffusers' · notes: gets what is not compared, or was done for the reference.
+    Raises RequestError for a plan that diffusers cannot draw.
+    """
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
+    print(f"diffusers {diffusers.__version__} on {device}, {dtype}", file=sys.stderr)
+    call = call_of(plan, pipe.config, notes := [] if notes is None else notes)
+    with ReferenceParts(pipe, dtype, device, streamed) as parts:
+        drawing = parts.enter_context(_Drawing(parts, plan, call, out, inside))
+        latents = drawing.run(official)
+        drawing.decode(latents)
+        notes += parts.notes
+    return out
+
+
+class _Late:
+    """A model that is loaded when something of it is first used."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load, self._model = load, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded(), name)
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self._loaded()(*args, **named)
+
+    def _loaded(self) -> Any:
+        if self._model is None:
+            self._model = self._load()
+        return self._model
+
+
+class _Drawing(ExitStack):
+    """A pipeline of diffusers that draws a plan, with taps on its parts."""
+
+    def __init__(self, parts: ReferenceParts, plan: Plan, call: Call, out: Stages, inside: Inside) -> None:
+        super().__init__()
+        self.parts, self.plan, self.call, self.out, self.inside = parts, plan, call, out, inside
+        self.omni = parts.pipe.config.transformer.siglip_feat_dim is not None
+        self.items: list[int] = []
+        self.texts = self.i = 0
+        self.first, self.control = ExitStack(), dict[str, Any]()
+
+    def run(self, official: Path | None) -> Tensor:
+        """Draw -> the last latents (B, 16, H/8, W/8)."""
+        import diffusers
+
+        parts, device = self.parts, self.parts.device
+        own = generators(self.plan.request)
+        self.scheduler = scheduler_of(parts.scheduler_config(), self.plan, own)
+        self.vae, self.text_encoder = parts.load("vae"), parts.load("text_encoder")
+        late = _Late(lambda: self._transformer(official))
+        given: dict[str, Any] = {"transformer": late}
+        if self.call.control is not None:
+            # Its pipeline joins both models at once.
+            given = {"transformer": late._loaded(), "controlnet": parts.controlnet(self.call.control.part)}
+            self._watch_control(given["controlnet"], given["transformer"])
+        if self.omni:
+            given |= {"siglip": parts.load("siglip"), "siglip_processor": parts.siglip_processor()}
+            self._watch_tower(given["siglip"])
+        kind = getattr(diffusers, self.call.pipeline)
+        # Not every part is a module that could say where it is.
+        kind = type(kind.__name__, (kind,), {"_execution_device": property(lambda _: device)})
+        pipe = kind(
+            vae=self.vae, text_encoder=self.text_encoder, tokenizer=parts.tokenizer(), scheduler=self.scheduler, **given
+        )
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipe
+        self._watch_text(pipe)
+        encoder = self.enter_context(trace(self.vae, self._vae("encoder"))) if self.call.encoded else {}
+        with patched(self.plan, self.parts.dtype, self.omni):
+            options = self.call.options(self.vae)
+            self.blend = self.call.blend(self.vae, self.scheduler)
+            latents: Tensor = pipe(
+                **options, generator=own, output_type="latent", callback_on_step_end=self._after
+            ).images
+        for name, calls in by_name(encoder).items():
+            pictures = [picture for call in calls for picture in call.split(1)]
+            for i, k in enumerate(self.call.encoded, 1):
+                self.out[f"vae.{name}, picture {i}"] = pictures[k]
+        return latents
+
+    def decode(self, latents: Tensor) -> None:
+        """Record the decoder's blocks, the pictures and their bytes; the transformer goes first."""
+        del self.pipe
+        gc.collect()
+        vae = self.vae
+        raw = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        with trace(vae, self._vae("decoder")) as seen:
+            pictures = vae.decode(raw).sample.float().cpu()
+        self.out.update((f"vae.{name}", calls[0]) for name, calls in by_name(seen).items())
+        self.out |= {"VAE decode": pictures, "pixels": pixels(pictures)}
+
+    def _vae(self, part: str) -> list[str]:
+        finer = [f"{name}.**" for name in self.inside.of("vae") if name.startswith(part)]
+        return [*VAE[part], *finer]
+
+    def _transformer(self, official: Path | None) -> Any:
+        """The transformer with its taps; what encodes text has done its part."""
+        if self.call.control is None:
+            self.pipe.text_encoder = self.text_encoder = None
+            gc.collect()
+        if official is None:
+            model = self.parts.load("transformer")
+        else:
+            model = Official(official, self.parts.pipe.folder / "transformer", self.parts.dtype).to(self.parts.device)
+        inner = getattr(model, "inner", model)
+        finer = self.inside.of("")
+        patterns = [*FIRST, *(OMNI if any(self.plan.references) else []), f"{SAMPLE}.attention.to_v"]
+        self.calls = Calls(self.first, inner, [*patterns, *(f"{name}.**" for name in finer)], fresh=True)
+        tap_streams(self.first, inner, self.calls, _rope)
+        tap_attention(self.first, inner, self.calls, [SAMPLE, *finer], _attended if official is None else _unseen)
+        look = inner.register_forward_pre_hook(self._entered, with_kwargs=True)
+        self.callback(look.remove)
+        self.inner = inner
+        return model
+
+    def _entered(self, module: Any, args: Any, named: Any) -> None:
+        """Count the items of a call of the transformer."""
+        self.items.append(len(args[0] if args else named["x"]))
+
+    def _after(self, pipe: Any, i: int, t: Any, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Record a step of the solver, or wait for its second half."""
+        latents = values["latents"]
+        if not self.scheduler.whole:
+            return {}
+        self.i += 1
+        latents = self.blend(self.i, latents)
+        velocity, start = self.scheduler.called
+        config, count = self.parts.pipe.config.transformer, self.plan.request.count
+        layout = self.plan.layout(config, self.items[0] > count, "cpu")
+        suffix = "" if self.i == 1 else f", step {self.i}"
+        if self.i == 1:
+            levels = self.scheduler.sigmas[-len(self.plan.sigmas) :]
+            self.out["sigmas"] = levels.cpu()
+            self.out["start" if self.plan.start_images else "noise"] = start.cpu()
+            self.out.update(self._control(layout))
+        self.out.update((f"{name}{suffix}", tensor) for name, tensor in of_reference(self.calls.done[0], layout))
+        self.out[f"velocity, step {self.i}"] = velocity.cpu()
+        self.out[f"latents, step {self.i}"] = latents.cpu()
+        if self.i == 1:
+            self.first.close()
+            self.calls = Calls(self.enter_context(ExitStack()), self.inner, LATER, fresh=True)
+        self.calls.done.clear()
+        self.items.clear()
+        return {"latents": latents}
+
+    def _watch_text(self, pipe: Any) -> None:
+        """Record what each call of the text encoder reads and computes, and the features that the pipeline takes."""
+        encoder, encode = self.text_encoder, pipe._encode_prompt
+        finer = self.inside.of("text")
+        calls = Calls(self, encoder, ["layers.*", *(f"{name}.**" for name in finer)], fresh=True)
+        tap_attention(self, encoder, calls, finer, _rotated_text, "o_proj")
+        last = f"layers.{encoder.config.num_hidden_layers - 1}"
+
+        def called(module: Any, args: Any, named: dict[str, Tensor], output: Any) -> None:
+            prefix, mask = "negative " if self.texts else "", named["attention_mask"].bool().cpu()
+            self.out[f"{prefix}token ids"] = named["input_ids"].cpu()[mask]
+            for name, tensors in by_name(calls.done.pop()).items():
+                stage = "beyond" if name == last else name
+                if stage == "beyond" or not name.startswith(f"{last}."):
+                    self.out[f"{prefix}text.{stage}"] = tensors[0][mask]
+
+        def encoded(*args: Any, **named: Any) -> Any:
+            features = encode(*args, **named)
+            flat = [one for each in features for one in (each if isinstance(each, list) else [each])]
+            self.out[f"{'negative ' if self.texts else ''}text features"] = torch.cat(flat).cpu()
+            self.texts += 1
+            return features
+
+        self.callback(encoder.register_forward_hook(called, with_kwargs=True).remove)
+        pipe._encode_prompt = encoded
+
+    def _watch_tower(self, tower: Any) -> None:
+        """Record the vision features of each reference, without their padding."""
+        pictures: list[Tensor] = []
+
+        def seen(module: Any, args: Any, named: dict[str, Tensor], output: Any) -> None:
+            rows, columns = named["spatial_shapes"][0].tolist()
+            pictures.append(output.last_hidden_state[0, : rows * columns].cpu())
+            self.out[f"vision features, picture {len(pictures)}"] = pictures[-1]
+
+        self.callback(tower.register_forward_hook(seen, with_kwargs=True).remove)
+
+    def _watch_control(self, net: Any, base: Any) -> None:
+        """Record the ControlNet's embedded patches and hints; by the authors' rule, add its refiner's hints."""
+        seen, control = self.control, self.call.control
+        assert control is not None
+        embedder = net.control_all_x_embedder["2-1"]
+        self.callback(embedder.register_forward_hook(lambda *a: seen.update(embedded=a[-1].cpu())).remove)
+        self.callback(net.register_forward_hook(lambda *a: seen.update(hints=a[-1])).remove)
+        own = net.config.add_control_noise_refiner
+        if own is None or control.control.rule != "authors":
+            return
+        block, inside, strength = getattr(net, own)[-1], [False], control.control.strength
+        self.callback(block.register_forward_hook(_first_of(seen, own)).remove)
+        self.callback(base.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)).remove)
+        self.callback(base.register_forward_hook(lambda *_: inside.__setitem__(0, False)).remove)
+        self.callback(net.register_forward_pre_hook(lambda *_: seen.pop("refined", None) and None).remove)
+        for i, refiner in enumerate(base.noise_refiner):
+
+            def add(module: Any, args: Any, output: Tensor, i: int = i) -> Tensor | None:
+                return output + strength * seen["refined"][i] if inside[0] else None
+
+            self.callback(refiner.register_forward_hook(add).remove)
+
+    def _control(self, layout: Any) -> Iterator[tuple[str, Tensor]]:
+        """The stages of the ControlNet in this engine's form."""
+        if self.control:
+            yield "control 1: embedded", self.control["embedded"][layout.image.token_index]
+            for layer, hint in self.control["hints"].items():
+                pieces = zip(hint.cpu(), layout.joint.spans.lengths, strict=True)
+                yield f"control 1: hint of layers.{layer}", torch.cat([item[:length] for item, length in pieces])
+
+
+def _first_of(seen: dict[str, Any], own: str) -> Callable[..., None]:
+    """A hook that keeps the first answer a pass: the list of layers may run twice, for the refiner and for itself."""
+    return lambda *args: seen.setdefault("refined", args[-1]) is None and None  # type: ignore[func-returns-value]
+
+
+def _rope(args: Any) -> Tensor:
+    """The rotary table among the arguments of a block, (B, L, D/2) complex -> (B, L, D/2, 2)."""
+    table = next(value for value in args if isinstance(value, Tensor) and value.is_complex())
+    return torch.view_as_real(table)
+
+
+@contextmanager
+def patched(plan: Plan, dtype: torch.dtype, omni: bool) -> Iterator[None]:
+    """Take out of diffusers what a plan does not ask for: the posterior's sample, and Omni's cast of fp32 to bf16."""
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+
+    with ExitStack() as stack:
+        if plan.start_images and plan.request.posterior == "mode":
+            stack.enter_context(patch.object(Posterior, "sample", lambda self, generator=None: self.mode()))
+        if omni and dtype == torch.float32:
+            stack.enter_context(patch.object(torch.Tensor, "bfloat16", lambda self: self))
+        yield
+
+
+@contextmanager
+def _attended(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Show queries and keys as diffusers' attention multiplies them."""
+    from diffusers.models.transformers import transformer_z_image as module
+
+    attend = module.dispatch_attention_fn
+
+    def shown(q: Tensor, k: Tensor, *args: Any, **named: Any) -> Any:
+        show(q, k)
+        return attend(q, k, *args, **named)
+
+    with patch.object(module, "dispatch_attention_fn", shown):
+        yield
+
+
+@contextmanager
+def _rotated_text(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Show queries and keys of transformers' Qwen3 after its rotation, (B, L, heads, D)."""
+    from transformers.models.qwen3 import modeling_qwen3 as module
+
+    rotate = module.apply_rotary_pos_emb
+
+    def shown(*args: Any, **named: Any) -> Any:
+        q, k = rotate(*args, **named)
+        show(q.transpose(1, 2), k.transpose(1, 2))
+        return q, k
+
+    with patch.object(module, "apply_rotary_pos_emb", shown):
+        yield
+
+
+@contextmanager
+def _unseen(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
+    """Show nothing: the official code has its own attention, of which modules alone are seen."""
+    yield
