@@ -29,6 +29,9 @@ from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.research.trace import trace
 
+# Bytes of a part up to which its memory is not looked for.
+SMALL = 1 << 28
+
 
 @torch.no_grad()
 def reference(
@@ -130,19 +133,24 @@ class _Drawing(ExitStack):
         for name, calls in by_name(encoder).items():
             pictures = [picture for call in calls for picture in call.split(1)]
             for i, k in enumerate(self.call.encoded, 1):
-                self.out[f"vae.{name}, picture {i}"] = pictures[k]
+                self.out[f"vae.{name}, picture {i}"] = self._square(name, pictures[k])
         return latents
 
     def decode(self, latents: Tensor) -> None:
         """Record the decoder's blocks, the pictures and their bytes; the transformer goes first."""
         del self.pipe
-        gc.collect()
+        _collect(self.parts, "transformer")
         vae = self.vae
         raw = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         with trace(vae, self._vae("decoder")) as seen:
             pictures = vae.decode(raw).sample.float().cpu()
-        self.out.update((f"vae.{name}", calls[0]) for name, calls in by_name(seen).items())
-        self.out |= {"VAE decode": pictures, "pixels": pixels(pictures)}
+        self.out.update((f"vae.{name}", self._square(name, calls[0])) for name, calls in by_name(seen).items())
+        self.out.update({"VAE decode": pictures, "pixels": pixels(pictures)})
+
+    def _square(self, name: str, tensor: Tensor) -> Tensor:
+        """What the middle's attention norms, which diffusers has with its positions in a row, as a picture."""
+        rows = self.plan.grids[0][0] * 2
+        return tensor.unflatten(2, (rows, -1)) if name.endswith("group_norm") and tensor.ndim == 3 else tensor
 
     def _vae(self, part: str) -> list[str]:
         finer = [f"{name}.**" for name in self.inside.of("vae") if name.startswith(part)]
@@ -152,7 +160,7 @@ class _Drawing(ExitStack):
         """The transformer with its taps; what encodes text has done its part."""
         if self.call.control is None:
             self.pipe.text_encoder = self.text_encoder = None
-            gc.collect()
+            _collect(self.parts, "text_encoder")
         if official is None:
             model = self.parts.load("transformer")
         else:
@@ -264,6 +272,12 @@ class _Drawing(ExitStack):
             for layer, hint in self.control["hints"].items():
                 pieces = zip(hint.cpu(), layout.joint.spans.lengths, strict=True)
                 yield f"control 1: hint of layers.{layer}", torch.cat([item[:length] for item, length in pieces])
+
+
+def _collect(parts: ReferenceParts, part: str) -> None:
+    """Let the memory of a part go that nobody holds any more; that of a small one may wait, for looking takes time."""
+    if parts.pipe.parts.checkpoints[part].nbytes > SMALL:
+        gc.collect()
 
 
 def _first_of(seen: dict[str, Any], own: str) -> Callable[..., None]:
