@@ -127,7 +127,8 @@ class _Taps(ExitStack):
             for name, calls in by_name(seen).items():
                 if "embedder" in name:
                     out[f"control {k}: embedded"] = calls[-1]
-                elif name.endswith(".1"):
+                else:
+                    # A block answers with its stream and its hint; 2.0 also runs them all for the refiner, before.
                     layer = control.config.places[int(name.split(".")[1])]
                     out[f"control {k}: hint of layers.{layer}"] = calls[-1] * (control.control.strength or 0)
 
@@ -157,7 +158,7 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
     Each distinct text was encoded once, by itself; here they are laid out as the pictures' prompts read them.
     """
     count = plan.request.count
-    done = [] if taps is None else list(taps.text.done)
+    done = [] if taps is None else [by_name(seen) for seen in taps.text.done]
     for prefix, captions in (("", plan.captions[:count]), ("negative ", plan.captions[count:])):
         texts = [text for caption in captions for text in caption]
         if not texts or not all(isinstance(text, tuple) for text in texts):
@@ -167,8 +168,8 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
         if done:
             calls, done = dict(zip(distinct, done, strict=False)), done[len(distinct) :]
             for name in calls[texts[0]]:
-                stage = name.partition("#")[0].replace("model.", "text.", 1)
-                out[f"{prefix}{stage}"] = torch.cat([calls[text][name] for text in texts])
+                stage = name.replace("model.", "text.", 1)
+                out[f"{prefix}{stage}"] = torch.cat([calls[text][name][0] for text in texts])
         last = pipe.config.text_encoder.num_hidden_layers - 2
         if (features := out.get(f"{prefix}text.layers.{last}")) is None:
             features = torch.cat([each.cpu() for each in pipe.encoders.encode_texts(texts)])

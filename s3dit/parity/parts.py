@@ -104,6 +104,9 @@ class ReferenceParts(ExitStack):
         else:
             options: dict[str, Any] = {"config": str(self._config("transformer")), "subfolder": "transformer"}
             if how == "gguf":
+                self.notes += [f"{path.name}: decoded in fp32, where diffusers by itself takes fp16"] * (
+                    self.dtype == torch.float32
+                )
                 options["quantization_config"] = diffusers.GGUFQuantizationConfig(compute_dtype=self.dtype)
             model = kind.from_single_file(str(path), torch_dtype=self.dtype, **options)
         return self._adapted(model)

@@ -10,6 +10,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -254,10 +255,11 @@ class _Drawing(ExitStack):
         if own is None or control.control.rule != "authors":
             return
         block, inside, strength = getattr(net, own)[-1], [False], control.control.strength
-        self.callback(block.register_forward_hook(_first_of(seen, own)).remove)
+        # The list may run a second time, for itself: what it says to the refiner comes first.
+        self.callback(block.register_forward_hook(lambda *a: _keep(seen, a[-1])).remove)
         self.callback(base.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)).remove)
         self.callback(base.register_forward_hook(lambda *_: inside.__setitem__(0, False)).remove)
-        self.callback(net.register_forward_pre_hook(lambda *_: seen.pop("refined", None) and None).remove)
+        self.callback(net.register_forward_pre_hook(lambda *_: _forget(seen)).remove)
         for i, refiner in enumerate(base.noise_refiner):
 
             def add(module: Any, args: Any, output: Tensor, i: int = i) -> Tensor | None:
@@ -280,9 +282,13 @@ def _collect(parts: ReferenceParts, part: str) -> None:
         gc.collect()
 
 
-def _first_of(seen: dict[str, Any], own: str) -> Callable[..., None]:
-    """A hook that keeps the first answer a pass: the list of layers may run twice, for the refiner and for itself."""
-    return lambda *args: seen.setdefault("refined", args[-1]) is None and None  # type: ignore[func-returns-value]
+def _keep(seen: dict[str, Any], answer: Tensor) -> None:
+    """Keep the refiner's hints, the first answer since they were forgotten."""
+    seen.setdefault("refined", answer)
+
+
+def _forget(seen: dict[str, Any]) -> None:
+    seen.pop("refined", None)
 
 
 def _rope(args: Any) -> Tensor:
@@ -293,12 +299,17 @@ def _rope(args: Any) -> Tensor:
 
 @contextmanager
 def patched(plan: Plan, dtype: torch.dtype, omni: bool) -> Iterator[None]:
-    """Take out of diffusers what a plan does not ask for: the posterior's sample, and Omni's cast of fp32 to bf16."""
+    """Take out of diffusers what a plan does not ask for: the posterior's sample, and casts of fp32 to 16 bits."""
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
+    from diffusers.quantizers.gguf import utils as gguf
 
     with ExitStack() as stack:
         if plan.start_images and plan.request.posterior == "mode":
             stack.enter_context(patch.object(Posterior, "sample", lambda self, generator=None: self.mode()))
+        if dtype == torch.float32:
+            # Without a dtype its reader of GGUF decodes in fp16.
+            whole = {kind: partial(decode, dtype=dtype) for kind, decode in gguf.dequantize_functions.items()}
+            stack.enter_context(patch.dict(gguf.dequantize_functions, whole))
         if omni and dtype == torch.float32:
             stack.enter_context(patch.object(torch.Tensor, "bfloat16", lambda self: self))
         yield

@@ -14,7 +14,7 @@ from s3dit.errors import RequestError
 from s3dit.inputs.control_hints import PreparedControl
 from s3dit.inputs.start_image import generators
 from s3dit.model.config import ModelConfig
-from s3dit.parity.solvers import SCHEDULERS, check_solver
+from s3dit.parity.solvers import check_solver
 from s3dit.plan import Plan
 from s3dit.request import Request
 
@@ -83,10 +83,13 @@ class Call:
         """The control image, and for inpainting its picture and mask."""
         assert self.control is not None
         given = [self.plan.request.controls_of(i)[0] for i in range(count)]
-        one = given[0]
-        options = {"control_image": opened(one.image), "controlnet_conditioning_scale": self.control.control.strength}
-        if one.inpaint is not None:
-            options |= {"image": opened(one.inpaint), "mask_image": opened(one.mask, "L")}
+        options = {
+            "control_image": _batch([opened(each.image) for each in given]),
+            "controlnet_conditioning_scale": self.control.control.strength,
+        }
+        if given[0].inpaint is not None:
+            options["image"] = _batch([opened(each.inpaint) for each in given])
+            options["mask_image"] = _batch([opened(each.mask, "L") for each in given])
         return options
 
     def blend(self, vae: Any, scheduler: Any) -> Callable[[int, Tensor], Tensor]:
@@ -142,8 +145,9 @@ def call_of(plan: Plan, config: ModelConfig, notes: list[str]) -> Call:
     elif control is not None:
         inpaints = control.control.inpaint is not None
         pipeline = "ZImageControlNetInpaintPipeline" if inpaints else "ZImageControlNetPipeline"
-        # The reference encodes a copy for every picture.
-        encoded = (0, request.count) if inpaints else (0,)
+        # All control images first, then what is painted into.
+        firsts = _firsts([tuple(map(id, pictures.values())) for pictures in control.pictures])
+        encoded = tuple(place for i in firsts for place in ((i, request.count + i) if inpaints else (i,)))
         if control.control.rule == "authors" and control.config.version != "1.0":
             notes.append("the authors' rule: the refiner's hints are added to diffusers' own stream, which leaves it out")
     else:
@@ -171,9 +175,6 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
             (control.start, control.end) != (0, 1) for control in controls
         ),
         "a control has no image, which diffusers' pipeline needs": any(control.image is None for control in controls),
-        "a control has an image for each picture, diffusers' pipeline takes one": any(
-            isinstance(getattr(control, name), list | tuple) for control in controls for name in ("image", "inpaint")
-        ),
         "an Omni model with a start image or a ControlNet, for which diffusers has no pipeline": omni
         and bool(plan.start_images or controls),
         "latents are given with a start image, where diffusers leaves the image out": request.latents is not None
@@ -188,7 +189,9 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
         == "intended",
         "heun with a start image, of whose steps diffusers counts others": request.solver == "heun"
         and bool(plan.start_images),
-        f"schedule {request.schedule} with this solver": False and request.solver not in SCHEDULERS,
+        "unipc begins at pure noise, where diffusers takes 1 - 1e-6 and corrects that step; needed levels that begin "
+        "below 1, such as sigmas 0.99,0.8,0.5,0.2": request.solver == "unipc"
+        and plan.sigmas[0] == 1,
     }
     return [reason for reason, holds in reasons.items() if holds]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import RequestError
+from s3dit.kernels.schemes import SCHEMES
 from s3dit.parity.checks import Check, named_checks
 from s3dit.parity.judge import BF16, FORMATS, TOLERANCE, Bounds, Verdict, errors_of, judge
 from s3dit.parity.ours import ours
@@ -168,7 +169,7 @@ def _bounds(
 ) -> Bounds:
     """The bounds that fit what both sides computed in: dtypes, the reference's own errors, number formats."""
     halves = [side.get("dtype") != "fp32" for side in (mine, truth)]
-    formats = {name for name in json.loads(mine.get("formats", "{}")).values() if name in FORMATS}
+    formats = _apart(pipe)
     if (errors := json.loads(truth.get("errors", "null"))) is not None and halves == [True, False]:
         bounds = replace(choice.bounds, errors=errors)
     elif any(halves):
@@ -176,10 +177,23 @@ def _bounds(
         notes.append(f"a side is in 16 bits: two such runs are held to {bounds.tolerance:.1e}, which --margin scales")
     else:
         bounds = replace(choice.bounds, tolerance=TOLERANCE)
-    if formats and json.loads(truth.get("formats", "{}")) != json.loads(mine.get("formats", "{}")):
+    if formats and truth.get("formats", "{}") != mine.get("formats", "{}"):
         widest = max(FORMATS[name] for name in formats) * choice.bounds.margin
         bounds = replace(bounds, errors=None, tolerance=widest, coarse=True)
         notes.append(f"{', '.join(sorted(formats))} beside unquantized weights: held to {widest:.2g}")
     if choice.tolerance is not None:
-        bounds = replace(bounds, tolerance=choice.tolerance, errors=None)
+        bounds = replace(bounds, tolerance=choice.tolerance, errors=None, coarse=False)
     return bounds
+
+
+def _apart(pipe: Pipeline) -> set[str]:
+    """Number formats that set a pipeline apart from its reference, which computes with float weights and activations.
+
+    Not those of stored weights alone: the reference has the same, decoded.
+    """
+    apart = set()
+    for part, name in pipe.parts.formats.items():
+        stored = bool(pipe.parts.checkpoints[part].schemes)
+        if name in FORMATS and not (stored and SCHEMES[name].activation is None):
+            apart.add(name)
+    return apart

@@ -113,8 +113,5 @@ def _start(scheduler: Any, levels: Tensor, solver: str) -> None:
     """Put a scheduler at the begin of some levels (n + 1,)."""
     scheduler.set_timesteps(len(levels) - 1)
     levels = _twice(levels) if solver == "heun" else levels.clone()
-    if solver == "unipc":
-        # parity: pure noise is infinitely far in log-SNR; diffusers moves the first level a millionth away from it.
-        levels[0] = min(levels[0].item(), 1 - 1e-6)
     scheduler.sigmas, scheduler.timesteps = levels, levels[:-1] * scheduler.config.num_train_timesteps
     scheduler.set_begin_index(0)
