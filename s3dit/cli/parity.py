@@ -1,7 +1,6 @@
 """`s3dit parity`: compare a picture's stages with diffusers', or with a record; name the first that parts."""
 
 import argparse
-import json
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -14,7 +13,7 @@ from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.errors import RequestError
 from s3dit.request import Request
-from s3dit.terminal import say, tell
+from s3dit.terminal import event, say, tell
 
 if TYPE_CHECKING:
     from s3dit.parity.session import Choice, Outcome
@@ -89,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     request = _small(pipe, plan, request, replay.request)
     with speaking_of_options():
         plan = pipe.plan(request)
+    # Said once, also for other settings.
+    request = replace(request, prompt=plan.request.prompts) if request.prompt is None else request
     from s3dit.parity.session import run as compare
 
     say(f"{pipe.folder.name} on {pipe.placement}")
@@ -169,7 +170,7 @@ def _told(outcome: "Outcome", args: argparse.Namespace) -> int:
     if args.report is not None and outcome.verdict is not None:
         say(f"report in {write(outcome, args.report)}")
     if args.json:
-        tell(json.dumps(as_json(outcome), ensure_ascii=False))
+        event(**as_json(outcome))
     else:
         for line in lines(outcome):
             tell(line)
