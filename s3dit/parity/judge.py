@@ -131,7 +131,9 @@ def tolerances(words: Sequence[str]) -> tuple[float | None, tuple[tuple[str, flo
         except ValueError:
             value = math.nan
         if not value >= 0:
-            raise RequestError(f"tolerance is {word!r}; needed a number such as 1e-5, or one of a stage: 'layers.*=2e-5'")
+            raise RequestError(
+                f"tolerance is {word!r}; needed a number such as 1e-5, or one of a stage: 'layers.*=2e-5'"
+            )
         if equals:
             by_stage.append((name, value))
         else:

@@ -53,8 +53,9 @@ def ours(pipe: Pipeline, plan: Plan, out: Stages, inside: Inside = Inside()) -> 
             first.encoded(out)
         out["start" if plan.start_images else "noise"] = _stacked(step.start, step)
         if first is not None:
-            first.hints(out)
-            out.update(of_ours(first.calls.done[0], any(plan.references)))
+            for name, tensor in of_ours(first.calls.done[0], any(plan.references)):
+                first.hints(out, before=name)
+                out[name] = tensor
         _after(step, out)
     with ExitStack() as stack:
         later = None if pipe.graphs or step.i == step.n else stack.enter_context(_Taps(pipe, plan, inside, whole=False))
@@ -99,7 +100,7 @@ class _Taps(ExitStack):
         tap_streams(self, transformer, self.calls, lambda args: args[1])
         text, vae = component("text_encoder").module, component("vae").module
         finer_text = [f"model.{name}" for name in inside.of("text")]
-        self.text = Calls(self, text, ["model.layers.*", *(f"{name}.**" for name in finer_text)])
+        self.text = Calls(self, text, ["", "model.layers.*", *(f"{name}.**" for name in finer_text)])
         tap_attention(self, transformer, self.calls, [SAMPLE, *finer], _rotated)
         tap_attention(self, text, self.text, finer_text, _rotated, "o_proj")
         pictures = plan.start_images or plan.controls or any(plan.references)
@@ -109,9 +110,11 @@ class _Taps(ExitStack):
         if any(plan.references):
             self.tower = self.enter_context(trace(component("siglip").module, ""))
         self.nets: list[dict[str, Tensor]] = []
+        self.refiners = len(transformer.noise_refiner)
         for control in plan.controls:
             net = component(control.part).module
-            self.nets.append(self.enter_context(trace(net, ["control_all_x_embedder.2-1", "control_layers.*"])))
+            own = ["control_noise_refiner.*"] if control.config.version == "2.1" else []
+            self.nets.append(self.enter_context(trace(net, ["control_all_x_embedder.2-1", *own, "control_layers.*"])))
 
     def encoded(self, out: Stages) -> None:
         """What the vision tower and the encoder of the autoencoder made of pictures, one after the other."""
@@ -121,16 +124,24 @@ class _Taps(ExitStack):
             for i, tensor in enumerate(calls, 1):
                 out[f"vae.{name}, picture {i}"] = tensor
 
-    def hints(self, out: Stages) -> None:
-        """What ControlNets read and answer: embedded patches, and the hints of layers, before their strength."""
+    def hints(self, out: Stages, before: str) -> None:
+        """What ControlNets make of their pictures, before the stream that it is for: patches, and hints · strength."""
+        if before not in ("rope of image", "rope of whole"):
+            return
         for k, (control, seen) in enumerate(zip(self.plan.controls, self.nets, strict=True), 1):
+            strength, refiners = control.control.strength or 0.0, 0
             for name, calls in by_name(seen).items():
-                if "embedder" in name:
+                kind, _, i = name.partition(".")
+                # A block answers with its stream and its hint; 2.0 runs its layers for the refiner, and then again.
+                if before == "rope of whole":
+                    if kind == "control_layers":
+                        out[f"control {k}: hint of layers.{control.config.places[int(i)]}"] = calls[-1] * strength
+                elif "embedder" in kind:
                     out[f"control {k}: embedded"] = calls[-1]
-                else:
-                    # A block answers with its stream and its hint; 2.0 also runs them all for the refiner, before.
-                    layer = control.config.places[int(name.split(".")[1])]
-                    out[f"control {k}: hint of layers.{layer}"] = calls[-1] * (control.control.strength or 0)
+                elif len(calls) > 2 or (kind == "control_noise_refiner" and len(calls) == 2):
+                    if refiners < self.refiners:
+                        out[f"control {k}: hint of noise_refiner.{refiners}"] = calls[1] * strength
+                    refiners += 1
 
 
 @contextmanager
@@ -168,12 +179,12 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
         if done:
             calls, done = dict(zip(distinct, done, strict=False)), done[len(distinct) :]
             for name in calls[texts[0]]:
-                stage = name.replace("model.", "text.", 1)
+                # The encoder itself, without a name, answers with the features.
+                stage = name.replace("model.", "text.", 1) or "text features"
                 out[f"{prefix}{stage}"] = torch.cat([calls[text][name][0] for text in texts])
-        last = pipe.config.text_encoder.num_hidden_layers - 2
-        if (features := out.get(f"{prefix}text.layers.{last}")) is None:
-            features = torch.cat([each.cpu() for each in pipe.encoders.encode_texts(texts)])
-        out[f"{prefix}text features"] = features
+        else:
+            features = pipe.encoders.encode_texts(texts)
+            out[f"{prefix}text features"] = torch.cat([each.cpu() for each in features])
 
 
 def _decoded(pipe: Pipeline, latents: list[Tensor], out: Stages, inside: Inside) -> None:

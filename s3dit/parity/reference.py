@@ -21,7 +21,7 @@ from torch import Tensor
 from s3dit.inputs.start_image import generators
 from s3dit.parity.official import Official
 from s3dit.parity.ours import Stages, pixels
-from s3dit.parity.packing import of_reference
+from s3dit.parity.packing import of_reference, unpadded
 from s3dit.parity.parts import ReferenceParts
 from s3dit.parity.reference_call import Call, call_of
 from s3dit.parity.solvers import scheduler_of
@@ -252,14 +252,16 @@ class _Drawing(ExitStack):
         self.callback(embedder.register_forward_hook(lambda *a: seen.update(embedded=a[-1].cpu())).remove)
         self.callback(net.register_forward_hook(lambda *a: seen.update(hints=a[-1])).remove)
         own = net.config.add_control_noise_refiner
-        if own is None or control.control.rule != "authors":
+        if own is None:
             return
         block, inside, strength = getattr(net, own)[-1], [False], control.control.strength
         # The list may run a second time, for itself: what it says to the refiner comes first.
+        self.callback(net.register_forward_pre_hook(lambda *_: _forget(seen)).remove)
         self.callback(block.register_forward_hook(lambda *a: _keep(seen, a[-1])).remove)
+        if control.control.rule != "authors":
+            return
         self.callback(base.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)).remove)
         self.callback(base.register_forward_hook(lambda *_: inside.__setitem__(0, False)).remove)
-        self.callback(net.register_forward_pre_hook(lambda *_: _forget(seen)).remove)
         for i, refiner in enumerate(base.noise_refiner):
 
             def add(module: Any, args: Any, output: Tensor, i: int = i) -> Tensor | None:
@@ -269,11 +271,16 @@ class _Drawing(ExitStack):
 
     def _control(self, layout: Any) -> Iterator[tuple[str, Tensor]]:
         """The stages of the ControlNet in this engine's form."""
-        if self.control:
-            yield "control 1: embedded", self.control["embedded"][layout.image.token_index]
-            for layer, hint in self.control["hints"].items():
-                pieces = zip(hint.cpu(), layout.joint.spans.lengths, strict=True)
-                yield f"control 1: hint of layers.{layer}", torch.cat([item[:length] for item, length in pieces])
+        if not self.control:
+            return
+        yield "control 1: embedded", self.control["embedded"][layout.image.token_index]
+        control = self.call.control
+        assert control is not None
+        for i in range(len(self.inner.noise_refiner) if "refined" in self.control else 0):
+            hint = self.control["refined"][i].cpu() * control.control.strength
+            yield f"control 1: hint of noise_refiner.{i}", unpadded(hint, layout.image)
+        for layer, hint in self.control["hints"].items():
+            yield f"control 1: hint of layers.{layer}", unpadded(hint.cpu(), layout.joint)
 
 
 def _collect(parts: ReferenceParts, part: str) -> None:

@@ -149,7 +149,9 @@ def call_of(plan: Plan, config: ModelConfig, notes: list[str]) -> Call:
         firsts = _firsts([tuple(map(id, pictures.values())) for pictures in control.pictures])
         encoded = tuple(place for i in firsts for place in ((i, request.count + i) if inpaints else (i,)))
         if control.control.rule == "authors" and control.config.version != "1.0":
-            notes.append("the authors' rule: the refiner's hints are added to diffusers' own stream, which leaves it out")
+            notes.append(
+                "the authors' rule: the refiner's hints are added to diffusers' own stream, which leaves it out"
+            )
     else:
         pipeline = "ZImagePipeline"
     return Call(pipeline, plan, control, encoded)
@@ -190,8 +192,7 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
         "heun with a start image, of whose steps diffusers counts others": request.solver == "heun"
         and bool(plan.start_images),
         "unipc begins at pure noise, where diffusers takes 1 - 1e-6 and corrects that step; needed levels that begin "
-        "below 1, such as sigmas 0.99,0.8,0.5,0.2": request.solver == "unipc"
-        and plan.sigmas[0] == 1,
+        "below 1, such as sigmas 0.99,0.8,0.5,0.2": request.solver == "unipc" and plan.sigmas[0] == 1,
     }
     return [reason for reason, holds in reasons.items() if holds]
 

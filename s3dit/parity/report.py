@@ -132,7 +132,13 @@ def _row(stage: Stage) -> str:
     bar = f'<i style="width:{places[0]:.1f}%"></i><u style="left:{places[1]:.1f}%"></u>'
     own = "" if stage.reference is None else f"{stage.reference:.1e}"
     a, b = ("missing" if shape is None else "×".join(map(str, shape)) for shape in stage.row.shapes)
-    cells = [f"{stage.row.error:.1e}", f"{stage.bound:.1e}", own, f"{stage.row.largest:.1e}", a if a == b else f"{a} | {b}"]
+    cells = [
+        f"{stage.row.error:.1e}",
+        f"{stage.bound:.1e}",
+        own,
+        f"{stage.row.largest:.1e}",
+        a if a == b else f"{a} | {b}",
+    ]
     state = ' class="bad"' if stage.parts else ""
     return f"<tr{state}><td>{_text(stage.row.name)}<div>{bar}</div>{''.join(f'<td>{cell}' for cell in cells)}</tr>"
 
@@ -151,7 +157,10 @@ def _pictures(outcome: Outcome) -> Iterator[str]:
                 "this engine": a, "the reference": b,
                 f"difference × {times}, at most {int(difference.max())} of 255": (difference * times).byte(),
             }  # fmt: skip
-            shown = (f'<figure><img alt="" src="{_uri(x)}"><figcaption>{_text(t)}</figcaption></figure>' for t, x in trio.items())
+            shown = (
+                f'<figure><img alt="" src="{_uri(x)}"><figcaption>{_text(t)}</figcaption></figure>'
+                for t, x in trio.items()
+            )
             yield f"<div class=trio>{''.join(shown)}</div>"
 
 

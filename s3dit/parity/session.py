@@ -1,8 +1,8 @@
 """Runs both sides, or reads what is on record of them, and judges: `s3dit parity` in Python.
 
-    pipe = Pipeline.load(dtype="fp32")
-    outcome = run(pipe, pipe.plan("a red star above a blue ring", seed=0, num_inference_steps=2))
-    print(outcome.verdict.first, *outcome.checks, sep="\\n")
+pipe = Pipeline.load(dtype="fp32")
+outcome = run(pipe, pipe.plan("a red star above a blue ring", seed=0, num_inference_steps=2))
+print(outcome.verdict.first, *outcome.checks, sep="\\n")
 """
 
 import json

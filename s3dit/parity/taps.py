@@ -133,4 +133,6 @@ def check_inside(inside: Inside, names: Mapping[str, Iterable[str]]) -> None:
         for pattern in inside.of(part):
             regex = pattern_regex(pattern)
             if not any(regex.fullmatch(name) for name in known):
-                raise RequestError(f"inside is {pattern!r}, which no module of it is called; needed one such as layers.3")
+                raise RequestError(
+                    f"inside is {pattern!r}, which no module of it is called; needed one such as layers.3"
+                )

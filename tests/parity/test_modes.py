@@ -28,7 +28,9 @@ SIZE = {"height": 80, "width": 112}
 BLOCKS = [f"{kind}.{i}" for kind, n in (("context_refiner", 2), ("noise_refiner", 2), ("layers", 3)) for i in range(n)]
 SAMPLE = [f"context_refiner.0.attention.{part}" for part in ("to_v", "q", "k", "mixed")]
 STREAMS = [f"{what} of {stream}" for what in ("rope", "tokens") for stream in ("text", "image", "whole")]
-DECODER = [f"vae.decoder.{name}" for name in ("conv_in", "mid_block", *(f"up_blocks.{i}" for i in range(4)), "conv_out")]
+DECODER = [
+    f"vae.decoder.{name}" for name in ("conv_in", "mid_block", *(f"up_blocks.{i}" for i in range(4)), "conv_out")
+]
 STAGES = {
     "token ids", "text.layers.0", "text.layers.1", "text features", "sigmas", "noise", "cap_embedder", "t_embedder",
     "all_x_embedder.2-1", FINAL, "t_embedder, step 2", f"{FINAL}, step 2", "velocity, step 1", "velocity, step 2",
@@ -136,7 +138,8 @@ def controlnet(folder, randomized, version):
 
 
 @pytest.mark.parametrize(
-    ("version", "rule"), [("1.0", "authors"), ("2.0", "diffusers"), ("2.0", "authors"), ("2.1", "diffusers"), ("2.1", "authors")]
+    ("version", "rule"),
+    [("1.0", "authors"), ("2.0", "diffusers"), ("2.0", "authors"), ("2.1", "diffusers"), ("2.1", "authors")],
 )
 def test_controlnets_by_both_rules(ours, randomized, tmp_path, version, rule):
     folder = controlnet(tmp_path / "net", randomized, version)
@@ -156,7 +159,9 @@ def test_an_official_file_of_a_controlnet(ours, randomized, tmp_path):
     folder = controlnet(tmp_path / "net", randomized, "1.0")
     tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
     # Published files have a control layer for every place of an even spread.
-    tensors |= {k.replace("control_layers.1.", "control_layers.2."): v.clone() for k, v in tensors.items() if "layers.1." in k}
+    tensors |= {
+        k.replace("control_layers.1.", "control_layers.2."): v.clone() for k, v in tensors.items() if "layers.1." in k
+    }
     save_file(tensors, tmp_path / "Union.safetensors")
     outcome = compared(ours, control=Control(tmp_path / "Union.safetensors", IMAGE, 0.6))
     assert any("Union" in note for note in outcome.notes)
