@@ -1,5 +1,4 @@
-"""The command line: `s3dit generate`, `plan`, `microscope`, `inspect`, `convert`, `quantize`,
-`parity`.
+"""The command line: `s3dit generate`, `plan`, `microscope`, `inspect`, `convert`, `quantize`, `parity`.
 
 A command is a module with SUMMARY, EXAMPLES, add_options(parser) and run(args). An error of the user's ends in a line
 on standard error and exit code 2, without a traceback. Ctrl-C ends with 130, SIGTERM with 143, SIGHUP with 129, and no

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         say(note)
 
     def again(changed: dict[str, Any]) -> "tuple[Pipeline, Plan]":
+        """The same model and request with other settings."""
         other = copy(args)
         vars(other).update(changed)
         return load(other, request, replay)

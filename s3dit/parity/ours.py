@@ -11,9 +11,9 @@ from s3dit.inputs.images import to_pil
 from s3dit.kernels.norm import qk_norm_rope
 from s3dit.parity.packing import of_ours
 from s3dit.parity.taps import (
-    FINAL,
     FIRST,
     LATER,
+    NOWHERE,
     OMNI,
     SAMPLE,
     VAE,
@@ -33,7 +33,7 @@ Stages = MutableMapping[str, Tensor]
 
 
 @torch.inference_mode()
-def ours(pipe: Pipeline, plan: Plan, out: Stages, inside: Inside = Inside()) -> Stages:
+def ours(pipe: Pipeline, plan: Plan, out: Stages, inside: Inside = NOWHERE) -> Stages:
     """Draw a plan and put its stages into `out`, as they come; returns it.
 
     Recorded CUDA graphs call no module: of those only what enters and leaves a step is a stage. Raises RequestError for
@@ -110,7 +110,7 @@ class _Taps(ExitStack):
         if any(plan.references):
             self.tower = self.enter_context(trace(component("siglip").module, ""))
         self.nets: list[dict[str, Tensor]] = []
-        self.refiners = len(transformer.noise_refiner)
+        self.refiners = pipe.config.transformer.n_refiner_layers
         for control in plan.controls:
             net = component(control.part).module
             own = ["control_noise_refiner.*"] if control.config.version == "2.1" else []
@@ -171,8 +171,8 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
     count = plan.request.count
     done = [] if taps is None else [by_name(seen) for seen in taps.text.done]
     for prefix, captions in (("", plan.captions[:count]), ("negative ", plan.captions[count:])):
-        texts = [text for caption in captions for text in caption]
-        if not texts or not all(isinstance(text, tuple) for text in texts):
+        texts = [text for caption in captions for text in caption if isinstance(text, tuple)]
+        if not texts:
             continue
         out[f"{prefix}token ids"] = torch.tensor([token for text in texts for token in text])
         distinct = list(dict.fromkeys(texts))

@@ -44,6 +44,11 @@ class ReferenceParts(ExitStack):
         self.notes: list[str] = []
         self._converted: dict[Path, Path] = {}
 
+    @property
+    def reads_gguf(self) -> bool:
+        """Whether diffusers' own reader of GGUF takes part."""
+        return self._found("transformer")[0] == "gguf"
+
     def load(self, part: str) -> Any:
         """Load a part: text_encoder, transformer, vae or siglip."""
         model = getattr(self, f"_{part}")()
@@ -161,7 +166,7 @@ class ReferenceParts(ExitStack):
     def _config(self, part: str) -> Path:
         """A folder whose `part`/config.json is the configuration that this engine found for a single file."""
         folder = Path(self.enter_context(tempfile.TemporaryDirectory()))
-        constants = {"transformer": TRANSFORMER, "vae": VAE}[part]
+        constants: Any = {"transformer": TRANSFORMER, "vae": VAE}[part]
         config = constants | _levels(asdict(getattr(self.pipe.config, part)))
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -41,7 +41,7 @@ class Spool(MutableMapping[str, Tensor]):
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
         self._places[name] = self._file.seek(0, os.SEEK_END), tensor.dtype, tensor.shape
-        self._file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        self._file.write(_bytes(tensor))
 
     def __getitem__(self, name: str) -> Tensor:
         start, dtype, shape = self._places[name]
@@ -73,12 +73,17 @@ class Spool(MutableMapping[str, Tensor]):
                 with open(partial, "wb") as file:
                     file.write(len(text).to_bytes(8, "little") + text)
                     for name in self:
-                        file.write(memoryview(self[name].reshape(-1).view(torch.uint8).numpy()))
+                        file.write(_bytes(self[name]))
                 os.replace(partial, path)
             finally:
                 partial.unlink(missing_ok=True)
         except OSError as error:
             raise RequestError(f"{path}: cannot be written ({error}); needed a writable folder with room") from None
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """A contiguous tensor as it lies in memory."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 class Stored(Mapping[str, Tensor]):
@@ -122,7 +127,13 @@ def task_notes(pipe: Pipeline, plan: Plan) -> dict[str, str]:
     latents = [hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in request.latents or ()]
     adapters = [(each.get("sha256"), each.get("scale")) for each in pipe.lora.records()]
     said |= {"seed": request.seeds(), "shift": request.shift}
-    more = {"images": hashes, "references": references, "controls": controls, "latents": latents, "adapters": adapters}
+    more: dict[str, Any] = {
+        "images": hashes,
+        "references": references,
+        "controls": controls,
+        "latents": latents,
+        "adapters": adapters,
+    }
     said |= {name: value for name, value in more.items() if any(value)}
     return {"task": json.dumps(said, ensure_ascii=False, default=str), "lengths": json.dumps(lengths_of(plan))}
 

@@ -8,12 +8,10 @@ rule of a ControlNet's refiner or maps of change, a note says so.
 
 import gc
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,11 +19,25 @@ from torch import Tensor
 from s3dit.inputs.start_image import generators
 from s3dit.parity.official import Official
 from s3dit.parity.ours import Stages, pixels
-from s3dit.parity.packing import of_reference, unpadded
+from s3dit.parity.packing import of_reference
 from s3dit.parity.parts import ReferenceParts
 from s3dit.parity.reference_call import Call, call_of
+from s3dit.parity.reference_control import ControlTaps
+from s3dit.parity.reference_patches import attended, patched, rotated_text, unseen
 from s3dit.parity.solvers import scheduler_of
-from s3dit.parity.taps import FIRST, LATER, OMNI, SAMPLE, VAE, Calls, Inside, by_name, tap_attention, tap_streams
+from s3dit.parity.taps import (
+    FIRST,
+    LATER,
+    NOWHERE,
+    OMNI,
+    SAMPLE,
+    VAE,
+    Calls,
+    Inside,
+    by_name,
+    tap_attention,
+    tap_streams,
+)
 from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.research.trace import trace
@@ -39,7 +51,7 @@ def reference(
     pipe: Pipeline,
     plan: Plan,
     out: Stages,
-    inside: Inside = Inside(),
+    inside: Inside = NOWHERE,
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -96,7 +108,8 @@ class _Drawing(ExitStack):
         self.omni = parts.pipe.config.transformer.siglip_feat_dim is not None
         self.items: list[int] = []
         self.texts = self.i = 0
-        self.first, self.control = ExitStack(), dict[str, Any]()
+        self.first = ExitStack()
+        self.control: ControlTaps | None = None
 
     def run(self, official: Path | None) -> Tensor:
         """Draw -> the last latents (B, 16, H/8, W/8)."""
@@ -111,7 +124,7 @@ class _Drawing(ExitStack):
         if self.call.control is not None:
             # Its pipeline joins both models at once.
             given = {"transformer": late._loaded(), "controlnet": parts.controlnet(self.call.control.part)}
-            self._watch_control(given["controlnet"], given["transformer"])
+            self.control = ControlTaps(self, given["controlnet"], given["transformer"], self.call.control.control)
         if self.omni:
             given |= {"siglip": parts.load("siglip"), "siglip_processor": parts.siglip_processor()}
             self._watch_tower(given["siglip"])
@@ -125,7 +138,7 @@ class _Drawing(ExitStack):
         self.pipe = pipe
         self._watch_text(pipe)
         encoder = self.enter_context(trace(self.vae, self._vae("encoder"))) if self.call.encoded else {}
-        with patched(self.plan, self.parts.dtype, self.omni):
+        with patched(self.plan, self.parts, self.omni):
             options = self.call.options(self.vae)
             self.blend = self.call.blend(self.vae, self.scheduler)
             latents: Tensor = pipe(
@@ -171,7 +184,7 @@ class _Drawing(ExitStack):
         patterns = [*FIRST, *(OMNI if any(self.plan.references) else []), f"{SAMPLE}.attention.to_v"]
         self.calls = Calls(self.first, inner, [*patterns, *(f"{name}.**" for name in finer)], fresh=True)
         tap_streams(self.first, inner, self.calls, _rope)
-        tap_attention(self.first, inner, self.calls, [SAMPLE, *finer], _attended if official is None else _unseen)
+        tap_attention(self.first, inner, self.calls, [SAMPLE, *finer], attended if official is None else unseen)
         look = inner.register_forward_pre_hook(self._entered, with_kwargs=True)
         self.callback(look.remove)
         self.inner = inner
@@ -196,7 +209,7 @@ class _Drawing(ExitStack):
             levels = self.scheduler.sigmas[-len(self.plan.sigmas) :]
             self.out["sigmas"] = levels.cpu()
             self.out["start" if self.plan.start_images else "noise"] = start.cpu()
-            self.out.update(self._control(layout))
+            self.out.update(() if self.control is None else self.control.stages(layout))
         self.out.update((f"{name}{suffix}", tensor) for name, tensor in of_reference(self.calls.done[0], layout))
         self.out[f"velocity, step {self.i}"] = velocity.cpu()
         self.out[f"latents, step {self.i}"] = latents.cpu()
@@ -212,7 +225,7 @@ class _Drawing(ExitStack):
         encoder, encode = self.text_encoder, pipe._encode_prompt
         finer = self.inside.of("text")
         calls = Calls(self, encoder, ["layers.*", *(f"{name}.**" for name in finer)], fresh=True)
-        tap_attention(self, encoder, calls, finer, _rotated_text, "o_proj")
+        tap_attention(self, encoder, calls, finer, rotated_text, "o_proj")
         last = f"layers.{encoder.config.num_hidden_layers - 1}"
 
         def called(module: Any, args: Any, named: dict[str, Tensor], output: Any) -> None:
@@ -244,44 +257,6 @@ class _Drawing(ExitStack):
 
         self.callback(tower.register_forward_hook(seen, with_kwargs=True).remove)
 
-    def _watch_control(self, net: Any, base: Any) -> None:
-        """Record the ControlNet's embedded patches and hints; by the authors' rule, add its refiner's hints."""
-        seen, control = self.control, self.call.control
-        assert control is not None
-        embedder = net.control_all_x_embedder["2-1"]
-        self.callback(embedder.register_forward_hook(lambda *a: seen.update(embedded=a[-1].cpu())).remove)
-        self.callback(net.register_forward_hook(lambda *a: seen.update(hints=a[-1])).remove)
-        own = net.config.add_control_noise_refiner
-        if own is None:
-            return
-        block, inside, strength = getattr(net, own)[-1], [False], control.control.strength
-        # The list may run a second time, for itself: what it says to the refiner comes first.
-        self.callback(net.register_forward_pre_hook(lambda *_: _forget(seen)).remove)
-        self.callback(block.register_forward_hook(lambda *a: _keep(seen, a[-1])).remove)
-        if control.control.rule != "authors":
-            return
-        self.callback(base.register_forward_pre_hook(lambda *_: inside.__setitem__(0, True)).remove)
-        self.callback(base.register_forward_hook(lambda *_: inside.__setitem__(0, False)).remove)
-        for i, refiner in enumerate(base.noise_refiner):
-
-            def add(module: Any, args: Any, output: Tensor, i: int = i) -> Tensor | None:
-                return output + strength * seen["refined"][i] if inside[0] else None
-
-            self.callback(refiner.register_forward_hook(add).remove)
-
-    def _control(self, layout: Any) -> Iterator[tuple[str, Tensor]]:
-        """The stages of the ControlNet in this engine's form."""
-        if not self.control:
-            return
-        yield "control 1: embedded", self.control["embedded"][layout.image.token_index]
-        control = self.call.control
-        assert control is not None
-        for i in range(len(self.inner.noise_refiner) if "refined" in self.control else 0):
-            hint = self.control["refined"][i].cpu() * control.control.strength
-            yield f"control 1: hint of noise_refiner.{i}", unpadded(hint, layout.image)
-        for layer, hint in self.control["hints"].items():
-            yield f"control 1: hint of layers.{layer}", unpadded(hint.cpu(), layout.joint)
-
 
 def _collect(parts: ReferenceParts, part: str) -> None:
     """Let the memory of a part go that nobody holds any more; that of a small one may wait, for looking takes time."""
@@ -289,71 +264,7 @@ def _collect(parts: ReferenceParts, part: str) -> None:
         gc.collect()
 
 
-def _keep(seen: dict[str, Any], answer: Tensor) -> None:
-    """Keep the refiner's hints, the first answer since they were forgotten."""
-    seen.setdefault("refined", answer)
-
-
-def _forget(seen: dict[str, Any]) -> None:
-    seen.pop("refined", None)
-
-
 def _rope(args: Any) -> Tensor:
     """The rotary table among the arguments of a block, (B, L, D/2) complex -> (B, L, D/2, 2)."""
     table = next(value for value in args if isinstance(value, Tensor) and value.is_complex())
     return torch.view_as_real(table)
-
-
-@contextmanager
-def patched(plan: Plan, dtype: torch.dtype, omni: bool) -> Iterator[None]:
-    """Take out of diffusers what a plan does not ask for: the posterior's sample, and casts of fp32 to 16 bits."""
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Posterior
-    from diffusers.quantizers.gguf import utils as gguf
-
-    with ExitStack() as stack:
-        if plan.start_images and plan.request.posterior == "mode":
-            stack.enter_context(patch.object(Posterior, "sample", lambda self, generator=None: self.mode()))
-        if dtype == torch.float32:
-            # Without a dtype its reader of GGUF decodes in fp16.
-            whole = {kind: partial(decode, dtype=dtype) for kind, decode in gguf.dequantize_functions.items()}
-            stack.enter_context(patch.dict(gguf.dequantize_functions, whole))
-        if omni and dtype == torch.float32:
-            stack.enter_context(patch.object(torch.Tensor, "bfloat16", lambda self: self))
-        yield
-
-
-@contextmanager
-def _attended(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show queries and keys as diffusers' attention multiplies them."""
-    from diffusers.models.transformers import transformer_z_image as module
-
-    attend = module.dispatch_attention_fn
-
-    def shown(q: Tensor, k: Tensor, *args: Any, **named: Any) -> Any:
-        show(q, k)
-        return attend(q, k, *args, **named)
-
-    with patch.object(module, "dispatch_attention_fn", shown):
-        yield
-
-
-@contextmanager
-def _rotated_text(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show queries and keys of transformers' Qwen3 after its rotation, (B, L, heads, D)."""
-    from transformers.models.qwen3 import modeling_qwen3 as module
-
-    rotate = module.apply_rotary_pos_emb
-
-    def shown(*args: Any, **named: Any) -> Any:
-        q, k = rotate(*args, **named)
-        show(q.transpose(1, 2), k.transpose(1, 2))
-        return q, k
-
-    with patch.object(module, "apply_rotary_pos_emb", shown):
-        yield
-
-
-@contextmanager
-def _unseen(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show nothing: the official code has its own attention, of which modules alone are seen."""
-    yield

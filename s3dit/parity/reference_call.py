@@ -16,7 +16,6 @@ from s3dit.inputs.start_image import generators
 from s3dit.model.config import ModelConfig
 from s3dit.parity.solvers import check_solver
 from s3dit.plan import Plan
-from s3dit.request import Request
 
 # Pixels of a reference above which it is scaled.
 LARGE = 1024 * 1024

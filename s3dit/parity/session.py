@@ -20,7 +20,7 @@ from s3dit.parity.checks import Check, named_checks
 from s3dit.parity.judge import BF16, FORMATS, TOLERANCE, Bounds, Verdict, errors_of, judge
 from s3dit.parity.ours import ours
 from s3dit.parity.records import Spool, Stored, check_task, lengths_of, side_notes, task_notes
-from s3dit.parity.taps import Inside
+from s3dit.parity.taps import NOWHERE, Inside
 from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 
@@ -35,7 +35,7 @@ class Choice:
     a comparison in 16 bits is computed; on another than the pipeline's, block by block · reference: whether it runs.
     """
 
-    inside: Inside = Inside()
+    inside: Inside = NOWHERE
     bounds: Bounds = Bounds()
     tolerance: float | None = None
     stages: Path | None = None
@@ -90,6 +90,7 @@ def run(
     mine, about = _mine(pipe, plan, choice, task)
     if stored is None and not choice.reference:
         return Outcome(None, [], notes, mine, about={"mine": about})
+    truth: Mapping[str, Tensor]
     if stored is None:
         truth, told = _reference(pipe, plan, choice, task, notes)
     else:
@@ -155,8 +156,8 @@ def _reference(
     except ImportError as error:
         library = (error.name or "diffusers").partition(".")[0]
         raise RequestError(
-            f"{library} is not here ({error}); the reference needs it: pip install diffusers transformers accelerate; or "
-            "compare with a record (--against), or only make one (--record)"
+            f"{library} is not here ({error}); the reference needs it: pip install diffusers transformers accelerate; "
+            "or compare with a record (--against), or only make one (--record)"
         ) from None
     told = {**task, **told}
     if choice.record_reference is not None:

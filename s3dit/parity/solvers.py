@@ -47,16 +47,17 @@ def scheduler_of(config: Any, plan: Plan, generators: Sequence[torch.Generator])
     import diffusers
 
     request = plan.request
-    options = {switch: name == request.schedule for name, switch in SPACINGS.items()}
+    options: dict[str, Any] = {switch: name == request.schedule for name, switch in SPACINGS.items()}
     options |= {} if request.shift is None else {"shift": request.shift, "use_dynamic_shifting": False}
     name, more = SCHEDULERS[request.solver]
     own = getattr(diffusers, name)(**more)
 
-    class Steps(diffusers.FlowMatchEulerDiscreteScheduler):  # type: ignore[misc]
+    class Steps(diffusers.FlowMatchEulerDiscreteScheduler):
         """The model's levels, another scheduler's steps."""
 
         whole, started = True, False
         called: tuple[Tensor, Tensor]
+        sigmas: Tensor
 
         # Its pipelines look for this name among the parameters.
         def set_timesteps(self, *args: Any, sigmas: Any = None, **named: Any) -> None:

@@ -53,6 +53,9 @@ class Inside:
         return [name.removeprefix(f"{part}.") if part else name for name in chosen]
 
 
+NOWHERE = Inside()
+
+
 class Calls:
     """What modules of a model compute, call by call of the model: `done`, each a Record of `name#k`.
 

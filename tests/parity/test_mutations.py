@@ -111,7 +111,7 @@ def harmed(part, name, row=0):
 
     @contextmanager
     def plant(pipe, request):
-        module = pipe.parts[next((key for key in pipe.parts.checkpoints if key.startswith(part)))]
+        module = pipe.parts[next(key for key in pipe.parts.checkpoints if key.startswith(part))]
         parameter = dict(module.named_parameters())[name]
         right = parameter.data
         parameter.data = right.clone()
@@ -342,7 +342,7 @@ PLANTED = {
     ),
     "posterior": ("painted", asked(posterior="sample"), "start"),
     "strength": ("painted", asked(strength=0.3), "sigmas"),
-    "noise for image": ("painted", patched(start_image, "noised", lambda f: lambda a, b, sigma: f(b, a, sigma)), "start"),
+    "noise for image": ("painted", patched(start_image, "noised", lambda f: lambda a, b, *s: f(b, a, *s)), "start"),
     "encoder": ("painted", harmed("vae", "encoder.down_blocks.1.resnets.0.conv1.weight"),
                 "vae.encoder.down_blocks.1, picture 1"),
     "VAE scale": ("painted", attribute("vae", "", config={"scaling_factor": 0.36}), "start"),
@@ -354,7 +354,8 @@ PLANTED = {
                       "control 1: hint of layers.2"),
     # references
     "places behind references": ("omni", asked(reference_positions="intended"), "rope of text"),
-    "vision tower": ("omni", harmed("siglip", "vision_model.encoder.layers.0.mlp.fc1.weight"), "vision features, picture 1"),
+    "vision tower": ("omni", harmed("siglip", "vision_model.encoder.layers.0.mlp.fc1.weight"),
+                     "vision features, picture 1"),
     "order of features": ("omni", patched(REFERENCES, "released_order", lambda f: lambda features: features),
                           "siglip_embedder"),
     # adapters and files
@@ -372,10 +373,10 @@ def looked_at(stage, name, plant=None):
     """First stage that parts, and the checks that found something, with something planted or nothing."""
     pipe, request, truth = stage(name)
     if plant is None:
-        mine = stages_of(pipe, plan := pipe.plan(**request), {}, INSIDE)
+        mine = stages_of(pipe, pipe.plan(**request), {}, INSIDE)
     else:
         with plant(pipe, request) as changed:
-            mine = stages_of(pipe, plan := pipe.plan(**changed), {}, INSIDE)
+            mine = stages_of(pipe, pipe.plan(**changed), {}, INSIDE)
     first = judge(mine, truth).first
     checks = named_checks(mine, truth, lengths_of(pipe.plan(**request)))
     return None if first is None else first.row.name, [check.name for check in checks if check.found]

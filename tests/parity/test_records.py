@@ -123,8 +123,8 @@ def test_nothing_of_a_record_becomes_markup():
     stage = "layers.0 <img src=x>"
     verdict = judge({stage: torch.ones(2)}, {stage: torch.zeros(2)})
     outcome = Outcome(verdict, [], ["<b>"], {}, {}, {"<i>": verdict}, {"mine": {"dtype": "<u>"}})
-    assert not {"<img src=x>", "<b>", "<i>:", "<u>"} & {tag for tag in ("<img src=x>", "<b>", "<i>:", "<u>")
-                                                         if tag in page(outcome, as_json(outcome)).split("<body>")[1]}  # fmt: skip
+    body = page(outcome, as_json(outcome)).split("<body>")[1]
+    assert not [tag for tag in ("<img src=x>", "<b>", "<i>:", "<u>") if tag in body]
 
 
 REFUSED = [
