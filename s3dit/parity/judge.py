@@ -7,6 +7,7 @@ margin. A quantized model beside its unquantized weights is as far as its number
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ ROUNDING = 1e-6
 BF16 = 3e-2
 # Of a model in a number format from its unquantized weights, as relative error of the velocity.
 FORMATS = {"fp8": 0.1, "fp8-weights": 0.1, "int8": 0.05, "int8-weights": 0.05, "int4": 0.4}
+# Stages behind guidance, which makes what prompts are apart larger, and the rounding of either with it.
+GUIDED = re.compile(r"(velocity|latents|vae\.decoder|VAE decode|pixels).*|.*, step \d+")
 # Stages that are numbers of their own, which no rounding moves.
 EXACT = ("token ids",)
 
@@ -32,7 +35,8 @@ class Bounds:
     """The largest relative error of a stage.
 
     tolerance: of all · by_stage: (pattern of names, tolerance), the last that matches counts · errors: the reference's
-    own, by stage, to which `margin` is applied; None in fp32 · coarse: bytes of pictures may differ by more than one.
+    own, by stage, to which `margin` is applied; None in fp32 · coarse: of 16 bits or a number format, so that bytes of
+    pictures may differ by more than one · guidance: of the request, whose scale then widens what is behind it.
     """
 
     tolerance: float = TOLERANCE
@@ -40,6 +44,7 @@ class Bounds:
     margin: float = MARGIN
     errors: Mapping[str, float] | None = None
     coarse: bool = False
+    guidance: float = 0.0
 
     def of(self, name: str) -> float:
         """The bound of a stage."""
@@ -49,7 +54,9 @@ class Bounds:
         if name.endswith(EXACT):
             return 0.0
         if self.errors is None:
-            return self.tolerance
+            # Of pos + s·(pos - neg), both with errors of their own.
+            wider = math.hypot(1 + self.guidance, self.guidance) if self.coarse and GUIDED.fullmatch(name) else 1.0
+            return self.tolerance * wider
         return max(self.margin * self.errors.get(name, 0.0), ROUNDING)
 
     def parts(self, row: Row) -> bool:

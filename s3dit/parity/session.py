@@ -95,6 +95,7 @@ def run(
         truth, told = _reference(pipe, plan, choice, task, notes)
     else:
         truth, told = stored, stored.notes
+    choice = replace(choice, bounds=replace(choice.bounds, guidance=plan.request.guidance_scale or 0.0))
     bounds = _bounds(pipe, choice, about, told, notes)
     partial = pipe.graphs
     verdict = judge(mine, truth, bounds, partial=partial)
