@@ -25,6 +25,7 @@ class Official(nn.Module):
             sys.path.insert(0, str(source))
         # Its modules greet on standard output, which belongs to the results.
         with redirect_stdout(sys.stderr):
+            import utils.attention  # type: ignore[import-not-found]  # noqa: F401
             from utils.loader import load_sharded_safetensors  # type: ignore[import-not-found]
             from zimage.transformer import ZImageTransformer2DModel  # type: ignore[import-not-found]
         known = ZImageTransformer2DModel.__init__.__code__.co_varnames

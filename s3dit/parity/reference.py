@@ -10,6 +10,7 @@ import gc
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from s3dit.parity.packing import of_reference
 from s3dit.parity.parts import ReferenceParts
 from s3dit.parity.reference_call import Call, call_of
 from s3dit.parity.reference_control import ControlTaps
-from s3dit.parity.reference_patches import attended, patched, rotated_text, unseen
+from s3dit.parity.reference_patches import attended, patched, rotated_text
 from s3dit.parity.solvers import scheduler_of
 from s3dit.parity.taps import (
     FIRST,
@@ -184,7 +185,7 @@ class _Drawing(ExitStack):
         patterns = [*FIRST, *(OMNI if any(self.plan.references) else []), f"{SAMPLE}.attention.to_v"]
         self.calls = Calls(self.first, inner, [*patterns, *(f"{name}.**" for name in finer)], fresh=True)
         tap_streams(self.first, inner, self.calls, _rope)
-        tap_attention(self.first, inner, self.calls, [SAMPLE, *finer], attended if official is None else unseen)
+        tap_attention(self.first, inner, self.calls, [SAMPLE, *finer], partial(attended, official=official is not None))
         look = inner.register_forward_pre_hook(self._entered, with_kwargs=True)
         self.callback(look.remove)
         self.inner = inner

@@ -1,5 +1,6 @@
 """What is looked at, or put right, inside of diffusers and transformers while a reference is drawn."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from s3dit.parity.parts import ReferenceParts
 from s3dit.plan import Plan
+
+DIFFUSERS = "diffusers.models.transformers.transformer_z_image"
 
 
 @contextmanager
@@ -34,17 +37,18 @@ def patched(plan: Plan, parts: ReferenceParts, omni: bool) -> Iterator[None]:
 
 
 @contextmanager
-def attended(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show queries and keys as diffusers' attention multiplies them."""
-    from diffusers.models.transformers import transformer_z_image as module
-
-    attend = module.dispatch_attention_fn
+def attended(show: Callable[[Tensor, Tensor], None], official: bool = False) -> Iterator[None]:
+    """Show queries and keys as diffusers' attention multiplies them, or the official repository's."""
+    names = ("utils.attention", "dispatch_attention") if official else (DIFFUSERS, "dispatch_attention_fn")
+    # It is there: the transformer that attends was built of it.
+    module = sys.modules[names[0]]
+    attend = getattr(module, names[1])
 
     def shown(q: Tensor, k: Tensor, *args: Any, **named: Any) -> Any:
         show(q, k)
         return attend(q, k, *args, **named)
 
-    with patch.object(module, "dispatch_attention_fn", shown):
+    with patch.object(module, names[1], shown):
         yield
 
 
@@ -62,9 +66,3 @@ def rotated_text(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
 
     with patch.object(module, "apply_rotary_pos_emb", shown):
         yield
-
-
-@contextmanager
-def unseen(show: Callable[[Tensor, Tensor], None]) -> Iterator[None]:
-    """Show nothing: the official code has its own attention, of which modules alone are seen."""
-    yield
