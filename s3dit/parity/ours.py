@@ -67,7 +67,7 @@ def ours(pipe: Pipeline, plan: Plan, out: Stages, inside: Inside = NOWHERE) -> S
                 named = of_ours(later.calls.done[0], False)
                 out.update((f"{name}, step {step.i}", tensor) for name, tensor in named)
             _after(step, out)
-    _decoded(pipe, step.latents, out, inside)
+    _decoded(pipe, plan, step.latents, out, inside)
     return out
 
 
@@ -187,12 +187,12 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
             out[f"{prefix}text features"] = torch.cat([each.cpu() for each in features])
 
 
-def _decoded(pipe: Pipeline, latents: list[Tensor], out: Stages, inside: Inside) -> None:
+def _decoded(pipe: Pipeline, plan: Plan, latents: list[Tensor], out: Stages, inside: Inside) -> None:
     """The blocks of the decoder, the pictures (B, 3, H, W), and their bytes (B, H, W, 3)."""
     vae = pipe.parts.component("vae").module
     finer = [f"{name}.**" for name in inside.of("vae") if name.startswith("decoder")]
     with trace(vae, [*VAE["decoder"], *finer]) as seen:
-        pictures = pipe.decode(latents)
+        pictures = pipe.decode(latents, plan.tile)
     for name, calls in by_name(seen).items():
         # By tiles there are more calls than pictures.
         if len(calls) == len(pictures) and len({call.shape for call in calls}) == 1:

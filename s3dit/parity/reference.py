@@ -7,7 +7,6 @@ rule of a ControlNet's refiner or maps of change, a note says so.
 """
 
 import gc
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.inputs.start_image import generators
 from s3dit.parity.official import Official
 from s3dit.parity.ours import Stages, pixels
@@ -42,6 +42,7 @@ from s3dit.parity.taps import (
 from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.research.trace import trace
+from s3dit.terminal import say
 
 # Bytes of a part up to which its memory is not looked for.
 SMALL = 1 << 28
@@ -64,7 +65,7 @@ def reference(
 
     streamed: read blocks of the large parts as they compute · official: a checkout of Tongyi-MAI/Z-Image, whose
     transformer takes the place of diffusers' · notes: gets what is not compared, or was done for the reference.
-    Raises RequestError for a plan that diffusers cannot draw.
+    Raises RequestError for a plan that diffusers cannot draw, and for what it raises itself.
     """
     import diffusers
     import transformers
@@ -72,12 +73,18 @@ def reference(
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    print(f"diffusers {diffusers.__version__} on {device}, {dtype}", file=sys.stderr)
+    say(f"diffusers {diffusers.__version__} on {device}, {str(dtype).removeprefix('torch.')}")
     call = call_of(plan, pipe.config, notes := [] if notes is None else notes)
     with ReferenceParts(pipe, dtype, device, streamed) as parts:
         drawing = parts.enter_context(_Drawing(parts, plan, call, out, inside))
-        latents = drawing.run(official)
-        drawing.decode(latents)
+        try:
+            drawing.decode(drawing.run(official))
+        except (RequestError, CheckpointError, BackendError, ImportError):
+            raise
+        except Exception as error:
+            # A traceback would end with 1, as if a stage parted.
+            said = next(iter(str(error).splitlines()), "")
+            raise RequestError(f"diffusers failed on its side: {type(error).__name__}: {said[:300]}") from error
         notes += parts.notes
     return out
 

@@ -97,6 +97,8 @@ def run(
         truth, told = stored, stored.notes
     choice = replace(choice, bounds=replace(choice.bounds, guidance=plan.request.guidance_scale or 0.0))
     bounds = _bounds(pipe, choice, about, told, notes)
+    if plan.tile is not None:
+        notes.append(f"this engine decodes by tiles of {8 * plan.tile} pixels to stay within vram, the reference whole")
     partial = pipe.graphs
     verdict = judge(mine, truth, bounds, partial=partial)
     others = {}
