@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.inputs.start_image import generators
+from s3dit.inputs.noise import sources
 from s3dit.parity.official import Official
 from s3dit.parity.ours import Stages, pixels
 from s3dit.parity.packing import of_reference
@@ -124,7 +124,7 @@ class _Drawing(ExitStack):
         import diffusers
 
         parts, device = self.parts, self.parts.device
-        own = generators(self.plan.request)
+        own = [source.generator for source in sources(self.plan.request)]
         self.scheduler = scheduler_of(parts.scheduler_config(), self.plan, own)
         self.vae, self.text_encoder = parts.load("vae"), parts.load("text_encoder")
         late = _Late(lambda: self._transformer(official))
@@ -150,7 +150,10 @@ class _Drawing(ExitStack):
             options = self.call.options(self.vae)
             self.blend = self.call.blend(self.vae, self.scheduler)
             latents: Tensor = pipe(
-                **options, generator=own, output_type="latent", callback_on_step_end=self._after
+                **options,
+                generator=own[0] if self.call.at_once else own,
+                output_type="latent",
+                callback_on_step_end=self._after,
             ).images
         for name, calls in by_name(encoder).items():
             pictures = [picture for call in calls for picture in call.split(1)]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from s3dit.errors import RequestError
 from s3dit.inputs.control_hints import PreparedControl
-from s3dit.inputs.start_image import generators
+from s3dit.inputs.noise import sources
 from s3dit.model.config import ModelConfig
 from s3dit.parity.solvers import check_solver
 from s3dit.plan import Plan
@@ -35,6 +35,12 @@ class Call:
     plan: Plan
     control: PreparedControl | None
     encoded: tuple[int, ...]
+
+    @property
+    def at_once(self) -> bool:
+        """Whether one generator draws the noise of all pictures, as in diffusers when it is given one."""
+        request = self.plan.request
+        return request.convention == "diffusers" and request.count > 1 and request.generator is None
 
     def options(self, vae: Any) -> dict[str, Any]:
         """The arguments of the call but its generators."""
@@ -72,6 +78,9 @@ class Call:
         images = [opened(source) for source in sources]
         if not all(map(_fits, images, starts)):
             images = [(start.pixels + 1) / 2 for start in starts]
+        if self.at_once and len(set(map(id, starts))) == 1:
+            # Encoded once, and sampled once, for all.
+            images, masks, starts = images[:1], masks[:1], starts[:1]
         if self.pipeline == "ZImageImg2ImgPipeline":
             return {"image": _batch(images)}
         paint = [opened(mask, "L") if mask is not None and request.extend is None else start.mask
@@ -103,8 +112,7 @@ class Call:
         pixels = torch.stack([start.pixels for start in starts]).to(vae.device, vae.dtype)
         posterior = vae.encode(pixels).latent_dist
         latents = (posterior.mode() - vae.config.shift_factor) * vae.config.scaling_factor
-        own = [torch.randn(latents.shape[1:], generator=generator) for generator in generators(request)]
-        noise = torch.stack(own).to(latents)
+        noise = torch.stack([source(tuple(latents.shape[1:])) for source in sources(request)]).to(latents)
         masks = torch.stack([torch.ones(1, *start.pixels.shape[1:]) if start.mask is None else start.mask
                              for start in starts])  # fmt: skip
         white = F.interpolate(1 - masks, size=latents.shape[-2:]).to(latents)
@@ -134,7 +142,8 @@ def call_of(plan: Plan, config: ModelConfig, notes: list[str]) -> Call:
         differential = request.mask_mode == "differential"
         masked = any(start.mask is not None for start in plan.start_images) and not differential
         pipeline = "ZImageInpaintPipeline" if masked else "ZImageImg2ImgPipeline"
-        keys = range(request.count) if request.posterior == "sample" else map(id, plan.start_images)
+        apart = request.posterior == "sample" and request.convention == "own"
+        keys = range(request.count) if apart else map(id, plan.start_images)
         encoded = _firsts(list(keys))
         notes += ["maps of change: the rule of diffusers' community pipeline, restated here"] if differential else []
         notes += ["posterior mode: the reference's sample of the autoencoder's answer is replaced by its mode"] * (
@@ -165,6 +174,10 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
     area = {*request.per_image("reference_area")} - {None, LARGE}
     sides = request.per_image("height")[0] * request.per_image("width")[0]
     reasons = {
+        "convention comfyui, which is not diffusers'": request.convention == "comfyui",
+        "batch_place is given, a batch of diffusers is drawn whole": request.batch_place is not None,
+        "several seeds in convention diffusers, where a call has one generator": request.convention == "diffusers"
+        and len(set(request.seeds())) > 1,
         "upscale is two passes, each of which diffusers draws by itself": plan.then is not None,
         "prompt_embeds are given; needed prompts as text": bool(request.embeds),
         "the pictures have several sizes, a batch of diffusers has one": not one_size,

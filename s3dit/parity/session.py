@@ -158,6 +158,8 @@ def _reference(
             told["errors"] = json.dumps(errors_of(theirs, truth))
     except ImportError as error:
         library = (error.name or "diffusers").partition(".")[0]
+        if library == "s3dit":
+            raise
         raise RequestError(
             f"{library} is not here ({error}); the reference needs it: pip install diffusers transformers accelerate; "
             "or compare with a record (--against), or only make one (--record)"

@@ -72,12 +72,14 @@ TEXT_TO_IMAGE = {
     "karras": {"schedule": "karras", "num_inference_steps": 4},
     "a schedule of our own": {"schedule": "kl_optimal", "num_inference_steps": 4},
     "latents": {"latents": torch.randn(1, 16, 10, 14, generator=torch.Generator().manual_seed(1))},
+    "one generator": {"num_images_per_prompt": 2, "convention": "diffusers"},
     "a short prompt": {"max_sequence_length": 11},
 }  # fmt: skip
 START = {
     "img2img": {"image": photograph(93, 121)},
     "img2img, sampled, a batch": {"image": [IMAGE, photograph(80, 112, 1)], "prompt": [PROMPT, "a circle"],
                                   "posterior": "sample", "seed": [3, 8]},
+    "one generator of a batch": {"image": IMAGE, "num_images_per_prompt": 2, "preset": "diffusers"},
     "another size": {"image": photograph(93, 121), "height": 96, "width": 64},
     "inpaint": {"image": IMAGE, "mask_image": MASK, "num_inference_steps": 3, "strength": 0.8},
     "inpaint, sampled, guided": {"image": IMAGE, "mask_image": MASK, "guidance_scale": 2.0, "posterior": "sample"},
@@ -298,6 +300,7 @@ def test_the_truth_is_streamed(ours):
 REFUSED = {
     "euler_ancestral": ({"solver": "euler_ancestral"}, "diffusers has not"),
     "sizes": ({"prompt": ["a", "b"], "height": [64, 80], "width": 64}, "several sizes"),
+    "convention": ({"convention": "comfyui"}, "which is not diffusers'"),
     "upscale": ({"upscale": 2.0}, "two passes"),
     "latents": ({"image": IMAGE, "latents": torch.zeros(1, 16, 10, 14)}, "leaves the image out"),
     "blur": ({"image": IMAGE, "mask_image": MASK, "mask_blur": 4.0}, "gray mask"),
