@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "'layers.*=2e-5'; may be repeated",
     )  # fmt: skip
     add(
-        "--margin", type=float, default=1.25, metavar="X",
+        "--margin", type=float, default=2.0, metavar="X",
         help="in 16 bits: times the reference's own error, or the usual one (default: %(default)s)",
     )  # fmt: skip
     add(

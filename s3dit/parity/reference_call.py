@@ -16,6 +16,7 @@ from s3dit.inputs.noise import sources
 from s3dit.model.config import ModelConfig
 from s3dit.parity.solvers import check_solver
 from s3dit.plan import Plan
+from s3dit.values import as_list
 
 # Pixels of a reference above which it is scaled.
 LARGE = 1024 * 1024
@@ -49,7 +50,7 @@ class Call:
         options: dict[str, Any] = {
             "prompt": [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)],
             "negative_prompt": [text or "" for text in request.per_image("negative_prompt")],
-            "num_inference_steps": request.num_inference_steps, "guidance_scale": request.guidance_scale,
+            "num_inference_steps": request.num_inference_steps, "guidance_scale": max(as_list(request.guidance_scale), default=0.0),
             "cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation,
             "max_sequence_length": request.max_sequence_length,
             "height": request.per_image("height")[0], "width": request.per_image("width")[0],
@@ -173,7 +174,12 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
     rows = request.references()
     area = {*request.per_image("reference_area")} - {None, LARGE}
     sides = request.per_image("height")[0] * request.per_image("width")[0]
+    ours = ("guidance_interval", "guidance_method", "skip_layers", "variation")
     reasons = {
+        f"{', '.join(name for name in ours if getattr(request, name) is not None)} given, which diffusers has not": any(
+            getattr(request, name) is not None for name in ours
+        ),
+        "guidance_scale has several values, diffusers has one for all steps": len(as_list(request.guidance_scale)) > 1,
         "convention comfyui, which is not diffusers'": request.convention == "comfyui",
         "batch_place is given, a batch of diffusers is drawn whole": request.batch_place is not None,
         "several seeds in convention diffusers, where a call has one generator": request.convention == "diffusers"

@@ -23,6 +23,7 @@ from s3dit.parity.records import Spool, Stored, check_task, lengths_of, side_not
 from s3dit.parity.taps import NOWHERE, Inside
 from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
+from s3dit.values import as_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,9 @@ def run(
         truth, told = _reference(pipe, plan, choice, task, notes)
     else:
         truth, told = stored, stored.notes
-    choice = replace(choice, bounds=replace(choice.bounds, guidance=plan.request.guidance_scale or 0.0))
+    choice = replace(
+        choice, bounds=replace(choice.bounds, guidance=max(as_list(plan.request.guidance_scale), default=0.0))
+    )
     bounds = _bounds(pipe, choice, about, told, notes)
     if plan.tile is not None:
         notes.append(f"this engine decodes by tiles of {8 * plan.tile} pixels to stay within vram, the reference whole")

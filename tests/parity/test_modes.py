@@ -300,6 +300,8 @@ def test_the_truth_is_streamed(ours):
 REFUSED = {
     "euler_ancestral": ({"solver": "euler_ancestral"}, "diffusers has not"),
     "sizes": ({"prompt": ["a", "b"], "height": [64, 80], "width": 64}, "several sizes"),
+    "guidance": ({"guidance_scale": 2.0, "guidance_method": "apg"}, "guidance_method given"),
+    "scales": ({"guidance_scale": [2.0, 1.0]}, "several values"),
     "convention": ({"convention": "comfyui"}, "which is not diffusers'"),
     "upscale": ({"upscale": 2.0}, "two passes"),
     "latents": ({"image": IMAGE, "latents": torch.zeros(1, 16, 10, 14)}, "leaves the image out"),
