@@ -50,7 +50,8 @@ class Call:
         options: dict[str, Any] = {
             "prompt": [prompt for prompt in request.prompts for _ in range(request.num_images_per_prompt)],
             "negative_prompt": [text or "" for text in request.per_image("negative_prompt")],
-            "num_inference_steps": request.num_inference_steps, "guidance_scale": max(as_list(request.guidance_scale), default=0.0),
+            "num_inference_steps": request.num_inference_steps,
+            "guidance_scale": max(as_list(request.guidance_scale), default=0.0),
             "cfg_normalization": request.cfg_normalization, "cfg_truncation": request.cfg_truncation,
             "max_sequence_length": request.max_sequence_length,
             "height": request.per_image("height")[0], "width": request.per_image("width")[0],
