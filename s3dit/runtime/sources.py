@@ -210,6 +210,7 @@ def _one_checkpoint(path: Path) -> OpenedModel:
         opened.configs = _beside(part, path, opened.notes)
         if part in opened.configs:
             infer_config.check_layers(part, opened.parts[part], opened.configs[part])
+            opened.configs[part] = infer_config.told_by_tensors(opened.configs[part], opened.parts[part])
     if VOCABULARY in checkpoint.metadata:
         opened.tokenizer = GGUFFile(checkpoint.path)
     return opened
