@@ -18,7 +18,8 @@ from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
-from s3dit.model.layout import Grid, Layout, edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import Grid, Layout, text_to_image
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.request import Request
 from s3dit.resolve import notes as notes_on
@@ -174,7 +175,7 @@ def layout_of(
     *,
     slide: bool = True,
 ) -> Layout:
-    """Where the tokens of items stand, as their model wants it; arguments as of `layout.edit`, shapes may be empty."""
+    """Where the tokens of items stand, as their model wants it; arguments as of `edit`, shapes may be empty."""
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
     return edit(grids, lengths, shapes or [()] * len(grids), device, slide=slide)

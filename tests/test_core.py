@@ -1,9 +1,9 @@
 """The size of the core: what somebody reads to know how the model draws stays below a bound.
 
 The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and what they are split into), in
-model/ all but the vision tower, ControlNet, tiles and hooks, sampling/ but for solvers that no model is published with,
-and in kernels/ the reference functions
-of the Ops, which are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines
+model/ all but the vision tower and the layout of Omni models, ControlNet, tiles and hooks, sampling/ but for solvers
+that no model is published with and TwinFlow's second time, and in kernels/ the reference functions of the Ops, which
+are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines
 with nothing but a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
 """
 
@@ -25,7 +25,7 @@ BORDER = {
     "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
-OPTIONAL = {"controlnet", "corrected", "hooks", "multistep", "tiles", "vision_encoder"}
+OPTIONAL = {"controlnet", "corrected", "edit_layout", "hooks", "multistep", "target_time", "tiles", "vision_encoder"}
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

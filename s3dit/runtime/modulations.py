@@ -58,7 +58,7 @@ def ahead(
 
 
 def together(transformer: Transformer, times: Sequence[Tensor], context: Context) -> list[Modulation]:
-    """Compute the modulation of each of some times, (1,) or (1, 2) fp32, to be given to `Transformer.forward` with that time."""
+    """Compute the modulation of each of some times, (1,) or (1, 2) fp32, for `Transformer.forward` at that time."""
     rows = [context.times(time) for time in times]
     every, count = transformer.modulation(torch.cat(rows), context.text.dtype), len(rows[0])
     pieces = (every.time.split(count), every.tables.split(count, dim=2), every.final.split(count))

@@ -3,8 +3,9 @@
 They are trained to jump: from a time to the image (few steps), or to where the next step begins (any number of steps);
 told their own time they draw step by step, like the model that they were made of.
 
-Source: Cheng et al. 2025, arXiv 2512.05150; inclusionAI/TwinFlow, `sampling_loop` of `src/methodes/twinflow/twinflow.py`
-(there the styles few, any and mul) and `GenTransformer.forward` of `diffusers_patch/z_image/modeling_z_image.py`.
+Source: Cheng et al. 2025, arXiv 2512.05150; inclusionAI/TwinFlow, `sampling_loop` of
+`src/methodes/twinflow/twinflow.py` (there the styles few, any and mul) and `GenTransformer.forward` of
+`diffusers_patch/z_image/modeling_z_image.py`.
 """
 
 from collections.abc import Callable
