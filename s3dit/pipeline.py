@@ -50,6 +50,7 @@ from s3dit.runtime.sources import open_sources
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.sampling.target_time import target_time
 
 if TYPE_CHECKING:
     from s3dit.research.observe import Edit
@@ -298,14 +299,15 @@ class Pipeline(LoadedModel):
             request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
         )
         run = self.parts.component("transformer").replay if self.graphs else transformer
+        aimed = target_time(request.target_timestep, sigmas)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
-        modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
+        modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"), aimed)
         lengths = [rows * columns for rows, columns in plan.grids]
-        velocity = guide(run, context, guidance, lengths, control, modulation)
+        velocity = guide(lambda x, t, *rest: run(x, aimed(t), *rest), context, guidance, lengths, control, modulation)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()
-        for step in solve(request.solver, velocity, x, sigmas, noise, keep):
+        for step in solve(request.solver or "euler", velocity, x, sigmas, noise, keep):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step

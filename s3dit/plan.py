@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from s3dit.errors import BackendError
+from s3dit.few_steps import with_adapters
 from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
@@ -86,6 +87,7 @@ def make_plan(
 
     vram: the budget in bytes · kept_prompts, kept_references: keys of the features that need not be computed.
     """
+    sources = with_adapters(request, sources, components.adapters)
     config, pictures, notes = sources.config, Pictures(), list[str]()
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
@@ -101,7 +103,7 @@ def make_plan(
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     work = Work(
         request=passes[-1], items=len(captions),
-        calls=tuple(model_calls(request.solver, each) for each in sigmas),
+        calls=tuple(model_calls(request.solver or "euler", each) for each in sigmas),
         new_tokens=new_tokens(captions, kept_prompts),
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,

@@ -39,8 +39,9 @@ Solver = Literal[
 ]  # fmt: skip
 Schedule = Literal[
     "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
-    "bong_tangent",
+    "bong_tangent", "twinflow",
 ]  # fmt: skip
+TargetTimestep = Literal["end", "next", "none"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -159,7 +160,15 @@ class Request:
         says="shift of the schedule (default: the model's file)",
     )  # fmt: skip
     schedule: Schedule = _field("official", values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels")
-    solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    solver: Solver | None = _field(
+        None, values.CHOICE, Solver, group=SAMPLING,
+        says="how the flow is integrated (default: euler, TwinFlow lcm)",
+    )  # fmt: skip
+    target_timestep: TargetTimestep | None = _field(
+        None, values.CHOICE, TargetTimestep, group=SAMPLING,
+        says="what a step of a TwinFlow model aims at: the end (its few-step style, the default), the next noise "
+        "level, or none, which draws as the model that it was made of",
+    )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
         says="tokens of the prompt that are read; the rest is cut",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.control import Control
-from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver
+from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver, TargetTimestep
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,8 @@ class RequestFields(TypedDict, total=False):
     sigmas: Sequence[float] | None
     shift: float | None
     schedule: Schedule
-    solver: Solver
+    solver: Solver | None
+    target_timestep: TargetTimestep | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

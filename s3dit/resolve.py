@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from s3dit.errors import RequestError
+from s3dit.few_steps import own_settings
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
@@ -15,7 +16,7 @@ REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 
 def resolve(request: Request, config: ModelConfig) -> Request:
     """Put the model's own settings where a request says None; raises RequestError."""
-    settings, scheduler = config.settings, config.scheduler
+    (settings, target), scheduler = own_settings(request, config), config.scheduler
     if request.prompt is None and not request.embeds and not config.prompt:
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
     guidance = request.cfg - 1.0 if request.cfg is not None else request.guidance_scale
@@ -24,6 +25,8 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         steps = len([sigma for sigma in request.sigmas if sigma > 0])
     masked = request.mask_image is not None or request.extend is not None
     strength = None if request.image is None else REPAINTED if masked else REDRAWN
+    spaced = settings.schedule == "official" or request.sigmas is not None
+    schedule = scheduler.schedule if spaced else settings.schedule
     resolved = request.filled(
         strength=strength if request.strength is None else float(request.strength),
         upscale_strength=UPSCALED if request.upscale and request.upscale_strength is None else request.upscale_strength,
@@ -33,7 +36,9 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         num_inference_steps=steps,
         guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
         cfg=None,
-        schedule=scheduler.schedule if request.schedule == "official" else request.schedule,
+        solver=request.solver or settings.solver,
+        target_timestep=target,
+        schedule=schedule if request.schedule == "official" else request.schedule,
         # A shift that follows from the size stays None, so that a second pass and a replay find their own.
         shift=(None if scheduler.use_dynamic_shifting else scheduler.shift)
         if request.shift is None

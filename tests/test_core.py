@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
-# picture carries, what a budget allows; and a run that draws nothing.
+# picture carries, what a budget allows, what TwinFlow and distill LoRAs ask for; and a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
-    "values",
+    "__init__", "__main__", "control", "dry_run", "errors", "few_steps", "files", "request_fields", "result", "stages",
+    "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
 OPTIONAL = {"controlnet", "corrected", "edit_layout", "hooks", "multistep", "target_time", "tiles", "vision_encoder"}

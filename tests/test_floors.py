@@ -24,7 +24,7 @@ FLOORS = (
     ("sampling.",),
     ("inputs.",),
     ("runtime.",),
-    ("resolve", "stages", "plan"),
+    ("few_steps", "resolve", "stages", "plan"),
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),

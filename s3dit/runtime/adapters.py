@@ -27,6 +27,7 @@ from s3dit.runtime import lora
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.weights.adapter import Adapter, Deltas, read_adapter
 from s3dit.weights.delta import Delta
+from s3dit.weights.few_steps import FewSteps
 from s3dit.weights.hub import resolve_file
 
 # Layers that a report spells out, how much of a name, and the largest strength that is no accident.
@@ -100,13 +101,17 @@ def _unfit(delta: Delta, shape: tuple[int, ...]) -> str:
 
 @dataclass(slots=True)
 class Loaded:
-    """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged."""
+    """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged.
+
+    few_steps: what it was distilled for, if it was.
+    """
 
     source: str
     sha256: str
     deltas: dict[str, Deltas]
     scale: float
     partial: bool
+    few_steps: FewSteps | None = None
     merged: bool = False
 
 
@@ -184,7 +189,7 @@ class Adapters:
             name = name or self._free(adapter.path.stem)
             shapes = {part: lora.layer_shapes(self._parts.blank(part)[0]) for part in adapter.deltas}
             deltas, report = match_layers(adapter, shapes, name, allow_partial)
-            loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
+            loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial, adapter.few_steps)
             try:
                 for part, component in self._held(deltas):
                     attach_one(loaded, name, part, component, self._parts.placement)

@@ -2,7 +2,7 @@
 
 Sources: official `src/zimage/pipeline.py`, diffusers' `FlowMatchEulerDiscreteScheduler` (sigmas, bit for bit); Karras
 et al. 2022 (karras spacing); Sabour et al. 2024, arXiv 2404.14507 (kl_optimal); Mochi (linear_quadratic); RES4LYF
-(bong_tangent); ComfyUI's simple, beta and sgm_uniform schedulers.
+(bong_tangent); inclusionAI/TwinFlow's README (twinflow); ComfyUI's simple, beta and sgm_uniform schedulers.
 """
 
 import math
@@ -44,7 +44,7 @@ def sigmas(
     elif schedule in BETWEEN:
         spaced = BETWEEN[schedule](np.linspace(0, 1, n), high, low)
     elif schedule in UNSHIFTED:
-        spaced = UNSHIFTED[schedule](n) if n > 1 else np.ones(1)
+        spaced = UNSHIFTED[schedule](n) if n > 1 or schedule == "twinflow" else np.ones(1)
     return torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
 
 
@@ -86,6 +86,11 @@ def _bong_tangent(n: int) -> np.ndarray:
     return np.concatenate([first[:-1], second[:-1]])
 
 
+def _twinflow(n: int) -> np.ndarray:
+    """Even levels down to 0.5, or of two steps to 0.6, from where the image is left in one step."""
+    return np.linspace(0.999, 0.6 if n == 2 else 0.5, n)
+
+
 def _karras(ramp: np.ndarray, high: float, low: float) -> np.ndarray:
     high, low = high ** (1 / 7.0), low ** (1 / 7.0)
     return (high + ramp * (low - high)) ** 7.0
@@ -99,4 +104,4 @@ BETWEEN: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "beta": lambda ramp, high, low: low + _beta_quantile(1 - ramp) * (high - low),
 }
 # Spacings of their own, from 1, that no shift changes.
-UNSHIFTED = {"linear_quadratic": _linear_quadratic, "bong_tangent": _bong_tangent}
+UNSHIFTED = {"linear_quadratic": _linear_quadratic, "bong_tangent": _bong_tangent, "twinflow": _twinflow}
