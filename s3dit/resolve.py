@@ -112,9 +112,9 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     if not request.composite and (not masked or request.output_type == "latent"):
         yield f"composite has no effect: there {'is no mask' if not masked else 'are latents and no pictures'}"
     if request.num_inference_steps == 1 and request.image is None and request.upscale is None:
-        if request.solver != "euler":
+        if request.solver not in ("euler", config.settings.solver):
             yield f"solver {request.solver} has no effect: a single step is one of euler"
-        if request.schedule not in ("official", config.scheduler.schedule):
+        if request.schedule not in ("official", config.scheduler.schedule, config.settings.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
     if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED):
         yield f"the values of sigmas have no effect: schedule {request.schedule} spaces as many steps by itself"
