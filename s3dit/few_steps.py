@@ -65,7 +65,8 @@ def _notes(name: str, few: FewSteps, request: Request) -> Iterator[str]:
     told: dict[str, Any] = {"num_inference_steps": few.num_inference_steps, "guidance_scale": few.guidance_scale}
     told |= {} if few.shift is None else {"shift": few.shift}
     given: dict[str, Any] = {field: getattr(request, field) for field in told}
-    given["num_inference_steps"] = given["num_inference_steps"] or (request.sigmas and len(request.sigmas)) or None
+    if request.sigmas is not None:
+        given["num_inference_steps"] = sum(sigma > 0 for sigma in request.sigmas)
     given["guidance_scale"] = request.cfg - 1 if request.cfg is not None else given["guidance_scale"]
     taken = ", ".join(f"{field} {value:g}" for field, value in told.items() if given[field] is None)
     against = ", ".join(f"{field} {given[field]:g}" for field in told if given[field] not in (None, told[field]))

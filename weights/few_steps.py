@@ -8,7 +8,6 @@ file says is taken where a request says nothing, and decides about nothing else.
 Source: cards and trainer of alibaba-pai/Z-Image-Fun-Lora-Distill; diffusers #13126 (strength).
 """
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -66,6 +65,6 @@ def _checked(values: Any) -> FewSteps:
     for name, value in values.items():
         low, high = BOUNDS[name]
         whole = int if name == "num_inference_steps" else int | float
-        if not isinstance(value, whole) or isinstance(value, bool) or not low <= value <= high or math.isnan(value):
+        if not isinstance(value, whole) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"{name} is {str(value)[:40]}, needed a number from {low:g} to {high:g}")
     return FewSteps(**values)
