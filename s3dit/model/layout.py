@@ -166,7 +166,7 @@ def interleave(
     device: torch.device | str,
     slide: bool = False,
 ) -> Layout:
-    """Join the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, …
+    """Join the streams item by item, in `order`: image of item 0, text of item 0, image of item 1, and so on.
 
     streams: by name, the segments of every item; a stream without any segment is left out.
     """

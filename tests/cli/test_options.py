@@ -145,7 +145,8 @@ BAD = {
     "upscale_strength": ["--upscale-strength=2"], "control": ["--control=x.safetensors:a.png:9"],
     "reference": ["--reference="], "reference_area": ["--reference-area=1"], "schedule": ["--schedule=none"],
     "solver": ["--solver=none"], "mask_mode": ["--mask-mode=none"], "posterior": ["--posterior=none"],
-    "reference_positions": ["--reference-positions=none"], "composite": ["--composite=1"],
+    "reference_positions": ["--reference-positions=none"], "target_timestep": ["--target-timestep=image"],
+    "composite": ["--composite=1"],
 }  # fmt: skip
 
 

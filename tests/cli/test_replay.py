@@ -161,7 +161,7 @@ REFUSED = [
     ({"cfg_normalization": None}, "cfg_normalization is None"),
     ({"shift": [3.0]}, "shift is [3.0]"),
     ({"solver": ["euler"]}, "solver is ['euler']"),
-    ({"solver": None}, "solver is None"),
+    ({"schedule": None}, "schedule is None"),
     ({"mask_mode": {}}, "mask_mode is a dict"),
     ({"composite": 1}, "composite is 1"),
     ({"composite": None}, "composite is None"),
