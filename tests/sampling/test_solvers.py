@@ -39,7 +39,7 @@ def test_levels_fall_from_one_to_zero(schedule, n):
 @pytest.mark.parametrize(("n", "gap"), [(1, 0.5), (2, 0.6), (3, 0.5), (4, 0.5), (8, 0.5)])
 def test_twinflow_s_levels(n, gap):
     """Its README: rfba_gap_steps [0.001, 0.5], of two steps [0.001, 0.6], by linspace; no shift changes them."""
-    expected = [*(1 - torch.linspace(0.001, 1 - gap, n, dtype=torch.float64)), 0.0]
+    expected = [*(1 - torch.linspace(0.001, 1 - gap, n, dtype=torch.float64)).tolist(), 0.0]
     assert sigmas(n, 3.0, "twinflow").tolist() == pytest.approx(expected, abs=1e-7)
     assert torch.equal(sigmas(n, 6.0, "twinflow"), sigmas(n, 1.0, "twinflow"))
 
