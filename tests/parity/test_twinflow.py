@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from s3dit import Pipeline, Request
 from s3dit.cli.main import main
 from s3dit.errors import RequestError
+from s3dit.runtime import modulations
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "weights")]
 import few_step_files  # noqa: E402
@@ -166,6 +167,18 @@ def test_masks_second_passes_and_replay(twin):
     assert torch.equal(masked[..., :4], start[..., :4]) and relative(masked[..., 4:], start[..., 4:]) > 0.1
     larger = twin.plan(**SIZE, upscale=2, upscale_strength=0.5)
     assert larger.then.sigmas == larger.sigmas[2:] and twin(larger).latents[0].shape == (16, 12, 16)
+
+
+@pytest.mark.parametrize("target", ["end", "next", "none"])
+def test_modulation_computed_ahead_is_that_of_each_pass(twin, monkeypatch, target):
+    """As on a GPU, where the steps' modulations are computed together, with the times that they aim at."""
+    options = SIZE | {"seed": 1, "target_timestep": target, "num_inference_steps": 3}
+    expected = twin(**options).latents[0]
+    monkeypatch.setattr(modulations, "EACH_PASS", ())
+    made, together = [], modulations.together
+    monkeypatch.setattr(modulations, "together", lambda *args: made.append(len(args[1])) or together(*args))
+    found = twin(**options).latents[0]
+    assert made == [3] and relative(found, expected) < 1e-5
 
 
 def test_other_models_refuse_a_target(ours):

@@ -8,8 +8,8 @@ takes where nothing else is given.
 Source: progressive distillation, Salimans and Ho 2022 (arXiv 2202.00512); of guidance, Meng et al. 2022
 (arXiv 2210.03142); LoRA, Hu et al. 2021 (arXiv 2106.09685).
 Found on the embedded Base (28 steps, guidance 4), in three minutes of a core: of 48 prompts that were not trained on
-the teacher draws all right, 4 steps without guidance 0.94, with the LoRA 0.98; pixels are then 0.035 from the teacher's,
-which were 0.068. It learns one way from each noise: lcm, which draws new noise, is right in 0.88.
+the teacher draws all right, 4 steps without guidance 0.94, with the LoRA 0.98; pixels are then 0.035 from the
+teacher's, which were 0.068. It learns one way from each noise: lcm, which draws new noise, is right in 0.88.
 
     python tools/recipes/distill_lora.py --model MODEL --lora few.safetensors --out few.png
 """
@@ -119,9 +119,8 @@ def main() -> None:
         print(f"{name:<8} {right:.3f} right; pixels {away:.3f} from the teacher's")
     rows = [picture for each in found["pictures"].values() for picture in each[:6]]
     captions = [text[:20] for _, text in prompts(6)]
-    strip(rows, captions * 3, f"The teacher; {args.steps} steps without the LoRA, and with it", columns=6).save(
-        args.out
-    )
+    title = f"The teacher; {args.steps} steps without the LoRA, and with it"
+    strip(rows, captions * 3, title, columns=6).save(args.out)
     print(f"wrote {args.out}")
 
 
