@@ -71,7 +71,7 @@ def _notes(name: str, few: FewSteps, request: Request) -> Iterator[str]:
     taken = ", ".join(f"{field} {value:g}" for field, value in told.items() if given[field] is None)
     against = ", ".join(f"{field} {given[field]:g}" for field in told if given[field] not in (None, told[field]))
     yield (
-        f"{name} is distilled for {few}"
+        f"{name} is a distill LoRA"
         + (f"; taken from it, as the request does not give it: {taken}" if taken else "")
         + (f"; given otherwise: {against}" if against else "")
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from s3dit.errors import RequestError
 from s3dit.few_steps import own_settings
-from s3dit.model.config import ModelConfig
+from s3dit.model.config import VARIANTS, ModelConfig
 from s3dit.request import Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.multistep import STOCHASTIC
@@ -88,9 +88,11 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
         if request.cfg_truncation > 1:
             yield "cfg_truncation above 1 has no effect: t ends at 1"
         # Not where Turbo is a guess, which the user may have corrected with this very guidance.
-        if config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes:
+        turbo = config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes
+        if turbo or config.settings.guidance_scale == 0 < VARIANTS[config.variant].guidance_scale:
+            who = "Turbo" if turbo else "the model, with its adapters,"
             yield (
-                f"guidance_scale {request.guidance_scale:g}: Turbo is distilled to draw without guidance, which takes "
+                f"guidance_scale {request.guidance_scale:g}: {who} is distilled to draw without guidance, which takes "
                 "twice the work here and often makes the picture worse; its own is 0"
             )
     else:

@@ -15,7 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -199,7 +199,8 @@ class Adapters:
                 raise
             self._loaded[name] = loaded
             self._tell(deltas)
-            return report
+            few = () if adapter.few_steps is None else (f"distilled for {adapter.few_steps}",)
+            return replace(report, notes=(*report.notes, *few))
 
     def detach(self, name: str | None = None) -> None:
         """Remove an adapter, or all; the weights are bit for bit what they were.

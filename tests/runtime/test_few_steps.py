@@ -50,14 +50,15 @@ def settings(plan):
 
 def test_settings_are_taken_where_none_are_given_and_said(pipe, files):
     assert settings(pipe.plan(**SMALL)) == BASE
-    pipe.lora.attach(files / f"{NAME}.safetensors", 0.8)
+    report = pipe.lora.attach(files / f"{NAME}.safetensors", 0.8)
+    assert str(report).endswith("; distilled for 4 steps, no guidance, shift 3, strength 0.8 (by its name)")
     plan = pipe.plan(**SMALL)
-    assert settings(plan) == (4, 0.0, 3.0) and plan.calls == 4
+    assert settings(plan) == (4, 0.0, 3.0) and plan.calls == 4 and not plan.unused
     assert plan.sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    (note,) = [note for note in plan.notes if "distilled" in note]
+    (note,) = [note for note in plan.notes if "is a distill" in note]
     assert note == (
-        f"{NAME} is distilled for 4 steps, no guidance, shift 3, strength 0.8 (by its name); taken from it, as the "
-        "request does not give it: num_inference_steps 4, guidance_scale 0, shift 3"
+        f"{NAME} is a distill LoRA; taken from it, as the request does not give it: num_inference_steps 4, "
+        "guidance_scale 0, shift 3"
     )
     assert settings(pipe.plan(**SMALL, solver="lcm")) == (4, 0.0, 3.0)
 
@@ -77,8 +78,11 @@ def test_what_is_given_wins_and_is_said(pipe, files, given, found, words):
     pipe.lora.attach(files / f"{NAME}.safetensors")
     plan = pipe.plan(**SMALL, **given)
     assert settings(plan) == found
-    (note,) = [note for note in plan.notes if "distilled" in note]
+    (note,) = [note for note in plan.notes if "is a distill" in note]
     assert words in note and ("otherwise" in words or "otherwise" not in note)
+    # As guidance does on Turbo, it works against the model, of which a call warns.
+    against = [said for said in plan.unused if "its adapters, is distilled to draw without guidance" in said]
+    assert len(against) == bool(found[1])
 
 
 def test_only_adapters_that_act_count_and_of_several_the_last(pipe, files):
@@ -117,7 +121,7 @@ def test_command_line_and_replay(files, tmp_path, capsys):
     small = ["--size", "48x32", "--seed", "3", "--model", base]
     assert main(["generate", "a red star", *small, "--lora", f"{lora}:0.8", "-o", drawn]) == 0
     said = capsys.readouterr().err
-    assert f"{NAME} is distilled for 4 steps" in said and "--steps 4, --guidance 0, shift 3" in said
+    assert f"{NAME} is a distill LoRA" in said and "--steps 4, --guidance 0, shift 3" in said
     shutil.copy(lora, tmp_path / "renamed.safetensors")
     renamed = str(tmp_path / "renamed.safetensors")
     assert main(["generate", "--replay", drawn, "--model", base, "--lora", renamed, "-o", again]) == 0
