@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from s3dit import presets
 from s3dit.errors import RequestError
 from s3dit.model.config import VARIANTS, ModelConfig, Settings
 from s3dit.request import Request, TargetTimestep
@@ -40,6 +41,7 @@ def with_adapters(request: Request, sources: Sources, adapters: Mapping[str, Loa
 
     adapters: the attached ones by name; those of strength 0 do nothing.
     """
+    request = presets.applied(request)
     acting = [(name, each.few_steps) for name, each in adapters.items() if each.few_steps is not None and each.scale]
     if not acting:
         return sources

@@ -103,7 +103,7 @@ def make_plan(
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     work = Work(
         request=passes[-1], items=len(captions),
-        calls=tuple(model_calls(request.solver or "euler", each) for each in sigmas),
+        calls=tuple(model_calls(request.solver, each) for each in sigmas),
         new_tokens=new_tokens(captions, kept_prompts),
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.control import Control
-from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver, TargetTimestep
+from s3dit.request import (
+    Convention,
+    MaskMode,
+    OutputType,
+    Positions,
+    Posterior,
+    Preset,
+    Schedule,
+    Solver,
+    TargetTimestep,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +31,7 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | Sequence[str] | None
     height: int | Sequence[int] | None
     width: int | Sequence[int] | None
+    preset: Preset | None
     num_inference_steps: int | None
     guidance_scale: float | None
     cfg: float | None
@@ -35,8 +46,10 @@ class RequestFields(TypedDict, total=False):
     sigmas: Sequence[float] | None
     shift: float | None
     schedule: Schedule
-    solver: Solver | None
+    solver: Solver
     target_timestep: TargetTimestep | None
+    convention: Convention
+    batch_place: Sequence[int] | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

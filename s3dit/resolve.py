@@ -2,21 +2,24 @@
 
 from collections.abc import Iterator, Sequence
 
+from s3dit import presets
 from s3dit.errors import RequestError
 from s3dit.few_steps import own_settings
+from s3dit.inputs.noise import places
 from s3dit.model.config import VARIANTS, ModelConfig
-from s3dit.request import Request
+from s3dit.request import Default, Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.multistep import STOCHASTIC
-from s3dit.sampling.schedules import UNSHIFTED
+from s3dit.sampling.spacings import UNSHIFTED
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
 REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 
 
 def resolve(request: Request, config: ModelConfig) -> Request:
-    """Put the model's own settings where a request says None; raises RequestError."""
-    (settings, target), scheduler = own_settings(request, config), config.scheduler
+    """Put a preset's settings where a request says nothing, then the model's own; raises RequestError."""
+    request, scheduler = presets.applied(request), config.scheduler
+    settings, target = own_settings(request, config)
     if request.prompt is None and not request.embeds and not config.prompt:
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
     guidance = request.cfg - 1.0 if request.cfg is not None else request.guidance_scale
@@ -25,8 +28,9 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         steps = len([sigma for sigma in request.sigmas if sigma > 0])
     masked = request.mask_image is not None or request.extend is not None
     strength = None if request.image is None else REPAINTED if masked else REDRAWN
-    spaced = settings.schedule == "official" or request.sigmas is not None
-    schedule = scheduler.schedule if spaced else settings.schedule
+    # TwinFlow's spacing only where none is given: official, if it is, means the scheduler's.
+    given = not isinstance(request.schedule, Default) or request.sigmas is not None
+    schedule = request.schedule if given else settings.schedule
     resolved = request.filled(
         strength=strength if request.strength is None else float(request.strength),
         upscale_strength=UPSCALED if request.upscale and request.upscale_strength is None else request.upscale_strength,
@@ -36,14 +40,16 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         num_inference_steps=steps,
         guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
         cfg=None,
-        solver=request.solver or settings.solver,
+        solver=settings.solver if isinstance(request.solver, Default) else request.solver,
         target_timestep=target,
-        schedule=schedule if request.schedule == "official" else request.schedule,
+        schedule=scheduler.schedule if schedule == "official" else schedule,
         # A shift that follows from the size stays None, so that a second pass and a replay find their own.
         shift=(None if scheduler.use_dynamic_shifting else scheduler.shift)
         if request.shift is None
         else float(request.shift),
     )
+    presets.check(resolved)
+    places(resolved)
     resolved.check_pixels()
     resolved.check_latents()
     resolved.check_embeds(config.transformer.cap_feat_dim)
@@ -68,6 +74,7 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
     """What the user should know of a resolved request: how its model was read, unknown words, sizes far from home."""
     config, settings = sources.config, sources.config.settings
     yield from sources.notes
+    yield from presets.notes(request)
     if sources.guessed and request.shift == config.scheduler.shift:
         yield SHIFT_NOTE
     if config.words:
@@ -118,15 +125,16 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
             yield f"solver {request.solver} has no effect: a single step is one of euler"
         if request.schedule not in ("official", config.scheduler.schedule, config.settings.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
-    if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED):
+    named = () if request.schedule == "official" or request.convention != "comfyui" else (request.schedule,)
+    if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED, *named):
         yield f"the values of sigmas have no effect: schedule {request.schedule} spaces as many steps by itself"
     elif request.sigmas is not None and request.schedule != "official":
         yield f"of sigmas only their number, the first and the last count: schedule {request.schedule} spaces the rest"
-    if request.schedule in UNSHIFTED and request.shift != config.scheduler.shift:
+    if request.schedule in UNSHIFTED and request.shift not in (None, config.scheduler.shift):
         yield f"shift has no effect: schedule {request.schedule} has sigmas of its own"
     random = request.solver in STOCHASTIC or (request.image is not None and request.posterior == "sample")
     if request.latents is not None and request.upscale is None and not random:
-        for name in ("seed", "generator"):
+        for name in ("seed", "generator", "batch_place"):
             if getattr(request, name) is not None:
                 yield f"{name} has no effect: latents are the noise, and nothing else is drawn at random"
     if (

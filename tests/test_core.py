@@ -3,8 +3,8 @@
 The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and what they are split into), in
 model/ all but the vision tower and the layout of Omni models, ControlNet, tiles and hooks, sampling/ but for solvers
 that no model is published with and TwinFlow's second time, and in kernels/ the reference functions of the Ops, which
-are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines
-with nothing but a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
+are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines with nothing but
+a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
 """
 
 import ast
@@ -19,13 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
-# picture carries, what a budget allows, what TwinFlow and distill LoRAs ask for; and a run that draws nothing.
+# picture carries, what a budget allows, what other programs draw with, what TwinFlow and distill
+# LoRAs are drawn with; and a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "few_steps", "files", "request_fields", "result", "stages",
-    "terminal", "values",
+    "__init__", "__main__", "control", "dry_run", "errors", "few_steps", "files", "presets", "request_fields",
+    "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
-OPTIONAL = {"controlnet", "corrected", "edit_layout", "hooks", "multistep", "target_time", "tiles", "vision_encoder"}
+OPTIONAL = {
+    "comfyui", "controlnet", "corrected", "edit_layout", "hooks", "multistep", "spacings", "target_time", "tiles",
+    "vision_encoder",
+}  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -119,6 +119,8 @@ def test_its_own_settings_are_defaults_and_explicit_ones_win(twin):
     assert plan.sigmas == pytest.approx([0.999, 0.833, 0.666, 0.5, 0], abs=4e-4) and not plan.notes[1:]
     given = twin.plan(**SIZE, solver="euler", num_inference_steps=3, schedule="simple").request
     assert (given.solver, given.num_inference_steps, given.schedule) == ("euler", 3, "simple")
+    assert twin.plan(**SIZE, schedule="official").sigmas == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert twin.plan(**SIZE, preset="comfyui-turbo").request.solver == "res_multistep"
     assert twin.plan(**SIZE, sigmas=[1.0, 0.6], shift=1).sigmas == pytest.approx([1, 0.6, 0])
     assert twin.plan(**SIZE, target_timestep="next").request.solver == "euler"
 
