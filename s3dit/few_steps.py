@@ -16,6 +16,8 @@ from s3dit.model.config import VARIANTS, ModelConfig, Settings
 from s3dit.request import Request, TargetTimestep
 from s3dit.runtime.adapters import Loaded
 from s3dit.runtime.sources import Sources
+from s3dit.sampling.guidance_methods import guidance_scale
+from s3dit.values import as_list
 from s3dit.weights.few_steps import FewSteps
 
 
@@ -67,13 +69,19 @@ def _notes(name: str, few: FewSteps, request: Request) -> Iterator[str]:
     told: dict[str, Any] = {"num_inference_steps": few.num_inference_steps, "guidance_scale": few.guidance_scale}
     told |= {} if few.shift is None else {"shift": few.shift}
     given: dict[str, Any] = {field: getattr(request, field) for field in told}
+    if request.cfg is not None or request.guidance_scale is not None:
+        given["guidance_scale"] = guidance_scale(request, 0.0)
     if request.sigmas is not None:
         given["num_inference_steps"] = sum(sigma > 0 for sigma in request.sigmas)
-    given["guidance_scale"] = request.cfg - 1 if request.cfg is not None else given["guidance_scale"]
-    taken = ", ".join(f"{field} {value:g}" for field, value in told.items() if given[field] is None)
-    against = ", ".join(f"{field} {given[field]:g}" for field in told if given[field] not in (None, told[field]))
+    taken = ", ".join(f"{field} {_shown(value)}" for field, value in told.items() if given[field] is None)
+    against = ", ".join(f"{field} {_shown(given[field])}" for field in told if given[field] not in (None, told[field]))
     yield (
         f"{name} is a distill LoRA"
         + (f"; taken from it, as the request does not give it: {taken}" if taken else "")
         + (f"; given otherwise: {against}" if against else "")
     )
+
+
+def _shown(value: Any) -> str:
+    """A number, or several, for people."""
+    return ",".join(format(each, "g") for each in as_list(value))

@@ -171,6 +171,17 @@ def test_masks_second_passes_and_replay(twin):
     assert larger.then.sigmas == larger.sigmas[2:] and twin(larger).latents[0].shape == (16, 12, 16)
 
 
+def test_a_pass_without_layers_aims_at_the_same_time(twin):
+    seen, transformer = [], twin.transformer
+    run = transformer.forward
+    transformer.forward = lambda x, t, *rest: seen.append(tuple(t.shape)) or run(x, t, *rest)
+    try:
+        twin(**SIZE, seed=2, num_inference_steps=2, skip_layers="1:0.5")
+    finally:
+        del transformer.forward
+    assert seen == [(1, 2)] * 4
+
+
 @pytest.mark.parametrize("target", ["end", "next", "none"])
 def test_modulation_computed_ahead_is_that_of_each_pass(twin, monkeypatch, target):
     """As on a GPU, where the steps' modulations are computed together, with the times that they aim at."""

@@ -69,6 +69,7 @@ def test_settings_are_taken_where_none_are_given_and_said(pipe, files):
         ({"num_inference_steps": 9}, (9, 0.0, 3.0), "given otherwise: num_inference_steps 9"),
         ({"guidance_scale": 4.0}, (4, 4.0, 3.0), "given otherwise: guidance_scale 4"),
         ({"cfg": 2.0}, (4, 1.0, 3.0), "given otherwise: guidance_scale 1"),
+        ({"guidance_scale": [3, 0.5]}, (4, [3.0, 0.5], 3.0), "given otherwise: guidance_scale 3,0.5"),
         ({"shift": 6.0}, (4, 0.0, 6.0), "given otherwise: shift 6"),
         ({"sigmas": [1.0, 0.6, 0.0]}, (2, 0.0, 3.0), "given otherwise: num_inference_steps 2"),
         ({"preset": "comfyui-base"}, (25, 3.0, 3.0), "given otherwise: num_inference_steps 25, guidance_scale 3"),
