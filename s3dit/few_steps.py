@@ -60,7 +60,7 @@ def with_adapters(request: Request, sources: Sources, adapters: Mapping[str, Loa
         notes.append(f"{len(acting)} distill LoRAs act at once; the settings are those of {name}, the last")
     return replace(
         sources, config=replace(config, settings=settings, scheduler=scheduler), notes=tuple(notes),
-        guessed=sources.guessed and shift is None,
+        guessed=sources.guessed and shift is None, distilled=few.guidance_scale == 0,
     )  # fmt: skip
 
 

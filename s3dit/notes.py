@@ -6,7 +6,6 @@ from torch import Tensor
 
 from s3dit import presets
 from s3dit.guidance_options import Method, SkipLayers, Variation
-from s3dit.model.config import VARIANTS
 from s3dit.request import Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.guidance_methods import extra_calls, guidance_of, times_of_calls
@@ -102,7 +101,7 @@ def _guidance_without_effect(request: Request, sources: Sources) -> Iterator[str
         # Not where Turbo is a guess, which the user may have corrected with this very guidance.
         config = sources.config
         turbo = config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes
-        if turbo or config.settings.guidance_scale == 0 < VARIANTS[config.variant].guidance_scale:
+        if turbo or sources.distilled:
             who = "Turbo" if turbo else "the model, with its adapters,"
             scale = ",".join(format(each, "g") for each in as_list(request.guidance_scale))
             yield (

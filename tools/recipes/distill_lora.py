@@ -12,7 +12,7 @@ that were not trained on the teacher draws all right, 4 steps without guidance 0
 0.035 from the teacher's, which were 0.068. It learns one way from each noise: lcm, which draws new noise, is right in
 0.88.
 
-    python tools/recipes/distill_lora.py --model MODEL --lora few.safetensors --out few.png
+    python tools/recipes/distill_lora.py --model embedded-base --lora few.safetensors --out few.png
 """
 
 import argparse
