@@ -55,6 +55,7 @@ from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.sampling.target_time import target_time
 from s3dit.stages import out_of_memory
 
 if TYPE_CHECKING:
@@ -302,13 +303,14 @@ class Pipeline(LoadedModel):
             x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
         skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
         run = self.parts.component("transformer").replay if self.graphs else transformer
+        aimed = target_time(request.target_timestep, sigmas)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(
-            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer"))
+            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer")), aimed
         )
         lengths = [rows * columns for rows, columns in plan.grids]
         guidance = guidance_of(request, sigmas, lengths, skipped or None)
-        velocity = guide(run, context, guidance, lengths, control, modulation, regions)
+        velocity = guide(run, context, guidance, lengths, control, modulation, regions, aimed)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()

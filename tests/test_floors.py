@@ -27,7 +27,7 @@ FLOORS = (
     ("sampling.",),
     ("inputs.",),
     ("runtime.",),
-    ("notes", "resolve", "stages", "plan"),
+    ("few_steps", "notes", "resolve", "stages", "plan"),
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),
