@@ -23,6 +23,7 @@ from s3dit.model.tokenizer import Tokenizer
 from s3dit.request import Request
 from s3dit.resolve import notes as notes_on
 from s3dit.resolve import resolve, without_effect
+from s3dit.runtime import cached_calls
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
@@ -89,15 +90,17 @@ def make_plan(
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
+    request = cached_calls.read(request, sources.path)
     unused = tuple(without_effect(request, sources))
-    if numerics() == "approximate":
+    if numerics() == "approximate" and request.cache is None:
         unused += ("numerics approximate has no effect: nothing approximates at present",)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
-    notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
-    captions = _captions(request, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
+    unused += tuple(cached_calls.without_effect(request.cache, sigmas))
+    notes += [*unused, *cached_calls.notes(request.cache, sigmas), *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
+    captions = _captions(request, tokenizer)
     work = Work(
         request=passes[-1], items=len(captions),
         calls=tuple(model_calls(request.solver, each) for each in sigmas),

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from s3dit import values
+from s3dit.cache import Cache
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
@@ -160,6 +161,10 @@ class Request:
     )  # fmt: skip
     schedule: Schedule = _field("official", values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels")
     solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    cache: Cache | str | None = _field(
+        None, values.CACHE, group=SAMPLING,
+        says="spare model calls: predict velocities that change little, by first-block, modulation, magnitude or taylor",
+    )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
         says="tokens of the prompt that are read; the rest is cut",
@@ -231,6 +236,7 @@ class Request:
         for name in (*IMAGES, "reference"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
         object.__setattr__(self, "latents", values.latents_of(self.latents))
+        object.__setattr__(self, "cache", values.cache_of(self.cache))
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.metadata["kind"] in values.NUMERIC:
@@ -478,6 +484,8 @@ class Request:
             value = getattr(self, name)
             if name == "control" and value is not None:
                 value = [control.to_json() for control in self.controls]
+            elif isinstance(value, Cache):
+                value = value.to_json()
             elif name in (*IMAGES, "reference"):
                 value = _paths(value)
             elif values.several(value):
@@ -501,6 +509,8 @@ class Request:
             if data[name] is not None and _paths(data[name]) is None:
                 raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
         controls = data.get("control")
+        if isinstance(data.get("cache"), str):
+            raise RequestError(f"replay data has a cache of {shown(data['cache'])}; needed the JSON of one")
         if controls is None:
             return cls(**data)
         if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:

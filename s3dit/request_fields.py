@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from s3dit.cache import Cache
 from s3dit.control import Control
 from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver
 
@@ -36,6 +37,7 @@ class RequestFields(TypedDict, total=False):
     shift: float | None
     schedule: Schedule
     solver: Solver
+    cache: Cache | str | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

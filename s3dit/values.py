@@ -12,6 +12,8 @@ from itertools import pairwise
 from os import PathLike
 from typing import Any, get_args
 
+from s3dit.cache import FORM as CACHE_FORM
+from s3dit.cache import Cache
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
 
@@ -205,6 +207,25 @@ def controls(name: str, value: Any) -> None:
         raise RequestError(str(error)) from None
 
 
+def cache(name: str, value: Any) -> None:
+    """Check that a value is a Cache, or a text that says one."""
+    try:
+        if not isinstance(value, Cache):
+            raise ValueError(f"{name} is {shown(value)}; needed {CACHE_FORM}, or a Cache")
+        value.check()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def cache_of(value: Any) -> Any:
+    """A Cache of a text that says one, or of its JSON; anything else as it is. Raises RequestError."""
+    read = {str: Cache.parse, dict: Cache.from_json}.get(type(value))
+    try:
+        return value if read is None else read(value)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def generators(name: str, value: Any) -> None:
     """Check that a value is a torch.Generator, or a list of them."""
     import torch
@@ -314,6 +335,7 @@ MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels suc
 IMAGE = Kind(image, str, "FILE")
 REFERENCES = Kind(references, str, "FILE", several=True)
 CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
+CACHE = Kind(cache, Cache.parse, "METHOD[:…]")
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from s3dit import values
 from s3dit.cli.option_names import flag
+from s3dit.cache import FORM as CACHE_FORM
 from s3dit.control import FORM
 from s3dit.errors import RequestError
 from s3dit.request import Request
@@ -56,6 +57,8 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
     else:
         if kind is values.CONTROLS:
             text += f"; in full: {FORM}"
+        if kind is values.CACHE:
+            text += f"; in full: {CACHE_FORM}"
         group.add_argument(
             *flags, dest=field.name, type=_reader(kind), metavar=kind.metavar, help=text,
             action="append" if kind.several else "store",
@@ -71,7 +74,7 @@ def _reader(kind: values.Kind) -> Any:
         try:
             return kind.parse(text)
         except ValueError as error:
-            own = kind is values.CONTROLS
+            own = kind in (values.CONTROLS, values.CACHE)
             raise argparse.ArgumentTypeError(str(error) if own else f"{text!r} is not {kind.name}") from None
 
     return read
