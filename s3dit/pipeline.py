@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from s3dit import __version__
+from s3dit.cache import Cache
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
@@ -130,9 +131,8 @@ class Pipeline(LoadedModel):
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
         checked = Request.of(request, **fields)
-        for name in ("control", "cache"):
-            if self.graphs and getattr(checked, name):
-                raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
+        if self.graphs and (name := "control" if checked.controls else "cache" if checked.cache else ""):
+            raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
         with self._turn():
             kept = self.encoders.prompts, self.encoders.references
             return make_plan(checked, self.sources, self.tokenizer, self.parts, self.vram, *kept)
@@ -305,7 +305,7 @@ class Pipeline(LoadedModel):
         )
         lengths = [rows * columns for rows, columns in plan.grids]
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer
-        if request.cache:
+        if isinstance(request.cache, Cache):
             run = CachedCalls(transformer, request.cache, sigmas, lengths)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))

@@ -99,7 +99,8 @@ def make_plan(
     passes = tuple(start_image.passes(request, notes))
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     unused += tuple(cached_calls.without_effect(request.cache, sigmas))
-    notes += [*unused, *cached_calls.notes(request.cache, sigmas), *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
+    notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
+    notes += cached_calls.notes(request.cache, sigmas)
     captions = _captions(request, tokenizer)
     work = Work(
         request=passes[-1], items=len(captions),

@@ -163,7 +163,7 @@ class Request:
     solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
     cache: Cache | str | None = _field(
         None, values.CACHE, group=SAMPLING,
-        says="spare model calls: predict velocities that change little, by first-block, modulation, magnitude or taylor",
+        says="spare model calls where first-block, modulation, magnitude or taylor says that little changes",
     )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,

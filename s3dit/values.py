@@ -219,9 +219,10 @@ def cache(name: str, value: Any) -> None:
 
 def cache_of(value: Any) -> Any:
     """A Cache of a text that says one, or of its JSON; anything else as it is. Raises RequestError."""
-    read = {str: Cache.parse, dict: Cache.from_json}.get(type(value))
     try:
-        return value if read is None else read(value)
+        if isinstance(value, str):
+            return Cache.parse(value)
+        return Cache.from_json(value) if isinstance(value, dict) else value
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -21,8 +21,8 @@ BOUND = 3000
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
 # picture carries, what a budget allows; and a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "cache", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
-    "values",
+    "__init__", "__main__", "cache", "control", "dry_run", "errors", "files", "request_fields", "result", "stages",
+    "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
 OPTIONAL = {"caches", "controlnet", "corrected", "hooks", "multistep", "tiles", "vision_encoder"}

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from s3dit import values
-from s3dit.cli.option_names import flag
 from s3dit.cache import FORM as CACHE_FORM
+from s3dit.cli.option_names import flag
 from s3dit.control import FORM
 from s3dit.errors import RequestError
 from s3dit.request import Request

@@ -11,7 +11,7 @@ Not here: rules and what they predict (`sampling/caches.py`).
 
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,9 @@ class CachedCalls:
         self._open = bisect_left(self._times, time), branches
         if self._looks_at is None:
             self._decide(None)
-        with self._instead():
+        with self._instead(), suppress(_AllSpared):
             if self._looks_at is not None or any(self._computes):
-                try:
-                    out = self._model(x, t, context, control, modulation)
-                except _AllSpared:
-                    pass
+                out = self._model(x, t, context, control, modulation)
         return self._answer(out, time, branches)
 
     def _answer(self, out: Tensor | None, time: float, branches: int) -> Tensor:
@@ -189,7 +186,8 @@ class CachedCalls:
         where = next(block.adaLN_modulation.parameters()).device
         answer = block.adaLN_modulation(modulation.time.to(where))
         factor = modulation_tables(answer, block.norms().to(where))[0].to(x.device)
-        out: Tensor = rms_norm_modulate(x, factor, pack.modulation_row, block.eps)
+        out = rms_norm_modulate(x, factor, pack.modulation_row, block.eps)
+        assert isinstance(out, Tensor)
         return out
 
 
@@ -258,12 +256,9 @@ def computed_calls(cache: Cache, sigmas: Tensor) -> int | None:
 
 
 def _changes(now: list[list[Tensor]], before: list[list[Tensor]]) -> list[float]:
-    """Of each picture sum|now - before| / sum|before| over all of its branches."""
-    sums = [
-        torch.stack([
-            sum((a.float() - b.float()).abs().sum() for a, b in zip(new, old, strict=True)),
-            sum(b.float().abs().sum() for b in old),
-        ])
-        for new, old in zip(now, before, strict=True)
-    ]  # fmt: skip
-    return [difference / whole for difference, whole in torch.stack(sums).tolist()]
+    """Of each picture ‖now - before‖ / ‖before‖, all of its branches together."""
+    norms = []
+    for pair in zip(now, before, strict=True):
+        new, old = (torch.cat(branches).float() for branches in pair)
+        norms.append(torch.stack([(new - old).norm(), old.norm()]))
+    return [difference / whole for difference, whole in torch.stack(norms).tolist()]

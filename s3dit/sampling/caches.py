@@ -14,11 +14,13 @@ the blocks; here it is the velocity, which is as good from order 1 on, takes a s
 part of the model in a spared call.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from s3dit.cache import Cache
@@ -28,9 +30,11 @@ MOST_SPARED = 3
 
 
 class Rule(Protocol):
-    """Decides for one picture; `looks_at`: what the change that it is given is the change of, None for nothing."""
+    """Decides for one picture."""
 
-    looks_at: Literal["residual", "input", None]
+    @property
+    def looks_at(self) -> Literal["residual", "input", None]:
+        """Of what the change is that it is given: the first block's residual, its modulated input, or nothing."""
 
     def spares(self, i: int, change: float) -> bool:
         """Whether call i is spared; asked in the order of the calls.
@@ -145,13 +149,7 @@ def interpolated(pairs: Sequence[Sequence[float]], t: float) -> float:
 
 
 def extrapolated(past: Sequence[tuple[float, Tensor]], t: float) -> Tensor:
-    """Value at t of the polynomial through pairs (t, tensor), in fp32: exact on polynomials of their number less one."""
-    value: Tensor | None = None
-    for i, (t_i, tensor) in enumerate(past):
-        weight = 1.0
-        for j, (t_j, _) in enumerate(past):
-            weight *= 1.0 if i == j else (t - t_j) / (t_i - t_j)
-        term = weight * tensor.float()
-        value = term if value is None else value + term
-    assert value is not None
-    return value
+    """Value at t of the polynomial through n pairs (t, tensor), in fp32: exact where a polynomial of order n - 1 is."""
+    times = [time for time, _ in past]
+    weights = [math.prod((t - other) / (own - other) for other in times if other != own) for own in times]
+    return torch.stack([weight * tensor.float() for weight, (_, tensor) in zip(weights, past, strict=True)]).sum(0)
