@@ -10,6 +10,7 @@ Not here: when a call is spared and what takes its place (`sampling/caches.py`).
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ Method = Literal["first-block", "modulation", "magnitude", "taylor"]
 FORM = "METHOD[:THRESHOLD][:order=N][:first=N][:last=N][:calibration.json]"
 # Thresholds that are taken where none is given.
 THRESHOLDS: dict[str, float] = {"first-block": 0.1, "modulation": 0.1, "magnitude": 0.1, "taylor": 1}
+# What the form says by name.
+RARE = ("order", "first", "last")
+NUMBER = re.compile(r"[\d.+-]+(e[+-]?\d+)?", re.IGNORECASE)
 # Which numbers of a calibration a method needs.
 CALIBRATED = {"modulation": "polynomial", "magnitude": "magnitudes"}
 # A file of a calibration is a few KB; its lists have at most as many entries as a run has steps.
@@ -55,20 +59,20 @@ class Cache:
         """Parse the form of the command line (FORM), and read the calibration that it names; raises ValueError."""
         method, *pieces = text.split(":")
         values: dict[str, Any] = {}
-        calibration: dict[str, Any] = {}
-        while pieces:
+        file = None
+        while pieces and file is None:
             name, equals, value = (piece := pieces.pop(0)).partition("=")
-            if piece.endswith(".json") or any(rest.endswith(".json") for rest in pieces):
-                calibration, pieces = read_calibration(":".join([piece, *pieces])), []
-            elif name in ("order", "first", "last") and equals and name not in values:
+            if equals and name in RARE and name not in values:
                 values[name] = _number(int, value, text)
-            elif "threshold" not in values and not equals:
+            elif "threshold" not in values and NUMBER.fullmatch(piece):
                 values["threshold"] = _number(float, piece, text)
+            elif (rest := ":".join([piece, *pieces])).endswith(".json"):
+                file = rest
             else:
                 raise ValueError(f"cache {text!r} has {piece!r} in it; needed {FORM}")
         cache = cls(method, **values)  # type: ignore[arg-type]
         cache.check()
-        return cache.calibrated(calibration) if calibration else cache
+        return cache if file is None else cache.calibrated(read_calibration(file))
 
     @property
     def limit(self) -> float:
@@ -129,7 +133,7 @@ class Cache:
     def __str__(self) -> str:
         """Return the form that `parse` reads, without a calibration."""
         rare = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)
-                if f.name in ("order", "first", "last") and getattr(self, f.name) != f.default]  # fmt: skip
+                if f.name in RARE and getattr(self, f.name) != f.default]  # fmt: skip
         return ":".join([self.method, f"{self.limit:g}", *rare])
 
 

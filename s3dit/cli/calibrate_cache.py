@@ -21,8 +21,10 @@ EXAMPLES = (
     ("s3dit calibrate-cache --steps 28 -o cache.json", "of the embedded model"),
 )
 # Fields of pictures in several passes, of start images, and the cache itself.
-WITHOUT = ("upscale", "upscale_strength", "image", "mask_image", "strength", "extend", "mask_mode", "mask_blur",
-           "composite", "posterior", "control", "reference", "reference_area", "reference_positions", "cache")  # fmt: skip
+WITHOUT = (
+    "upscale", "upscale_strength", "image", "mask_image", "strength", "extend", "mask_mode", "mask_blur", "composite",
+    "posterior", "control", "reference", "reference_area", "reference_positions", "cache",
+)  # fmt: skip
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
