@@ -22,7 +22,7 @@ Method = Literal["first-block", "modulation", "magnitude", "taylor"]
 
 FORM = "METHOD[:THRESHOLD][:order=N][:first=N][:last=N][:calibration.json]"
 # Thresholds that are taken where none is given.
-THRESHOLDS: dict[str, float] = {"first-block": 0.1, "modulation": 0.1, "magnitude": 0.1, "taylor": 1}
+THRESHOLDS: dict[str, float] = {"first-block": 0.08, "modulation": 0.1, "magnitude": 0.03, "taylor": 2}
 # What the form says by name.
 RARE = ("order", "first", "last")
 NUMBER = re.compile(r"[\d.+-]+(e[+-]?\d+)?", re.IGNORECASE)
@@ -42,14 +42,15 @@ class Cache:
     computed call), modulation (while the accumulated change of the modulated input, rescaled by a polynomial, is),
     magnitude (while the accumulated deviation of calibrated magnitudes is) or taylor (so many calls after each computed
     one) · threshold: 0 spares none · order: of the extrapolation through the last computed velocities, 0 repeats the
-    last · first, last: so many calls at the start and the end are computed always · polynomial: coefficients, the
+    last (default: taylor 1, else 0) · first, last: so many calls at the start (default: a fifth of all, at least two) and at the end are computed
+    always · polynomial: coefficients, the
     highest power first · magnitudes: pairs (t, magnitude), t rising from 0 to 1; both are of a calibration.
     """
 
     method: Method
     threshold: float | None = None
-    order: int = 1
-    first: int = 4
+    order: int | None = None
+    first: int | None = None
     last: int = 1
     polynomial: Sequence[float] | None = None
     magnitudes: Sequence[Sequence[float]] | None = None
@@ -80,6 +81,15 @@ class Cache:
         return THRESHOLDS[self.method] if self.threshold is None else self.threshold
 
     @property
+    def degree(self) -> int:
+        """The order, or the method's own."""
+        return int(self.method == "taylor") if self.order is None else self.order
+
+    def always(self, calls: int) -> tuple[int, int]:
+        """Return the first call of a run that may be spared, and the end of those that may."""
+        return max(2, math.ceil(calls / 5)) if self.first is None else self.first, calls - self.last
+
+    @property
     def missing(self) -> str | None:
         """The field of a calibration that the method needs and this lacks; None where it has all."""
         needed = CALIBRATED.get(self.method)
@@ -102,7 +112,7 @@ class Cache:
         whole = (("order", 3), ("first", 1000), ("last", 1000), *([("threshold", 1000)] * (self.method == "taylor")))
         for name, high in whole:
             value = getattr(self, name)
-            if not (name == "threshold" and value is None) and not (_is_number(value) and value in range(high + 1)):
+            if not (value is None and name != "last") and not (_is_number(value) and value in range(high + 1)):
                 raise ValueError(f"cache {name} is {shown(value)}; needed an integer from 0 to {high}")
         if self.threshold is not None and not (_is_number(self.threshold) and 0 <= self.threshold <= 1000):
             raise ValueError(f"cache threshold is {shown(self.threshold)}; needed a number from 0 to 1000")

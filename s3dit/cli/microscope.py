@@ -22,7 +22,7 @@ EXAMPLES = (
     ('s3dit microscope "a blue star" --image star.png --strength 0.8', "of a start image"),
 )
 # Fields that a report of one picture in one pass has no use for.
-WITHOUT = ("num_images_per_prompt", "upscale", "upscale_strength")
+WITHOUT = ("num_images_per_prompt", "upscale", "upscale_strength", "cache")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -96,7 +96,7 @@ class CachedCalls:
             picture.past += [[]] if branch == len(picture.past) else []
             if self._computes[item % len(pictures)]:
                 assert pieces is not None
-                picture.past[branch] = [*picture.past[branch], (time, pieces[item])][-1 - self._cache.order :]
+                picture.past[branch] = [*picture.past[branch], (time, pieces[item])][-1 - self._cache.degree :]
                 answer.append(pieces[item])
             else:
                 answer.append(extrapolated(picture.past[branch], time))
@@ -106,14 +106,13 @@ class CachedCalls:
         """Find which pictures of the open call are computed; looked: of each, what its rule looks at, by branch."""
         assert self._open is not None
         (i, branches), self._open = self._open, None
-        pictures, n, cache = self._pictures[branches], len(self._times), self._cache
+        pictures, (first, end) = self._pictures[branches], self._cache.always(len(self._times))
         changes = [0.0] * len(pictures)
         if looked is not None and pictures[0].seen is not None:
             changes = _changes(looked, [picture.seen or [] for picture in pictures])
         self._computes = []
         for number, picture in enumerate(pictures):
-            always = not picture.past or i < cache.first or i >= n - cache.last
-            computes = always or not picture.rule.spares(i, changes[number])
+            computes = not picture.past or not first <= i < end or not picture.rule.spares(i, changes[number])
             if computes:
                 picture.rule.computed(i)
             if looked is not None and (computes or self._looks_at == "input"):
@@ -232,15 +231,16 @@ def notes(cache: Cache | str | None, sigmas: Sequence[Tensor]) -> Iterator[str]:
 def without_effect(cache: Cache | str | None, sigmas: Sequence[Tensor]) -> Iterator[str]:
     """Say where a calibrated cache spares nothing."""
     if isinstance(cache, Cache) and all(computed_calls(cache, each) == len(each) - 1 for each in sigmas):
-        yield (f"cache {cache} has no effect: every call is computed; raise its threshold, or draw with more steps "
-               f"than its first {cache.first} and last {cache.last}")  # fmt: skip
+        yield (f"cache {cache} has no effect: every call is computed; raise its threshold, draw with more steps, or "
+               "lower first and last")  # fmt: skip
 
 
 def computed_calls(cache: Cache, sigmas: Tensor) -> int | None:
     """How many calls at noise levels (n + 1,) a calibrated cache computes; None where that depends on the picture."""
     times = flow_time(sigmas[:-1]).tolist()
     own, n = rule(cache, times), len(times)
-    asked = range(cache.first or 1, n - cache.last)
+    first, end = cache.always(n)
+    asked = range(max(1, first), end)
     if not asked or not cache.limit:
         return n
     if own.looks_at is not None:
