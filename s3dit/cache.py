@@ -41,10 +41,10 @@ class Cache:
     method: first-block (a call is spared while the first block's residual is within `threshold` of that of the last
     computed call), modulation (while the accumulated change of the modulated input, rescaled by a polynomial, is),
     magnitude (while the accumulated deviation of calibrated magnitudes is) or taylor (so many calls after each computed
-    one) · threshold: 0 spares none · order: of the extrapolation through the last computed velocities, 0 repeats the
-    last (default: taylor 1, else 0) · first, last: so many calls at the start (default: a fifth of all, at least two) and at the end are computed
-    always · polynomial: coefficients, the
-    highest power first · magnitudes: pairs (t, magnitude), t rising from 0 to 1; both are of a calibration.
+    one) · threshold: 0 spares none (default: THRESHOLDS) · order: of the extrapolation through the last computed
+    velocities, 0 repeats the last (default: taylor 1, else 0) · first, last: so many calls at the start (default: a
+    fifth of all, at least two) and at the end are computed always · polynomial: coefficients, the highest power first ·
+    magnitudes: pairs (t, magnitude), t rising from 0 to 1; both are of a calibration.
     """
 
     method: Method

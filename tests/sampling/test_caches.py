@@ -1,4 +1,4 @@
-"""Each rule of a cache against a loop that spells it out in double precision, and the prediction against polynomials."""
+"""Each rule of a cache against a loop that spells it out in double precision, and predictions against polynomials."""
 
 import random
 
