@@ -29,8 +29,8 @@ from s3dit.research.cache_calibration import calibrate
 from s3dit.sampling.step import split_latents
 
 CACHES = (
-    "first-block:0.05", "first-block", "modulation:0.05", "modulation", "magnitude:0.01", "magnitude", "taylor:1", "taylor",
-    "taylor:3",
+    "first-block:0.05", "first-block", "modulation:0.05", "modulation", "magnitude:0.01", "magnitude", "taylor:1",
+    "taylor", "taylor:3",
 )  # fmt: skip
 # Pictures whose spared velocities are compared.
 COMPARED = 8
@@ -64,7 +64,7 @@ def drawn(pipe: Pipeline, prompts: Sequence[str], **fields: Any) -> tuple[list[A
 
 
 def velocity_errors(pipe: Pipeline, prompts: Sequence[str], scale: float, **fields: Any) -> dict[int, float]:
-    """‖predicted - the model's own‖ / ‖own‖ of the guided velocity by step, over the pictures that were spared there."""
+    """‖predicted - the model's own‖ / ‖own‖ of the guided velocity by step, over the pictures spared there."""
     positive, (negative,) = pipe.encode(list(prompts)), pipe.encode([""])
     reused, errors = [0] * len(prompts), dict[int, float]()
     for step in pipe.stream(list(prompts), seed=list(range(len(prompts))), guidance_scale=scale, **fields):
