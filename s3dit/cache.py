@@ -72,7 +72,6 @@ class Cache:
             else:
                 raise ValueError(f"cache {text!r} has {piece!r} in it; needed {FORM}")
         cache = cls(method, **values)  # type: ignore[arg-type]
-        cache.check()
         return cache if file is None else cache.calibrated(read_calibration(file))
 
     @property

@@ -1,6 +1,6 @@
 """Score cache-dit beside `cache_scores.py`: the same model, prompts and steps, through diffusers' ZImagePipeline.
 
-`python tools/cache_dit_scores.py --model DIR` prints rows for that table, each against the pipeline's own whole run, and
+`python tools/cache_dit_scores.py --model DIR` prints rows of that table, each against the pipeline's own whole run, and
 needs diffusers, transformers and cache-dit, which pip installs (`--no-deps` will do). It is set as its README says for
 a first-block cache: one block first, as many warm-up steps as ours, a threshold; and with its Taylor predictor.
 Pictures are drawn one by one, since a batch of diffusers' decides for all of them at once.
