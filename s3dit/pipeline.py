@@ -27,8 +27,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from s3dit import __version__
-from s3dit.cache import Cache
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
@@ -39,7 +37,7 @@ from s3dit.model.transformer import Context, Transformer
 from s3dit.plan import Plan, make_plan, out_of_memory
 from s3dit.request import Request
 from s3dit.request_fields import RequestFields
-from s3dit.result import Result, records, with_metadata
+from s3dit.result import Result, engine_of, records, with_metadata
 from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
 from s3dit.runtime.cached_calls import CachedCalls
@@ -191,21 +189,10 @@ class Pipeline(LoadedModel):
 
     def records(self, plan: Plan) -> list[dict[str, Any]]:
         """What the pictures of a plan will carry, one a picture: JSON values."""
-        engine = {
-            "s3dit": __version__,
-            "torch": torch.__version__,
-            "variant": self.config.variant,
-            "placement": str(self.placement),
-            "numerics": self.numerics,
-            "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
-            "quantized": {part: name for part, name in self.parts.formats.items() if name},
-        }
         beside: dict[str, Any] = {"model": "embedded" if self.folder == EMBEDDED else self.folder.name}
         if self.lora.names:
             beside["adapters"] = self.lora.records()
-        return records(plan, engine, beside)
+        return records(plan, engine_of(self), beside)
 
     def observe(self, sites: "str | Sequence[str]", **choice: Any) -> "AbstractContextManager[Record]":
         """Record what sites compute, inside a `with`; arguments as of `research.observe.observe`."""
@@ -305,7 +292,7 @@ class Pipeline(LoadedModel):
         )
         lengths = [rows * columns for rows, columns in plan.grids]
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer
-        if isinstance(request.cache, Cache):
+        if request.cache:
             run = CachedCalls(transformer, request.cache, sigmas, lengths)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))

@@ -22,7 +22,7 @@ from s3dit.cache import Cache
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
-from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
+from s3dit.values import LARGEST_SIDE, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -508,19 +508,7 @@ class Request:
         for name in {*IMAGES, "reference"} & {*data}:
             if data[name] is not None and _paths(data[name]) is None:
                 raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        controls = data.get("control")
-        if isinstance(data.get("cache"), str):
-            raise RequestError(f"replay data has a cache of {shown(data['cache'])}; needed the JSON of one")
-        if controls is None:
-            return cls(**data)
-        if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
-            raise RequestError(
-                f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list"
-            )
-        try:
-            return cls(**data | {"control": [Control.from_json(control) for control in controls] or None})
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        return cls(**values.from_json(data))
 
 
 def _paths(given: Any, deep: int = 2) -> Any:

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 
+from s3dit import __version__
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
 from s3dit.inputs import control_hints
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
 from s3dit.inputs.save_image import save_picture
+from s3dit.loaded_model import LoadedModel
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 
@@ -93,6 +95,21 @@ class Result:
             picture = to_pil(image[None])[0] if isinstance(image, torch.Tensor) else image
             save_picture(picture, where, metadata)
         return paths
+
+
+def engine_of(model: LoadedModel) -> dict[str, Any]:
+    """What is true of whatever a model draws: versions, machine, number formats."""
+    return {
+        "s3dit": __version__,
+        "torch": torch.__version__,
+        "variant": model.config.variant,
+        "placement": str(model.placement),
+        "numerics": model.numerics,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "mixed": {part: model.parts.checkpoints[part].path.name for part in model.sources.mixed},
+        "quantized": {part: name for part, name in model.parts.formats.items() if name},
+    }
 
 
 def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[dict[str, Any]]:

@@ -227,6 +227,24 @@ def cache_of(value: Any) -> Any:
         raise RequestError(str(error)) from None
 
 
+def from_json(data: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a request from their JSON, controls and a cache as objects; RequestError where they are none.
+
+    A cache in words is refused, since it may name a file.
+    """
+    controls, given = data.get("control"), data.get("cache")
+    if given is not None and not isinstance(given, dict):
+        raise RequestError(f"replay data has a cache of {shown(given)}; needed the JSON of one")
+    if controls is None:
+        return data
+    if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
+        raise RequestError(f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list")
+    try:
+        return data | {"control": [Control.from_json(control) for control in controls] or None}
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def generators(name: str, value: Any) -> None:
     """Check that a value is a torch.Generator, or a list of them."""
     import torch

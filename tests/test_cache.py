@@ -80,5 +80,5 @@ def test_a_request_carries_it(file):
 
 @pytest.mark.parametrize("cache", ["magnitude:/etc/cache.json", {"method": "taylor", "file": "x"}, {}, [1]])
 def test_a_stranger_s_cache_names_no_file(cache):
-    with pytest.raises(RequestError, match="replay data has a cache|cache is"):
+    with pytest.raises(RequestError, match="replay data has a cache"):
         Request.from_json({"prompt": "a", "cache": cache})

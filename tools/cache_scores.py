@@ -64,7 +64,7 @@ def drawn(pipe: Pipeline, prompts: Sequence[str], **fields: Any) -> tuple[list[A
 
 
 def velocity_errors(pipe: Pipeline, prompts: Sequence[str], scale: float, **fields: Any) -> dict[int, float]:
-    """‖predicted - the model's own‖ / ‖own‖ of the guided velocity by step, over the pictures spared there."""
+    """Measure by step ‖predicted - the model's own‖ / ‖own‖ of the guided velocity, over pictures spared there."""
     positive, (negative,) = pipe.encode(list(prompts)), pipe.encode([""])
     reused, errors = [0] * len(prompts), dict[int, float]()
     for step in pipe.stream(list(prompts), seed=list(range(len(prompts))), guidance_scale=scale, **fields):

@@ -40,13 +40,13 @@ Hints = Iterable[Tensor | None]
 class PictureCalls:
     """What one picture remembers.
 
-    seen: the tensor that its rule looks at, of each of its branches, from the call against which the change is taken ·
-    past: the last computed velocities with their times, of each branch.
+    seen: the tensor that its rule looks at, of each of its items, from the call against which the change is taken ·
+    past: the last computed velocities with their times, by item.
     """
 
     rule: Rule
     seen: list[Tensor] | None = None
-    past: list[list[tuple[float, Tensor]]] = field(default_factory=list)
+    past: dict[int, list[tuple[float, Tensor]]] = field(default_factory=dict)
 
 
 class _AllSpared(Exception):
@@ -59,16 +59,18 @@ class CachedCalls:
     reused: calls that were spared so far, of every picture.
     """
 
-    def __init__(self, model: Transformer, cache: Cache, sigmas: Tensor, patches: Sequence[int]) -> None:
+    def __init__(self, model: Transformer, cache: Cache | str, sigmas: Tensor, patches: Sequence[int]) -> None:
         """sigmas (n + 1,) fp32 on the CPU, as the solver steps through them · patches: of each picture."""
+        assert isinstance(cache, Cache)
         self.reused = [0] * len(patches)
         self._model, self._cache, self._patches = model, cache, list(patches)
         self._times: list[float] = flow_time(sigmas[:-1]).tolist()
-        # By the number of branches of a pass: what one remembers is no use to a pass with others.
-        self._pictures: dict[int, list[PictureCalls]] = {}
         self._looks_at = rule(cache, self._times).looks_at
-        # Of the call that runs: its number and the number of its branches, None once it has been decided.
-        self._open: tuple[int, int] | None = None
+        # By the number of items of a pass: its context, to another of which nothing remembered belongs.
+        self._pictures: dict[int, tuple[Context, list[PictureCalls]]] = {}
+        # Of the call that runs: its number, None once it has been decided; the picture of each item; what is computed.
+        self._open: int | None = None
+        self._owners: list[int] = []
         self._computes: list[bool] = []
 
     def __call__(
@@ -76,37 +78,39 @@ class CachedCalls:
         modulation: Modulation | None = None,
     ) -> Tensor:  # fmt: skip
         """As `Transformer.forward`; (n, patch_dim) of the transformer's dtype, fp32 where something is predicted."""
-        time, branches, out = t.item(), len(x) // sum(self._patches), None
-        self._pictures.setdefault(branches, [PictureCalls(rule(self._cache, self._times)) for _ in self._patches])
-        self._open = bisect_left(self._times, time), branches
+        time, items, out = t.item(), len(context.joint.spans.lengths), None
+        known, pictures = self._pictures.get(items, (None, []))
+        if known is not context:
+            pictures = [PictureCalls(rule(self._cache, self._times)) for _ in self._patches]
+            self._pictures[items] = context, pictures
+        # With guidance the pictures come twice.
+        self._owners = [item % len(pictures) for item in range(items)]
+        self._open = bisect_left(self._times, time)
         if self._looks_at is None:
-            self._decide(None)
+            self._decide(pictures, None)
         with self._instead(), suppress(_AllSpared):
             if self._looks_at is not None or any(self._computes):
                 out = self._model(x, t, context, control, modulation)
-        return self._answer(out, time, branches)
+        return self._answer(pictures, out, time)
 
-    def _answer(self, out: Tensor | None, time: float, branches: int) -> Tensor:
+    def _answer(self, pictures: list[PictureCalls], out: Tensor | None, time: float) -> Tensor:
         """Remember what was computed, and put predictions in the place of what was not."""
-        pictures = self._pictures[branches]
-        pieces = None if out is None else out.split(self._patches * branches)
-        answer: list[Tensor] = []
-        for item in range(len(pictures) * branches):
-            picture, branch = pictures[item % len(pictures)], item // len(pictures)
-            picture.past += [[]] if branch == len(picture.past) else []
-            if self._computes[item % len(pictures)]:
-                assert pieces is not None
-                picture.past[branch] = [*picture.past[branch], (time, pieces[item])][-1 - self._cache.degree :]
-                answer.append(pieces[item])
+        computed = [None] * len(self._owners) if out is None else out.split([self._patches[i] for i in self._owners])
+        answer = []
+        for item, (owner, piece) in enumerate(zip(self._owners, computed, strict=True)):
+            past = pictures[owner].past.setdefault(item, [])
+            if piece is not None and self._computes[owner]:
+                past[:] = [*past, (time, piece)][-1 - self._cache.degree :]
             else:
-                answer.append(extrapolated(picture.past[branch], time))
+                piece = extrapolated(past, time)
+            answer.append(piece)
         return out if out is not None and all(self._computes) else torch.cat(answer)
 
-    def _decide(self, looked: list[list[Tensor]] | None) -> None:
-        """Find which pictures of the open call are computed; looked: of each, what its rule looks at, by branch."""
+    def _decide(self, pictures: list[PictureCalls], looked: list[list[Tensor]] | None) -> None:
+        """Find which pictures of the open call are computed; looked: of each, what its rule looks at, by item."""
         assert self._open is not None
-        (i, branches), self._open = self._open, None
-        pictures, (first, end) = self._pictures[branches], self._cache.always(len(self._times))
+        i, self._open = self._open, None
+        first, end = self._cache.always(len(self._times))
         changes = [0.0] * len(pictures)
         if looked is not None and pictures[0].seen is not None:
             changes = _changes(looked, [picture.seen or [] for picture in pictures])
@@ -150,9 +154,10 @@ class CachedCalls:
             looked = x - before
         else:
             looked = self._modulated_input(x, pack, modulation)
-        pictures = len(self._patches)
-        parts = looked.split(list(pack.spans.lengths))
-        self._decide([list(parts[number::pictures]) for number in range(pictures)])
+        parts, (_, pictures) = looked.split(list(pack.spans.lengths)), self._pictures[len(self._owners)]
+        of_picture = [[part for part, owner in zip(parts, self._owners, strict=True) if owner == number]
+                      for number in range(len(pictures))]  # fmt: skip
+        self._decide(pictures, of_picture)
         return self._computed(slice(start, None), x, rope, pack, modulation, hints)
 
     def _computed(
@@ -170,7 +175,7 @@ class CachedCalls:
                 "a cache spares some pictures of a pass whose insides are looked at or edited; needed whole passes; "
                 "draw one picture at a time, or without cache"
             )
-        chosen = [self._computes[item % len(self._computes)] for item in range(len(lengths))]
+        chosen = [self._computes[owner] for owner in self._owners]
         mask = torch.repeat_interleave(torch.tensor(chosen), torch.tensor(lengths))
         rows = mask.nonzero()[:, 0].to(device)
         spans = Spans.of(tuple(length for length, taken in zip(lengths, chosen, strict=True) if taken), device)

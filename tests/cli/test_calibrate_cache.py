@@ -15,7 +15,8 @@ def test_from_a_calibration_to_a_replay(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out == "cache.json\n" and "R² of the polynomial" in said.err
     assert set(json.loads((tmp_path / "cache.json").read_text())) >= {"polynomial", "magnitudes", "r2"}
-    drawing = ["generate", "a red star", "--seed", "3", "--steps", "9", "--size", "64x64", "--cache", "magnitude:0.5:cache.json"]
+    drawing = ["generate", "a red star", "--seed", "3", "--steps", "9", "--size", "64x64"]
+    drawing += ["--cache", "magnitude:0.5:cache.json"]
     assert main([*drawing, "-o", "a.png"]) == 0
     said = capsys.readouterr().err
     assert "of 9 model calls are computed, the others predicted" in said and "of 9 model calls were predicted" in said

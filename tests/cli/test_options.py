@@ -139,13 +139,14 @@ BAD = {
     "width": ["--width=0"], "num_inference_steps": ["--steps=0"], "guidance_scale": ["--guidance=-1"],
     "cfg": ["--cfg=0"], "cfg_normalization": ["--cfg-normalization=-1"], "cfg_truncation": ["--cfg-truncation=nan"],
     "num_images_per_prompt": ["--count=0"], "seed": [f"--seed={2**70}"], "sigmas": ["--sigmas=0.5,0.9"],
-    "shift": ["--shift=0"], "cache": ["--cache=taylor:1:order=9"], "max_sequence_length": ["--max-sequence-length=0"], "image": ["--image="],
+    "shift": ["--shift=0"], "max_sequence_length": ["--max-sequence-length=0"], "image": ["--image="],
     "mask_image": ["--mask=", "--image=a.png"], "strength": ["--strength=2", "--image=a.png"],
     "extend": ["--extend=0,0,0,0"], "mask_blur": ["--mask-blur=-1"], "upscale": ["--upscale=9"],
     "upscale_strength": ["--upscale-strength=2"], "control": ["--control=x.safetensors:a.png:9"],
     "reference": ["--reference="], "reference_area": ["--reference-area=1"], "schedule": ["--schedule=none"],
     "solver": ["--solver=none"], "mask_mode": ["--mask-mode=none"], "posterior": ["--posterior=none"],
     "reference_positions": ["--reference-positions=none"], "composite": ["--composite=1"],
+    "cache": ["--cache=taylor:1:order=9"],
 }  # fmt: skip
 
 
