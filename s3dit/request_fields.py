@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.cache import Cache
 from s3dit.control import Control
-from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver
+from s3dit.request import Convention, MaskMode, OutputType, Positions, Posterior, Preset, Schedule, Solver
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,7 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | Sequence[str] | None
     height: int | Sequence[int] | None
     width: int | Sequence[int] | None
+    preset: Preset | None
     num_inference_steps: int | None
     guidance_scale: float | None
     cfg: float | None
@@ -37,6 +38,8 @@ class RequestFields(TypedDict, total=False):
     shift: float | None
     schedule: Schedule
     solver: Solver
+    convention: Convention
+    batch_place: Sequence[int] | None
     cache: Cache | str | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.",),
     ("weights.",),
     ("configs.",),
-    ("cache", "control", "values", "request", "request_fields", "files", "terminal"),
+    ("cache", "control", "values", "request", "presets", "request_fields", "files", "terminal"),
     ("model.",),
     ("sampling.",),
     ("inputs.",),
