@@ -9,7 +9,6 @@ main blocks leads through here.
 Not here: rules and what they predict (`sampling/caches.py`).
 """
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -85,7 +84,8 @@ class CachedCalls:
             self._pictures[items] = context, pictures
         # With guidance the pictures come twice.
         self._owners = [item % len(pictures) for item in range(items)]
-        self._open = bisect_left(self._times, time)
+        # The nearest, as some solvers leave out what is next to pure noise.
+        self._open = min(range(len(self._times)), key=lambda i: abs(self._times[i] - time))
         if self._looks_at is None:
             self._decide(pictures, None)
         with self._instead(), suppress(_AllSpared):
