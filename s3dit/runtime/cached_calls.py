@@ -9,6 +9,7 @@ main blocks leads through here.
 Not here: rules and what they predict (`sampling/caches.py`).
 """
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -65,8 +66,8 @@ class CachedCalls:
         self._model, self._cache, self._patches = model, cache, list(patches)
         self._times: list[float] = flow_time(sigmas[:-1]).tolist()
         self._looks_at = rule(cache, self._times).looks_at
-        # By the number of items of a pass: its context, to another of which nothing remembered belongs.
-        self._pictures: dict[int, tuple[Context, list[PictureCalls]]] = {}
+        # By the number of items of a pass: its context and ControlNets, to others of which nothing remembered belongs.
+        self._pictures: dict[int, tuple[tuple[Any, ...], list[PictureCalls]]] = {}
         # Of the call that runs: its number, None once it has been decided; the picture of each item; what is computed.
         self._open: int | None = None
         self._owners: list[int] = []
@@ -78,10 +79,11 @@ class CachedCalls:
     ) -> Tensor:  # fmt: skip
         """As `Transformer.forward`; (n, patch_dim) of the transformer's dtype, fp32 where something is predicted."""
         time, items, out = t.item(), len(context.joint.spans.lengths), None
-        known, pictures = self._pictures.get(items, (None, []))
-        if known is not context:
+        known, pictures = self._pictures.get(items, ((), []))
+        given = context, *getattr(control, "nets", ())
+        if len(known) != len(given) or not all(map(operator.is_, known, given)):
             pictures = [PictureCalls(rule(self._cache, self._times)) for _ in self._patches]
-            self._pictures[items] = context, pictures
+            self._pictures[items] = given, pictures
         # With guidance the pictures come twice.
         self._owners = [item % len(pictures) for item in range(items)]
         # The nearest, as some solvers leave out what is next to pure noise.

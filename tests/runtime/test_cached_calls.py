@@ -10,6 +10,7 @@ from s3dit.cache import Cache
 from s3dit.errors import RequestError
 from s3dit.kernels.attention import attention
 from s3dit.research.edits import skipped
+from s3dit.runtime.graphs import compile_blocks
 from s3dit.sampling.caches import FirstBlock
 
 NUMBERS = {"polynomial": [1.0, 0.0], "magnitudes": [[0.0, 1.0], [0.5, 0.9], [1.0, 0.6]]}
@@ -118,6 +119,14 @@ def test_streamed_blocks(pipe, cache):
     streamed = Pipeline.load(device="cpu", dtype="fp32", residency="streamed")
     both = [each(PROMPTS, seed=[3, 9], cache=cache.calibrated(NUMBERS), **FIELDS) for each in (pipe, streamed)]
     assert reused(both[0]) == reused(both[1]) and all(map(torch.equal, both[0].latents, both[1].latents))
+
+
+@pytest.mark.parametrize("cache", SPARING[:2], ids=str)
+def test_compiled_blocks(pipe, cache, monkeypatch):
+    monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda model: compile_blocks(model, "eager"))
+    compiled, cache = Pipeline.load(device="cpu", dtype="fp32", compile=True), cache.calibrated(NUMBERS)
+    both = [each(PROMPTS[0], seed=3, cache=cache, **FIELDS) for each in (pipe, compiled)]
+    assert reused(both[0]) == reused(both[1]) and relative(both[1].latents[0], both[0].latents[0]) < 2e-5
 
 
 def test_a_second_pass_and_edits(pipe):
