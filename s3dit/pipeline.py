@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
+from s3dit.guidance_options import SkipLayers
 from s3dit.inputs import control_hints, images, noise, references, start_image
+from s3dit.inputs.variation import variations, varied
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
@@ -47,7 +49,9 @@ from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
-from s3dit.sampling.guidance import Guidance, guide
+from s3dit.sampling.guidance import guide
+from s3dit.sampling.guidance_methods import guidance_of
+from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
 
@@ -290,15 +294,14 @@ class Pipeline(LoadedModel):
         x, keep = noise.starting_noise(request, plan.grids, sources).to(device), None
         if start:
             x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
-        guidance = Guidance(
-            request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
-        )
+        skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
         lengths = [rows * columns for rows, columns in plan.grids]
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer
         if request.cache:
             run = CachedCalls(transformer, request.cache, sigmas, lengths)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
+        guidance = guidance_of(request, sigmas, lengths, skipped or None)
         velocity = guide(run, context, guidance, lengths, control, modulation)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
@@ -306,7 +309,8 @@ class Pipeline(LoadedModel):
         for step in solve(request.solver, velocity, x, sigmas, fresh, keep, request.convention):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
-            yield replace(step, reused=tuple(run.reused)) if request.cache else step
+            reused = tuple(run.reused) if request.cache else ()
+            yield replace(step, calls=step.calls + (skipped.calls if skipped else 0), reused=reused)
         checks.finish()
 
     def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[references.ReferenceFeatures]]:
@@ -316,6 +320,7 @@ class Pipeline(LoadedModel):
             for captions in (plan.captions[: plan.request.count], plan.captions[plan.request.count :])
         )
         pictures = [reference for of_picture in plan.references for reference in of_picture]
+        positive = varied(positive, plan.captions, variations(plan.request))
         return positive, negative, self.encoders.encode_references(pictures, plan.tile)
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:

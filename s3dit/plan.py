@@ -20,14 +20,16 @@ from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import Grid, Layout, edit, text_to_image
 from s3dit.model.tokenizer import Tokenizer
+from s3dit.notes import notes as notes_on
+from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
-from s3dit.resolve import notes as notes_on
-from s3dit.resolve import resolve, without_effect
+from s3dit.resolve import resolve
 from s3dit.runtime import cached_calls
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
 from s3dit.runtime.sources import Sources
+from s3dit.sampling.guidance_methods import extra_calls
 from s3dit.sampling.solvers import model_calls
 from s3dit.stages import References, Stage, Work, memory_plan, new_tokens, stages_of
 
@@ -100,11 +102,11 @@ def make_plan(
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     unused += tuple(cached_calls.without_effect(request.cache, sigmas))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
-    notes += cached_calls.notes(request.cache, sigmas)
     captions = _captions(request, tokenizer)
+    notes += on_calls(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),
-        calls=tuple(model_calls(request.solver, each) for each in sigmas),
+        calls=tuple(model_calls(request.solver, each) + extra_calls(request, each) for each in sigmas),
         new_tokens=new_tokens(captions, kept_prompts),
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,

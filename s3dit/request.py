@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from s3dit import values
+from s3dit import guidance_options, values
 from s3dit.cache import Cache
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
@@ -122,12 +122,13 @@ class Request:
         None, values.INTEGER, 1, values.MOST_STEPS, group=SAMPLING, flag="--steps",
         says="steps of the solver (default: Turbo 8, Z-Image 28)",
     )  # fmt: skip
-    guidance_scale: float | None = _field(
-        None, values.NUMBER, 0, 1000, group=GUIDANCE, flag="--guidance",
-        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
+    guidance_scale: float | Sequence[float] | None = _field(
+        None, values.SCALES, 0, 1000, group=GUIDANCE, flag="--guidance",
+        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4); of several, the first "
+        "step takes the first, the last the last, and steps between them lie on straight lines",
     )  # fmt: skip
-    cfg: float | None = _field(
-        None, values.NUMBER, 1, 1001, group=GUIDANCE,
+    cfg: float | Sequence[float] | None = _field(
+        None, values.SCALES, 1, 1001, group=GUIDANCE,
         says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1",
     )  # fmt: skip
     cfg_normalization: bool | float = _field(
@@ -137,6 +138,23 @@ class Request:
     cfg_truncation: float = _field(
         1.0, values.NUMBER, 0, 1000, group=GUIDANCE,
         says="no guidance once t (0 noise, 1 image) is above this",
+    )  # fmt: skip
+    guidance_interval: Sequence[float] | None = _field(
+        None, values.INTERVAL, group=GUIDANCE,
+        says="guidance only where t (0 noise, 1 image) is from A to B (default: everywhere)",
+    )  # fmt: skip
+    guidance_method: str | None = _field(
+        None, guidance_options.METHOD, group=GUIDANCE,
+        says="plain (default), apg[:eta=0,momentum=-0.5,norm_threshold=0] or cfg_zero[:zero_init_steps=1]",
+    )  # fmt: skip
+    skip_layers: str | None = _field(
+        None, guidance_options.SKIPPED, group=GUIDANCE,
+        says="also SCALE·(pos - pos without these main layers), where t is from A to B; needs no guidance_scale",
+    )  # fmt: skip
+    variation: float | str | Sequence[float | str] | None = _field(
+        None, guidance_options.VARIED, each=True, group=PROMPT,
+        says="noise on the prompt's features, X times their norm, for pictures that differ more (default seed: the "
+        "picture's); seeds count up",
     )  # fmt: skip
     num_images_per_prompt: int = _field(
         1, values.INTEGER, 1, MOST_PICTURES, group=PROMPT, flag="--count",

@@ -24,10 +24,14 @@ class RequestFields(TypedDict, total=False):
     width: int | Sequence[int] | None
     preset: Preset | None
     num_inference_steps: int | None
-    guidance_scale: float | None
-    cfg: float | None
+    guidance_scale: float | Sequence[float] | None
+    cfg: float | Sequence[float] | None
     cfg_normalization: bool | float
     cfg_truncation: float
+    guidance_interval: Sequence[float] | None
+    guidance_method: str | None
+    skip_layers: str | None
+    variation: float | str | Sequence[float | str] | None
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
     generator: torch.Generator | Sequence[torch.Generator] | None

@@ -22,6 +22,7 @@ from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
 from s3dit.inputs.noise import places
 from s3dit.inputs.save_image import save_picture
+from s3dit.inputs.variation import variations
 from s3dit.loaded_model import LoadedModel
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
@@ -125,9 +126,11 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     )
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
+    varied = variations(request)
     made = []
     for i, (seed, place, *values) in enumerate(zip(request.seeds(), places(request), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
+        own["variation"] = str(varied[i]) if varied[i].strength else None
         if own["reference"] is None:
             own["reference_positions"] = "released"
         controls = request.controls_of(i)

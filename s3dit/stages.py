@@ -53,6 +53,8 @@ class Work:
     def turns(self) -> Iterator[Turn]:
         """The turns of the parts, in their order."""
         count = self.request.count
+        given = self.request.guidance_interval, self.request.skip_layers
+        varying = bool(self.request.guidance_scale) and given != (None, None)
         if self.new_tokens:
             yield "text_encoder", f"{self.new_tokens} tokens"
         references = [f"{self.new_references} references"] if self.new_references else []
@@ -62,7 +64,8 @@ class Work:
         if read:
             yield "vae", " and ".join(read)
         for i, calls in enumerate(self.calls, 1):
-            yield "transformer", f"{calls} model calls, {self.items} items each"
+            items = f"at most {self.items} items each" if varying else f"{self.items} items each"
+            yield "transformer", f"{calls} model calls, {items}"
             yield from ((part, "beside the transformer") for part in dict.fromkeys(c.part for c in self.controls))
             if i < len(self.calls):
                 yield "vae", f"{count} pictures, enlarged, and start images again"

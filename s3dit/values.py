@@ -95,6 +95,20 @@ def number(name: str, value: Any, low: float, high: float) -> None:
         raise RequestError(f"{name} is {shown(value)}; needed a number from {low:g} to {high:g}")
 
 
+def one_or_several(name: str, value: Any, low: float, high: float) -> None:
+    """Check that a value is a number from low to high, or a list of such, one a step at most."""
+    given = list(value) if several(value) and 1 <= len(value) <= MOST_STEPS else [value]
+    for each in given:
+        number(name, each, low, high)
+
+
+def interval(name: str, value: Any) -> None:
+    """Check that a value is two times, from and to, within 0 (noise) and 1 (image)."""
+    given = list(value) if several(value) and len(value) == 2 else []
+    if not given or not all(_number(t, int | float) for t in given) or not 0 <= given[0] <= given[1] <= 1:
+        raise RequestError(f"{name} is {shown(value)}; needed two times from 0 (noise) to 1 (image), as in 0.1-0.8")
+
+
 def number_or_bool(name: str, value: Any, low: float, high: float) -> None:
     """Check that a value is a number from low to high, or a truth value: False for 0, True for 1."""
     number(name, float(value) if isinstance(value, bool) else value, low, high)
@@ -331,6 +345,17 @@ def floats_of(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def scales_of(text: str) -> float | list[float]:
+    """Read a number, or several that commas part; ValueError."""
+    return floats_of(text) if "," in text else float(text)
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """Read A-B; ValueError."""
+    start, end = text.split("-")
+    return float(start), float(end)
+
+
 def integers_of(text: str) -> list[int]:
     """Read integers that commas part; ValueError."""
     return [int(part) for part in text.split(",")]
@@ -356,6 +381,8 @@ TEXT = Kind(texts, str, "TEXT")
 SIDE = Kind(side, int, "N", name="an integer")
 INTEGER = Kind(integer, int, "N", name="an integer")
 NUMBER = Kind(number, float, "X", name="a number")
+SCALES = Kind(one_or_several, scales_of, "X[,X,…]", name="a number, or a list of numbers such as 6,2")
+INTERVAL = Kind(interval, interval_of, "A-B", name="two times such as 0.1-0.8")
 LIMIT = Kind(number_or_bool, float, "X", name="a number")
 CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
@@ -370,4 +397,4 @@ GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)
 # Whose values are numbers, or rows of them: also numpy's and torch's.
-NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, SIGMAS, MARGINS, PLACE)
+NUMERIC = (SIDE, INTEGER, NUMBER, SCALES, INTERVAL, LIMIT, SWITCH, SIGMAS, MARGINS, PLACE)

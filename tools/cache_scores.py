@@ -30,7 +30,7 @@ from s3dit.sampling.step import split_latents
 
 CACHES = ("first-block", "modulation", "magnitude", "taylor:1", "taylor:2", "taylor:3")
 # Pictures whose spared velocities are compared.
-COMPARED = 8
+COMPARED = 4
 
 
 def prompts_of(count: int) -> tuple[list[Any], list[str]]:

@@ -225,14 +225,19 @@ def read(request: Request, folder: Path) -> Request:
     return request.filled(cache=cache)
 
 
-def notes(cache: Cache | str | None, sigmas: Sequence[Tensor]) -> Iterator[str]:
-    """Say what a calibrated cache spares, of the calls of passes at noise levels (n + 1,) each."""
-    if isinstance(cache, Cache) and not [*without_effect(cache, sigmas)]:
-        calls, counts = sum(len(each) - 1 for each in sigmas), [computed_calls(cache, each) for each in sigmas]
-        known = [count for count in counts if count is not None]
-        spared = f"{sum(known)} of {calls} model calls are computed" if len(known) == len(counts) else (
-            f"how many of {calls} model calls are computed depends on the picture")  # fmt: skip
-        yield f"cache {cache} approximates: {spared}, the others predicted"
+def notes(request: Request, sigmas: Sequence[Tensor]) -> Iterator[str]:
+    """Say what the calibrated cache of a request spares, of the calls of its passes at noise levels (n + 1,) each."""
+    cache = request.cache
+    if not isinstance(cache, Cache) or [*without_effect(cache, sigmas)]:
+        return
+    calls, counts = sum(len(each) - 1 for each in sigmas), [computed_calls(cache, each) for each in sigmas]
+    known = [count for count in counts if count is not None]
+    # Where guidance or control begins or ends, a call more is.
+    least = "at least " * any((request.guidance_interval, request.cfg_truncation < 1, request.controls))
+    spared = f"{least}{sum(known)} of {calls} model calls are computed"
+    if len(known) < len(counts):
+        spared = f"how many of {calls} model calls are computed depends on the picture"
+    yield f"cache {cache} approximates: {spared}, the others predicted"
 
 
 def without_effect(cache: Cache | str | None, sigmas: Sequence[Tensor]) -> Iterator[str]:

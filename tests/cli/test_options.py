@@ -148,6 +148,8 @@ BAD = {
     "batch_place": ["--batch-place=4,4"], "mask_mode": ["--mask-mode=none"], "posterior": ["--posterior=none"],
     "reference_positions": ["--reference-positions=none"], "composite": ["--composite=1"],
     "cache": ["--cache=taylor:1:order=9"],
+    "guidance_interval": ["--guidance-interval=0.8-0.1"], "guidance_method": ["--guidance-method=apg:eta=-1"],
+    "skip_layers": ["--skip-layers=2,x:1"], "variation": ["--variation=0.1:-3"],
 }  # fmt: skip
 
 
