@@ -16,6 +16,8 @@ from s3dit.cache import FORM as CACHE_FORM
 from s3dit.cache import Cache
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
+from s3dit.json_values import objects_from_json, objects_to_json, paths, paths_from_json, same, value_to_json
+from s3dit.region import Region
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -26,8 +28,9 @@ MOST_PIXELS, MOST_PICTURES = 4 * LARGEST_SIDE**2, 1024
 MOST_TOKENS = 1 << 15
 LONGEST_PROMPT, MOST_TEXT = 4 * MOST_TOKENS, 1 << 22
 MOST_STEPS = 1000
-# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024².
-MOST_CONTROLS = MOST_REFERENCES = 16
+# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024², each
+# region as many as the picture.
+MOST_CONTROLS = MOST_REFERENCES = MOST_REGIONS = 16
 
 
 def several(value: Any) -> bool:
@@ -231,6 +234,29 @@ def controls(name: str, value: Any) -> None:
         raise RequestError(str(error)) from None
 
 
+def regions(name: str, value: Any) -> None:
+    """Check that a value is a Region, a list of them, or a list for each prompt, where None is an empty list."""
+    given = value if isinstance(value, list | tuple) else [value]
+    rows = [entry for entry in given if entry is None or isinstance(entry, list | tuple)]
+    if len(rows) > MOST_PICTURES:
+        raise RequestError(f"{name} has {len(rows):,} entries; needed at most {MOST_PICTURES}; draw fewer at once")
+    for row in rows or [given]:
+        if row is not None and len(row) > MOST_REGIONS:
+            raise RequestError(f"{name} has {len(row):,} entries; needed at most {MOST_REGIONS} a picture")
+    for region in (region for entry in given for region in (entry if isinstance(entry, list | tuple) else [entry])):
+        if region is None:
+            continue
+        if not isinstance(region, Region):
+            raise RequestError(f"{name} is {shown(value)}; needed a Region, a list of them, or a list for each prompt")
+        try:
+            region.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if not isinstance(region.prompt, str):
+            raise RequestError(f"{name} prompt is {shown(region.prompt)}; needed a string")
+        texts(f"{name} prompt", region.prompt)
+
+
 def cache(name: str, value: Any) -> None:
     """Check that a value is a Cache, or a text that says one."""
     try:
@@ -247,24 +273,6 @@ def cache_of(value: Any) -> Any:
         if isinstance(value, str):
             return Cache.parse(value)
         return Cache.from_json(value) if isinstance(value, dict) else value
-    except ValueError as error:
-        raise RequestError(str(error)) from None
-
-
-def from_json(data: dict[str, Any]) -> dict[str, Any]:
-    """Fields of a request from their JSON, controls and a cache as objects; RequestError where they are none.
-
-    A cache in words is refused, since it may name a file.
-    """
-    controls, given = data.get("control"), data.get("cache")
-    if given is not None and not isinstance(given, dict):
-        raise RequestError(f"replay data has a cache of {shown(given)}; needed the JSON of one")
-    if controls is None:
-        return data
-    if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
-        raise RequestError(f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list")
-    try:
-        return data | {"control": [Control.from_json(control) for control in controls] or None}
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -367,7 +375,8 @@ class Kind:
 
     check(name, value, *bounds) raises RequestError · parse: a value from the command line's text (ValueError), None
     where a field cannot be given there · metavar: what stands for the value in --help · several: whether the option may
-    be repeated, each time one value more · name: what a text is not that cannot be read.
+    be repeated, each time one value more · name: what a text is not that cannot be read · to_json(value),
+    from_json(name, data): to what a picture's metadata hold, and back (ValueError).
     """
 
     check: Callable[..., None]
@@ -375,6 +384,8 @@ class Kind:
     metavar: str = ""
     several: bool = False
     name: str = ""
+    to_json: Callable[[Any], Any] = value_to_json
+    from_json: Callable[[str, Any], Any] = same
 
 
 TEXT = Kind(texts, str, "TEXT")
@@ -389,10 +400,23 @@ SWITCH = Kind(true_or_false)
 SIGMAS = Kind(sigmas, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
 MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
 PLACE = Kind(place, integers_of, "I,N", name="a place and a size such as 2,4")
-IMAGE = Kind(image, str, "FILE")
-REFERENCES = Kind(references, str, "FILE", several=True)
-CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
-CACHE = Kind(cache, Cache.parse, "METHOD[:…]")
+# Values that are no JSON: what of them a picture's metadata hold, and how that is read back.
+PATHS: Any = {"to_json": paths, "from_json": paths_from_json}
+IMAGE = Kind(image, str, "FILE", **PATHS)
+REFERENCES = Kind(references, str, "FILE", several=True, **PATHS)
+CONTROLS = Kind(
+    controls, Control.parse, "FILE:IMAGE[:…]", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Control.from_json, MOST_CONTROLS),
+)  # fmt: skip
+REGIONS = Kind(
+    regions, Region.parse, "MASK:PROMPT", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Region.from_json, MOST_PICTURES),
+)  # fmt: skip
+CACHE = Kind(
+    cache, Cache.parse, "METHOD[:…]",
+    to_json=lambda value: None if value is None else value.to_json(),
+    from_json=lambda name, value: None if value is None else Cache.from_json(value),
+)  # fmt: skip
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)

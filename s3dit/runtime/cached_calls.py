@@ -59,8 +59,13 @@ class CachedCalls:
     reused: calls that were spared so far, of every picture.
     """
 
-    def __init__(self, model: Transformer, cache: Cache | str, sigmas: Tensor, patches: Sequence[int]) -> None:
-        """sigmas (n + 1,) fp32 on the CPU, as the solver steps through them · patches: of each picture."""
+    def __init__(
+        self, model: Transformer, cache: Cache | str, sigmas: Tensor, patches: Sequence[int], owners: Sequence[int]
+    ) -> None:
+        """sigmas (n + 1,) fp32 on the CPU, as the solver steps through them · patches: of each picture.
+
+        owners: the picture of each item without guidance, several of one where it has regions.
+        """
         assert isinstance(cache, Cache)
         self.reused = [0] * len(patches)
         self._model, self._cache, self._patches = model, cache, list(patches)
@@ -68,6 +73,8 @@ class CachedCalls:
         self._looks_at = rule(cache, self._times).looks_at
         # By the number of items of a pass: its context and ControlNets, to others of which nothing remembered belongs.
         self._pictures: dict[int, tuple[tuple[Any, ...], list[PictureCalls]]] = {}
+        # With guidance every picture comes once more.
+        self._every_owner = [*owners, *range(len(patches))]
         # Of the call that runs: its number, None once it has been decided; the picture of each item; what is computed.
         self._open: int | None = None
         self._owners: list[int] = []
@@ -84,8 +91,7 @@ class CachedCalls:
         if len(known) != len(given) or not all(map(operator.is_, known, given)):
             pictures = [PictureCalls(rule(self._cache, self._times)) for _ in self._patches]
             self._pictures[items] = given, pictures
-        # With guidance the pictures come twice.
-        self._owners = [item % len(pictures) for item in range(items)]
+        self._owners = self._every_owner[:items]
         # The nearest, as some solvers leave out what is next to pure noise.
         self._open = min(range(len(self._times)), key=lambda i: abs(self._times[i] - time))
         if self._looks_at is None:

@@ -5,7 +5,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from s3dit import Pipeline
+from s3dit import Pipeline, Region
 from s3dit.cache import Cache
 from s3dit.errors import RequestError
 from s3dit.kernels.attention import attention
@@ -119,6 +119,16 @@ def test_streamed_blocks(pipe, cache):
     streamed = Pipeline.load(device="cpu", dtype="fp32", residency="streamed")
     both = [each(PROMPTS, seed=[3, 9], cache=cache.calibrated(NUMBERS), **FIELDS) for each in (pipe, streamed)]
     assert reused(both[0]) == reused(both[1]) and all(map(torch.equal, both[0].latents, both[1].latents))
+
+
+def test_regions(pipe):
+    """Copies of a picture for its regions decide with it, and pictures beside it do not count."""
+    halves = [Region((0, 0, 64, 128), "a red star at the left"), Region((64, 0, 64, 128), "a blue ring at the right")]
+    fields, cache = FIELDS | {"base_weight": 0.2}, "first-block:0.1"
+    both = pipe(PROMPTS, seed=[3, 9], region=[halves, None], cache=cache, **fields)
+    alone = pipe(PROMPTS[0], seed=3, region=halves, cache=cache, **fields)
+    assert reused(alone) == reused(both)[:1] and reused(alone)[0] > 0
+    assert relative(both.latents[0], alone.latents[0]) < 2e-5
 
 
 @pytest.mark.parametrize("cache", SPARING[:2], ids=str)
