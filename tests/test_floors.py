@@ -20,8 +20,8 @@ FLOORS = (
     ("weights.",),
     ("configs.",),
     (
-        "control", "region", "json_values", "values", "guidance_options", "request", "presets", "request_fields",
-        "files", "terminal",
+        "cache", "control", "region", "json_values", "values", "guidance_options", "request", "presets",
+        "request_fields", "files", "terminal",
     ),
     ("model.",),
     ("sampling.",),
