@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.control import Control
+from s3dit.region import Region
 from s3dit.request import Convention, MaskMode, OutputType, Positions, Posterior, Preset, Schedule, Solver
 
 if TYPE_CHECKING:
@@ -58,4 +59,6 @@ class RequestFields(TypedDict, total=False):
     reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None
     reference_area: int | Sequence[int | None] | None
     reference_positions: Positions
+    region: Region | Sequence[Region] | Sequence[Sequence[Region] | None] | None
+    base_weight: float
     output_type: OutputType

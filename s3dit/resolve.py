@@ -16,7 +16,8 @@ REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 def resolve(request: Request, config: ModelConfig) -> Request:
     """Put a preset's settings where a request says nothing, then the model's own; raises RequestError."""
     request, settings, scheduler = presets.applied(request), config.settings, config.scheduler
-    if request.prompt is None and not request.embeds and not config.prompt:
+    example = [config.prompt] if config.prompt and not any(request.regions()) else []
+    if request.prompt is None and not (request.embeds or example or any(request.regions())):
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
     guidance = guidance_scale(request, settings.guidance_scale)
     steps = request.num_inference_steps or settings.num_inference_steps
@@ -27,7 +28,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
     resolved = request.filled(
         strength=strength if request.strength is None else float(request.strength),
         upscale_strength=UPSCALED if request.upscale and request.upscale_strength is None else request.upscale_strength,
-        prompt=None if request.embeds else [config.prompt] if request.prompt is None else request.prompts,
+        prompt=None if request.embeds else example if request.prompt is None and example else request.prompts,
         height=_side(request, "height", settings.height),
         width=_side(request, "width", settings.width),
         num_inference_steps=steps,

@@ -33,7 +33,10 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
     lines += [
-        f"adapter {record['file']} of strength {record['scale']:g}" + (", merged" if record.get("merged") else "")
+        f"adapter {record['file']} of strength {record['scale']:g}"
+        + "".join(f", {name} × {factor:g}" for name, factor in record.get("blocks", {}).items())
+        + (", from {:g} to {:g} of the steps".format(*record["steps"]) if "steps" in record else "")
+        + (", merged" if record.get("merged") else "")
         for record in pipe.lora.records()
     ]
     if request.strength is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from s3dit.model.timestep import Modulation
 from s3dit.model.transformer import Context, Steering
+from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.step import Velocity
 
@@ -67,30 +68,33 @@ def guide(
     lengths: Sequence[int],
     control: Callable[[Tensor], Steering | None] = lambda sigma: None,
     modulation: Callable[[bool, Tensor], Modulation | None] = lambda guided, sigma: None,
+    regions: RegionBlend | None = None,
 ) -> Velocity:
     """Return the function velocity(x, sigma) that a solver calls.
 
     transformer: called as `Transformer.forward` · context(guided): of the pictures with their prompts, and when guided
     also, after them, with their negative prompts; called only when needed · lengths: patches of each picture ·
     control(sigma): what adds to the model's streams at a noise level, or None · modulation(guided, sigma): what was
-    computed for it before, or None.
+    computed for it before, or None · regions: where pictures have several prompts, whose items come first.
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = flow_time(sigma)
         scale, time = guidance.at(t.item()), t[None].to(x.device)
 
-        def call(model: Callable[..., Tensor], guided: bool) -> Tensor:
-            items = x.repeat(2, 1) if guided else x
-            return model(items, time, context(guided), control(sigma), modulation(guided, sigma)).float()
+        def call(model: Callable[..., Tensor], guided: bool) -> tuple[Tensor, Tensor]:
+            prompts = x if regions is None else regions.spread(x)
+            items = torch.cat((prompts, x)) if guided else prompts
+            out = model(items, time, context(guided), control(sigma), modulation(guided, sigma)).float()
+            positive, negative = out.tensor_split((len(prompts),))
+            return positive if regions is None else regions.blend(positive, x), negative
 
+        positive, negative = call(transformer, scale > 0)
+        mixed = positive
         if scale > 0:
-            positive, negative = call(transformer, True).chunk(2)
             mixed = guidance.mix(scale, positive, negative, x, sigma)
-        else:
-            mixed = positive = call(transformer, False)
         if guidance.skipped is not None and (weight := guidance.skipped.at(t.item())):
-            mixed = mixed + weight * (positive - call(guidance.skipped, False))
+            mixed = mixed + weight * (positive - call(guidance.skipped, False)[0])
         return positive if mixed is positive else _limit(mixed, positive, guidance.normalization, lengths)
 
     return velocity
