@@ -32,8 +32,8 @@ import torch
 from parity_sides import Task, ours, reference
 
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.pipeline import EMBEDDED
 from s3dit.research.trace import Record, Row, compare, load, save
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 from s3dit.weights.hub import resolve
 
