@@ -1,8 +1,8 @@
 """Score caches on an embedded model: calls spared, time, error of spared velocities, error and score of pictures.
 
 `python tools/cache_scores.py` draws `--count` fixed prompts, 28 steps with guidance 4, once whole and once with every
-cache of `CACHES`, and prints a table; `--json FILE` writes it too, `--calibrate` measures the model's cache.json anew
-first and prints R².
+cache of `CACHES`, and prints a table; `--json FILE` writes it too, `--calibrate weights/tiny_base/cache.json` measures
+that anew first and prints R².
 
 Time is processor time of the whole call, text and decoding included, on one thread; PSNR is of 8-bit pictures against
 those of the whole run, the mean over pictures and the share of 30 dB and more; the velocity's error is that of the
@@ -111,7 +111,7 @@ def line(found: dict[str, Any]) -> str:
 def main() -> None:
     """Score every cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="embedded", help="a model of the embedded ones' world (default embedded)")
+    parser.add_argument("--model", default="embedded-base", help="an embedded model (default embedded-base)")
     parser.add_argument("--count", type=int, default=100, help="prompts (default 100)")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float, default=4.0)

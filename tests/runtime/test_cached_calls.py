@@ -148,6 +148,11 @@ def test_a_second_pass_and_edits(pipe):
     assert reused(edited)[0] > 0 and relative(edited.latents[0], once.latents[0]) > 0.01
 
 
+def test_a_model_brings_its_calibration():
+    plan = Pipeline.load("embedded-base", device="cpu").plan(PROMPTS[0], cache="magnitude")
+    assert plan.request.cache.missing is None and any("of 28 model calls are computed" in note for note in plan.notes)
+
+
 def test_what_does_not_go_together(pipe):
     for fields, message in (
         ({"cache": "taylor:1", "solver": "heun"}, "solver heun calls the model twice"),
