@@ -7,6 +7,7 @@ from torch import Tensor
 from s3dit import presets
 from s3dit.guidance_options import Method, SkipLayers, Variation
 from s3dit.request import Request
+from s3dit.runtime import cached_calls
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.guidance_methods import extra_calls, guidance_of, times_of_calls
 from s3dit.sampling.multistep import STOCHASTIC
@@ -39,7 +40,8 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
 
 
 def on_calls(request: Request, passes: Sequence[Tensor]) -> Iterator[str]:
-    """Say how many model calls of all passes are guided, where some are not, and how many skip_layers adds."""
+    """Say how many model calls a cache spares, how many are guided, where some are not, and what skip_layers adds."""
+    yield from cached_calls.notes(request, passes)
     if request.guidance_interval is None and request.skip_layers is None:
         return
     calls = guided = extra = 0

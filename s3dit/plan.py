@@ -24,6 +24,7 @@ from s3dit.notes import notes as notes_on
 from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime import cached_calls
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
@@ -101,15 +102,17 @@ def make_plan(
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
     shares = region_masks.read(request, pictures, notes)
     items = tuple(region_masks.items(shares, request.count))
+    request = cached_calls.read(request, sources.path)
     unused = tuple(without_effect(request, sources))
-    if numerics() == "approximate":
+    if numerics() == "approximate" and request.cache is None:
         unused += ("numerics approximate has no effect: nothing approximates at present",)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
+    sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
+    unused += tuple(cached_calls.without_effect(request.cache, sigmas))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
     captions = _captions(request, items, tokenizer)
-    sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     notes += on_calls(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from s3dit import guidance_options, values
+from s3dit.cache import Cache
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
@@ -207,6 +208,10 @@ class Request:
         None, values.PLACE, group=SAMPLING,
         says="draw the pictures from this place on, from 0, of a batch of so many (conventions but own)",
     )  # fmt: skip
+    cache: Cache | str | None = _field(
+        None, values.CACHE, group=SAMPLING,
+        says="spare model calls where first-block, modulation, magnitude or taylor says that little changes",
+    )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
         says="tokens of the prompt that are read; the rest is cut",
@@ -286,6 +291,7 @@ class Request:
         for name in (*IMAGES, "reference"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
         object.__setattr__(self, "latents", values.latents_of(self.latents))
+        object.__setattr__(self, "cache", values.cache_of(self.cache))
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.metadata["kind"] in values.NUMERIC:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from s3dit.cache import Cache
 from s3dit.control import Control
 from s3dit.region import Region
 from s3dit.request import (
@@ -55,6 +56,7 @@ class RequestFields(TypedDict, total=False):
     target_timestep: TargetTimestep | None
     convention: Convention
     batch_place: Sequence[int] | None
+    cache: Cache | str | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

@@ -22,12 +22,13 @@ BOUND = 3000
 # picture carries, what a budget allows, what a user is told, what other programs draw with, and what TwinFlow
 # and distill LoRAs are drawn with; a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "few_steps", "files", "guidance_options", "json_values",
+    "__init__", "__main__", "cache", "control", "dry_run", "errors", "few_steps", "files", "guidance_options",
+    "json_values",
     "notes", "presets", "region", "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
 OPTIONAL = {
-    "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "multistep", "regions",
+    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "multistep", "regions",
     "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
 }  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
