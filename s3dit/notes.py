@@ -69,9 +69,9 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     if not request.composite and (not masked or request.output_type == "latent"):
         yield f"composite has no effect: there {'is no mask' if not masked else 'are latents and no pictures'}"
     if request.num_inference_steps == 1 and request.image is None and request.upscale is None:
-        if request.solver != "euler":
+        if request.solver not in ("euler", config.settings.solver):
             yield f"solver {request.solver} has no effect: a single step is one of euler"
-        if request.schedule not in ("official", config.scheduler.schedule):
+        if request.schedule not in ("official", config.scheduler.schedule, config.settings.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
     named = () if request.schedule == "official" or request.convention != "comfyui" else (request.schedule,)
     if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED, *named):
@@ -101,10 +101,13 @@ def _guidance_without_effect(request: Request, sources: Sources) -> Iterator[str
         if request.image is not None and "zero_init_steps" in (request.guidance_method or ""):
             yield "zero_init_steps has no effect: the flow begins from a picture, and not from noise"
         # Not where Turbo is a guess, which the user may have corrected with this very guidance.
-        if sources.config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes:
+        config = sources.config
+        turbo = config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes
+        if turbo or sources.distilled:
+            who = "Turbo" if turbo else "the model, with its adapters,"
             scale = ",".join(format(each, "g") for each in as_list(request.guidance_scale))
             yield (
-                f"guidance_scale {scale}: Turbo is distilled to draw without guidance, which takes "
+                f"guidance_scale {scale}: {who} is distilled to draw without guidance, which takes "
                 "twice the work here and often makes the picture worse; its own is 0"
             )
     else:

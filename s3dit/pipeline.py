@@ -56,6 +56,7 @@ from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.sampling.target_time import target_time
 from s3dit.stages import out_of_memory
 
 if TYPE_CHECKING:
@@ -310,12 +311,13 @@ class Pipeline(LoadedModel):
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer
         if request.cache:
             run = CachedCalls(transformer, request.cache, sigmas, lengths, plan.owners)
+        aimed = target_time(request.target_timestep, sigmas)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(
-            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer"))
+            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer")), aimed
         )
         guidance = guidance_of(request, sigmas, lengths, skipped or None)
-        velocity = guide(run, context, guidance, lengths, control, modulation, regions)
+        velocity = guide(run, context, guidance, lengths, control, modulation, regions, aimed)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()

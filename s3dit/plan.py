@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from s3dit.few_steps import with_adapters
 from s3dit.inputs import control_hints, references, region_masks, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
-from s3dit.model.layout import Grid, Layout, edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import Grid, Layout, text_to_image
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.notes import notes as notes_on
 from s3dit.notes import on_calls, without_effect
@@ -93,6 +95,7 @@ def make_plan(
 
     vram: the budget in bytes · kept_prompts, kept_references: keys of the features that need not be computed.
     """
+    sources = with_adapters(request, sources, components.adapters)
     config, pictures, notes = sources.config, Pictures(), list[str]()
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
@@ -202,7 +205,7 @@ def layout_of(
     *,
     slide: bool = True,
 ) -> Layout:
-    """Where the tokens of items stand, as their model wants it; arguments as of `layout.edit`, shapes may be empty."""
+    """Where the tokens of items stand, as their model wants it; arguments as of `edit`, shapes may be empty."""
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
     return edit(grids, lengths, shapes or [()] * len(grids), device, slide=slide)

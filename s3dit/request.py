@@ -41,10 +41,11 @@ Solver = Literal[
 ]  # fmt: skip
 Schedule = Literal[
     "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
-    "bong_tangent",
+    "bong_tangent", "twinflow",
 ]  # fmt: skip
 Convention = Literal["own", "diffusers", "comfyui"]
 Preset = Literal["comfyui-turbo", "comfyui-base", "comfyui-2k", "diffusers", "official"]
+TargetTimestep = Literal["end", "next", "none"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -191,7 +192,14 @@ class Request:
     schedule: Schedule = _field(
         Default("official"), values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels"
     )
-    solver: Solver = _field(Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    solver: Solver = _field(
+        Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated; TwinFlow by lcm"
+    )
+    target_timestep: TargetTimestep | None = _field(
+        None, values.CHOICE, TargetTimestep, group=SAMPLING,
+        says="what a step of a TwinFlow model aims at: the end (its few-step style, the default), the next noise "
+        "level, or none, which draws as the model that it was made of",
+    )  # fmt: skip
     convention: Convention = _field(
         Default("own"), values.CHOICE, Convention, group=SAMPLING,
         says="what names and seeds mean: as documented here, or as there where that is something else",

@@ -154,7 +154,7 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
         yield f"with a model of the variant {shown(variant)}, this is {pipe.config.variant} (--model)"
     if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
         yield f"on {shown(placement)}, this is on {pipe.placement} (--device, --dtype)"
-    if (numerics := engine.get("numerics", "lossless")) != pipe.numerics:
+    if (numerics := engine.get("numerics", "lossless" if engine else pipe.numerics)) != pipe.numerics:
         yield f"with {shown(numerics)} numerics, these are {pipe.numerics} (--numerics)"
     # Sums are taken in another order; versions differ in theirs too.
     if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():

@@ -85,7 +85,8 @@ class CachedCalls:
         modulation: Modulation | None = None,
     ) -> Tensor:  # fmt: skip
         """As `Transformer.forward`; (n, patch_dim) of the transformer's dtype, fp32 where something is predicted."""
-        time, items, out = t.item(), len(context.joint.spans.lengths), None
+        # Of TwinFlow's models the time comes with the one that the step aims at.
+        time, items, out = t.flatten()[0].item(), len(context.joint.spans.lengths), None
         known, pictures = self._pictures.get(items, ((), []))
         given = context, *getattr(control, "nets", ())
         if len(known) != len(given) or not all(map(operator.is_, known, given)):
