@@ -20,28 +20,20 @@ FLOORS = (
     ("weights.",),
     ("configs.",),
     (
-        "control",
-        "region",
-        "json_values",
-        "values",
-        "guidance_options",
-        "request",
-        "presets",
-        "request_fields",
-        "files",
-        "terminal",
+        "cache", "control", "region", "json_values", "values", "guidance_options", "request", "presets",
+        "request_fields", "files", "terminal",
     ),
     ("model.",),
     ("sampling.",),
     ("inputs.",),
     ("runtime.",),
-    ("notes", "resolve", "stages", "plan"),
+    ("few_steps", "notes", "resolve", "stages", "plan"),
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),
     ("cli.", "parity."),
     ("__main__", "__init__"),
-)
+)  # fmt: skip
 
 # What pip installs with the engine, by import name.
 INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "PIL"}
