@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from s3dit import presets
 from s3dit.errors import BackendError
 from s3dit.inputs import control_hints, references, start_image
 from s3dit.inputs.images import Pictures
@@ -86,7 +87,8 @@ def make_plan(
     vram: the budget in bytes · kept_prompts, kept_references: keys of the features that need not be computed.
     """
     config, pictures, notes = sources.config, Pictures(), list[str]()
-    request, start_images = start_image.read(request, pictures, notes)
+    # Before anything is read, because conventions are about that, too.
+    request, start_images = start_image.read(presets.applied(request), pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
     unused = tuple(without_effect(request, sources))

@@ -35,6 +35,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         num_inference_steps=steps,
         guidance_scale=settings.guidance_scale if guidance is None else float(guidance),
         cfg=None,
+        composite=request.composite is not False,
         schedule=scheduler.schedule if request.schedule == "official" else request.schedule,
         # A shift that follows from the size stays None, so that a second pass and a replay find their own.
         shift=(None if scheduler.use_dynamic_shifting else scheduler.shift)
@@ -123,7 +124,8 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
         yield f"of sigmas only their number, the first and the last count: schedule {request.schedule} spaces the rest"
     if request.schedule in UNSHIFTED and request.shift not in (None, config.scheduler.shift):
         yield f"shift has no effect: schedule {request.schedule} has sigmas of its own"
-    random = request.solver in STOCHASTIC or (request.image is not None and request.posterior == "sample")
+    blended = masked and request.convention == "diffusers"
+    random = request.solver in STOCHASTIC or (request.image is not None and (blended or request.posterior == "sample"))
     if request.latents is not None and request.upscale is None and not random:
         for name in ("seed", "generator", "batch_place"):
             if getattr(request, name) is not None:

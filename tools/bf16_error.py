@@ -1,10 +1,11 @@
 """Measure what bf16 costs here and in diffusers: each side's error against the fp32 answer, and their ratio.
 
-`python tools/bf16_error.py` draws `--count` cases (prompts of the embedded model's world, in turn without guidance, with
-it, with a limit of its norm, and in another size) three times from the same noise: by diffusers in fp32, by diffusers in
-bf16 and here in bf16, weights and activations, on a CPU or with `--device`. An error is ‖latents - latents in fp32‖ /
-‖latents in fp32‖: after one model call, where rounding is all there is, and after the last step, where each error has
-moved what comes after. The geometric means of the ratios are the figures; it ends with 1 where one is not below 1.
+`python tools/bf16_error.py` draws `--count` cases (prompts of the embedded model's world, in turn without guidance,
+with it, with a limit of its norm, and in another size) three times from the same noise: by diffusers in fp32, by
+diffusers in bf16 and here in bf16, weights and activations, on a CPU or with `--device`. An error is
+‖latents - latents in fp32‖ / ‖latents in fp32‖: after one model call, where rounding is all there is, and after the last
+step, where each error has moved what comes after. The geometric means of the ratios are the figures; it ends with 1
+where one is not below 1.
 `--model` takes another model in the official layout.
 """
 
@@ -101,7 +102,9 @@ def main() -> int:
     for name, after in (("one", "one model call"), ("all", f"{args.steps} steps")):
         found = ratios(rows, name)
         means = [mean(row[f"{side}, {name}"] for row in rows) for side in ("ours", "theirs")]
-        print(f"| {after} | {means[0]:.2e} | {means[1]:.2e} | {mean(found):.3f} | {min(found):.2f} | {max(found):.2f} |")
+        print(
+            f"| {after} | {means[0]:.2e} | {means[1]:.2e} | {mean(found):.3f} | {min(found):.2f} | {max(found):.2f} |"
+        )
     if args.json is not None:
         args.json.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return int(any(mean(ratios(rows, name)) >= 1 for name in ("one", "all")))
