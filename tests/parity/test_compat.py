@@ -1,8 +1,8 @@
 """`compat="diffusers"` against diffusers' own pipelines in fp32, and what differs without it: s3dit/DIFFERENCES.md.
 
-Each case is a call of diffusers with its own defaults, and the same request here with and without `compat`. With it the
-latents are within 1e-5 relative, as whole pictures are everywhere in this folder (the same fp32 operations in products of
-other shapes); without it they are away by what the page says, which `test_the_page` holds to two digits.
+A case is a call of diffusers with its own defaults, and the same request here with `compat`, and with what one switch of
+it undoes. With it the latents are within 1e-5 relative, as whole pictures are everywhere in this folder (the same fp32
+operations in products of other shapes); with the switch undone they are away by what the page says, to two digits.
 """
 
 import re
@@ -14,9 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit import Control, Pipeline
+from s3dit import Control
 from s3dit.errors import RequestError
-from s3dit.request import Request
 
 PROMPT = "a red star above a blue ring on a white background"
 SIZE = {"height": 80, "width": 112}
@@ -57,127 +56,168 @@ def control(randomized, tmp_path_factory):
     return model, folder
 
 
-class Sides:
-    """Both sides of a case: diffusers' pipelines on a model, and this engine on it."""
-
-    def __init__(self, request):
-        self.request = request
-
-    def theirs(self, kind, seeds=3, **fields):
-        """Latents of a pipeline of diffusers; seeds: of a generator, or a list of them."""
-        fixture = "omni_reference" if kind == "Omni" else "reference"
-        pipe = self.request.getfixturevalue(fixture)
-        if kind != "Omni":
-            parts = pipe.components
-            if kind.startswith("ControlNet"):
-                parts = parts | {"controlnet": self.request.getfixturevalue("control")[0]}
-            pipe = getattr(diffusers, f"ZImage{kind}Pipeline")(**parts)
-            pipe.set_progress_bar_config(disable=True)
-        several = isinstance(seeds, list)
-        made = [torch.Generator().manual_seed(seed) for seed in (seeds if several else [seeds])]
-        fields = {k: list(v) if isinstance(v, list) else v for k, v in fields.items()}
-        return pipe(**STEPS | fields, generator=made if several else made[0], output_type="latent").images
-
-    def ours(self, kind, **fields):
-        pipe: Pipeline = self.request.getfixturevalue("omni" if kind == "Omni" else "ours")
-        with_net = {}
-        if kind.startswith("ControlNet"):
-            with_net = {"control": Control(self.request.getfixturevalue("control")[1], **fields.pop("of_control"))}
-        return torch.stack(pipe(**STEPS | fields | with_net, output_type="latent").latents)
-
-    def both(self, kind, theirs, ours):
-        """The relative difference with `compat`, and without."""
-        expected = self.theirs(kind, **theirs)
-        found = (self.ours(kind, **ours | given) for given in ({"compat": "diffusers"}, {}))
-        return tuple(relative(each, expected) for each in found)
-
-
-@pytest.fixture
-def sides(request):
-    return Sides(request)
-
-
 @pytest.fixture
 def bf16_pixels(monkeypatch):
-    """diffusers' Omni pipeline in fp32, which as it is fails: pixels rounded to bf16, but in the autoencoder's dtype."""
+    """diffusers' Omni pipeline in fp32, which as it is fails: pixels rounded to bf16, in the autoencoder's own dtype."""
     rounded = torch.Tensor.bfloat16
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: rounded(self).to(self.dtype))
 
 
-def batch(sides):
-    """Two prompts, two pictures each, one generator."""
-    fields = {"prompt": [PROMPT, "a green circle"], "num_images_per_prompt": 2, **SIZE}
-    return sides.both("", fields, fields | {"seed": 3})
+OWN = {"convention": "own"}
+ONE = {"prompt": [PROMPT], "image": photograph(), "strength": 0.6}
+INPAINT = {"prompt": [PROMPT], "image": photograph(), "mask_image": blot(80, 112)}
+# Fields of a control are told from those of a request by their name.
+STEER = {"prompt": [PROMPT], "control image": photograph(seed=2), **SIZE}
+REFERENCES = {"prompt": [PROMPT], "reference": [photograph(80, 119, 1), photograph(97, 64, 2)]}
+# What each case is, by the name that the page says it by: diffusers' pipeline, the fields of both sides, the seed of a
+# generator or a list of them, and what undoes the one switch that the case is about.
+CASES = {
+    "a batch of one generator": ("", {"prompt": [PROMPT, "a blue ring"], "num_images_per_prompt": 2} | SIZE, 3, OWN),
+    "a start image": ("Img2Img", ONE, 3, {"posterior": "mode"}),
+    "a batch from one start image": ("Img2Img", ONE | {"num_images_per_prompt": 2}, 3, OWN),
+    "an image each": ("Img2Img", ONE | {"prompt": [PROMPT, ""], "image": [photograph(), photograph(seed=1)]}, [3, 8],
+                      {"posterior": "mode"}),
+    "latents beside a start image": ("Img2Img", ONE | {"latents": noise(5)}, 3, OWN),
+    "latents beside a mask": ("Inpaint", INPAINT | {"latents": noise(5)}, 3, OWN),
+    "a mask": ("Inpaint", INPAINT, 3, {"posterior": "mode"}),
+    "the rule of a ControlNet": ("ControlNet", STEER, 3, {"control rule": "authors"}),
+    "the strength of a ControlNet": ("ControlNet", STEER, 3, {"control strength": 0.9}),
+    "references": ("Omni", REFERENCES, 3, OWN),
+    "positions of captions": ("Omni", REFERENCES, 3, {"reference_positions": "intended"}),
+    "guidance below 1": ("", {"prompt": [PROMPT], "guidance_scale": 0.5} | SIZE, 3, {"guidance_scale": 0.0}),
+}  # fmt: skip
+# What would be refused here without it, and the words of the refusal.
+REFUSED = {
+    "a mask of another size": ("Inpaint", INPAINT | {"mask_image": blot(40, 56)}, "needed the size of"),
+    "a ControlNet's mask of another size": (
+        "ControlNetInpaint", STEER | {"control inpaint": photograph(), "control mask": blot(40, 56)},
+        "needed the size of",
+    ),
+}  # fmt: skip
+# Where both do the same, although one reads it as a difference.
+SAME = {
+    "cfg_truncation above 1": {"guidance_scale": 2.0, "cfg_truncation": 1.5},
+    "cfg_truncation of 1": {"guidance_scale": 2.0, "cfg_truncation": 1.0},
+    "an empty prompt": {"prompt": [""]},
+    "a long prompt": {"prompt": ["a blue ring " * 300]},
+}
 
 
-def one_image(sides):
-    """Two pictures from one start image and one generator: one sample of the posterior, then the noise of both."""
-    fields = {"prompt": [PROMPT], "image": photograph(), "strength": 0.6, "num_images_per_prompt": 2}
-    return sides.both("Img2Img", fields, fields | {"seed": 3})
+@pytest.fixture
+def theirs(request):
+    """Latents, or with output_type np pictures, of a pipeline of diffusers."""
+
+    def call(kind, fields, seeds):
+        pipe = request.getfixturevalue("omni_reference" if kind == "Omni" else "reference")
+        if kind == "Omni":
+            request.getfixturevalue("bf16_pixels")
+        else:
+            net = {"controlnet": request.getfixturevalue("control")[0]} if kind.startswith("ControlNet") else {}
+            pipe = getattr(diffusers, f"ZImage{kind}Pipeline")(**pipe.components, **net)
+            pipe.set_progress_bar_config(disable=True)
+        names = {"control image": "control_image", "control inpaint": "image", "control mask": "mask_image",
+                 "reference": "image"}  # fmt: skip
+        # It writes into the lists that it is given.
+        given = {names.get(k, k): list(v) if isinstance(v, list) else v for k, v in fields.items()}
+        made = [torch.Generator().manual_seed(seed) for seed in np.atleast_1d(seeds).tolist()]
+        generator = made if isinstance(seeds, list) else made[0]
+        return pipe(**STEPS | {"output_type": "latent"} | given, generator=generator).images
+
+    return call
 
 
-def posterior(sides):
-    """One picture from a start image: a sample of the posterior, before the noise."""
-    fields = {"prompt": [PROMPT], "image": photograph(), "strength": 0.6}
-    return sides.both("Img2Img", fields, fields | {"seed": 3})
+@pytest.fixture
+def mine(request):
+    """The same of this engine: a tensor of all latents, or pictures."""
+
+    def call(kind, fields, seeds):
+        pipe = request.getfixturevalue("omni" if kind == "Omni" else "ours")
+        of_control = {name.split()[1]: value for name, value in fields.items() if name.startswith("control ")}
+        given = {name: value for name, value in fields.items() if not name.startswith("control ")}
+        if of_control:
+            given["control"] = Control(request.getfixturevalue("control")[1], **of_control)
+        result = pipe(**STEPS | {"output_type": "latent"} | given, seed=seeds)
+        return result.images or torch.stack(result.latents)
+
+    return call
 
 
-def an_image_each(sides):
-    """Two images and a generator each."""
-    fields = {"prompt": [PROMPT, PROMPT], "image": [photograph(), photograph(seed=1)], "strength": 0.6}
-    return sides.both("Img2Img", fields | {"seeds": [3, 8]}, fields | {"seed": [3, 8]})
+def said(name):
+    """What the page says of a case: the figure of its row."""
+    (figure,) = re.findall(rf"^\|.*\| ([\d.e-]+) \| {re.escape(name)} \|$", PAGE, re.MULTILINE)
+    return float(figure)
 
 
-def latents_and_image(sides):
-    """Latents beside a start image: the state, in which the image has no part."""
-    fields = {"prompt": [PROMPT], "image": photograph(), "strength": 0.6, "latents": noise(5)}
-    return sides.both("Img2Img", fields, fields | {"seed": 3})
+@pytest.mark.parametrize("name", CASES)
+def test_with_compat_and_without(theirs, mine, name):
+    kind, fields, seeds, undone = CASES[name]
+    expected = theirs(kind, fields, seeds)
+    compat, other = (
+        relative(mine(kind, fields | {"compat": "diffusers"} | also, seeds), expected) for also in ({}, undone)
+    )
+    print(f"\n{name}: {compat:.1e} {other:.2g}")
+    assert compat < 1e-5
+    assert other == pytest.approx(said(name), rel=0.06)
 
 
-def inpainting(sides):
-    fields = {"prompt": [PROMPT], "image": photograph(), "mask_image": blot(80, 112)}
-    return sides.both("Inpaint", fields, fields | {"seed": 3})
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_else_refused(theirs, mine, name):
+    kind, fields, words = REFUSED[name]
+    assert relative(mine(kind, fields | {"compat": "diffusers"}, 3), theirs(kind, fields, 3)) < 1e-5
+    with pytest.raises(RequestError, match=words):
+        mine(kind, fields, 3)
+    assert name in PAGE
 
 
-def latents_and_mask(sides):
-    """Beside a mask, too; what is kept is noised with the generator's noise, which comes before the posterior."""
-    fields = {"prompt": [PROMPT], "image": photograph(), "mask_image": blot(80, 112), "latents": noise(5)}
-    return sides.both("Inpaint", fields, fields | {"seed": 3})
+@pytest.mark.parametrize("name", SAME)
+def test_what_is_the_same_without(theirs, mine, name):
+    fields = {"prompt": [PROMPT]} | SIZE | SAME[name]
+    assert relative(mine("", fields, 3), theirs("", fields, 3)) < 1e-5
+    assert name in PAGE
 
 
-def net(sides):
-    """A ControlNet 2.1: hints of its refiner stay with it, and the strength is 0.75."""
-    theirs = {"prompt": [PROMPT], "control_image": photograph(seed=2), **SIZE}
-    of_control = {"image": photograph(seed=2)}
-    return sides.both("ControlNet", theirs, {"prompt": PROMPT, "of_control": of_control, "seed": 3, **SIZE})
+def test_what_is_laid_over_a_picture(theirs, mine):
+    """diffusers decodes what was kept, too; rounding to 8 bits may fall to either side."""
+    fields = INPAINT | {"output_type": "np"}
+    expected = np.round(theirs("Inpaint", fields, 3)[0] * 255)
+    fields = INPAINT | {"compat": "diffusers", "output_type": "pil"}
+    found, laid = (np.asarray(mine("Inpaint", fields | also, 3)[0], float) for also in ({}, {"composite": True}))
+    assert np.abs(found - expected).max() <= 1
+    away = np.linalg.norm(laid - expected) / np.linalg.norm(expected)
+    print(f"\nwhat is kept of a picture: {away:.2g}")
+    assert away == pytest.approx(said("what is kept of a picture"), rel=0.06)
 
 
-def net_and_mask(sides):
-    """Its inpainting, with a mask of half the size."""
-    image, start, mask = photograph(seed=2), photograph(), blot(80, 112)
-    theirs = {"prompt": [PROMPT], "control_image": image, "image": start, "mask_image": mask, **SIZE}
-    ours = {"prompt": PROMPT, "of_control": {"image": image, "inpaint": start, "mask": mask}, "seed": 3, **SIZE}
-    return sides.both("ControlNetInpaint", theirs, ours)
+def test_one_image_for_several_generators(ours, theirs, mine):
+    """Without a switch, which a note says: diffusers samples by the first; with an image each, both do the same."""
+    fields = ONE | {"prompt": [PROMPT, ""]}
+    expected, found = theirs("Img2Img", fields, [3, 8]), mine("Img2Img", fields | {"compat": "diffusers"}, [3, 8])
+    assert relative(found[0], expected[0]) < 1e-5
+    away = relative(found[1], expected[1])
+    print(f"\none image for several generators: {away:.2g}")
+    assert away == pytest.approx(said("one image for several generators"), rel=0.06)
+    assert any(
+        "give both an image a picture" in note for note in ours.plan(**fields, seed=[3, 8], compat="diffusers").notes
+    )
+    fields["image"] = [ONE["image"]] * 2
+    assert relative(mine("Img2Img", fields | {"compat": "diffusers"}, [3, 8]), theirs("Img2Img", fields, [3, 8])) < 1e-5
 
 
-def omni(sides):
-    """References of an Omni model, in fp32."""
-    sides.request.getfixturevalue("bf16_pixels")
-    images = [photograph(80, 119, 1), photograph(97, 64, 2)]
-    theirs = {"prompt": [PROMPT], "image": images, "num_images_per_prompt": 2}
-    return sides.both("Omni", theirs, {"prompt": PROMPT, "reference": images, "num_images_per_prompt": 2, "seed": 3})
+def test_several_images_for_more_pictures(theirs, mine, monkeypatch):
+    """diffusers takes its images in turn where it takes its prompts one after another; without posterior, for once."""
+    kind = diffusers.models.autoencoders.vae.DiagonalGaussianDistribution
+    monkeypatch.setattr(kind, "sample", lambda self, generator=None: self.mode())
+    images, seeds = [photograph(), photograph(seed=1)], [1, 2, 3, 4]
+    fields = ONE | {"prompt": [PROMPT, ""], "image": images, "num_images_per_prompt": 2}
+    expected = theirs("Img2Img", fields, seeds)
+    away = relative(mine("Img2Img", fields, seeds), expected)
+    print(f"\nimages of several pictures: {away:.2g}")
+    assert away == pytest.approx(said("images of several pictures"), rel=0.06)
+    assert relative(mine("Img2Img", fields | {"image": images * 2}, seeds), expected) < 1e-5
 
 
-CASES = (
-    batch, posterior, one_image, an_image_each, latents_and_image, inpainting, latents_and_mask, net, net_and_mask, omni,
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_compat(sides, case):
-    compatible, own = case(sides)
-    print(f"{case.__name__}: {compatible:.1e} {own:.1e}")
-    assert compatible < 1e-5
-    # What the page says is seen here, to its two digits.
-    (said,) = re.findall(rf"^\|.*\| ([\d.e-]+) \|.*`{case.__name__}`", PAGE, re.MULTILINE)
-    assert own == pytest.approx(float(said), rel=0.06)
+def test_noise_in_bf16():
+    """What diffusers' pipelines with a start image draw in bf16, on a CPU: the same numbers, rounded."""
+    rounded = torch.randn(1, 16, 10, 14, generator=torch.Generator().manual_seed(5), dtype=torch.bfloat16)
+    assert torch.equal(rounded, noise(5).bfloat16())
+    assert relative(rounded, noise(5)) == pytest.approx(said("noise in bf16"), rel=0.06)
