@@ -3,9 +3,9 @@
 `python tools/bf16_error.py` draws `--count` cases (prompts of the embedded model's world, in turn without guidance,
 with it, with a limit of its norm, and in another size) three times from the same noise: by diffusers in fp32, by
 diffusers in bf16 and here in bf16, weights and activations, on a CPU or with `--device`. An error is
-‖latents - latents in fp32‖ / ‖latents in fp32‖: after one model call, where rounding is all there is, and after the last
-step, where each error has moved what comes after. The geometric means of the ratios are the figures; it ends with 1
-where one is not below 1.
+‖latents - latents in fp32‖ / ‖latents in fp32‖: after one model call, where rounding is all there is, and after the
+last step, where each error has moved what comes after. The geometric means of the ratios are the figures; it ends with
+1 where one is not below 1.
 `--model` takes another model in the official layout.
 """
 

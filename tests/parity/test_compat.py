@@ -1,8 +1,8 @@
 """`compat="diffusers"` against diffusers' own pipelines in fp32, and what differs without it: s3dit/DIFFERENCES.md.
 
-A case is a call of diffusers with its own defaults, and the same request here with `compat`, and with what one switch of
-it undoes. With it the latents are within 1e-5 relative, as whole pictures are everywhere in this folder (the same fp32
-operations in products of other shapes); with the switch undone they are away by what the page says, to two digits.
+A case is a call of diffusers with its own defaults, and the same request here with `compat`, and with what one switch
+of it undoes. With it the latents are within 1e-5 relative, as whole pictures are everywhere in this folder (the same
+fp32 operations in products of other shapes); with the switch undone they are away by what the page says, to two digits.
 """
 
 import re
@@ -58,7 +58,7 @@ def control(randomized, tmp_path_factory):
 
 @pytest.fixture
 def bf16_pixels(monkeypatch):
-    """diffusers' Omni pipeline in fp32, which as it is fails: pixels rounded to bf16, in the autoencoder's own dtype."""
+    """diffusers' Omni pipeline in fp32, which as it is fails: pixels rounded to bf16, in the autoencoder's dtype."""
     rounded = torch.Tensor.bfloat16
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: rounded(self).to(self.dtype))
 
