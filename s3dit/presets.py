@@ -114,8 +114,8 @@ def notes(request: Request) -> Iterator[str]:
             yield "image gives its size and, by strength, the steps, and no more: latents are the state to start from"
         elif request.posterior == "sample" and len(as_list(request.image)) < len(as_list(request.seed)):
             yield (
-                "each picture samples the posterior of the start image by its own seed; diffusers samples that of several "
-                "generators by the first of them; give both an image a picture"
+                "each picture samples the posterior of the start image by its own seed; diffusers samples an image of "
+                "several generators by the first of them; give both an image a picture"
             )
     if request.preset == "official" and 0 < scale <= 1:
         yield f"guidance_scale {scale:g} acts here; the official code takes 1 and less for none"

@@ -88,11 +88,11 @@ def cause(
         return "equal pixels" + (f", although {_listed(names)} differ{'s' * (len(names) == 1)}" if names else "")
     if pixels is None:
         (width, height), (w, h) = sizes
-        start = f"size differs ({width}×{height}, {w}×{h})"
+        start = f"size differs ({width}×{height} | {w}×{h})"
         return start + (f", and {_listed(names)}" if names else "")
     if len(names) == 1:
         (row,) = differing
-        return f"{row.name} differs ({row.note or f'{_short(row.a)}, {_short(row.b)}'})"
+        return f"{row.name} differs ({row.note or f'{_short(row.a)} | {_short(row.b)}'})"
     if names:
         return f"{_listed(names)} differ"
     if None in [each.by for each in settings]:

@@ -5,14 +5,14 @@ forks, stable-diffusion.cpp. `differences` compares three of them by what they d
 its noise levels, computed of both; guidance by its scale in one form; and the dtype. All are untrusted data.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from s3dit.cli.inspect_pictures import COMFYUI, SCHEDULES, SOLVERS, picture
 from s3dit.cli.record import own_name, read_record
-from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.inputs.image_metadata import read_texts
 from s3dit.request import Request
@@ -104,16 +104,15 @@ def _foreign(kind: str, facts: dict[str, Any]) -> Settings:
     if sampler not in SOLVERS and sampler.rpartition(" ")[2] in SCHEDULES and not schedule:
         # As stable-diffusion.cpp writes both in one.
         sampler, _, schedule = sampler.rpartition(" ")
-    numbers = {name: _number(facts[name]) for name in ("seed", "steps", "cfg", "shift")}
+    cfg, shift, denoise = (_number(facts.get(name)) for name in ("cfg", "shift", "denoise"))
     words = {
         "model": facts["model"] and own_name(str(facts["model"])),
         "adapters": [(own_name(str(each["file"])), _number(each["strength"])) for each in facts["adapters"]],
         "prompt": facts["prompt"], "negative prompt": facts["negative_prompt"] or "",
-        "seed": None if numbers["seed"] is None else int(numbers["seed"]),
-        "solver": SOLVERS.get(sampler, sampler or None), "schedule": schedule or None, "shift": numbers["shift"],
-        "steps": None if numbers["steps"] is None else int(numbers["steps"]),
+        "seed": _number(facts["seed"], int), "solver": SOLVERS.get(sampler, sampler or None),
+        "schedule": schedule or None, "shift": shift, "steps": _number(facts["steps"], int),
+        "strength": denoise if denoise and denoise < 1 else None,
     }  # fmt: skip
-    cfg = numbers["cfg"]
     levels, notes = _levels(words, kind == COMFYUI)
     guidance = None if cfg is None else (cfg - 1, f"cfg {cfg:g}")
     return Settings(kind.removeprefix("a picture "), words, levels, guidance, facts.get("dtype"), notes=notes)
@@ -133,16 +132,18 @@ def _levels(words: dict[str, Any], comfyui: bool) -> tuple[tuple[float, ...] | N
             prompt="", num_inference_steps=words["steps"], schedule=words["schedule"], shift=shift,
             solver=words["solver"], convention="comfyui" if comfyui else "own",
         )  # fmt: skip
-        return tuple(remaining_sigmas(request).tolist()), notes
+        return tuple(remaining_sigmas(request.filled(strength=words["strength"])).tolist()), notes
     except RequestError as error:
         return None, (f"its noise levels cannot be computed: {error}",)
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, kind: Callable[[Any], Any] = float) -> Any:
+    """A finite number of JSON or of text; None where there is none. kind: int for one that floats would round."""
     try:
-        return float(value)
+        number = kind(value)
     except (TypeError, ValueError, OverflowError):
         return None
+    return number if -math.inf < number < math.inf else None
 
 
 def differences(a: Settings, b: Settings) -> list[Row]:
@@ -171,7 +172,7 @@ def _schedule(a: Settings, b: Settings) -> Row:
     """Noise levels against each other, and in words what makes them."""
     said = [
         ", ".join(
-            f"{name} {shown(each.words[name])}" for name in ("steps", "schedule", "shift") if each.words.get(name)
+            f"{name} {str(each.words[name])[:40]}" for name in ("steps", "schedule", "shift") if each.words.get(name)
         )
         for each in (a, b)
     ]
@@ -192,9 +193,9 @@ def _guidance(a: Settings, b: Settings) -> Row:
         return Row("guidance", *(each and each[1] for each in (a.guidance, b.guidance)), None)
     (one, first), (other, second) = a.guidance, b.guidance
     if one == other:
-        return Row("guidance", first, second, False, "" if first == second else "the same in two forms")
-    low = min(one, other)
-    if abs(abs(one - other) - 1) < 1e-9 and low >= 0:
-        note = f"the same number in the other form: cfg {low + 1:g} is guidance_scale {low:g}"
-        return Row("guidance", first, second, True, note)
-    return Row("guidance", first, second, True)
+        return Row("guidance", first, second, False, "" if first == second else "the same in the other form")
+    low, forms = min(one, other), first.split()[0] != second.split()[0]
+    if abs(abs(one - other) - 1) > 1e-9 or low < 0:
+        return Row("guidance", first, second, True)
+    which = "the same number in two forms" if forms else "perhaps one number in two forms"
+    return Row("guidance", first, second, True, f"{which}: cfg {low + 1:g} is guidance_scale {low:g}")

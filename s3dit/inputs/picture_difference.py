@@ -84,7 +84,7 @@ def drawn(one: Image.Image, other: Image.Image) -> tuple[Image.Image, float]:
     panels, factor = [np.asarray(one), np.asarray(other)], 1.0
     if one.size == other.size:
         away = np.abs(panels[0].astype(np.float64) - panels[1])
-        factor = 255 / max(1.0, away.max())
+        factor = 255 / away.max() if away.any() else 1.0
         panels.append((away * factor).round().astype(np.uint8))
     height = max(panel.shape[0] for panel in panels)
     padded = [np.pad(panel, ((0, height - panel.shape[0]), (0, 0), (0, 0))) for panel in panels]

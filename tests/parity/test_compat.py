@@ -166,14 +166,14 @@ def test_what_is_else_refused(theirs, mine, name):
     assert relative(mine(kind, fields | {"compat": "diffusers"}, 3), theirs(kind, fields, 3)) < 1e-5
     with pytest.raises(RequestError, match=words):
         mine(kind, fields, 3)
-    assert name in PAGE
+    assert name in " ".join(PAGE.split())
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_what_is_the_same_without(theirs, mine, name):
     fields = {"prompt": [PROMPT]} | SIZE | SAME[name]
     assert relative(mine("", fields, 3), theirs("", fields, 3)) < 1e-5
-    assert name in PAGE
+    assert name in " ".join(PAGE.split())
 
 
 def test_what_is_laid_over_a_picture(theirs, mine):
