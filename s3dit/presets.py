@@ -37,7 +37,7 @@ NEEDS: dict[str, Callable[[Request], bool]] = {
     "composite": lambda request: masked(request) and request.output_type != "latent",
 }
 # What preset diffusers says of a control that does not say it itself.
-CONTROL = {"rule": "diffusers", "strength": 0.75}
+CONTROL: dict[str, Any] = {"rule": "diffusers", "strength": 0.75}
 # Solvers of whose names ComfyUI has no form for flows.
 ABSENT: tuple[Solver, ...] = ("unipc", "res_multistep_ancestral")
 # Solvers that draw noise, and have the same from ComfyUI's generator.

@@ -170,27 +170,27 @@ def machines(a: Settings, b: Settings) -> Iterator[Row]:
 
 def _schedule(a: Settings, b: Settings) -> Row:
     """Noise levels against each other, and in words what makes them."""
-    said = [
+    one, other = (
         ", ".join(
             f"{name} {str(each.words[name])[:40]}" for name in ("steps", "schedule", "shift") if each.words.get(name)
         )
         for each in (a, b)
-    ]
+    )
     if a.levels is None or b.levels is None:
-        return Row("schedule", said[0] or None, said[1] or None, None)
+        return Row("schedule", one or None, other or None, None)
     if len(a.levels) != len(b.levels):
-        return Row("schedule", *said, True, f"{len(a.levels) - 1} and {len(b.levels) - 1} steps are taken")
-    away = [abs(one - other) for one, other in zip(a.levels, b.levels, strict=True)]
+        return Row("schedule", one, other, True, f"{len(a.levels) - 1} and {len(b.levels) - 1} steps are taken")
+    away = [abs(x - y) for x, y in zip(a.levels, b.levels, strict=True)]
     i = away.index(max(away))
     if away[i] <= NEAR:
-        return Row("schedule", *said, False, f"the same {len(away) - 1} steps, noise levels within {max(away):.1g}")
-    return Row("schedule", *said, True, f"level {i} is {a.levels[i]:.4g} and {b.levels[i]:.4g}")
+        return Row("schedule", one, other, False, f"the same {len(away) - 1} steps, noise levels within {away[i]:.1g}")
+    return Row("schedule", one, other, True, f"level {i} is {a.levels[i]:.4g} and {b.levels[i]:.4g}")
 
 
 def _guidance(a: Settings, b: Settings) -> Row:
     """The scale in one form; where the numbers are equal in two forms, that is named."""
     if a.guidance is None or b.guidance is None:
-        return Row("guidance", *(each and each[1] for each in (a.guidance, b.guidance)), None)
+        return Row("guidance", a.guidance and a.guidance[1], b.guidance and b.guidance[1], None)
     (one, first), (other, second) = a.guidance, b.guidance
     if one == other:
         return Row("guidance", first, second, False, "" if first == second else "the same in the other form")

@@ -91,7 +91,7 @@ def given_state(request: Request) -> Tensor | None:
     return _patches(request.latents or ()) if theirs else None
 
 
-def _patches(latents: Sequence[Tensor]) -> Tensor:
+def _patches(latents: Tensor | Sequence[Tensor]) -> Tensor:
     return torch.cat([patchify(each.float().contiguous()) for each in latents])
 
 

@@ -15,7 +15,7 @@ def test_the_error_is_below_that_of_diffusers():
     rows = bf16_error.measured(EMBEDDED, 8, 2)
     for row in rows:
         # Rounding, neither nothing nor another picture.
-        assert all(1e-3 < error < 5e-2 for error in row.values()), row
+        assert all(1e-3 < error < 2e-1 for error in row.values()), row
     assert bf16_error.mean(bf16_error.ratios(rows, "one")) < 1
     assert bf16_error.mean(bf16_error.ratios(rows, "all")) < 1
 
