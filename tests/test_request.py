@@ -13,9 +13,10 @@ from PIL import Image
 
 from s3dit.control import Control
 from s3dit.errors import RequestError
-from s3dit.pipeline import EMBEDDED, Pipeline
+from s3dit.pipeline import Pipeline
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +45,27 @@ WRONG = [
     ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     ({"cfg": 0.5}, "cfg is 0.5"),
     ({"cfg": 3.0, "guidance_scale": 2.0}, "same knob"),
+    ({"guidance_scale": []}, "guidance_scale is "),
+    ({"guidance_scale": [2.0, -1.0]}, "guidance_scale is -1.0"),
+    (
+        {"guidance_scale": [3, 2, 1], "num_inference_steps": 2},
+        "guidance_scale has 3 numbers; needed at most one a step",
+    ),
+    ({"guidance_interval": 0.5}, "guidance_interval is 0.5; needed two times from 0 .noise. to 1"),
+    ({"guidance_interval": [0.5, 0.1]}, "needed two times"),
+    ({"guidance_interval": [0.5, float("nan")]}, "needed two times"),
+    ({"guidance_method": "apg:beta=1"}, "guidance_method is 'apg:beta=1'; needed plain, apg"),
+    ({"guidance_method": "apg:momentum=-1"}, "momentum within ±0.99"),
+    ({"guidance_method": "cfg_zero:zero_init_steps=1.5"}, "needed plain, apg"),
+    ({"guidance_method": "cfg_zero:zero_init_steps=8", "guidance_scale": 2}, "is 8; needed fewer than the 8 steps"),
+    ({"skip_layers": "2"}, "skip_layers is '2'; needed LAYERS:SCALE"),
+    ({"skip_layers": "-2:1"}, "needed LAYERS:SCALE"),
+    ({"skip_layers": "2:1@0.5"}, "needed LAYERS:SCALE"),
+    ({"skip_layers": "2:nan"}, "needed LAYERS:SCALE"),
+    ({"skip_layers": "1,6:1"}, "skip_layers has layer 6; needed layers from 0 to 5 of this model"),
+    ({"variation": -0.1}, "variation is -0.1; needed STRENGTH"),
+    ({"variation": "0.1:x"}, "variation is '0.1:x'; needed STRENGTH"),
+    ({"variation": [0.1, 0.2, 0.3], "prompt": ["a", "b"]}, "variation has 3 entries"),
     ({"strength": 1.5}, "strength is 1.5"),
     ({"strength": 0.5}, "strength is given without a start image"),
     ({"strength": 0, "image": "a.png"}, "strength is 0, which would redraw nothing"),

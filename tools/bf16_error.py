@@ -22,7 +22,7 @@ import torch
 from tiny_world import fixed_prompts
 
 from s3dit import Pipeline
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 # What a case has besides prompt and noise; each takes its turn.
 KINDS: tuple[dict[str, Any], ...] = (

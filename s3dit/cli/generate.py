@@ -21,6 +21,10 @@ EXAMPLES = (
     ('s3dit generate "a red star above a blue ring" -o star.png', "drawn by the embedded model"),
     ("s3dit generate", "the embedded model draws its own example"),
     (
+        's3dit generate "a star on a white background" --model embedded-base --negative-prompt red',
+        "its undistilled twin: guidance, negative prompts",
+    ),
+    (
         's3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --size 1024x768 -o fox.png',
         "a model of the Hub, downloaded once",
     ),
@@ -30,6 +34,11 @@ EXAMPLES = (
     ('s3dit generate "a blue star" --image star.png --strength 0.8', "redraw a start image"),
     ('s3dit generate "a blue star" --image star.png --mask mask.png', "white in the mask is painted anew"),
     ('s3dit generate "a red star" --image star.png --extend 64,0,64,0', "margins: left,top,right,bottom"),
+    (
+        's3dit generate "a white background" --region 0,0,64,128:"a red star at the left on a white background" '
+        '--region ring.png:"a blue ring at the right on a white background"',
+        "prompts for parts of the picture: boxes, or masks",
+    ),
     (
         's3dit generate "a dancer" --model path/to/Z-Image-Turbo '
         '--control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7',
@@ -77,6 +86,9 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
     _introduce(pipe, plan, paths, args)
     with Progress(pipe, plan, json=args.json, preview=paths[0] if args.preview else None) as progress:
         result = pipe(plan, on_step=progress)
+    if plan.request.cache is not None:
+        reused = [record["engine"]["reused"] for record in result.metadata]
+        say(f"cache: {', '.join(map(str, reused))} of {plan.calls} model calls were predicted")
     code = 0
     for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
         try:

@@ -85,12 +85,15 @@ def _own(facts: dict[str, Any]) -> Settings:
     words |= {name: value for name, value in values.items() if name not in TOLD}
     words |= {f"pixels of {name}": value for name, value in record.engine.get("inputs", {}).items()}
     words |= {f"{part} of": name for part, name in record.engine.get("mixed", {}).items()}
-    scale = request.guidance_scale if request.cfg is None else request.cfg - 1
+    # What was drawn has no cfg left.
+    scale = request.guidance_scale
+    if isinstance(scale, list | tuple):
+        words["guidance by step"] = scale
     formats = [f"{part} in {name}" for part, name in record.engine.get("quantized", {}).items()]
     placement = record.engine.get("placement")
     return Settings(
         "s3dit", words, tuple(record.engine.get("levels", ())) or None,
-        None if scale is None else (float(scale), f"guidance_scale {scale:g}"),
+        (float(scale), f"guidance_scale {scale:g}") if isinstance(scale, int | float) else None,
         None if placement is None else ", ".join([placement, *formats]),
         {said: record.engine[name] for name, said in MACHINE.items() if name in record.engine},
     )  # fmt: skip

@@ -16,6 +16,7 @@ from s3dit.cli.replay import NOTHING, Replay, attach, changes, replayed
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.errors import RequestError
 from s3dit.request import IMAGES, Request
+from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import say
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
         for report in attach(pipe, args, replay.adapters):
             say(f"adapter {report}")
         plan = pipe.plan(request)
-    if request.prompt is None:
+    if request.prompt is None and not request.region:
         say(f"no prompt is given; drawing the model's own example: {plan.request.prompts[0]}")
     return pipe, plan
 
@@ -92,9 +93,9 @@ def _check_options(args: argparse.Namespace) -> None:
 def _models(args: argparse.Namespace, request: Request) -> Iterator[tuple[str, str]]:
     """Options and the files of weights or models that they name."""
     for name in MODELS:
-        if (value := getattr(args, name)) not in (None, "embedded"):
+        if (value := getattr(args, name)) not in (None, *FOLDERS):
             yield NAMES[name], value
-    yield from (("--lora", file) for file, _ in args.lora)
+    yield from (("--lora", file) for file in (option.file for option in args.lora))
     yield from (("--control", str(control.model)) for control in request.controls)
 
 
@@ -103,6 +104,7 @@ def _images(request: Request) -> Iterator[tuple[str, str]]:
     for name in IMAGES:
         yield from ((FIELDS[name], path) for path in _paths(getattr(request, name)))
     yield from ((FIELDS["reference"], path) for path in _paths(request.reference))
+    yield from (("--region", path) for region in request.regions()[0] for path in _paths(region.mask))
     for control in request.controls:
         yield from (("--control", path) for name in CONTROL_IMAGES for path in _paths(getattr(control, name)))
 

@@ -4,7 +4,7 @@ import bf16_error
 import pytest
 import torch
 
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.devices import place
 
 
