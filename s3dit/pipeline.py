@@ -273,9 +273,8 @@ class Pipeline(LoadedModel):
         request, device, encoders = plan.request, self.placement.device, self.encoders
         positive, negative, features = self._features(plan)
         sources = noise.sources(request)
-        sampled = [source.generator for source in sources] if request.posterior == "sample" else None
-        pixels = [image.pixels for image in plan.start_images]
-        start = encoders.encode_images(pixels, sampled, plan.tile, shared=request.convention != "own")
+        encode = partial(encoders.encode_images, tile=plan.tile)
+        first, start = start_image.drawn(plan.start_images, request, sources, encode)
         hints = [
             control_hints.patches(control, request, lambda pixels: encoders.encode_images([pixels], None, plan.tile)[0])
             for control in plan.controls
@@ -303,9 +302,10 @@ class Pipeline(LoadedModel):
             return noise.draw(plan.grids, later).to(device)
 
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-        x, keep = noise.starting_noise(request, plan.grids, sources).to(device), None
+        x, keep, differential = first.to(device), None, request.mask_mode == "differential"
         if start:
-            x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
+            state = noise.given_state(request)
+            x, keep = start_image.begin(plan.start_images, start, x, sigmas, differential, state)
         skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
         lengths = [rows * columns for rows, columns in plan.grids]
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer

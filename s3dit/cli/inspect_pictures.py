@@ -120,7 +120,8 @@ def _comfyui(path: Path, texts: Mapping[str, str]) -> Facts:
         "sampler": first("sampler_name", what=str), "schedule": first("scheduler", what=str),
         "cfg": first("cfg"), "shift": first("shift"), "width": first("width", what=int),
         "height": first("height", what=int), "model": first("unet_name", "ckpt_name", "model_name", what=str),
-        "adapters": adapters[:16],
+        "adapters": adapters[:16], "dtype": first("weight_dtype", what=str),
+        "denoise": first("denoise", what=(int, float)),
     }  # fmt: skip
     return _foreign(path, COMFYUI, facts, facts["prompt"] or "")
 

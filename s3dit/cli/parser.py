@@ -21,6 +21,7 @@ SPELLINGS = {
     "--denoise": "--strength", "--negative": "--negative-prompt", "--lora-paths": "--lora",
     "--diffusion-model": "--transformer", "--llm": "--text-encoder", "--control-net": "--control",
     "--ref-image": "--reference", "--out": "--output",
+    "--compat": "--preset",
 }  # fmt: skip
 # Spellings that mean one thing here and another there.
 UNCLEAR = {
