@@ -22,6 +22,7 @@ from s3dit.control import Control
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import JOINED_ON, swap
+from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.runtime import adapters, budget
@@ -65,9 +66,11 @@ class Components(Residency):
         self.adapters: dict[str, adapters.Loaded] = {}
         self.revisions: Counter[str] = Counter()
         # The number format that each part is in, "" for plain floats.
-        self.formats = {part: named(schemes(self.blank(part)[0])) for part in self.checkpoints}
+        self.formats: dict[str, str] = {}
         for part in self.checkpoints:
-            self.sizes(part)
+            module, unused = self.blank(part)
+            self.formats[part] = named(schemes(module))
+            self._weigh(part, module, unused)
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
@@ -89,7 +92,7 @@ class Components(Residency):
 
     def _module(self, part: str, controlnet: ControlNetConfig | None) -> nn.Module:
         """A part's module as its config says, on the meta device, every layer a plain one."""
-        with torch.device("meta"):
+        with on_meta():
             if controlnet is not None:
                 return ControlNet(controlnet, self.config.transformer)
             if part == VISION_TOWER:
@@ -102,7 +105,7 @@ class Components(Residency):
         checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
         module = self._module(part, controlnet)
         unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
-        with torch.device("meta"):
+        with on_meta():
             for name, kind in schemes_for(part, checkpoint, self._quantize.get(part)).items():
                 if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
                     swap(module, kind, name.__eq__)
@@ -161,15 +164,17 @@ class Components(Residency):
 
         Raises CheckpointError when names or shapes are not this model's.
         """
-        if part in self._weights:
-            read, fixed, blocks = self._weights[part]
-            return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
-        module, unused = self.blank(part)
+        if part not in self._weights:
+            self._weigh(part, *self.blank(part))
+        read, fixed, blocks = self._weights[part]
+        return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
+
+    def _weigh(self, part: str, module: nn.Module, unused: tuple[str, ...]) -> None:
+        """Keep the bytes of a part, by its module as `blank` makes it."""
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self._kept_in(part), unused)
         # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
         self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
-        return self._weights[part]
 
     def _kept_in(self, part: str) -> torch.dtype:
         """The dtype of a part's weights in memory."""
