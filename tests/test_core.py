@@ -24,8 +24,9 @@ BORDER = {
     "__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
     "values",
 }  # fmt: skip
-# Files of model/ and sampling/ that only some requests need, or those who look on.
-OPTIONAL = {"controlnet", "corrected", "hooks", "multistep", "tiles", "vision_encoder"}
+# Files of model/ and sampling/ that only some requests need, or those who look on; and how modules are made to be read
+# into (meta), which computes nothing.
+OPTIONAL = {"controlnet", "corrected", "hooks", "meta", "multistep", "tiles", "vision_encoder"}
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import OPEN_FLAGS, Checkpoint, Entry, sniff
+from s3dit.weights.container import Checkpoint, Entry, sniff
+from s3dit.weights.json_files import OPEN_FLAGS
 
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

@@ -11,8 +11,8 @@ def importing() -> Iterator[None]:
     """While inside, the garbage collector rests; afterwards it never looks at what is there.
 
     What modules are made of lives as long as the process: looking for garbage in it, again and again while it grows
-    and once more at the exit, takes a tenth of the time in which torch is imported. Nothing is changed in a process that
-    has imported torch already: it is somebody else's.
+    and once more at the exit, takes as long as a fifth of the imports. Nothing is changed in a process that has torch
+    already: it is somebody else's.
     """
     if "torch" in sys.modules or not gc.isenabled():
         yield

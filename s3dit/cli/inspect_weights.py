@@ -15,9 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-
 from s3dit.cli.inspect_files import described, maker
-from s3dit.cli.inspect_pictures import PICTURES, picture
+from s3dit.cli.inspect_pictures import is_picture, picture
 from s3dit.cli.inspect_report import HOME, Facts, Part, Report, draw, size
 from s3dit.cli.record import PLACE
 from s3dit.configs import infer_config
@@ -53,11 +52,8 @@ def inspect_path(path: Path, name: str | None = None) -> Report | Facts:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head.startswith(PICTURES):
-            return picture(path)
+    if is_picture(path):
+        return picture(path)
     if (small := described(path)) is None:
         return _weights(path, name or str(path))
     facts, home = small

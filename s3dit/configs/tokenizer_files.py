@@ -19,8 +19,8 @@ from s3dit.configs import tokenizer_json
 from s3dit.configs.tokenizer_config import FILE, check_added
 from s3dit.configs.tokenizer_json import PIECES
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import parse_json, read_json, read_regular
 from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.json_files import parse_json, read_json, read_regular
 
 # The special tokens of Qwen's chat template, which every tokenizer of this family knows.
 TURN = ("<|im_start|>", "<|im_end|>")

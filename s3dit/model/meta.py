@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class _Uninitialized(TorchFunctionMode):
-    """Leaves out what `torch.nn.init` would compute: on the meta device it gives nothing, and takes most of the time."""
+    """Leaves out what `torch.nn.init` computes: on the meta device it gives nothing, and takes most of the time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run any other function; of an initialization return its tensor as it is."""
