@@ -159,7 +159,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan):
+            with out_of_memory(plan), self.parts.clock.measured() as seconds:
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -174,7 +174,7 @@ class Pipeline(LoadedModel):
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]
-        return Result(pictures, latents, metadata)
+        return Result(pictures, latents, metadata, seconds)
 
     def stream(self, request: Wanted = None, **fields: Unpack[RequestFields]) -> Iterator[Step]:
         """Sample a request or a plan and yield a Step after every step of the solver.
@@ -248,13 +248,15 @@ class Pipeline(LoadedModel):
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
                     self.parts.set_policy(memory.mode, memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
+                    self.parts.turns = [stage.part for stage in plan.stages]
                     steps = self._begin(plan)
                 else:
                     # Somebody else may have had the pipeline since the last step.
                     self._models(plan)
                 self.now = Now(plan, before + (step.i if step else 0) + 1)
                 try:
-                    step = next(steps, None)
+                    with self.parts.clock.stage("transformer"):
+                        step = next(steps, None)
                 finally:
                     self.now = None
             if step is None:

@@ -69,6 +69,10 @@ class Checkpoint(ABC):
     def disable_mmap(self) -> None:  # noqa: B027
         """Read each tensor into memory of its own from now on, instead of returning views of a map."""
 
+    def read_ahead(self) -> Iterator[None]:
+        """Ask the system to read the files into its cache, a piece at every `next`; where it cannot, do nothing."""
+        yield from ()
+
     def __contains__(self, name: object) -> bool:
         return name in self.keys()  # noqa: SIM118
 
@@ -136,6 +140,10 @@ class View(Checkpoint):
     def disable_mmap(self) -> None:
         """Read the files of the checkpoint below instead of mapping them."""
         self._checkpoint.disable_mmap()
+
+    def read_ahead(self) -> Iterator[None]:
+        """Read the files of the checkpoint below ahead."""
+        return self._checkpoint.read_ahead()
 
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]

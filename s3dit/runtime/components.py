@@ -9,7 +9,7 @@ merge, join or stream, attach, compile.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -30,8 +30,10 @@ from s3dit.runtime.block_streaming import Mode, repeated
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.runtime.joining import join
+from s3dit.runtime.read_ahead import ReadAhead
 from s3dit.runtime.residency import Component, Residency
 from s3dit.runtime.sources import VISION_TOWER, Sources
+from s3dit.runtime.stopwatch import Stopwatch
 from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
@@ -60,9 +62,13 @@ class Components(Residency):
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         super().__init__(mode)
+        self.clock = Stopwatch()
         if mode == "streamed":
             self.kept = {"text_encoder": 0, "transformer": 0}
         self._on_read: Callable[[str, int], None] | None = None
+        # The order in which a plan needs the parts.
+        self.turns: Sequence[str] = ()
+        self._ahead = ReadAhead()
         self.adapters: dict[str, adapters.Loaded] = {}
         self.revisions: Counter[str] = Counter()
         # The number format that each part is in, "" for plain floats.
@@ -126,7 +132,8 @@ class Components(Residency):
         """Load a part's weights and apply number formats, adapters, streaming and compiling, in that order."""
         module, device, kept = component.module, self.placement.device, self.kept.get(name)
         dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
-        with own_settings(device):
+        self._ahead.read([self.checkpoints[part] for part in (name, *self._following(name))])
+        with own_settings(device), self.clock.stage(f"load {name}"):
             filled, unused = self.blank(name)
             if kept is None:
                 seen = None if self._on_read is None else partial(self._on_read, name)
@@ -145,6 +152,12 @@ class Components(Residency):
             if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
                 compile_blocks(module)
             module.eval()
+
+    def _following(self, name: str) -> list[str]:
+        """The part that is needed after this one and is not in memory, if a plan says so."""
+        turns = list(self.turns)
+        later = turns[turns.index(name) + 1 :] if name in turns else []
+        return [part for part in later if part not in self.held and part != name][:1]
 
     def unload(self, name: str, component: Component) -> None:
         """Undo `load`, with torch's settings those of the engine; see `Residency.unload`."""
