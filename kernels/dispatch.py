@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -35,8 +36,8 @@ Implemented = TypeVar("Implemented", bound=Callable[..., Any])
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 kernel: Any
 tl: Any
-# Whether kernels can be launched here.
-LAUNCHES = torch.cuda.is_available() or INTERPRETED
+# Whether kernels can be launched here. A CUDA build of torch brings Triton, but not on Windows.
+LAUNCHES = (torch.cuda.is_available() or INTERPRETED) and find_spec("triton") is not None
 if LAUNCHES:
     import triton
     import triton.language
@@ -46,6 +47,7 @@ else:
     # Enough for a kernel to be defined; nothing here can launch it.
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
+NO_TRITON = "the package triton, which is not installed; pip install 's3dit[gpu]'"
 BACKENDS = ("auto", "reference", "torch", "triton")
 # How near an implementation is to its reference, each kind including those before it.
 NUMERICS = ("exact", "lossless", "approximate")
@@ -74,6 +76,8 @@ class Implementation:
         """Return the reason why it cannot run with these arguments on this device type, "" where it can."""
         if self.device != device:
             return f"needs {self.device} tensors, found {device}"
+        if self.backend == "triton" and not LAUNCHES:
+            return f"needs {NO_TRITON}"
         tracked = torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
         if tracked and self.backend == "triton":
             return "a kernel gives no gradient"
@@ -106,6 +110,8 @@ def check_backend(name: str) -> None:
     """Raise BackendError for a backend that does not exist, or cannot run on this machine."""
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
+    if name == "triton" and torch.cuda.is_available() and not LAUNCHES:
+        raise BackendError(f"backend 'triton' needs {NO_TRITON}")
     if name == "triton" and not LAUNCHES:
         raise BackendError("backend 'triton' needs a CUDA device, found none; use 'auto', 'torch' or 'reference'")
 

@@ -16,6 +16,7 @@ where tokens stand (`model.layout`), text encoder, vision tower and autoencoder 
 (`runtime.adapters`).
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from s3dit.research.observe import Edit
     from s3dit.research.record import Record
 
-EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
+EMBEDDED = Path(sys.modules["s3dit.weights"].__path__[0]).resolve() / "tiny"
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None

@@ -22,7 +22,8 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, TextIO
 
@@ -200,11 +201,36 @@ def paint(text: str) -> None:
         sys.stderr.flush()
 
 
+class _NoBar(AbstractContextManager["_NoBar"]):
+    """What counts as a tqdm bar does, and shows nothing."""
+
+    n = 0.0
+
+    def update(self, count: float) -> None:
+        """Count on."""
+        self.n += count
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def bar(desc: str, **options: Any) -> Any:
-    """A tqdm bar on standard error."""
+    """A tqdm bar on standard error; where tqdm is not installed, a line that says so, once, and no bar."""
+    global _bars_missed
+    if find_spec("tqdm") is None:
+        if not _bars_missed and not options.get("disable"):
+            say("no progress bars without the package tqdm; pip install 's3dit[bars]' for them")
+            _bars_missed = True
+        return _NoBar()
     from tqdm import tqdm
 
     return tqdm(desc=line(desc, _encoding(sys.stderr)), file=sys.stderr, **options)
+
+
+_bars_missed = False
 
 
 @contextmanager

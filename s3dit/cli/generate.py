@@ -72,15 +72,15 @@ def run(args: argparse.Namespace) -> int:
     request, replay = read_request(args)
     paths, replace = _outputs(args, request.count)
     pipe, plan = load(args, request, replay)
-    return _draw(pipe, plan, paths, replace, args, {"start": perf_counter() - started})
+    return _draw(pipe, plan, paths, replace, args, perf_counter() - started)
 
 
 def _draw(
-    pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args: argparse.Namespace, seconds: dict[str, float]
+    pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args: argparse.Namespace, start: float
 ) -> int:
     """Draw a plan and save its pictures; returns the exit code: 2 where one could not be saved.
 
-    seconds: by stage, of what came before; with --verbose they are said, with those of the stages here.
+    start: the seconds that were spent before, for --verbose.
     """
     _check_metadata(pipe, plan, paths, args)
     _introduce(pipe, plan, paths, args)
@@ -100,7 +100,7 @@ def _draw(
         else:
             tell(saved)
     if args.verbose:
-        _tell_seconds(seconds | result.seconds | {"save": perf_counter() - drawn}, args.json)
+        _tell_seconds({"start": start} | result.seconds | {"save": perf_counter() - drawn}, args.json)
     if args.preview and not args.json:
         show(result.images[0])
     return code
