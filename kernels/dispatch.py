@@ -110,10 +110,10 @@ def check_backend(name: str) -> None:
     """Raise BackendError for a backend that does not exist, or cannot run on this machine."""
     if name not in BACKENDS:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
-    if name == "triton" and torch.cuda.is_available() and not LAUNCHES:
-        raise BackendError(f"backend 'triton' needs {NO_TRITON}")
-    if name == "triton" and not LAUNCHES:
+    if name == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError("backend 'triton' needs a CUDA device, found none; use 'auto', 'torch' or 'reference'")
+    if name == "triton" and not LAUNCHES:
+        raise BackendError(f"backend 'triton' needs {NO_TRITON}")
 
 
 def set_backend(name: str) -> None:
