@@ -32,7 +32,7 @@ from s3dit import __version__
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
-from s3dit.inputs import control_hints, images, references, start_image
+from s3dit.inputs import control_hints, images, noise, references, start_image
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
@@ -275,9 +275,10 @@ class Pipeline(LoadedModel):
         """Prepare what no step changes -> the solver's steps, to be taken with the `_models` in memory."""
         request, device, encoders = plan.request, self.placement.device, self.encoders
         positive, negative, features = self._features(plan)
-        generators = start_image.generators(request)
-        sampled = generators if request.posterior == "sample" else None
-        start = encoders.encode_images([image.pixels for image in plan.start_images], sampled, plan.tile)
+        sources = noise.sources(request)
+        sampled = [source.generator for source in sources] if request.posterior == "sample" else None
+        pixels = [image.pixels for image in plan.start_images]
+        start = encoders.encode_images(pixels, sampled, plan.tile, shared=request.convention != "own")
         hints = [
             control_hints.patches(control, request, lambda pixels: encoders.encode_images([pixels], None, plan.tile)[0])
             for control in plan.controls
@@ -290,11 +291,13 @@ class Pipeline(LoadedModel):
             text = torch.cat(positive + negative if guided else positive)
             return transformer.context(layout, text, *references.joined(features * (2 if guided else 1)))
 
-        def noise() -> Tensor:
-            return start_image.draw(plan.grids, generators).to(device)
+        later = noise.of_steps(request, sources)
+
+        def fresh() -> Tensor:
+            return noise.draw(plan.grids, later).to(device)
 
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-        x, keep = start_image.starting_noise(request, plan.grids, generators).to(device), None
+        x, keep = noise.starting_noise(request, plan.grids, sources).to(device), None
         if start:
             x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
         guidance = Guidance(
@@ -308,7 +311,7 @@ class Pipeline(LoadedModel):
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()
-        for step in solve(request.solver, velocity, x, sigmas, noise, keep):
+        for step in solve(request.solver, velocity, x, sigmas, fresh, keep, request.convention):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
             yield step

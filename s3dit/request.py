@@ -41,6 +41,8 @@ Schedule = Literal[
     "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
     "bong_tangent",
 ]  # fmt: skip
+Convention = Literal["own", "diffusers", "comfyui"]
+Preset = Literal["comfyui-turbo", "comfyui-base", "comfyui-2k", "diffusers", "official"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -56,6 +58,10 @@ UNNAMED = ("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "o
 # Groups of options, as --help shows them.
 PROMPT, SAMPLING, GUIDANCE = "prompt and size", "sampling", "guidance"
 START, STEERING = "start image", "control and references"
+
+
+class Default(str):
+    """A default that can be told from the same word given, by its type."""
 
 
 def _field(
@@ -106,6 +112,10 @@ class Request:
     width: int | Sequence[int] | None = _field(
         None, values.SIDE, each=True, holes=True, group=PROMPT,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
+    )  # fmt: skip
+    preset: Preset | None = _field(
+        None, values.CHOICE, Preset, group=SAMPLING,
+        says="the settings and conventions of another program; whatever you give takes their place",
     )  # fmt: skip
     num_inference_steps: int | None = _field(
         None, values.INTEGER, 1, values.MOST_STEPS, group=SAMPLING, flag="--steps",
@@ -158,8 +168,18 @@ class Request:
         None, values.NUMBER, 1e-3, 1e3, group=SAMPLING,
         says="shift of the schedule (default: the model's file)",
     )  # fmt: skip
-    schedule: Schedule = _field("official", values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels")
-    solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    schedule: Schedule = _field(
+        Default("official"), values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels"
+    )
+    solver: Solver = _field(Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    convention: Convention = _field(
+        Default("own"), values.CHOICE, Convention, group=SAMPLING,
+        says="what names and seeds mean: as documented here, or as there where that is something else",
+    )  # fmt: skip
+    batch_place: Sequence[int] | None = _field(
+        None, values.PLACE, group=SAMPLING,
+        says="draw the pictures from this place on, from 0, of a batch of so many (conventions but own)",
+    )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
         says="tokens of the prompt that are read; the rest is cut",
@@ -193,7 +213,7 @@ class Request:
         says="lay the start image's own pixels over what the mask keeps (default: yes)",
     )  # fmt: skip
     posterior: Posterior = _field(
-        "mode", values.CHOICE, Posterior, group=START,
+        Default("mode"), values.CHOICE, Posterior, group=START,
         says="start image in latents: mode is certain, sample is drawn from the seed as diffusers does",
     )  # fmt: skip
     upscale: float | None = _field(
@@ -339,12 +359,12 @@ class Request:
         raise RequestError(f"{name} has {len(value)} entries; needed {' or '.join(['1', *each])}")
 
     def seeds(self) -> list[int]:
-        """One seed a picture: as given, or counted up over the pictures that share a seed."""
+        """One seed a picture: as given, or (convention own) counted up over the pictures that share a seed."""
         given, count = values.as_list(self.seed), self.count
         each = count // len(given) if len(given) in (1, len(self.prompts)) else 1
         if len(given) * each != count:
             self.spread("seed", given)
-        return [seed + i for seed in given for i in range(each)]
+        return [seed + i * (self.convention == "own") for seed in given for i in range(each)]
 
     @property
     def from_data(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.control import Control
-from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver
+from s3dit.request import Convention, MaskMode, OutputType, Positions, Posterior, Preset, Schedule, Solver
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | Sequence[str] | None
     height: int | Sequence[int] | None
     width: int | Sequence[int] | None
+    preset: Preset | None
     num_inference_steps: int | None
     guidance_scale: float | None
     cfg: float | None
@@ -36,6 +37,8 @@ class RequestFields(TypedDict, total=False):
     shift: float | None
     schedule: Schedule
     solver: Solver
+    convention: Convention
+    batch_place: Sequence[int] | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

@@ -2,20 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 
+from s3dit import presets
 from s3dit.errors import RequestError
+from s3dit.inputs.noise import places
 from s3dit.model.config import ModelConfig
 from s3dit.request import Request
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.multistep import STOCHASTIC
-from s3dit.sampling.schedules import UNSHIFTED
+from s3dit.sampling.spacings import UNSHIFTED
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
 REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 
 
 def resolve(request: Request, config: ModelConfig) -> Request:
-    """Put the model's own settings where a request says None; raises RequestError."""
-    settings, scheduler = config.settings, config.scheduler
+    """Put a preset's settings where a request says nothing, then the model's own; raises RequestError."""
+    request, settings, scheduler = presets.applied(request), config.settings, config.scheduler
     if request.prompt is None and not request.embeds and not config.prompt:
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
     guidance = request.cfg - 1.0 if request.cfg is not None else request.guidance_scale
@@ -39,6 +41,8 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         if request.shift is None
         else float(request.shift),
     )
+    presets.check(resolved)
+    places(resolved)
     resolved.check_pixels()
     resolved.check_latents()
     resolved.check_embeds(config.transformer.cap_feat_dim)
@@ -63,6 +67,7 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
     """What the user should know of a resolved request: how its model was read, unknown words, sizes far from home."""
     config, settings = sources.config, sources.config.settings
     yield from sources.notes
+    yield from presets.notes(request)
     if sources.guessed and request.shift == config.scheduler.shift:
         yield SHIFT_NOTE
     if config.words:
@@ -111,15 +116,16 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
             yield f"solver {request.solver} has no effect: a single step is one of euler"
         if request.schedule not in ("official", config.scheduler.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
-    if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED):
+    named = () if request.schedule == "official" or request.convention != "comfyui" else (request.schedule,)
+    if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED, *named):
         yield f"the values of sigmas have no effect: schedule {request.schedule} spaces as many steps by itself"
     elif request.sigmas is not None and request.schedule != "official":
         yield f"of sigmas only their number, the first and the last count: schedule {request.schedule} spaces the rest"
-    if request.schedule in UNSHIFTED and request.shift != config.scheduler.shift:
+    if request.schedule in UNSHIFTED and request.shift not in (None, config.scheduler.shift):
         yield f"shift has no effect: schedule {request.schedule} has sigmas of its own"
     random = request.solver in STOCHASTIC or (request.image is not None and request.posterior == "sample")
     if request.latents is not None and request.upscale is None and not random:
-        for name in ("seed", "generator"):
+        for name in ("seed", "generator", "batch_place"):
             if getattr(request, name) is not None:
                 yield f"{name} has no effect: latents are the noise, and nothing else is drawn at random"
     if (

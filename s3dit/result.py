@@ -19,6 +19,7 @@ from s3dit.files import ENDINGS
 from s3dit.inputs import control_hints
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
+from s3dit.inputs.noise import places
 from s3dit.inputs.save_image import save_picture
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
@@ -111,12 +112,13 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
     made = []
-    for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
+    for i, (seed, place, *values) in enumerate(zip(request.seeds(), places(request), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
         if own["reference"] is None:
             own["reference_positions"] = "released"
         controls = request.controls_of(i)
-        data = shared.filled(seed=seed, control=controls or None, **own).to_json()
+        batch_place = None if place == (0, 1) else place
+        data = shared.filled(seed=seed, batch_place=batch_place, control=controls or None, **own).to_json()
         # Without these the request alone does not say where noise, prompts and images came from.
         whole = request.from_data
         whole = whole and all(name in data for name, value in own.items() if value is not None)

@@ -169,6 +169,16 @@ def margins(name: str, value: Any) -> None:
         raise RequestError(f"{name} is {shown(value)}; needed four margins in pixels: left, top, right, bottom")
 
 
+def place(name: str, value: Any) -> None:
+    """Check that a value is a place in a batch, from 0, and the batch's size."""
+    given = value if several(value) and len(value) == 2 and all(map(_number, value)) else (0, 0)
+    if not 0 <= given[0] < given[1] <= MOST_PICTURES:
+        raise RequestError(
+            f"{name} is {shown(value)}; needed a place from 0 and the size of the batch, up to {MOST_PICTURES}, "
+            "such as 2,4"
+        )
+
+
 def image(name: str, value: Any) -> None:
     """Check that a value is a path, or has pixels; `inputs.images.Picture` opens it."""
     if isinstance(value, str | PathLike):
@@ -311,6 +321,7 @@ CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
 SIGMAS = Kind(sigmas, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
 MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
+PLACE = Kind(place, integers_of, "I,N", name="a place and a size such as 2,4")
 IMAGE = Kind(image, str, "FILE")
 REFERENCES = Kind(references, str, "FILE", several=True)
 CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
@@ -318,4 +329,4 @@ GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)
 # Whose values are numbers, or rows of them: also numpy's and torch's.
-NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, SIGMAS, MARGINS)
+NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, SIGMAS, MARGINS, PLACE)

@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.",),
     ("weights.",),
     ("configs.",),
-    ("control", "values", "request", "request_fields", "files", "terminal"),
+    ("control", "values", "request", "presets", "request_fields", "files", "terminal"),
     ("model.",),
     ("sampling.",),
     ("inputs.",),

@@ -83,6 +83,11 @@ WITHOUT_EFFECT = [
         "of sigmas only their number, the first and the last count",
     ),
     ({"latents": torch.zeros(1, 16, 8, 8), "seed": 3}, "seed has no effect"),
+    ({"latents": torch.zeros(1, 16, 8, 8), "convention": "diffusers", "batch_place": [1, 2]}, "batch_place has no"),
+    (
+        {"sigmas": [1.0, 0.5], "num_inference_steps": None, "schedule": "karras", "convention": "comfyui"},
+        "the values of sigmas have no effect",
+    ),
     ({"latents": torch.zeros(1, 16, 8, 8), "generator": torch.Generator()}, "generator has no effect"),
     ({"prompt": None, "prompt_embeds": torch.zeros(3, 128), "max_sequence_length": 9}, "max_sequence_length has no"),
     ({"solver": "heun"}, "solver heun has no effect: a single step"),

@@ -73,6 +73,12 @@ WRONG = [
     ({"sigmas": [1.0, 0.5], "num_inference_steps": 3}, "2 sigmas but"),
     ({"solver": "rk4"}, "needed one of euler"),
     ({"schedule": "linear"}, "needed one of official"),
+    ({"preset": "comfyui"}, "needed one of comfyui-turbo"),
+    ({"convention": "ldm"}, "needed one of own"),
+    *(
+        ({"batch_place": wrong}, "batch_place is .*needed a place from 0")
+        for wrong in (3, [1], [2, 2], [-1, 2], [0, 2e9], [0, 1.5])
+    ),
     ({"output_type": "np"}, "needed one of pil"),
     ({"seed": 1.5}, "seed is 1.5"),
     ({"latents": torch.zeros(1, 16, 3, 3), "height": 64, "width": 64}, "latents has shape"),

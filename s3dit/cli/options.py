@@ -51,7 +51,7 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
         choices = get_args(field.metadata["bounds"][0])
         group.add_argument(
             *flags, dest=field.name, choices=choices, metavar="NAME",
-            help=f"{text}; one of {', '.join(choices)} (default: {field.default})",
+            help=f"{text}; one of {', '.join(choices)}" + (f" (default: {field.default})" if field.default else ""),
         )  # fmt: skip
     else:
         if kind is values.CONTROLS:

@@ -40,13 +40,14 @@ from s3dit.cli.record import (
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
+from s3dit.presets import PRESETS
 from s3dit.request import IMAGES, Request
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
 
 # Two ways to say one thing: whichever the user chooses, the picture's is dropped.
-RIVALS = (("cfg", "guidance_scale"), ("sigmas", "num_inference_steps"))
+RIVALS = {"cfg": "guidance_scale", "num_inference_steps": "sigmas"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +91,13 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
     values = request.to_json()
     if prompt is not None:
         values.pop("prompt")
-    for chosen, dropped in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+    for chosen, dropped in (*RIVALS.items(), *((b, a) for a, b in RIVALS.items())):
         if getattr(args, chosen) is not None:
             values.pop(dropped, None)
+    if args.preset is not None:
+        # All that it stands for is the user's choice.
+        replaced = {*PRESETS[args.preset], *(RIVALS.get(name) for name in PRESETS[args.preset])}
+        values = {name: value for name, value in values.items() if name not in replaced}
     return Replay(values, adapters, engine)
 
 
