@@ -16,6 +16,7 @@ is made by `launcher`: a custom operator of torch under torch.compile, a plain c
 
 import functools
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Implemented = TypeVar("Implemented", bound=Callable[..., Any])
 
+NO_TRITON = "the package triton, which is not installed; pip install 's3dit[gpu]'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 kernel: Any
 tl: Any
@@ -44,10 +46,11 @@ if LAUNCHES:
 
     kernel, tl = triton.jit, triton.language
 else:
+    if torch.cuda.is_available():
+        logging.getLogger(__name__).warning("no kernels of Triton run: they need %s", NO_TRITON)
     # Enough for a kernel to be defined; nothing here can launch it.
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
-NO_TRITON = "the package triton, which is not installed; pip install 's3dit[gpu]'"
 BACKENDS = ("auto", "reference", "torch", "triton")
 # How near an implementation is to its reference, each kind including those before it.
 NUMERICS = ("exact", "lossless", "approximate")

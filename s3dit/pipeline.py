@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
@@ -48,6 +49,7 @@ from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
+from s3dit.runtime.stopwatch import shown_seconds
 from s3dit.sampling.guidance import Guidance, guide
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from s3dit.research.record import Record
 
 EMBEDDED = Path(sys.modules["s3dit.weights"].__path__[0]).resolve() / "tiny"
+LOG = getLogger(__name__)
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
@@ -172,6 +175,7 @@ class Pipeline(LoadedModel):
                         pictures = self._pictures(last, latents)
             # Still inside: they are of the adapters that drew, whatever others attach meanwhile.
             metadata = self.records(plan)
+        LOG.info("drew %d of %s; seconds: %s", plan.request.count, self.folder.name, shown_seconds(seconds))
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]

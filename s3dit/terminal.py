@@ -13,6 +13,7 @@ code says it (`finish`). This module knows nothing of models or pictures, and do
 import codecs
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -137,7 +138,7 @@ class _Stream:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """While inside, standard output, errors and warnings go through here; afterwards they are the caller's again."""
+    """While inside, standard output, errors, warnings and logs go through here; afterwards they are the caller's."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -146,13 +147,24 @@ def streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stream(out), _Stream(err)
+    handler = _Said(logging.WARNING)
+    logging.getLogger("s3dit").addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: say(message)
             yield
     finally:
         sys.stdout.flush()
+        logging.getLogger("s3dit").removeHandler(handler)
         sys.stdout, sys.stderr = out, err
+
+
+class _Said(logging.Handler):
+    """Says what the engine logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record."""
+        say(record.getMessage())
 
 
 def finish(code: int) -> int:

@@ -4,7 +4,7 @@
     python tools/sizes.py --extra hub,bars   with extras of pyproject.toml
     python tools/sizes.py --here             this environment, as it is
 
-Prints a table. The embedded model is drawn with, so the environment is known to be enough.
+Prints a table, byte code not counted. The embedded model is drawn with, so the environment is known to be enough.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def fresh(extras: str, python: str) -> dict[str, dict[str, Any]]:
             path for path in (Path(folder) / "bin" / "python", Path(folder) / "Scripts" / "python.exe") if path.exists()
         )
         wanted = f"{ROOT}[{extras}]" if extras else str(ROOT)
-        install = [str(own), "-m", "pip", "install", "-q", "-c", str(ROOT / "constraints.txt"), wanted]
+        install = [str(own), "-m", "pip", "install", "-q", "--no-compile", "-c", str(ROOT / "constraints.txt"), wanted]
         subprocess.run(install, check=True)
         return measure(str(own), cwd=folder)
 

@@ -111,7 +111,9 @@ def _tell_seconds(seconds: dict[str, float], as_json: bool) -> None:
     if as_json:
         event(event="seconds", **{name.replace(" ", "_"): round(value, 4) for name, value in seconds.items()})
     else:
-        say("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+        from s3dit.runtime.stopwatch import shown_seconds
+
+        say(f"seconds: {shown_seconds(seconds)}")
 
 
 def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:

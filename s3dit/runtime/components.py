@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
+
+LOG = getLogger(__name__)
 
 
 class Components(Residency):
@@ -152,6 +155,7 @@ class Components(Residency):
             if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
                 compile_blocks(module)
             module.eval()
+        LOG.info("loaded %s on %s%s", name, device, "" if kept is None else f", of its blocks {kept} to stay")
 
     def _following(self, name: str) -> list[str]:
         """The part that is needed after this one and is not in memory, if a plan says so."""

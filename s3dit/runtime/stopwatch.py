@@ -1,7 +1,7 @@
 """Seconds of the stages of a call: what is spent inside a stage that another one is begun in counts for that one."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -42,3 +42,8 @@ class Stopwatch:
         if name:
             self.seconds.setdefault(name, 0.0)
         self._since, self._stage = now, name
+
+
+def shown_seconds(seconds: Mapping[str, float]) -> str:
+    """The seconds of stages in a line."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in seconds.items())
