@@ -28,6 +28,10 @@ sys.argv = ["s3dit", *sys.argv[1:]]
 DRAW = (
     NEEDED
     + """
+def watch(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise AssertionError(f"the network was asked: {event} {args}")
+sys.addaudithook(watch)
 from s3dit.__main__ import run
 code = run()
 assert not [name for name in refused if sys.modules.get(name)], refused
@@ -46,7 +50,7 @@ def python(code, *words, folder=ROOT, cwd=None, **more):
 
 
 def test_the_needed_packages_draw(tmp_path):
-    """And standard error says once that there is no bar."""
+    """Without a network; and standard error says once that there is no bar."""
     picture = tmp_path / "star.png"
     done = python(DRAW, "generate", "a red star", "--steps", "1", "--seed", "1", "-o", picture)
     assert done.returncode == 0 and picture.is_file(), done.stderr

@@ -32,3 +32,15 @@ def test_the_seconds_of_a_picture():
     again = pipe(**request)
     assert set(again.seconds) == {"transformer", "vae decode", "load transformer", "load vae"}
     assert again.metadata == first.metadata and "seconds" not in str(first.metadata)
+
+
+def test_the_log_says_what_was_loaded_and_how_long_it_took(caplog, capsys):
+    """Under the name s3dit, and nothing is printed."""
+    pipe = Pipeline.load(device="cpu")
+    request = {"prompt": "a red star", "num_inference_steps": 1, "height": 64, "width": 64, "seed": 1}
+    with caplog.at_level("INFO", logger="s3dit"):
+        pipe(**request)
+    assert [record.name.partition(".")[0] for record in caplog.records] == ["s3dit"] * 4
+    loaded = [f"loaded {part} on cpu" for part in ("text_encoder", "transformer", "vae")]
+    assert caplog.messages[:3] == loaded and caplog.messages[3].startswith("drew 1 of tiny; seconds: ")
+    assert capsys.readouterr() == ("", "")
