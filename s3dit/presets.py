@@ -82,7 +82,7 @@ def check(request: Request) -> None:
 
 def notes(request: Request) -> Iterator[str]:
     """What the program that a resolved request follows draws otherwise, all the same."""
-    solver, scale = request.solver, request.guidance_scale or 0
+    solver, scale = request.solver, max(as_list(request.guidance_scale or 0))
     if request.convention == "comfyui" and solver == "dpmpp_2m_sde":
         yield (
             "the noise that dpmpp_2m_sde adds is this engine's own: ComfyUI takes it from torchsde's Brownian tree, "

@@ -17,11 +17,12 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from s3dit import values
+from s3dit import guidance_options, values
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
-from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
+from s3dit.region import HEAVIEST, Region
+from s3dit.values import LARGEST_SIDE, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,12 +122,13 @@ class Request:
         None, values.INTEGER, 1, values.MOST_STEPS, group=SAMPLING, flag="--steps",
         says="steps of the solver (default: Turbo 8, Z-Image 28)",
     )  # fmt: skip
-    guidance_scale: float | None = _field(
-        None, values.NUMBER, 0, 1000, group=GUIDANCE, flag="--guidance",
-        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
+    guidance_scale: float | Sequence[float] | None = _field(
+        None, values.SCALES, 0, 1000, group=GUIDANCE, flag="--guidance",
+        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4); of several, the first "
+        "step takes the first, the last the last, and steps between them lie on straight lines",
     )  # fmt: skip
-    cfg: float | None = _field(
-        None, values.NUMBER, 1, 1001, group=GUIDANCE,
+    cfg: float | Sequence[float] | None = _field(
+        None, values.SCALES, 1, 1001, group=GUIDANCE,
         says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1",
     )  # fmt: skip
     cfg_normalization: bool | float = _field(
@@ -136,6 +138,23 @@ class Request:
     cfg_truncation: float = _field(
         1.0, values.NUMBER, 0, 1000, group=GUIDANCE,
         says="no guidance once t (0 noise, 1 image) is above this",
+    )  # fmt: skip
+    guidance_interval: Sequence[float] | None = _field(
+        None, values.INTERVAL, group=GUIDANCE,
+        says="guidance only where t (0 noise, 1 image) is from A to B (default: everywhere)",
+    )  # fmt: skip
+    guidance_method: str | None = _field(
+        None, guidance_options.METHOD, group=GUIDANCE,
+        says="plain (default), apg[:eta=0,momentum=-0.5,norm_threshold=0] or cfg_zero[:zero_init_steps=1]",
+    )  # fmt: skip
+    skip_layers: str | None = _field(
+        None, guidance_options.SKIPPED, group=GUIDANCE,
+        says="also SCALE·(pos - pos without these main layers), where t is from A to B; needs no guidance_scale",
+    )  # fmt: skip
+    variation: float | str | Sequence[float | str] | None = _field(
+        None, guidance_options.VARIED, each=True, group=PROMPT,
+        says="noise on the prompt's features, X times their norm, for pictures that differ more (default seed: the "
+        "picture's); seeds count up",
     )  # fmt: skip
     num_images_per_prompt: int = _field(
         1, values.INTEGER, 1, MOST_PICTURES, group=PROMPT, flag="--count",
@@ -241,6 +260,14 @@ class Request:
         "released", values.CHOICE, Positions, group=STEERING,
         says="where captions between references stand: as in the released code, or as it was meant",
     )  # fmt: skip
+    region: "Region | Sequence[Region] | Sequence[Sequence[Region] | None] | None" = _field(
+        None, values.REGIONS, group=STEERING,
+        says="a prompt for a part of the picture, and the mask that says which; once for each",
+    )  # fmt: skip
+    base_weight: float = _field(
+        0.0, values.NUMBER, 0, HEAVIEST, group=STEERING,
+        says="weight of the prompt inside regions, against theirs of 1; where none is it holds alone",
+    )  # fmt: skip
     output_type: OutputType = _field(
         "pil", Kind(values.choice), OutputType,
         says="pictures as Pillow's, as tensors (3, H, W) in [-1, 1], or latents alone",
@@ -334,14 +361,22 @@ class Request:
 
         Raises RequestError.
         """
-        given = self.reference
+        return self._lists("reference", "images")
+
+    def regions(self) -> list[list[Region]]:
+        """Regions of every picture, spread like references. Raises RequestError."""
+        return self._lists("region", "Regions")
+
+    def _lists(self, name: str, what: str) -> list[list[Any]]:
+        """The values of a field of every picture: one list for all, or a list for each."""
+        given = getattr(self, name)
         several = given if isinstance(given, list | tuple) else [] if given is None else [given]
         lists = [entry is None or isinstance(entry, list | tuple) for entry in several]
         if not any(lists):
             return [list(several) for _ in range(self.count)]
         if not all(lists):
-            raise RequestError("reference mixes images and lists of images; needed one list, or a list for each prompt")
-        return [list(entry or ()) for entry in self.spread("reference", several)]
+            raise RequestError(f"{name} mixes {what} and lists of {what}; needed one list, or a list for each prompt")
+        return [list(entry or ()) for entry in self.spread(name, several)]
 
     def spread(self, name: str, value: Any) -> list[Any]:
         """`per_image` of any value, which messages call `name`."""
@@ -396,6 +431,8 @@ class Request:
         self._check_start()
         self._check_control()
         self._check_references()
+        if not any(self.regions()) and self.base_weight:
+            raise RequestError("base_weight is given without region; it weighs the prompt against theirs; give both")
         self._check_steps()
 
     def _check_count(self) -> None:
@@ -493,18 +530,9 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
-        data: dict[str, Any] = {}
-        for name in (spec.name for spec in fields(self) if spec.name not in UNNAMED):
-            value = getattr(self, name)
-            if name == "control" and value is not None:
-                value = [control.to_json() for control in self.controls]
-            elif name in (*IMAGES, "reference"):
-                value = _paths(value)
-            elif values.several(value):
-                value = list(value)
-            if value is not None:
-                data[name] = value
-        return data
+        replayable = (spec for spec in fields(self) if spec.name not in UNNAMED)
+        data = {spec.name: spec.metadata["kind"].to_json(getattr(self, spec.name)) for spec in replayable}
+        return {name: value for name, value in data.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -512,32 +540,12 @@ class Request:
 
         Drawing it opens the files that it names: what a stranger wrote goes through `cli.replay`.
         """
-        known = {f.name for f in fields(cls)} - {*UNNAMED}
-        if unknown := sorted(set(data) - known):
+        kinds = {spec.name: spec.metadata["kind"] for spec in fields(cls) if spec.name not in UNNAMED}
+        if unknown := sorted(set(data) - {*kinds}):
             raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
         if data.get("prompt") is None:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
-        for name in {*IMAGES, "reference"} & {*data}:
-            if data[name] is not None and _paths(data[name]) is None:
-                raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        controls = data.get("control")
-        if controls is None:
-            return cls(**data)
-        if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
-            raise RequestError(
-                f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list"
-            )
         try:
-            return cls(**data | {"control": [Control.from_json(control) for control in controls] or None})
+            return cls(**{name: kinds[name].from_json(name, value) for name, value in data.items()})
         except ValueError as error:
             raise RequestError(str(error)) from None
-
-
-def _paths(given: Any, deep: int = 2) -> Any:
-    """Paths of image files as JSON has them, in lists like theirs; None where one is no file."""
-    if isinstance(given, str | PathLike):
-        return str(given)
-    if not isinstance(given, list | tuple) or not deep:
-        return None
-    paths = [_paths(entry, deep - 1) for entry in given]
-    return None if None in paths else paths

@@ -31,6 +31,7 @@ from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
 from s3dit.request import IMAGES, Request
 from s3dit.sampling import comfyui
+from s3dit.sampling.guidance_methods import zero_init_steps
 from s3dit.sampling.schedules import sigmas
 from s3dit.values import LARGEST_SIDE
 
@@ -167,6 +168,8 @@ def _cells(mask: Tensor) -> Tensor:
 def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
     """Return the sigmas of a resolved request, (steps + 1,) fp32: all of them, or with a strength the last ones.
 
+    Without a picture to begin from, cfg_zero's first steps, which have no velocity, are left out.
+
     scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
     """
     dynamic = request.shift is None and scheduler is not None
@@ -180,7 +183,8 @@ def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None)
         if strength is not None:
             # parity: diffusers' get_timesteps, in floats of 64 bits.
             levels = levels[int(max(n - min(n * strength, n), 0)) :]
-    return comfyui.below_noise(levels, request.solver, shift, dynamic) if theirs else levels
+    levels = comfyui.below_noise(levels, request.solver, shift, dynamic) if theirs else levels
+    return levels[zero_init_steps(request) :] if strength is None else levels
 
 
 def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
