@@ -28,6 +28,13 @@ with importing():
     assert not gc.isenabled()
     kept = [[]]
 assert gc.isenabled() and gc.get_freeze_count() > 1000
+from s3dit.cli import importing as module
+module._thaw()
+assert gc.get_freeze_count()
+import sys
+sys.modules["triton"] = sys
+module._thaw()
+assert not gc.get_freeze_count()
 gc.disable()
 with importing():
     pass
