@@ -19,8 +19,8 @@ DESCRIBED = [*TOOLS, *(ROOT / "s3dit" / "cli").glob("*.py"), *(ROOT / "s3dit" / 
 
 def test_the_readme_has_a_line_for_each_tool():
     assert list(ROWS) and set(ROWS) == {path.name for path in TOOLS}
-    # A line a tool, and a head, sections and their rules around them.
-    assert README.count("\n") <= len(TOOLS) + 24
+    # A line each, besides heads and headings: what else there is to say is said by the files.
+    assert README.count("\n") <= len(TOOLS) + 27
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -6,6 +6,7 @@ from typing import Any
 
 from s3dit.cli.importing import importing
 from s3dit.cli.source import check_source
+from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import event, say, tell
 
 SUMMARY = "say what is in a file or folder, what is missing to draw with it, and the command that does"
@@ -47,8 +48,7 @@ def _weights(name: str) -> Any:
     """The report on anything but a picture."""
     with importing():
         from s3dit.cli.inspect_weights import absent, inspect_path
-        from s3dit.pipeline import EMBEDDED
         from s3dit.weights.hub import peek
 
-    path, lacking = (EMBEDDED, []) if name == "embedded" else peek(name)
+    path, lacking = (FOLDERS[name], []) if name in FOLDERS else peek(name)
     return absent(name, path, lacking) if lacking else inspect_path(path, str(path) if lacking is None else name)
