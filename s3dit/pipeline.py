@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
@@ -50,6 +51,7 @@ from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
+from s3dit.runtime.stopwatch import shown_seconds
 from s3dit.sampling.guidance import guide
 from s3dit.sampling.guidance_methods import guidance_of
 from s3dit.sampling.regions import RegionBlend
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
     from s3dit.research.observe import Edit
     from s3dit.research.record import Record
 
+LOG = getLogger(__name__)
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
@@ -166,7 +169,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan.stages):
+            with out_of_memory(plan.stages), self.parts.clock.measured() as seconds:
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -180,10 +183,11 @@ class Pipeline(LoadedModel):
             metadata = self.records(plan)
             for record, reused in zip(metadata, step.reused, strict=False):
                 record["engine"]["reused"] = reused
+        LOG.info("drew %d of %s; seconds: %s", plan.request.count, self.folder.name, shown_seconds(seconds))
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]
-        return Result(pictures, latents, metadata)
+        return Result(pictures, latents, metadata, seconds)
 
     def stream(self, request: Wanted = None, **fields: Unpack[RequestFields]) -> Iterator[Step]:
         """Sample a request or a plan and yield a Step after every step of the solver.
@@ -248,13 +252,15 @@ class Pipeline(LoadedModel):
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
                     self.parts.set_policy(memory.mode, memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
+                    self.parts.turns = [stage.part for stage in plan.stages]
                     steps = self._begin(plan)
                 else:
                     # Somebody else may have had the pipeline since the last step.
                     self._models(plan)
                 self.now = Now(plan, before + (step.i if step else 0) + 1)
                 try:
-                    step = next(steps, None)
+                    with self.parts.clock.stage("transformer"):
+                        step = next(steps, None)
                 finally:
                     self.now = None
             if step is None:

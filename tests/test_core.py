@@ -26,10 +26,11 @@ BORDER = {
     "json_values",
     "notes", "presets", "region", "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
-# Files of model/ and sampling/ that only some requests need, or those who look on.
+# Files of model/ and sampling/ that only some requests need, or those who look on; and how modules are made to be read
+# into (meta), which computes nothing.
 OPTIONAL = {
-    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "multistep", "regions",
-    "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
+    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "meta", "multistep",
+    "regions", "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
 }  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [
     ROOT / "s3dit" / "API.md",
+    ROOT / "s3dit" / "EMBED.md",
     ROOT / "s3dit" / "RECIPES.md",
     ROOT / "s3dit" / "DIFFERENCES.md",
     ROOT / "s3dit" / "cli" / "README.md",
@@ -31,7 +32,10 @@ def text(page):
     return (path if path.is_file() else path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["s3dit/API.md", "s3dit/RECIPES.md", "s3dit/DIFFERENCES.md", "s3dit/research"])
+PAGES = ["s3dit/API.md", "s3dit/EMBED.md", "s3dit/RECIPES.md", "s3dit/DIFFERENCES.md", "s3dit/research"]
+
+
+@pytest.mark.parametrize("folder", PAGES)
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)

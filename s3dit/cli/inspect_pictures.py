@@ -43,6 +43,17 @@ COMFYUI = "a picture drawn by ComfyUI"
 MOST_NODES = 4096
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is there that begins as pictures do which carry what made them."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(4).startswith(PICTURES)
+    except OSError:
+        return False
+
+
 def picture(path: Path) -> Facts:
     """Describe what drew a picture, with the command that repeats it or the nearest; RequestError without metadata."""
     texts = read_texts(path)

@@ -20,7 +20,7 @@ from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 from s3dit.research.trace import ORDER
-from s3dit.weights.container import parse_json
+from s3dit.weights.json_files import parse_json
 
 # dtype -> its name in a header of safetensors
 DTYPES = {
