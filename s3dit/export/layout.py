@@ -73,7 +73,7 @@ def rectangle(grid: Sequence[int], lengths: Tensor, longest: int) -> Layout:
     image_item, place = _places(items, image_length)
     image = _pack(
         (items, image_length, None),
-        torch.stack((own[image_item] + 1, place // columns, place % columns), -1) * (place < count)[:, None],
+        torch.stack((own[image_item] + 1, place // columns, place - place // columns * columns), -1) * (place < count)[:, None],
         image_item * count + place.clamp(max=count - 1),
         place < count,
         count,
@@ -100,7 +100,9 @@ def rectangle(grid: Sequence[int], lengths: Tensor, longest: int) -> Layout:
 def _places(items: int, length: int) -> tuple[Tensor, Tensor]:
     """Return the item and the place in it of every token of a stream (items · length,)."""
     token = torch.arange(items * length)
-    return token // length, token % length
+    item = token // length
+    # Not %: ONNX has no remainder by a size.
+    return item, token - item * length
 
 
 def _pack(
