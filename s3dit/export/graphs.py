@@ -6,7 +6,9 @@ and needs nothing of this package. Sizes are free in every graph: one serves any
 
 import importlib.util
 import json
+import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,15 +123,20 @@ def write(pipe: Pipeline, folder: Path, form: Form = "export", progress: Progres
 
 def _save(graph: ExportedProgram, path: Path, form: Form) -> None:
     """Write a graph to path.pt2 or path.onnx."""
-    if form == "export":
-        torch.export.save(graph, path.with_suffix(".pt2"))
-    elif form == "compiled":
-        torch._inductor.aoti_compile_and_package(graph, package_path=str(path.with_suffix(".pt2")))
-    else:
-        exported = torch.onnx.export(graph, dynamo=True, verbose=False)
-        assert exported is not None
-        # Above 2 GB a file of this kind must keep its weights beside it.
-        exported.save(path.with_suffix(".onnx"), external_data=True)
+    with warnings.catch_warnings():
+        # torch warns of its own use of itself.
+        warnings.simplefilter("ignore", FutureWarning)
+        if form == "export":
+            torch.export.save(graph, path.with_suffix(".pt2"))
+        elif form == "compiled":
+            torch._inductor.aoti_compile_and_package(graph, package_path=str(path.with_suffix(".pt2")))
+        else:
+            # It says of each operation of torchvision that torchvision is not there.
+            logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+            exported = torch.onnx.export(graph, dynamo=True, verbose=False)
+            assert exported is not None
+            # Above 2 GB a file of this kind must keep its weights beside it.
+            exported.save(path.with_suffix(".onnx"), external_data=True)
 
 
 def _copy_tokenizer(pipe: Pipeline, built: Path) -> list[str]:

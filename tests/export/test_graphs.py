@@ -1,0 +1,170 @@
+"""Exported graphs give what the engine gives, at any size, caption length and batch, from one tracing.
+
+The bound is that of the parity tests, 1e-5 of the norm: a graph adds up in another order where it attends with a mask,
+and upsamples large pictures in one piece (up to 3e-6). The embedded model is cut to two of its main blocks: a graph has
+as many nodes as there are blocks, and tracing takes as long.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from s3dit import Pipeline, RequestError
+from s3dit.cli.main import main
+from s3dit.export import graphs
+from s3dit.export.layout import rectangle
+from s3dit.model.layout import patchify, text_to_image
+
+BOUND = 1e-5
+SLOW = pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="takes minutes; set S3DIT_SLOW=1 to run it")
+# Rows and columns of patches, and caption tokens of each picture: paddings of none, one and many, ragged or not.
+CASES = [
+    ((1, 1), (1,)), ((8, 8), (20,)), ((4, 8), (32,)), ((3, 11), (33,)), ((16, 2), (31, 64)), ((5, 7), (65, 3, 32)),
+    ((12, 12), (100, 40)), ((1, 9), (7, 7, 7, 7)), ((2, 31), (128,)), ((17, 13), (1, 97)),
+]  # fmt: skip
+
+
+def small(**options: object) -> Pipeline:
+    """The embedded model with two main blocks."""
+    pipe = Pipeline.load(device="cpu", residency="resident", **{"dtype": "fp32"} | options)
+    del pipe.transformer.layers[2:]
+    return pipe
+
+
+def traced(pipe, *parts):
+    return {name: graphs.program(module, pipe.placement.device) for name, module in graphs.modules(pipe) if name in parts}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def programs(pipe):
+    return traced(pipe, "text_encoder", "transformer", "vae")
+
+
+def inputs(grid, lengths):
+    """Token ids of prompts, noise (B, rows, columns, 64), times."""
+    generator = torch.Generator().manual_seed(sum(lengths) + grid[0])
+    ids = [torch.randint(0, 600, (length,), generator=generator) for length in lengths]
+    noise = torch.randn(len(lengths), 16, 2 * grid[0], 2 * grid[1], generator=generator)
+    return ids, noise, torch.rand(len(lengths), generator=generator)
+
+
+def filled(rows):
+    return torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (0, max(map(len, rows)) - len(row))) for row in rows])
+
+
+def on_grid(latents, grid):
+    return torch.stack([patchify(each.contiguous()) for each in latents]).unflatten(1, grid)
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+def distances(pipe, run, grid, lengths):
+    """Of text features, velocity and pixels by `run(part, *inputs)` from what the engine computes item by item."""
+    ids, noise, t = inputs(grid, lengths)
+    wanted = pipe.encoders.encode_texts([tuple(each.tolist()) for each in ids])
+    features = run("text_encoder", filled(ids))
+    yield max(distance(row[: len(each)], each) for row, each in zip(features, wanted, strict=True))
+    # NaN where nothing may look.
+    features = filled([F.pad(each, (0, 0, 0, 1), value=torch.nan)[: len(each)] for each in wanted])
+    velocity = run("transformer", on_grid(noise, grid), t, features, torch.tensor(lengths))
+    alone = [pipe.velocity(noise[i : i + 1], t[i : i + 1], [wanted[i]])[0] for i in range(len(lengths))]
+    yield distance(velocity, on_grid(alone, grid))
+    yield distance(run("vae", on_grid(noise, grid)), torch.stack(pipe.decode(list(noise))))
+
+
+@pytest.mark.parametrize(("grid", "lengths"), CASES, ids=str)
+def test_a_graph_is_the_model_at_every_size(pipe, programs, grid, lengths):
+    def run(part, *given):
+        with torch.no_grad():
+            return programs[part].module()(*given)
+
+    assert max(distances(pipe, run, grid, lengths)) < BOUND
+
+
+def test_no_size_is_asked_for(programs):
+    """What torch noted of sizes while tracing: batches agree, and nothing has a bound."""
+    for program in programs.values():
+        assert all(bound.lower <= 1 and bound.upper > 1 << 40 for bound in program.range_constraints.values())
+
+
+@pytest.mark.parametrize(("grid", "lengths"), [((3, 11), (33,)), ((4, 8), (20,))], ids=str)
+def test_one_item_stands_where_the_engine_puts_it(grid, lengths):
+    made, wanted = rectangle((1, *grid), torch.tensor(lengths), *lengths), text_to_image([grid], lengths)
+    for name in ("image", "text", "joint"):
+        for tensor in ("positions", "modulation_row"):
+            assert torch.equal(getattr(getattr(made, name), tensor), getattr(getattr(wanted, name), tensor)), name
+    assert torch.equal(made.gather, wanted.gather)
+    assert torch.equal(made.joint.token_index, wanted.joint.token_index)
+
+
+def test_a_short_caption_is_hidden_beyond_its_own_padding():
+    mask = rectangle((2, 1, 1), torch.tensor([5, 40]), 40).joint.spans.mask
+    assert mask.shape == (2, 1, 1, 32 + 64) and mask[0, 0, 0].sum() == 32 + 32 and mask[1].all()
+
+
+def test_int8_has_products_of_integers():
+    pipe = small(quantize="int8")
+    del pipe.transformer.layers[1:]
+    programs = traced(pipe, "transformer")
+    targets = [str(node.target) for node in programs["transformer"].graph.nodes]
+    # Seven of a block, of both refiners and the one main block.
+    assert targets.count("aten._int_mm.default") == 21
+    for grid, lengths in (((2, 3), (5,)), ((24, 20), (40, 90))):
+        _, noise, t = inputs(grid, lengths)
+        features = [torch.randn(length, 128) for length in lengths]
+        with torch.no_grad():
+            found = programs["transformer"].module()(on_grid(noise, grid), t, filled(features), torch.tensor(lengths))
+        wanted = pipe.velocity(noise, t, features)
+        # The last bit of a number moves some codes: 8e-4.
+        assert distance(found, on_grid(wanted, grid)) < 5e-3
+
+
+@SLOW
+@pytest.mark.parametrize("quantize", ["fp8", "int4", "fp8-weights", "int8-weights"])
+def test_other_formats_are_exported(quantize):
+    pipe = small(quantize=quantize)
+    program = traced(pipe, "transformer")["transformer"].module()
+    for grid, lengths in (((2, 3), (5,)), ((24, 20), (40, 90))):
+        _, noise, t = inputs(grid, lengths)
+        features = [torch.randn(length, 128) for length in lengths]
+        with torch.no_grad():
+            found = program(on_grid(noise, grid), t, filled(features), torch.tensor(lengths))
+        assert distance(found, on_grid(pipe.velocity(noise, t, features), grid)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["embedded", "-o", "there"], "there exists; needed the name of a new folder"),
+        (["embedded", "-o", "x.onnx", "--quantize", "q4"], "--quantize is 'q4'; needed one of"),
+        (["embedded", "-o", "x", "--onnx", "--quantize", "int8"], "onnx"),
+        (["embedded", "-o", "x", "--onnx", "--compile"], "not allowed with"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    try:
+        code = main(["export", *words])
+    except SystemExit as done:
+        code = done.code
+    assert code == 2 and message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_onnx_takes_floats(monkeypatch):
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(RequestError, match="found transformer in int8; onnx takes weights of floats"):
+        graphs.check(Pipeline.load(quantize="int8", dtype="fp32", device="cpu"), "onnx")
+    with pytest.raises(RequestError, match="form is 'pt'; needed export, compiled, onnx"):
+        graphs.check(Pipeline.load(device="cpu"), "pt")
