@@ -79,8 +79,8 @@ def modules(pipe: Pipeline) -> Iterator[tuple[str, nn.Module]]:
 
 
 @contextmanager
-def _traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a part be traced inside the `with`: by plain operations of torch, in which sizes are symbols."""
+def traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Let a part, or a module of one, be traced inside the `with`: by plain operations of torch, in which sizes are symbols."""
     vae = module.vae if isinstance(module, Pixels) else None
     if vae is not None:
         # What is faster is the compiler's to say.
@@ -95,7 +95,7 @@ def _traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 def program(module: Any, device: torch.device) -> ExportedProgram:
     """Trace one of `modules` on the device that it is on; the graph takes any sizes."""
-    with _traceable(module, device):
+    with traceable(module, device):
         example, free = module.sizes()
         example = tuple(each.to(device) for each in example)
         return torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)

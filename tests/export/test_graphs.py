@@ -1,8 +1,7 @@
 """Exported graphs give what the engine gives, at any size, caption length and batch, from one tracing.
 
 The bound is that of the parity tests, 1e-5 of the norm: a graph adds up in another order where it attends with a mask,
-and upsamples large pictures in one piece (up to 3e-6). The embedded model is cut to two of its main blocks: a graph has
-as many nodes as there are blocks, and tracing takes as long.
+and upsamples large pictures in one piece (up to 3e-6).
 """
 
 import os
@@ -25,27 +24,6 @@ CASES = [
     ((1, 1), (1,)), ((8, 8), (20,)), ((4, 8), (32,)), ((3, 11), (33,)), ((16, 2), (31, 64)), ((5, 7), (65, 3, 32)),
     ((12, 12), (100, 40)), ((1, 9), (7, 7, 7, 7)), ((2, 31), (128,)), ((17, 13), (1, 97)),
 ]  # fmt: skip
-
-
-def small(**options: object) -> Pipeline:
-    """The embedded model with two main blocks."""
-    pipe = Pipeline.load(device="cpu", residency="resident", **{"dtype": "fp32"} | options)
-    del pipe.transformer.layers[2:]
-    return pipe
-
-
-def traced(pipe, *parts):
-    return {name: graphs.program(module, pipe.placement.device) for name, module in graphs.modules(pipe) if name in parts}
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return small()
-
-
-@pytest.fixture(scope="module")
-def programs(pipe):
-    return traced(pipe, "text_encoder", "transformer", "vae")
 
 
 def inputs(grid, lengths):
@@ -83,18 +61,18 @@ def distances(pipe, run, grid, lengths):
 
 
 @pytest.mark.parametrize(("grid", "lengths"), CASES, ids=str)
-def test_a_graph_is_the_model_at_every_size(pipe, programs, grid, lengths):
+def test_a_graph_is_the_model_at_every_size(pipe, model, grid, lengths):
     def run(part, *given):
-        with torch.no_grad():
-            return programs[part].module()(*given)
+        return torch.from_numpy(model.run(part, *(each.numpy() for each in given)))
 
     assert max(distances(pipe, run, grid, lengths)) < BOUND
 
 
-def test_no_size_is_asked_for(programs):
-    """What torch noted of sizes while tracing: batches agree, and nothing has a bound."""
-    for program in programs.values():
-        assert all(bound.lower <= 1 and bound.upper > 1 << 40 for bound in program.range_constraints.values())
+def test_one_graph_serves_all_of_them(model):
+    """Nothing was loaded, let alone traced, once more: the parts are those of the first case."""
+    before = dict(model._parts)
+    model.draw(["a red star"], [1], (32, 176), steps=1)
+    assert model._parts == before and set(before) == {"text_encoder", "transformer", "vae"}
 
 
 @pytest.mark.parametrize(("grid", "lengths"), [((3, 11), (33,)), ((4, 8), (20,))], ids=str)
@@ -112,33 +90,30 @@ def test_a_short_caption_is_hidden_beyond_its_own_padding():
     assert mask.shape == (2, 1, 1, 32 + 64) and mask[0, 0, 0].sum() == 32 + 32 and mask[1].all()
 
 
-def test_int8_has_products_of_integers():
-    pipe = small(quantize="int8")
-    del pipe.transformer.layers[1:]
-    programs = traced(pipe, "transformer")
-    targets = [str(node.target) for node in programs["transformer"].graph.nodes]
-    # Seven of a block, of both refiners and the one main block.
-    assert targets.count("aten._int_mm.default") == 21
-    for grid, lengths in (((2, 3), (5,)), ((24, 20), (40, 90))):
-        _, noise, t = inputs(grid, lengths)
-        features = [torch.randn(length, 128) for length in lengths]
+def test_int8_has_products_of_integers(cut_model):
+    layer = cut_model(1, quantize="int8").transformer.layers[0].feed_forward
+    with graphs.traceable(layer, torch.device("cpu")):
+        free = ({0: torch.export.Dim("rows")},)
+        program = torch.export.export(layer, (torch.zeros(5, 192),), dynamic_shapes=free, strict=False)
+    assert [str(node.target) for node in program.graph.nodes].count("aten._int_mm.default") == 3
+    for rows in (1, 40, 3000):
+        x = torch.randn(rows, 192)
         with torch.no_grad():
-            found = programs["transformer"].module()(on_grid(noise, grid), t, filled(features), torch.tensor(lengths))
-        wanted = pipe.velocity(noise, t, features)
-        # The last bit of a number moves some codes: 8e-4.
-        assert distance(found, on_grid(wanted, grid)) < 5e-3
+            # Where silu's last bit differs, a code of the second rounding may be the next one.
+            assert distance(program.module()(x), layer(x)) < 1e-3
 
 
 @SLOW
-@pytest.mark.parametrize("quantize", ["fp8", "int4", "fp8-weights", "int8-weights"])
-def test_other_formats_are_exported(quantize):
-    pipe = small(quantize=quantize)
-    program = traced(pipe, "transformer")["transformer"].module()
+@pytest.mark.parametrize("quantize", ["int8", "fp8", "int4", "fp8-weights", "int8-weights"])
+def test_number_formats_are_exported(quantize, cut_model):
+    pipe = cut_model(2, quantize=quantize)
+    program = graphs.program(dict(graphs.modules(pipe))["transformer"], pipe.placement.device).module()
     for grid, lengths in (((2, 3), (5,)), ((24, 20), (40, 90))):
         _, noise, t = inputs(grid, lengths)
         features = [torch.randn(length, 128) for length in lengths]
         with torch.no_grad():
             found = program(on_grid(noise, grid), t, filled(features), torch.tensor(lengths))
+        # As above: the last bit of a number moves some codes.
         assert distance(found, on_grid(pipe.velocity(noise, t, features), grid)) < 5e-3
 
 

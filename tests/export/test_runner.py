@@ -20,16 +20,8 @@ from s3dit.sampling.schedules import sigmas
 PROMPTS = ["a red star above a blue ring", "a green square"]
 
 
-def small() -> Pipeline:
-    """The embedded model with one main block, which draws nothing to look at."""
-    pipe = Pipeline.load(device="cpu", residency="resident", dtype="fp32")
-    del pipe.transformer.layers[1:]
-    return pipe
-
-
-def check(folder: Path, pipe: Pipeline) -> None:
+def check(model: runner.Model, pipe: Pipeline) -> None:
     """Compare pictures of a written model with the pipeline's, in two sizes, guided and not."""
-    model = runner.Model(folder)
     for size, guided in (((48, 80), {}), ((64, 64), {"guidance_scale": 2.0})):
         found = model.draw(PROMPTS, [3, 4], size, steps=2, **guided)
         options = {"height": size[0], "width": size[1], "num_inference_steps": 2, **guided}
@@ -40,19 +32,25 @@ def check(folder: Path, pipe: Pipeline) -> None:
             assert off.max() <= 1 and (off > 0).mean() < 1e-2
 
 
-def test_it_draws_the_engine_s_pictures(tmp_path, monkeypatch, capsys):
-    pipe = small()
-    assert graphs.write(pipe, folder := tmp_path / "model") == []
-    assert sorted(path.name for path in folder.iterdir()) == [
+def test_it_draws_the_pictures_of_the_engine(pipe, model):
+    assert sorted(path.name for path in model.folder.iterdir()) == [
         "runner.py", "settings.json", "text_encoder.pt2", "tokenizer.json", "transformer.pt2", "vae.pt2",
     ]  # fmt: skip
-    check(folder, pipe)
+    check(model, pipe)
+
+
+def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Model", lambda folder: model)
     monkeypatch.chdir(tmp_path)
     ids = ",".join(map(str, pipe.tokenizer.encode(PROMPTS[0])))
     for words, name in ((PROMPTS[:1], "words.png"), (["--ids", ids], "ids.png")):
-        runner.main([*words, "--model", "model", "--size", "64x48", "--steps", "1", "-o", name])
-    assert (tmp_path / "words.png").read_bytes() == (tmp_path / "ids.png").read_bytes()
+        runner.main([*words, "--size", "64x48", "--steps", "1", "-o", name])
+    assert Path("words.png").read_bytes() == Path("ids.png").read_bytes()
     assert Image.open("ids.png").size == (64, 48)
+    with pytest.raises(SystemExit):
+        runner.main([])
+    with pytest.raises(ValueError, match="size 40x64, 1 seeds; needed multiples of 16"):
+        model.draw(PROMPTS[:1], [1], (40, 64))
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 + 5])
@@ -76,7 +74,7 @@ def test_a_shift_that_follows_from_the_size_is_written():
         object.__setattr__(pipe.config, "scheduler", changed)
         shift = graphs.settings(pipe, "export")["shift"]
         value = shift["slope"] * 1000 + shift["offset"]
-        assert np.exp(value) if shift["exponential"] else value == pytest.approx(changed.shift_at(1000))
+        assert (np.exp(value) if shift["exponential"] else value) == pytest.approx(changed.shift_at(1000))
     object.__setattr__(pipe.config, "scheduler", scheduler)
 
 
@@ -94,14 +92,14 @@ def test_it_imports_nothing_of_the_engine():
 
 
 @pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="compiles for a minute; set S3DIT_SLOW=1 to run it")
-def test_compiled_it_draws_the_same(tmp_path):
-    graphs.write(pipe := small(), tmp_path / "model", "compiled")
+def test_compiled_it_draws_the_same(tmp_path, cut_model):
+    graphs.write(pipe := cut_model(1), tmp_path / "model", "compiled")
     assert json.loads((tmp_path / "model" / "settings.json").read_text())["form"] == "compiled"
-    check(tmp_path / "model", pipe)
+    check(runner.Model(tmp_path / "model"), pipe)
 
 
-def test_onnxruntime_draws_the_same(tmp_path):
+def test_onnxruntime_draws_the_same(tmp_path, cut_model):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    graphs.write(pipe := small(), tmp_path / "model", "onnx")
-    check(tmp_path / "model", pipe)
+    graphs.write(pipe := cut_model(1), tmp_path / "model", "onnx")
+    check(runner.Model(tmp_path / "model"), pipe)
