@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 READMES = [
     ROOT / "s3dit" / "API.md",
     ROOT / "s3dit" / "RECIPES.md",
+    ROOT / "s3dit" / "EXPORT.md",
     ROOT / "s3dit" / "cli" / "README.md",
     ROOT / "s3dit" / "research" / "README.md",
     ROOT / "tools" / "recipes" / "README.md",

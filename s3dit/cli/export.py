@@ -23,8 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="MODEL", help="embedded, a folder in the official layout, a file, a hub name")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="DIR",
-        help="a new folder: a graph of each part, which takes any size, prompt and batch; tokenizer.json, settings.json, "
-        "and runner.py, which draws with them and needs torch or onnxruntime",
+        help="a new folder: a graph of each part, which takes any size, prompt and batch; tokenizer.json, "
+        "settings.json, and runner.py, which draws with them and needs torch or onnxruntime",
     )  # fmt: skip
     forms = parser.add_mutually_exclusive_group()
     forms.add_argument(
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     forms.add_argument("--onnx", action="store_const", dest="form", const="onnx", help="write for onnxruntime, in fp32")
     parser.add_argument("--quantize", metavar="FORMAT", help=f"of the transformer: {', '.join(OWN_FORMATS)}")
     parser.add_argument("--quantize-text", metavar="FORMAT", help="the same for the text encoder")
-    parser.add_argument("--device", metavar="DEVICE", help="where the graphs are to run: cpu or cuda (default: the best)")
+    parser.add_argument("--device", metavar="DEVICE", help="where the graphs will run: cpu or cuda (default: the best)")
     parser.add_argument("--dtype", metavar="DTYPE", help="bf16 or fp32 (default: bf16 where the device computes it)")
 
 

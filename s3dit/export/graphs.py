@@ -1,7 +1,7 @@
 """Makes graphs of a model's parts, and writes them to a folder with all that drawing takes.
 
-A folder holds a graph a part (*.pt2 or *.onnx), `tokenizer.json`, `settings.json` and `runner.py`, which draws with them
-and needs nothing of this package. Sizes are free in every graph: one serves any picture, prompt and batch.
+A folder holds a graph a part (*.pt2 or *.onnx), `tokenizer.json`, `settings.json` and `runner.py`, which draws with
+them and needs nothing of this package. Sizes are free in every graph: one serves any picture, prompt and batch.
 """
 
 import importlib.util
@@ -34,8 +34,6 @@ from s3dit.weights.model_folder import building
 # What a graph is: of torch.export, compiled by AOTInductor for one kind of machine, or for onnxruntime.
 Form = Literal["export", "compiled", "onnx"]
 RUNNER = Path(__file__).with_name("runner.py")
-# A part's number, and its name: what a caller may show.
-Progress = Callable[[str], None]
 
 
 def check(pipe: Pipeline, form: Form) -> None:
@@ -80,7 +78,7 @@ def modules(pipe: Pipeline) -> Iterator[tuple[str, nn.Module]]:
 
 @contextmanager
 def traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a part, or a module of one, be traced inside the `with`: by plain operations of torch, in which sizes are symbols."""
+    """Let a part, or a module of one, be traced inside the `with`: by torch's own operations, sizes being symbols."""
     vae = module.vae if isinstance(module, Pixels) else None
     if vae is not None:
         # What is faster is the compiler's to say.
@@ -101,12 +99,15 @@ def program(module: Any, device: torch.device) -> ExportedProgram:
         return torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)
 
 
-def write(pipe: Pipeline, folder: Path, form: Form = "export", progress: Progress = lambda part: None) -> list[str]:
+def write(
+    pipe: Pipeline, folder: str | Path, form: Form = "export", progress: Callable[[str], None] = lambda part: None
+) -> list[str]:
     """Write a model's graphs to a folder, which must not be there; returns notes.
 
     progress: called with the name of each part before it is written. Raises RequestError, BackendError.
     """
     check(pipe, form)
+    folder = Path(folder)
     if folder.exists():
         raise RequestError(f"{folder} exists; needed a new folder")
     folder.parent.mkdir(parents=True, exist_ok=True)

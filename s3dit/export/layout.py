@@ -1,8 +1,8 @@
 """The token layout of a graph: a batch of pictures of one size, with captions filled up to one length.
 
-A graph has no lists of lengths: items, rows, columns and caption length are sizes of its inputs, and all that is here is
-computed from them. Each item has the tokens, positions and modulation row that `model.layout.text_to_image` gives it;
-of a caption, what is filled up beyond its own multiple of 32 is hidden from attention by a mask.
+A graph has no lists of lengths: items, rows, columns and caption length are sizes of its inputs, and all that is here
+is computed from them. Each item has the tokens, positions and modulation row that `model.layout.text_to_image` gives
+it; of a caption, what is filled up beyond its own multiple of 32 is hidden from attention by a mask.
 
 Streams are flat, and places in them come from whole-number arithmetic: a graph must never ask how sizes compare, or it
 is one of these sizes only. Source: `model/layout.py`.
@@ -71,9 +71,10 @@ def rectangle(grid: Sequence[int], lengths: Tensor, longest: int) -> Layout:
     image_length, text_length = filled(count), filled(longest)
     length = image_length + text_length
     image_item, place = _places(items, image_length)
+    cell = torch.stack((own[image_item] + 1, place // columns, place - place // columns * columns), -1)
     image = _pack(
         (items, image_length, None),
-        torch.stack((own[image_item] + 1, place // columns, place - place // columns * columns), -1) * (place < count)[:, None],
+        cell * (place < count)[:, None],
         image_item * count + place.clamp(max=count - 1),
         place < count,
         count,

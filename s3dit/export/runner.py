@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import struct
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,7 +111,8 @@ class Model:
         height, width = size or (own["height"], own["width"])
         if height % 16 or width % 16 or min(height, width) < 16 or len(seeds) != len(prompts):
             raise ValueError(f"size {height}x{width}, {len(seeds)} seeds; needed multiples of 16, and a seed a prompt")
-        rows, columns, scale = height // 16, width // 16, own["guidance_scale"] if guidance_scale is None else guidance_scale
+        rows, columns = height // 16, width // 16
+        scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
         features, lengths = self.features([*prompts, *([negative] * len(prompts) if scale else [])])
         shift = own["shift"]["slope"] * rows * columns + own["shift"]["offset"]
         sigmas = noise_levels(steps or own["steps"], math.exp(shift) if own["shift"]["exponential"] else shift)
@@ -166,4 +166,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

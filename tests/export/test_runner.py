@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from s3dit.export import graphs, runner
 from s3dit.model.layout import patchify
 from s3dit.sampling.schedules import sigmas
 
+SLOW = pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="takes a minute; set S3DIT_SLOW=1 to run it")
+PAGE = Path(graphs.__file__).parents[1] / "EXPORT.md"
 PROMPTS = ["a red star above a blue ring", "a green square"]
 
 
@@ -51,6 +54,16 @@ def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
         runner.main([])
     with pytest.raises(ValueError, match="size 40x64, 1 seeds; needed multiples of 16"):
         model.draw(PROMPTS[:1], [1], (40, 64))
+
+
+def test_the_examples_of_the_page_run(model, monkeypatch, capsys):
+    """Writing and loading are those of the fixture."""
+    written = []
+    monkeypatch.setattr(graphs, "write", lambda pipe, folder: written.append((type(pipe), folder)))
+    monkeypatch.setattr(runner, "Model", lambda folder: model)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    exec(compile("\n".join(examples), PAGE.name, "exec"), {})
+    assert written == [(Pipeline, "stars")] and capsys.readouterr().out == "(2, 64, 96, 3) uint8\n"
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 + 5])
@@ -91,13 +104,14 @@ def test_it_imports_nothing_of_the_engine():
     assert own == {"numpy", "torch", "onnxruntime", "tokenizers"}
 
 
-@pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="compiles for a minute; set S3DIT_SLOW=1 to run it")
+@SLOW
 def test_compiled_it_draws_the_same(tmp_path, cut_model):
     graphs.write(pipe := cut_model(1), tmp_path / "model", "compiled")
     assert json.loads((tmp_path / "model" / "settings.json").read_text())["form"] == "compiled"
     check(runner.Model(tmp_path / "model"), pipe)
 
 
+@SLOW
 def test_onnxruntime_draws_the_same(tmp_path, cut_model):
     pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
     pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
