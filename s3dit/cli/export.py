@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
             args.source, quantize=args.quantize, quantize_text=args.quantize_text, device=args.device, dtype=dtype
         )
         say(f"{pipe.folder.name} on {pipe.placement}")
+        for note in pipe.sources.notes:
+            say(note)
         for note in write(pipe, args.output, args.form, lambda part: say(f"writing {part}")):
             say(note)
     tell(args.output)

@@ -47,8 +47,9 @@ def check(pipe: Pipeline, form: Form) -> None:
             f"the model's schedule is {pipe.config.scheduler.schedule}; runner.py has the official one; needed a "
             "scheduler_config.json without it"
         )
-    if pipe.parts.mode == "streamed":
-        raise RequestError("residency streamed keeps no weights to export; needed staged or resident")
+    if pipe.parts.mode == "streamed" or pipe.parts.compiled:
+        found = "compile" if pipe.parts.compiled else "residency streamed"
+        raise RequestError(f"the model was loaded with {found}, so its blocks cannot be traced; load it without")
     if form == "compiled":
         check_compiler(pipe.placement.device)
     if form == "onnx":

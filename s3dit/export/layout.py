@@ -19,7 +19,7 @@ from torch import Tensor
 from s3dit.kernels.attention import Spans
 from s3dit.model.layout import MULTIPLE, Layout, Pack
 
-N = TypeVar("N", int, Tensor)
+Length = TypeVar("Length", int, Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class BatchPack(Pack):
         return torch.where(self.is_token[:, None], tokens[self.source], rest.to(tokens.dtype))
 
 
-def filled(length: N) -> N:
+def filled(length: Length) -> Length:
     """Return `padded` of a number or of every number of a tensor, in the form that symbols of a graph are known in."""
     return (length + MULTIPLE - 1) // MULTIPLE * MULTIPLE
 

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from s3dit import Pipeline, RequestError
@@ -34,8 +35,10 @@ def inputs(grid, lengths):
     return ids, noise, torch.rand(len(lengths), generator=generator)
 
 
-def filled(rows):
-    return torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (0, max(map(len, rows)) - len(row))) for row in rows])
+def filled(rows, value=0):
+    """Rows (n, …) of several lengths as one tensor; what is behind the end of each is `value`."""
+    longest = max(map(len, rows))
+    return torch.stack([F.pad(row, (0, 0) * (row.dim() - 1) + (0, longest - len(row)), value=value) for row in rows])
 
 
 def on_grid(latents, grid):
@@ -53,8 +56,7 @@ def distances(pipe, run, grid, lengths):
     features = run("text_encoder", filled(ids))
     yield max(distance(row[: len(each)], each) for row, each in zip(features, wanted, strict=True))
     # NaN where nothing may look.
-    features = filled([F.pad(each, (0, 0, 0, 1), value=torch.nan)[: len(each)] for each in wanted])
-    velocity = run("transformer", on_grid(noise, grid), t, features, torch.tensor(lengths))
+    velocity = run("transformer", on_grid(noise, grid), t, filled(wanted, torch.nan), torch.tensor(lengths))
     alone = [pipe.velocity(noise[i : i + 1], t[i : i + 1], [wanted[i]])[0] for i in range(len(lengths))]
     yield distance(velocity, on_grid(alone, grid))
     yield distance(run("vae", on_grid(noise, grid)), torch.stack(pipe.decode(list(noise))))
@@ -117,11 +119,27 @@ def test_number_formats_are_exported(quantize, cut_model):
         assert distance(found, on_grid(pipe.velocity(noise, t, features), grid)) < 5e-3
 
 
+@SLOW
+def test_adapters_are_exported(cut_model, tmp_path):
+    pipe, (_, noise, t) = cut_model(2), inputs((3, 5), (7,))
+    factors = {"lora_A": torch.randn(2, 192), "lora_B": torch.randn(192, 2)}
+    layer = "transformer.layers.0.attention.to_q"
+    save_file({f"{layer}.{name}.weight": factor for name, factor in factors.items()}, tmp_path / "a.safetensors")
+    features = [torch.randn(7, 128)]
+    before = pipe.velocity(noise, t, features)
+    pipe.lora.attach(tmp_path / "a.safetensors")
+    program = graphs.program(dict(graphs.modules(pipe))["transformer"], pipe.placement.device).module()
+    with torch.no_grad():
+        found = program(on_grid(noise, (3, 5)), t, filled(features), torch.tensor([7]))
+    wanted = pipe.velocity(noise, t, features)
+    assert distance(found, on_grid(wanted, (3, 5))) < BOUND < distance(before, wanted)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["embedded", "-o", "there"], "there exists; needed the name of a new folder"),
-        (["embedded", "-o", "x.onnx", "--quantize", "q4"], "--quantize is 'q4'; needed one of"),
+        (["embedded", "-o", "x", "--quantize", "q4"], "--quantize is 'q4'; needed one of"),
         (["embedded", "-o", "x", "--onnx", "--quantize", "int8"], "onnx"),
         (["embedded", "-o", "x", "--onnx", "--compile"], "not allowed with"),
     ],
@@ -137,9 +155,17 @@ def test_what_cannot_be_written_is_refused(words, message, tmp_path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
-def test_onnx_takes_floats(monkeypatch):
+@pytest.mark.parametrize(
+    ("load", "form", "message"),
+    [
+        ({"quantize": "int8", "dtype": "fp32"}, "onnx", "found transformer in int8; onnx takes weights of floats"),
+        ({"residency": "streamed"}, "export", "loaded with residency streamed"),
+        ({}, "pt", "form is 'pt'; needed export, compiled, onnx"),
+    ],
+    ids=str,
+)
+def test_a_model_that_cannot_be_written_is_refused(load, form, message, monkeypatch, tmp_path):
     monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(RequestError, match="found transformer in int8; onnx takes weights of floats"):
-        graphs.check(Pipeline.load(quantize="int8", dtype="fp32", device="cpu"), "onnx")
-    with pytest.raises(RequestError, match="form is 'pt'; needed export, compiled, onnx"):
-        graphs.check(Pipeline.load(device="cpu"), "pt")
+    with pytest.raises(RequestError, match=message):
+        graphs.write(Pipeline.load(device="cpu", **load), tmp_path / "model", form)
+    assert not list(tmp_path.iterdir())
