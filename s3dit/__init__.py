@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from s3dit.errors import RequestError as RequestError
     from s3dit.pipeline import Pipeline as Pipeline
     from s3dit.plan import Plan as Plan
+    from s3dit.region import Region as Region
     from s3dit.request import Request as Request
     from s3dit.result import Result as Result
     from s3dit.sampling.step import Step as Step
 
 __version__ = "0.1.0"
 __all__ = [
-    "BackendError", "CheckpointError", "Control", "Pipeline", "Plan", "Request", "RequestError", "Result", "Step",
-    "__version__",
+    "BackendError", "CheckpointError", "Control", "Pipeline", "Plan", "Region", "Request", "RequestError", "Result",
+    "Step", "__version__",
 ]  # fmt: skip
 
 # Fresh activations of tens of megabytes cost more in 4 KiB page faults than in arithmetic on a CPU; torch reads this
@@ -32,7 +33,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # The room of each name.
 _ROOMS = {
     "BackendError": "errors", "CheckpointError": "errors", "RequestError": "errors", "Control": "control",
-    "Pipeline": "pipeline", "Plan": "plan", "Request": "request", "Result": "result", "Step": "sampling.solvers",
+    "Pipeline": "pipeline", "Plan": "plan", "Region": "region", "Request": "request", "Result": "result",
+    "Step": "sampling.solvers",
 }  # fmt: skip
 
 

@@ -27,18 +27,19 @@ from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 import torch
 from torch import Tensor, nn
 
-from s3dit import __version__
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
 from s3dit.errors import BackendError, RequestError
-from s3dit.inputs import control_hints, images, references, start_image
+from s3dit.guidance_options import SkipLayers
+from s3dit.inputs import control_hints, images, noise, references, region_masks, start_image
+from s3dit.inputs.variation import variations, varied
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
-from s3dit.plan import Plan, make_plan, out_of_memory
+from s3dit.plan import Plan, make_plan
 from s3dit.request import Request
 from s3dit.request_fields import RequestFields
-from s3dit.result import Result, records, with_metadata
+from s3dit.result import Result, engine_of, records, with_metadata
 from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
 from s3dit.runtime.components import Components
@@ -47,9 +48,13 @@ from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
-from s3dit.sampling.guidance import Guidance, guide
+from s3dit.sampling.guidance import guide
+from s3dit.sampling.guidance_methods import guidance_of
+from s3dit.sampling.regions import RegionBlend
+from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.stages import out_of_memory
 
 if TYPE_CHECKING:
     from s3dit.research.observe import Edit
@@ -159,7 +164,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan):
+            with out_of_memory(plan.stages):
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -187,21 +192,10 @@ class Pipeline(LoadedModel):
 
     def records(self, plan: Plan) -> list[dict[str, Any]]:
         """What the pictures of a plan will carry, one a picture: JSON values."""
-        engine = {
-            "s3dit": __version__,
-            "torch": torch.__version__,
-            "variant": self.config.variant,
-            "placement": str(self.placement),
-            "numerics": self.numerics,
-            "threads": torch.get_num_threads(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "mixed": {part: self.parts.checkpoints[part].path.name for part in self.sources.mixed},
-            "quantized": {part: name for part, name in self.parts.formats.items() if name},
-        }
         beside: dict[str, Any] = {"model": "embedded" if self.folder == EMBEDDED else self.folder.name}
         if self.lora.names:
             beside["adapters"] = self.lora.records()
-        return records(plan, engine, beside)
+        return records(plan, engine_of(self), beside)
 
     def observe(self, sites: "str | Sequence[str]", **choice: Any) -> "AbstractContextManager[Record]":
         """Record what sites compute, inside a `with`; arguments as of `research.observe.observe`."""
@@ -242,9 +236,9 @@ class Pipeline(LoadedModel):
 
     def _sample(self, plan: Plan, before: int = 0) -> Iterator[Step]:
         """Every step of one pass, each in a turn of its own; before: steps of the passes before it."""
-        steps, memory, step = None, plan.memory, None
+        steps, memory, step, n = None, plan.memory, None, len(plan.sigmas) - 1
         while True:
-            with self._turn():
+            with self._turn(), self.lora.step(step.i if step else 0, n):
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
                     self.parts.set_policy(memory.mode, memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
@@ -272,53 +266,70 @@ class Pipeline(LoadedModel):
         """Prepare what no step changes -> the solver's steps, to be taken with the `_models` in memory."""
         request, device, encoders = plan.request, self.placement.device, self.encoders
         positive, negative, features = self._features(plan)
-        generators = start_image.generators(request)
-        sampled = generators if request.posterior == "sample" else None
-        start = encoders.encode_images([image.pixels for image in plan.start_images], sampled, plan.tile)
+        sources = noise.sources(request)
+        sampled = [source.generator for source in sources] if request.posterior == "sample" else None
+        pixels = [image.pixels for image in plan.start_images]
+        start = encoders.encode_images(pixels, sampled, plan.tile, shared=request.convention != "own")
         hints = [
             control_hints.patches(control, request, lambda pixels: encoders.encode_images([pixels], None, plan.tile)[0])
             for control in plan.controls
         ]
         transformer, nets = self._models(plan)
+        pictures, guided = range(request.count), bool(request.guidance_scale)
+        regions = None
+        if plan.shares:
+            regions = RegionBlend([*region_masks.copies(plan.shares, plan.grids)], plan.grids, device)
+            hints = [regions.spread(hint) if not guided else torch.cat((regions.spread(hint), hint)) for hint in hints]
 
         @cache
-        def context(guided: bool) -> Context:
+        def made(guided: bool, adapters: object) -> Context:
             layout = plan.layout(self.config.transformer, guided, device)
             text = torch.cat(positive + negative if guided else positive)
-            return transformer.context(layout, text, *references.joined(features * (2 if guided else 1)))
+            seen = [each for i in (*plan.owners, *(pictures if guided else ())) for each in features[i]]
+            return transformer.context(layout, text, *references.joined(seen))
 
-        def noise() -> Tensor:
-            return start_image.draw(plan.grids, generators).to(device)
+        def context(guided: bool) -> Context:
+            return made(guided, self.lora.state)
+
+        later = noise.of_steps(request, sources)
+
+        def fresh() -> Tensor:
+            return noise.draw(plan.grids, later).to(device)
 
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-        x, keep = start_image.starting_noise(request, plan.grids, generators).to(device), None
+        x, keep = noise.starting_noise(request, plan.grids, sources).to(device), None
         if start:
             x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
-        guidance = Guidance(
-            request.guidance_scale or 0.0, float(request.cfg_normalization), float(request.cfg_truncation)
-        )
+        skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
         run = self.parts.component("transformer").replay if self.graphs else transformer
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
-        modulation = ahead(transformer, context, sigmas, device, partial(self.parts.state, "transformer"))
+        modulation = ahead(
+            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer"))
+        )
         lengths = [rows * columns for rows, columns in plan.grids]
-        velocity = guide(run, context, guidance, lengths, control, modulation)
+        guidance = guidance_of(request, sigmas, lengths, skipped or None)
+        velocity = guide(run, context, guidance, lengths, control, modulation, regions)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()
-        for step in solve(request.solver, velocity, x, sigmas, noise, keep):
+        for step in solve(request.solver, velocity, x, sigmas, fresh, keep, request.convention):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
-            yield step
+            yield replace(step, calls=step.calls + skipped.calls) if skipped else step
         checks.finish()
 
-    def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[references.ReferenceFeatures]]:
-        """What the transformer reads beside the pictures: prompts, negative prompts, references."""
+    def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[list[references.ReferenceFeatures]]]:
+        """What the transformer reads beside the pictures: prompts, negative prompts, references of each picture."""
+        prompts = len(plan.owners)
         positive, negative = (
             self.encoders.encode_texts([text for caption in captions for text in caption])
-            for captions in (plan.captions[: plan.request.count], plan.captions[plan.request.count :])
+            for captions in (plan.captions[:prompts], plan.captions[prompts:])
         )
         pictures = [reference for of_picture in plan.references for reference in of_picture]
-        return positive, negative, self.encoders.encode_references(pictures, plan.tile)
+        each = variations(plan.request)
+        positive = varied(positive, plan.captions, [each[i] for i in plan.owners])
+        encoded = iter(self.encoders.encode_references(pictures, plan.tile))
+        return positive, negative, [[next(encoded) for _ in of_picture] for of_picture in plan.references]
 
     def _pictures(self, plan: Plan, latents: list[Tensor]) -> list[Tensor]:
         """Decode, and lay what was to be kept of start images over it."""

@@ -6,27 +6,27 @@ has its turn when, and how many bytes that takes; whatever is wrong is raised he
 """
 
 import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from s3dit.errors import BackendError
-from s3dit.inputs import control_hints, references, start_image
+from s3dit.inputs import control_hints, references, region_masks, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import Grid, Layout, edit, text_to_image
 from s3dit.model.tokenizer import Tokenizer
+from s3dit.notes import notes as notes_on
+from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
-from s3dit.resolve import notes as notes_on
-from s3dit.resolve import resolve, without_effect
+from s3dit.resolve import resolve
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
 from s3dit.runtime.sources import Sources
+from s3dit.sampling.guidance_methods import extra_calls
 from s3dit.sampling.solvers import model_calls
 from s3dit.stages import References, Stage, Work, memory_plan, new_tokens, stages_of
 
@@ -38,10 +38,11 @@ Caption = tuple[Text, ...]
 class Plan:
     """A resolved request and everything prepared for it.
 
-    captions: texts of every item of a pass, the pictures' prompts and with guidance their negative ones behind ·
-    sigmas: noise levels · calls: of the model, in all passes · notes: what the user should know · unused: those of them
-    that are about fields without effect · memory: the plan of memory where there is a budget · start_images, controls,
-    references: read and checked · then: the second pass if there is one, whose start images the first one draws.
+    captions: texts of every item of a pass, the pictures' prompts, those of regions, and with guidance negative ones
+    behind · sigmas: noise levels · calls: of the model, in all passes · notes: what the user should know · unused:
+    those of them that are about fields without effect · memory: the plan of memory where there is a budget ·
+    start_images, controls, references: read and checked · shares: of each picture's prompts, if there are regions ·
+    then: the second pass if there is one, whose start images the first one draws.
     """
 
     request: Request
@@ -55,6 +56,7 @@ class Plan:
     start_images: tuple[start_image.StartImage, ...] = ()
     controls: tuple[control_hints.PreparedControl, ...] = ()
     references: References = ()
+    shares: region_masks.Shares = ()
     then: "Plan | None" = None
 
     @property
@@ -67,9 +69,14 @@ class Plan:
         """The side of a tile of the autoencoder, in latent cells, where the budget wants tiles."""
         return None if self.memory is None else self.memory.tile
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The picture of every item of a pass without guidance: one each, or with regions one for each prompt."""
+        return tuple(picture for picture, _ in region_masks.items(self.shares, self.request.count))
+
     def layout(self, config: TransformerConfig, guided: bool, device: torch.device | str) -> Layout:
-        """Where the tokens of a pass stand: with guidance the pictures twice, with their prompts and negative ones."""
-        return _layout(self.request, self.captions, self.references, config, guided, device)
+        """Where the tokens of a pass stand: items for the prompts, with guidance others for negative prompts behind."""
+        return _layout(self.request, self.captions, self.owners, self.references, config, guided, device)
 
 
 def make_plan(
@@ -89,6 +96,8 @@ def make_plan(
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
+    shares = region_masks.read(request, pictures, notes)
+    items = tuple(region_masks.items(shares, request.count))
     unused = tuple(without_effect(request, sources))
     if numerics() == "approximate":
         unused += ("numerics approximate has no effect: nothing approximates at present",)
@@ -96,16 +105,17 @@ def make_plan(
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
-    captions = _captions(request, tokenizer)
+    captions = _captions(request, items, tokenizer)
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
+    notes += on_calls(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),
-        calls=tuple(model_calls(request.solver, each) for each in sigmas),
+        calls=tuple(model_calls(request.solver, each) + extra_calls(request, each) for each in sigmas),
         new_tokens=new_tokens(captions, kept_prompts),
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,
     )  # fmt: skip
-    memory = None if vram is None else _memory(work, captions, components, vram)
+    memory = None if vram is None else _memory(work, captions, [picture for picture, _ in items], components, vram)
     if memory is not None and components.pinned:
         notes.append(f"{', '.join(components.pinned)}: in use by the caller, so kept in memory beside the budget")
     stages = stages_of(components, work, components.kept if memory is None else memory.kept)
@@ -114,22 +124,29 @@ def make_plan(
         plan = Plan(
             request=each, captions=captions, stages=stages, sigmas=tuple(levels.tolist()), calls=sum(work.calls),
             notes=tuple(dict.fromkeys(notes)), unused=unused, memory=memory, start_images=start_images,
-            controls=controls, references=seen, then=plan,
+            controls=controls, references=seen, shares=shares, then=plan,
         )  # fmt: skip
     assert plan is not None
     return plan
 
 
-def _memory(work: Work, captions: Sequence[Caption], components: Components, vram: int) -> MemoryPlan:
+def _memory(
+    work: Work, captions: Sequence[Caption], owners: Sequence[int], components: Components, vram: int
+) -> MemoryPlan:
     """How a plan's work is done within `vram` bytes; BackendError where it cannot be."""
     guided = bool(work.request.guidance_scale)
-    layout = _layout(work.request, captions, work.references, components.config.transformer, guided, "cpu")
+    layout = _layout(work.request, captions, owners, work.references, components.config.transformer, guided, "cpu")
     return memory_plan(components, vram, work, sum(layout.joint.spans.lengths))
 
 
-def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:
-    """The texts of every item of a resolved request, tokenized, and cut into segments where there are references."""
-    length, items = request.max_sequence_length, range(request.count)
+def _captions(
+    request: Request, items: Sequence[tuple[int, region_masks.Share | None]], tokenizer: Tokenizer
+) -> tuple[Caption, ...]:
+    """The texts of every item of a resolved request, tokenized, and cut into segments where there are references.
+
+    items: picture and share of each that is there without guidance.
+    """
+    length = request.max_sequence_length
     counts = [len(pictures) for pictures in request.references()]
     made: dict[tuple[Any, int], Caption] = {}
 
@@ -142,27 +159,35 @@ def _captions(request: Request, tokenizer: Tokenizer) -> tuple[Caption, ...]:
                 made[key] = (PromptEmbeds(features),)
         return made[key]
 
-    captions: list[Caption] = []
-    for prompt, embeds in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
-        if prompt == "prompt" or request.guidance_scale:
-            texts, features = request.per_image(prompt), request.per_image(embeds)
-            captions += [caption(texts[i], features[i], counts[i]) for i in items]
+    texts, features = request.per_image("prompt"), request.per_image("prompt_embeds")
+    captions = [
+        caption(texts[i], features[i], counts[i])
+        if share is None or share.prompt is None
+        else caption(share.prompt, None, counts[i])
+        for i, share in items
+    ]
+    if request.guidance_scale:
+        negatives = (request.per_image("negative_prompt"), request.per_image("negative_prompt_embeds"))
+        captions += map(caption, *negatives, counts)
     return tuple(captions)
 
 
 def _layout(
     request: Request,
     captions: Sequence[Caption],
+    owners: Sequence[int],
     seen: References,
     config: TransformerConfig,
     guided: bool,
     device: torch.device | str,
 ) -> Layout:
-    times = 2 if guided else 1
-    grids = start_image.grids_of(request) * times
-    lengths = [tuple(map(len, caption)) for caption in captions[: len(grids)]]
-    shapes = [[reference.shape for reference in row] for row in seen] * times
-    return layout_of(grids, lengths, shapes, config, device, slide=request.reference_positions == "released")
+    pictures = [*owners, *(range(request.count) if guided else ())]
+    grids = start_image.grids_of(request)
+    lengths = [tuple(map(len, caption)) for caption in captions[: len(pictures)]]
+    shapes = [[reference.shape for reference in seen[i]] for i in pictures] if seen else []
+    return layout_of(
+        [grids[i] for i in pictures], lengths, shapes, config, device, slide=request.reference_positions == "released"
+    )
 
 
 def layout_of(
@@ -178,21 +203,3 @@ def layout_of(
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
     return edit(grids, lengths, shapes or [()] * len(grids), device, slide=slide)
-
-
-@contextmanager
-def out_of_memory(plan: Plan) -> Iterator[None]:
-    """Raise BackendError where memory runs out inside the `with`, which says what the plan holds and what to do."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        held = max(stage.holds + stage.beside for stage in plan.stages)
-        message = (
-            f"out of memory ({str(error).splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
-            "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"
-        )
-    else:
-        return
-    raise BackendError(message) from None

@@ -17,11 +17,12 @@ from difflib import get_close_matches
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from s3dit import values
+from s3dit import guidance_options, values
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
-from s3dit.values import LARGEST_SIDE, MOST_CONTROLS, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
+from s3dit.region import HEAVIEST, Region
+from s3dit.values import LARGEST_SIDE, MOST_PICTURES, MOST_PIXELS, MOST_REFERENCES, Kind, one_by_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,8 @@ Schedule = Literal[
     "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
     "bong_tangent",
 ]  # fmt: skip
+Convention = Literal["own", "diffusers", "comfyui"]
+Preset = Literal["comfyui-turbo", "comfyui-base", "comfyui-2k", "diffusers", "official"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -56,6 +59,10 @@ UNNAMED = ("generator", "latents", "prompt_embeds", "negative_prompt_embeds", "o
 # Groups of options, as --help shows them.
 PROMPT, SAMPLING, GUIDANCE = "prompt and size", "sampling", "guidance"
 START, STEERING = "start image", "control and references"
+
+
+class Default(str):
+    """A default that can be told from the same word given, by its type."""
 
 
 def _field(
@@ -107,16 +114,21 @@ class Request:
         None, values.SIDE, each=True, holes=True, group=PROMPT,
         says="pixels, a multiple of 16 (default: 1024; 128 for the embedded model)",
     )  # fmt: skip
+    preset: Preset | None = _field(
+        None, values.CHOICE, Preset, group=SAMPLING,
+        says="the settings and conventions of another program; whatever you give takes their place",
+    )  # fmt: skip
     num_inference_steps: int | None = _field(
         None, values.INTEGER, 1, values.MOST_STEPS, group=SAMPLING, flag="--steps",
         says="steps of the solver (default: Turbo 8, Z-Image 28)",
     )  # fmt: skip
-    guidance_scale: float | None = _field(
-        None, values.NUMBER, 0, 1000, group=GUIDANCE, flag="--guidance",
-        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4)",
+    guidance_scale: float | Sequence[float] | None = _field(
+        None, values.SCALES, 0, 1000, group=GUIDANCE, flag="--guidance",
+        says="s in pos + s·(pos - neg), Z-Image's form; 0 is off (default: Turbo 0, Z-Image 4); of several, the first "
+        "step takes the first, the last the last, and steps between them lie on straight lines",
     )  # fmt: skip
-    cfg: float | None = _field(
-        None, values.NUMBER, 1, 1001, group=GUIDANCE,
+    cfg: float | Sequence[float] | None = _field(
+        None, values.SCALES, 1, 1001, group=GUIDANCE,
         says="guidance in the usual form neg + w·(pos - neg); w = guidance_scale + 1",
     )  # fmt: skip
     cfg_normalization: bool | float = _field(
@@ -126,6 +138,23 @@ class Request:
     cfg_truncation: float = _field(
         1.0, values.NUMBER, 0, 1000, group=GUIDANCE,
         says="no guidance once t (0 noise, 1 image) is above this",
+    )  # fmt: skip
+    guidance_interval: Sequence[float] | None = _field(
+        None, values.INTERVAL, group=GUIDANCE,
+        says="guidance only where t (0 noise, 1 image) is from A to B (default: everywhere)",
+    )  # fmt: skip
+    guidance_method: str | None = _field(
+        None, guidance_options.METHOD, group=GUIDANCE,
+        says="plain (default), apg[:eta=0,momentum=-0.5,norm_threshold=0] or cfg_zero[:zero_init_steps=1]",
+    )  # fmt: skip
+    skip_layers: str | None = _field(
+        None, guidance_options.SKIPPED, group=GUIDANCE,
+        says="also SCALE·(pos - pos without these main layers), where t is from A to B; needs no guidance_scale",
+    )  # fmt: skip
+    variation: float | str | Sequence[float | str] | None = _field(
+        None, guidance_options.VARIED, each=True, group=PROMPT,
+        says="noise on the prompt's features, X times their norm, for pictures that differ more (default seed: the "
+        "picture's); seeds count up",
     )  # fmt: skip
     num_images_per_prompt: int = _field(
         1, values.INTEGER, 1, MOST_PICTURES, group=PROMPT, flag="--count",
@@ -158,8 +187,18 @@ class Request:
         None, values.NUMBER, 1e-3, 1e3, group=SAMPLING,
         says="shift of the schedule (default: the model's file)",
     )  # fmt: skip
-    schedule: Schedule = _field("official", values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels")
-    solver: Solver = _field("euler", values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    schedule: Schedule = _field(
+        Default("official"), values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels"
+    )
+    solver: Solver = _field(Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    convention: Convention = _field(
+        Default("own"), values.CHOICE, Convention, group=SAMPLING,
+        says="what names and seeds mean: as documented here, or as there where that is something else",
+    )  # fmt: skip
+    batch_place: Sequence[int] | None = _field(
+        None, values.PLACE, group=SAMPLING,
+        says="draw the pictures from this place on, from 0, of a batch of so many (conventions but own)",
+    )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
         says="tokens of the prompt that are read; the rest is cut",
@@ -193,7 +232,7 @@ class Request:
         says="lay the start image's own pixels over what the mask keeps (default: yes)",
     )  # fmt: skip
     posterior: Posterior = _field(
-        "mode", values.CHOICE, Posterior, group=START,
+        Default("mode"), values.CHOICE, Posterior, group=START,
         says="start image in latents: mode is certain, sample is drawn from the seed as diffusers does",
     )  # fmt: skip
     upscale: float | None = _field(
@@ -220,6 +259,14 @@ class Request:
     reference_positions: Positions = _field(
         "released", values.CHOICE, Positions, group=STEERING,
         says="where captions between references stand: as in the released code, or as it was meant",
+    )  # fmt: skip
+    region: "Region | Sequence[Region] | Sequence[Sequence[Region] | None] | None" = _field(
+        None, values.REGIONS, group=STEERING,
+        says="a prompt for a part of the picture, and the mask that says which; once for each",
+    )  # fmt: skip
+    base_weight: float = _field(
+        0.0, values.NUMBER, 0, HEAVIEST, group=STEERING,
+        says="weight of the prompt inside regions, against theirs of 1; where none is it holds alone",
     )  # fmt: skip
     output_type: OutputType = _field(
         "pil", Kind(values.choice), OutputType,
@@ -314,14 +361,22 @@ class Request:
 
         Raises RequestError.
         """
-        given = self.reference
+        return self._lists("reference", "images")
+
+    def regions(self) -> list[list[Region]]:
+        """Regions of every picture, spread like references. Raises RequestError."""
+        return self._lists("region", "Regions")
+
+    def _lists(self, name: str, what: str) -> list[list[Any]]:
+        """The values of a field of every picture: one list for all, or a list for each."""
+        given = getattr(self, name)
         several = given if isinstance(given, list | tuple) else [] if given is None else [given]
         lists = [entry is None or isinstance(entry, list | tuple) for entry in several]
         if not any(lists):
             return [list(several) for _ in range(self.count)]
         if not all(lists):
-            raise RequestError("reference mixes images and lists of images; needed one list, or a list for each prompt")
-        return [list(entry or ()) for entry in self.spread("reference", several)]
+            raise RequestError(f"{name} mixes {what} and lists of {what}; needed one list, or a list for each prompt")
+        return [list(entry or ()) for entry in self.spread(name, several)]
 
     def spread(self, name: str, value: Any) -> list[Any]:
         """`per_image` of any value, which messages call `name`."""
@@ -339,12 +394,12 @@ class Request:
         raise RequestError(f"{name} has {len(value)} entries; needed {' or '.join(['1', *each])}")
 
     def seeds(self) -> list[int]:
-        """One seed a picture: as given, or counted up over the pictures that share a seed."""
+        """One seed a picture: as given, or (convention own) counted up over the pictures that share a seed."""
         given, count = values.as_list(self.seed), self.count
         each = count // len(given) if len(given) in (1, len(self.prompts)) else 1
         if len(given) * each != count:
             self.spread("seed", given)
-        return [seed + i for seed in given for i in range(each)]
+        return [seed + i * (self.convention == "own") for seed in given for i in range(each)]
 
     @property
     def from_data(self) -> bool:
@@ -376,6 +431,8 @@ class Request:
         self._check_start()
         self._check_control()
         self._check_references()
+        if not any(self.regions()) and self.base_weight:
+            raise RequestError("base_weight is given without region; it weighs the prompt against theirs; give both")
         self._check_steps()
 
     def _check_count(self) -> None:
@@ -473,18 +530,9 @@ class Request:
 
     def to_json(self) -> dict[str, Any]:
         """The replayable fields as plain JSON values; tensors and generators are left out, files are named."""
-        data: dict[str, Any] = {}
-        for name in (spec.name for spec in fields(self) if spec.name not in UNNAMED):
-            value = getattr(self, name)
-            if name == "control" and value is not None:
-                value = [control.to_json() for control in self.controls]
-            elif name in (*IMAGES, "reference"):
-                value = _paths(value)
-            elif values.several(value):
-                value = list(value)
-            if value is not None:
-                data[name] = value
-        return data
+        replayable = (spec for spec in fields(self) if spec.name not in UNNAMED)
+        data = {spec.name: spec.metadata["kind"].to_json(getattr(self, spec.name)) for spec in replayable}
+        return {name: value for name, value in data.items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Self:
@@ -492,32 +540,12 @@ class Request:
 
         Drawing it opens the files that it names: what a stranger wrote goes through `cli.replay`.
         """
-        known = {f.name for f in fields(cls)} - {*UNNAMED}
-        if unknown := sorted(set(data) - known):
+        kinds = {spec.name: spec.metadata["kind"] for spec in fields(cls) if spec.name not in UNNAMED}
+        if unknown := sorted(set(data) - {*kinds}):
             raise RequestError(f"replay data has unknown keys {shown(unknown[:8])}; it was written by another version")
         if data.get("prompt") is None:
             raise RequestError("replay data has no prompt; needed the JSON that this program writes")
-        for name in {*IMAGES, "reference"} & {*data}:
-            if data[name] is not None and _paths(data[name]) is None:
-                raise RequestError(f"replay data has a {name} of {shown(data[name])}; needed paths")
-        controls = data.get("control")
-        if controls is None:
-            return cls(**data)
-        if not isinstance(controls, list) or len(controls) > MOST_CONTROLS:
-            raise RequestError(
-                f"replay data has a control of {shown(controls)}; needed at most {MOST_CONTROLS}, in a list"
-            )
         try:
-            return cls(**data | {"control": [Control.from_json(control) for control in controls] or None})
+            return cls(**{name: kinds[name].from_json(name, value) for name, value in data.items()})
         except ValueError as error:
             raise RequestError(str(error)) from None
-
-
-def _paths(given: Any, deep: int = 2) -> Any:
-    """Paths of image files as JSON has them, in lists like theirs; None where one is no file."""
-    if isinstance(given, str | PathLike):
-        return str(given)
-    if not isinstance(given, list | tuple) or not deep:
-        return None
-    paths = [_paths(entry, deep - 1) for entry in given]
-    return None if None in paths else paths

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
 from s3dit.control import Control
-from s3dit.request import MaskMode, OutputType, Positions, Posterior, Schedule, Solver
+from s3dit.region import Region
+from s3dit.request import Convention, MaskMode, OutputType, Positions, Posterior, Preset, Schedule, Solver
 
 if TYPE_CHECKING:
     import torch
@@ -21,11 +22,16 @@ class RequestFields(TypedDict, total=False):
     negative_prompt: str | Sequence[str] | None
     height: int | Sequence[int] | None
     width: int | Sequence[int] | None
+    preset: Preset | None
     num_inference_steps: int | None
-    guidance_scale: float | None
-    cfg: float | None
+    guidance_scale: float | Sequence[float] | None
+    cfg: float | Sequence[float] | None
     cfg_normalization: bool | float
     cfg_truncation: float
+    guidance_interval: Sequence[float] | None
+    guidance_method: str | None
+    skip_layers: str | None
+    variation: float | str | Sequence[float | str] | None
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
     generator: torch.Generator | Sequence[torch.Generator] | None
@@ -36,6 +42,8 @@ class RequestFields(TypedDict, total=False):
     shift: float | None
     schedule: Schedule
     solver: Solver
+    convention: Convention
+    batch_place: Sequence[int] | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None
@@ -51,4 +59,6 @@ class RequestFields(TypedDict, total=False):
     reference: ImageSource | Sequence[ImageSource] | Sequence[Sequence[ImageSource]] | None
     reference_area: int | Sequence[int | None] | None
     reference_positions: Positions
+    region: Region | Sequence[Region] | Sequence[Sequence[Region] | None] | None
+    base_weight: float
     output_type: OutputType

@@ -14,12 +14,16 @@ from typing import Any
 import torch
 from PIL import Image
 
+from s3dit import __version__
 from s3dit.errors import RequestError
 from s3dit.files import ENDINGS
-from s3dit.inputs import control_hints
+from s3dit.inputs import control_hints, region_masks
 from s3dit.inputs.image_metadata import carried
 from s3dit.inputs.images import to_pil
+from s3dit.inputs.noise import places
 from s3dit.inputs.save_image import save_picture
+from s3dit.inputs.variation import variations
+from s3dit.loaded_model import LoadedModel
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 
@@ -95,6 +99,21 @@ class Result:
         return paths
 
 
+def engine_of(model: LoadedModel) -> dict[str, Any]:
+    """What is true of whatever a model draws: versions, machine, number formats."""
+    return {
+        "s3dit": __version__,
+        "torch": torch.__version__,
+        "variant": model.config.variant,
+        "placement": str(model.placement),
+        "numerics": model.numerics,
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "mixed": {part: model.parts.checkpoints[part].path.name for part in model.sources.mixed},
+        "quantized": {part: name for part, name in model.parts.formats.items() if name},
+    }
+
+
 def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[dict[str, Any]]:
     """For each picture of a plan, a request that draws it alone, and what drew it.
 
@@ -107,17 +126,23 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
     )
     names = ("prompt", "negative_prompt", "height", "width", *IMAGES, "reference_area")
     columns = [request.per_image(name) for name in names]
+    varied = variations(request)
     made = []
-    for i, (seed, *values) in enumerate(zip(request.seeds(), *columns, strict=True)):
+    for i, (seed, place, *values) in enumerate(zip(request.seeds(), places(request), *columns, strict=True)):
         own = dict(zip(names, values, strict=True)) | {"reference": request.references()[i] or None}
+        own["variation"] = str(varied[i]) if varied[i].strength else None
         if own["reference"] is None:
             own["reference_positions"] = "released"
-        controls = request.controls_of(i)
-        data = shared.filled(seed=seed, control=controls or None, **own).to_json()
+        controls, regions = request.controls_of(i), request.regions()[i]
+        own |= {"control": controls or None, "region": regions or None}
+        if not regions:
+            own["base_weight"] = 0.0
+        own["batch_place"] = None if place == (0, 1) else place
+        data = shared.filled(seed=seed, **own).to_json()
         # Without these the request alone does not say where noise, prompts and images came from.
         whole = request.from_data
         whole = whole and all(name in data for name, value in own.items() if value is not None)
-        whole = whole and all(control.named for control in controls)
+        whole = whole and all(control.named for control in controls) and all(region.named for region in regions)
         inputs = {"inputs": hashes} if (hashes := _hashes(plan, i)) else {}
         made.append(data | {"engine": engine | {"replayable": whole} | inputs} | beside)
     return made
@@ -126,7 +151,7 @@ def records(plan: Plan, engine: dict[str, Any], beside: dict[str, Any]) -> list[
 def _hashes(plan: Plan, i: int) -> dict[str, Any]:
     """Hashes of what picture i was drawn from, by the name of the request's field."""
     hashes: dict[str, Any] = dict(plan.start_images[i].hashes) if plan.start_images else {}
-    hashes |= control_hints.hashes(plan.controls, i)
+    hashes |= control_hints.hashes(plan.controls, i) | region_masks.hashes(plan.shares, i)
     if plan.references[i]:
         hashes["reference"] = [reference.sha256 for reference in plan.references[i]]
     return hashes

@@ -1,9 +1,13 @@
 """The stages of a plan: which part of a model has its turn when, how many bytes that takes, what a budget allows."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+from s3dit.errors import BackendError
 from s3dit.inputs.control_hints import PreparedControl
 from s3dit.inputs.references import Reference
 from s3dit.kernels.dispatch import backend
@@ -53,6 +57,8 @@ class Work:
     def turns(self) -> Iterator[Turn]:
         """The turns of the parts, in their order."""
         count = self.request.count
+        given = self.request.guidance_interval, self.request.skip_layers
+        varying = bool(self.request.guidance_scale) and given != (None, None)
         if self.new_tokens:
             yield "text_encoder", f"{self.new_tokens} tokens"
         references = [f"{self.new_references} references"] if self.new_references else []
@@ -62,7 +68,8 @@ class Work:
         if read:
             yield "vae", " and ".join(read)
         for i, calls in enumerate(self.calls, 1):
-            yield "transformer", f"{calls} model calls, {self.items} items each"
+            items = f"at most {self.items} items each" if varying else f"{self.items} items each"
+            yield "transformer", f"{calls} model calls, {items}"
             yield from ((part, "beside the transformer") for part in dict.fromkeys(c.part for c in self.controls))
             if i < len(self.calls):
                 yield "vae", f"{count} pictures, enlarged, and start images again"
@@ -120,3 +127,21 @@ def memory_plan(components: Components, size: int, work: Work, tokens: int) -> b
     }
     guests = {part: needs.pop(part) for part in parts if part in components.controlnets}
     return budget.plan_memory_beside(size, needs, "transformer", guests, budget.RESERVE[device])
+
+
+@contextmanager
+def out_of_memory(stages: Sequence[Stage]) -> Iterator[None]:
+    """Raise BackendError where memory runs out inside the `with`, which says what these stages hold and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        held = max(stage.holds + stage.beside for stage in stages)
+        message = (
+            f"out of memory ({str(error).splitlines()[0][:120]}); the largest part holds {held / 1e9:.1f} GB besides "
+            "activations; draw fewer or smaller pictures at once, give a budget (vram), or use dtype bf16"
+        )
+    else:
+        return
+    raise BackendError(message) from None

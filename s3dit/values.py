@@ -14,6 +14,8 @@ from typing import Any, get_args
 
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
+from s3dit.json_values import objects_from_json, objects_to_json, paths, paths_from_json, same, value_to_json
+from s3dit.region import Region
 
 # 512 patches of 16 pixels a side: what the published rotary tables were made for.
 LARGEST_SIDE = 8192
@@ -24,8 +26,9 @@ MOST_PIXELS, MOST_PICTURES = 4 * LARGEST_SIDE**2, 1024
 MOST_TOKENS = 1 << 15
 LONGEST_PROMPT, MOST_TEXT = 4 * MOST_TOKENS, 1 << 22
 MOST_STEPS = 1000
-# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024².
-MOST_CONTROLS = MOST_REFERENCES = 16
+# Each ControlNet is a model beside the transformer; each reference adds as many tokens as a picture of 1024², each
+# region as many as the picture.
+MOST_CONTROLS = MOST_REFERENCES = MOST_REGIONS = 16
 
 
 def several(value: Any) -> bool:
@@ -91,6 +94,20 @@ def number(name: str, value: Any, low: float, high: float) -> None:
     # NaN is in no range.
     if not _number(value, int | float) or not low <= value <= high:
         raise RequestError(f"{name} is {shown(value)}; needed a number from {low:g} to {high:g}")
+
+
+def one_or_several(name: str, value: Any, low: float, high: float) -> None:
+    """Check that a value is a number from low to high, or a list of such, one a step at most."""
+    given = list(value) if several(value) and 1 <= len(value) <= MOST_STEPS else [value]
+    for each in given:
+        number(name, each, low, high)
+
+
+def interval(name: str, value: Any) -> None:
+    """Check that a value is two times, from and to, within 0 (noise) and 1 (image)."""
+    given = list(value) if several(value) and len(value) == 2 else []
+    if not given or not all(_number(t, int | float) for t in given) or not 0 <= given[0] <= given[1] <= 1:
+        raise RequestError(f"{name} is {shown(value)}; needed two times from 0 (noise) to 1 (image), as in 0.1-0.8")
 
 
 def number_or_bool(name: str, value: Any, low: float, high: float) -> None:
@@ -169,6 +186,16 @@ def margins(name: str, value: Any) -> None:
         raise RequestError(f"{name} is {shown(value)}; needed four margins in pixels: left, top, right, bottom")
 
 
+def place(name: str, value: Any) -> None:
+    """Check that a value is a place in a batch, from 0, and the batch's size."""
+    given = value if several(value) and len(value) == 2 and all(map(_number, value)) else (0, 0)
+    if not 0 <= given[0] < given[1] <= MOST_PICTURES:
+        raise RequestError(
+            f"{name} is {shown(value)}; needed a place from 0 and the size of the batch, up to {MOST_PICTURES}, "
+            "such as 2,4"
+        )
+
+
 def image(name: str, value: Any) -> None:
     """Check that a value is a path, or has pixels; `inputs.images.Picture` opens it."""
     if isinstance(value, str | PathLike):
@@ -203,6 +230,29 @@ def controls(name: str, value: Any) -> None:
             control.check()
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def regions(name: str, value: Any) -> None:
+    """Check that a value is a Region, a list of them, or a list for each prompt, where None is an empty list."""
+    given = value if isinstance(value, list | tuple) else [value]
+    rows = [entry for entry in given if entry is None or isinstance(entry, list | tuple)]
+    if len(rows) > MOST_PICTURES:
+        raise RequestError(f"{name} has {len(rows):,} entries; needed at most {MOST_PICTURES}; draw fewer at once")
+    for row in rows or [given]:
+        if row is not None and len(row) > MOST_REGIONS:
+            raise RequestError(f"{name} has {len(row):,} entries; needed at most {MOST_REGIONS} a picture")
+    for region in (region for entry in given for region in (entry if isinstance(entry, list | tuple) else [entry])):
+        if region is None:
+            continue
+        if not isinstance(region, Region):
+            raise RequestError(f"{name} is {shown(value)}; needed a Region, a list of them, or a list for each prompt")
+        try:
+            region.check()
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        if not isinstance(region.prompt, str):
+            raise RequestError(f"{name} prompt is {shown(region.prompt)}; needed a string")
+        texts(f"{name} prompt", region.prompt)
 
 
 def generators(name: str, value: Any) -> None:
@@ -281,6 +331,17 @@ def floats_of(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def scales_of(text: str) -> float | list[float]:
+    """Read a number, or several that commas part; ValueError."""
+    return floats_of(text) if "," in text else float(text)
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """Read A-B; ValueError."""
+    start, end = text.split("-")
+    return float(start), float(end)
+
+
 def integers_of(text: str) -> list[int]:
     """Read integers that commas part; ValueError."""
     return [int(part) for part in text.split(",")]
@@ -292,7 +353,8 @@ class Kind:
 
     check(name, value, *bounds) raises RequestError · parse: a value from the command line's text (ValueError), None
     where a field cannot be given there · metavar: what stands for the value in --help · several: whether the option may
-    be repeated, each time one value more · name: what a text is not that cannot be read.
+    be repeated, each time one value more · name: what a text is not that cannot be read · to_json(value),
+    from_json(name, data): to what a picture's metadata hold, and back (ValueError).
     """
 
     check: Callable[..., None]
@@ -300,22 +362,36 @@ class Kind:
     metavar: str = ""
     several: bool = False
     name: str = ""
+    to_json: Callable[[Any], Any] = value_to_json
+    from_json: Callable[[str, Any], Any] = same
 
 
 TEXT = Kind(texts, str, "TEXT")
 SIDE = Kind(side, int, "N", name="an integer")
 INTEGER = Kind(integer, int, "N", name="an integer")
 NUMBER = Kind(number, float, "X", name="a number")
+SCALES = Kind(one_or_several, scales_of, "X[,X,…]", name="a number, or a list of numbers such as 6,2")
+INTERVAL = Kind(interval, interval_of, "A-B", name="two times such as 0.1-0.8")
 LIMIT = Kind(number_or_bool, float, "X", name="a number")
 CHOICE = Kind(choice, str)
 SWITCH = Kind(true_or_false)
 SIGMAS = Kind(sigmas, floats_of, "A,B,…", name="a list of numbers such as 1,0.75,0.4")
 MARGINS = Kind(margins, integers_of, "L,T,R,B", name="four margins in pixels such as 64,0,64,0")
-IMAGE = Kind(image, str, "FILE")
-REFERENCES = Kind(references, str, "FILE", several=True)
-CONTROLS = Kind(controls, Control.parse, "FILE:IMAGE[:…]", several=True)
+PLACE = Kind(place, integers_of, "I,N", name="a place and a size such as 2,4")
+# Values that are no JSON: what of them a picture's metadata hold, and how that is read back.
+PATHS: Any = {"to_json": paths, "from_json": paths_from_json}
+IMAGE = Kind(image, str, "FILE", **PATHS)
+REFERENCES = Kind(references, str, "FILE", several=True, **PATHS)
+CONTROLS = Kind(
+    controls, Control.parse, "FILE:IMAGE[:…]", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Control.from_json, MOST_CONTROLS),
+)  # fmt: skip
+REGIONS = Kind(
+    regions, Region.parse, "MASK:PROMPT", several=True,
+    to_json=objects_to_json, from_json=objects_from_json(Region.from_json, MOST_PICTURES),
+)  # fmt: skip
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)
 EMBEDS = Kind(embeds)
 # Whose values are numbers, or rows of them: also numpy's and torch's.
-NUMERIC = (SIDE, INTEGER, NUMBER, LIMIT, SWITCH, SIGMAS, MARGINS)
+NUMERIC = (SIDE, INTEGER, NUMBER, SCALES, INTERVAL, LIMIT, SWITCH, SIGMAS, MARGINS, PLACE)

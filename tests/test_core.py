@@ -19,13 +19,16 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
-# picture carries, what a budget allows; and a run that draws nothing.
+# picture carries, what a budget allows, what a user is told, what other programs draw with; a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "files", "request_fields", "result", "stages", "terminal",
-    "values",
+    "__init__", "__main__", "control", "dry_run", "errors", "files", "guidance_options", "json_values", "notes",
+    "presets", "region", "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
-OPTIONAL = {"controlnet", "corrected", "hooks", "multistep", "tiles", "vision_encoder"}
+OPTIONAL = {
+    "comfyui", "controlnet", "corrected", "guidance_methods", "hooks", "multistep", "regions", "skip_layers",
+    "spacings", "tiles", "vision_encoder",
+}  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -75,6 +75,14 @@ WITHOUT_EFFECT = [
     ({"negative_prompt_embeds": torch.zeros(3, 128)}, "negative_prompt_embeds has no effect"),
     ({"cfg_normalization": True}, "cfg_normalization has no effect"),
     ({"cfg_truncation": 0.5}, "cfg_truncation has no effect"),
+    ({"guidance_interval": [0.1, 0.5]}, "guidance_interval has no effect: guidance is off"),
+    ({"guidance_method": "apg"}, "guidance_method has no effect: guidance is off"),
+    ({"skip_layers": "2:0"}, "skip_layers has no effect: its scale is 0"),
+    ({"variation": "0:7"}, "variation has no effect: its strength is 0"),
+    (
+        {"guidance_scale": 1.0, "guidance_method": "cfg_zero:zero_init_steps=1", "image": torch.zeros(3, 64, 64)},
+        "zero_init_steps has no effect: the flow begins from a picture",
+    ),
     ({"posterior": "sample"}, "posterior has no effect"),
     ({"composite": False}, "composite has no effect"),
     ({"sigmas": [1.0, 0.5], "num_inference_steps": None, "schedule": "simple"}, "the values of sigmas have no effect"),
@@ -83,6 +91,11 @@ WITHOUT_EFFECT = [
         "of sigmas only their number, the first and the last count",
     ),
     ({"latents": torch.zeros(1, 16, 8, 8), "seed": 3}, "seed has no effect"),
+    ({"latents": torch.zeros(1, 16, 8, 8), "convention": "diffusers", "batch_place": [1, 2]}, "batch_place has no"),
+    (
+        {"sigmas": [1.0, 0.5], "num_inference_steps": None, "schedule": "karras", "convention": "comfyui"},
+        "the values of sigmas have no effect",
+    ),
     ({"latents": torch.zeros(1, 16, 8, 8), "generator": torch.Generator()}, "generator has no effect"),
     ({"prompt": None, "prompt_embeds": torch.zeros(3, 128), "max_sequence_length": 9}, "max_sequence_length has no"),
     ({"solver": "heun"}, "solver heun has no effect: a single step"),
@@ -109,7 +122,7 @@ def test_what_has_no_effect_is_said_once(pipe, fields, note):
         {"negative_prompt": ""}, {"negative_prompt": "blue", "guidance_scale": 1.0}, {"seed": 5},
         {"latents": torch.zeros(1, 16, 8, 8)}, {"latents": torch.zeros(1, 16, 8, 8), "seed": 1, "upscale": 2},
         {"latents": torch.zeros(1, 16, 8, 8), "seed": 1, "solver": "euler_ancestral", "num_inference_steps": 2},
-        {"sigmas": [1.0], "schedule": "official"},
+        {"sigmas": [1.0], "schedule": "official"}, {"cfg_normalization": True, "skip_layers": "2:1"},
     ],
 )  # fmt: skip
 def test_what_has_an_effect_is_drawn_in_silence(pipe, fields):

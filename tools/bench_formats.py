@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from bench_machine import machine, watched, write_checkpoint
 from torch import Tensor
 
-from s3dit.inputs.start_image import draw
+from s3dit.inputs.noise import Source, draw
 from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES, linear
@@ -196,7 +196,7 @@ def trajectory(pipe: Pipeline, prompts: tuple[str, ...]) -> Iterator[tuple[Tenso
     for seed, prompt in enumerate(prompts):
         text = pipe.encode([prompt])[0]
         context = transformer.context(text_to_image([(8, 8)], [len(text)]), text)
-        x = draw(((8, 8),), [torch.Generator().manual_seed(seed)])
+        x = draw(((8, 8),), [Source(torch.Generator().manual_seed(seed))])
         levels = pipe.plan(prompt=prompt, seed=seed).sigmas
         for sigma, following in zip(levels, levels[1:], strict=False):
             velocity = transformer(x, torch.tensor([1 - sigma]), context)

@@ -189,13 +189,15 @@ class Delta:
     """The whole change of a layer; see the module's docstring.
 
     term (N, K), None where only the bias changes · bias (N,) is added to the layer's · magnitude (N, 1) or (1, K)
-    rescales the rows or columns of the sum · replaces: the term is the new weight instead of a summand.
+    rescales the rows or columns of the sum · replaces: the term is the new weight instead of a summand · factor: of its
+    adapter's strength in this layer.
     """
 
     term: Term | None
     bias: Tensor | None = None
     magnitude: Tensor | None = None
     replaces: bool = False
+    factor: float = 1.0
 
     @property
     def shape(self) -> tuple[int, ...]:

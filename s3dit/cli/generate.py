@@ -31,6 +31,11 @@ EXAMPLES = (
     ('s3dit generate "a blue star" --image star.png --mask mask.png', "white in the mask is painted anew"),
     ('s3dit generate "a red star" --image star.png --extend 64,0,64,0', "margins: left,top,right,bottom"),
     (
+        's3dit generate "a white background" --region 0,0,64,128:"a red star at the left on a white background" '
+        '--region ring.png:"a blue ring at the right on a white background"',
+        "prompts for parts of the picture: boxes, or masks",
+    ),
+    (
         's3dit generate "a dancer" --model path/to/Z-Image-Turbo '
         '--control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7',
         "steered by a pose in the first 70 % of the steps",

@@ -1,7 +1,8 @@
 """Describe what drew a picture, by metadata of s3dit, AUTOMATIC1111 and its forks, or ComfyUI; and how to repeat it.
 
 Metadata are untrusted data: no file that they name is opened, except images of a replay that have the recorded hash.
-The command for a picture of another program is the nearest one: another engine draws other noise for the same seed.
+The command for a picture of another program is the nearest one: another engine rounds otherwise, and draws other noise
+for the same seed unless it is ComfyUI, whose noise and names `--convention comfyui` takes.
 
 Source: the `parameters` of AUTOMATIC1111's `infotext_utils`; ComfyUI's API graph (`prompt`), nodes by number with
 inputs that are values or links, a node's number and an output of it.
@@ -19,6 +20,7 @@ from s3dit.cli.record import PLACE, needed, own_name, read_record
 from s3dit.errors import RequestError
 from s3dit.files import taken
 from s3dit.inputs.image_metadata import read_metadata, read_texts
+from s3dit.presets import ABSENT
 from s3dit.request import Request, Schedule
 
 # How pictures that carry what made them begin.
@@ -36,6 +38,7 @@ SCHEDULES = set(get_args(Schedule)) - {"official"}
 SETTING = re.compile(r'\s*([\w /-]{1,40}):\s*("(?:\\.|[^\\"]){0,4000}"|[^,]{0,4000})(?:,|$)')
 LORA = re.compile(r"<lora:([^:<>]{1,200})(?::(-?[\d.]{1,8}))?[^<>]{0,80}>")
 FAMILY = re.compile(r"z.?image", re.IGNORECASE)
+COMFYUI = "a picture drawn by ComfyUI"
 # Nodes and links of a graph that are looked at.
 MOST_NODES = 4096
 
@@ -88,16 +91,17 @@ def _automatic(path: Path, text: str) -> Facts:
 
 def _comfyui(path: Path, texts: Mapping[str, str]) -> Facts:
     """From the graph that ComfyUI ran; the one that it shows (`workflow`) has its values without names."""
-    kind = "a picture drawn by ComfyUI"
     try:
         graph = json.loads(texts["prompt"]) if "prompt" in texts else {}
     except (ValueError, RecursionError) as error:
-        return Facts(str(path), kind, {}, "", (f"its graph is damaged ({str(error)[:200]}); take the original file",))
+        return Facts(
+            str(path), COMFYUI, {}, "", (f"its graph is damaged ({str(error)[:200]}); take the original file",)
+        )
     nodes = {str(key): node for key, node in graph.items() if _is_node(node)} if isinstance(graph, dict) else {}
     start = next((key for key, node in nodes.items() if _samples(node["inputs"])), None)
     if start is None or len(nodes) > MOST_NODES:
         why = f"none of its {len(nodes)} nodes is a sampler that is known here" if nodes else "it carries no run graph"
-        return Facts(str(path), kind, {"nodes": len(nodes)}, "", (f"{why}, so no settings are told",))
+        return Facts(str(path), COMFYUI, {"nodes": len(nodes)}, "", (f"{why}, so no settings are told",))
 
     def first(*names: str, at: str = start, by: str | None = None, what: Any = (str, int, float)) -> Any:
         """The nearest value of these names above a node; None where there is none."""
@@ -118,7 +122,7 @@ def _comfyui(path: Path, texts: Mapping[str, str]) -> Facts:
         "height": first("height", what=int), "model": first("unet_name", "ckpt_name", "model_name", what=str),
         "adapters": adapters[:16],
     }  # fmt: skip
-    return _foreign(path, kind, facts, facts["prompt"] or "")
+    return _foreign(path, COMFYUI, facts, facts["prompt"] or "")
 
 
 def _is_node(node: Any) -> bool:
@@ -153,7 +157,7 @@ def _upstream(nodes: Mapping[str, Any], at: str, names: tuple[str, ...], by: str
 def _foreign(path: Path, kind: str, facts: dict[str, Any], prompt: str) -> Facts:
     """The facts of another program's picture, and the command that comes closest."""
     notes = ["another program drew it: the nearest command draws another picture of the same words"]
-    options, model = ["--model", HOME], str(facts["model"] or "")
+    options, model, comfyui = ["--model", HOME], str(facts["model"] or ""), kind == COMFYUI
     sampler, schedule = str(facts["sampler"] or "").lower(), str(facts["schedule"] or "").lower().replace(" ", "_")
     wanted = {
         "seed": ("--seed", _number(facts["seed"], int)),
@@ -162,6 +166,7 @@ def _foreign(path: Path, kind: str, facts: dict[str, Any], prompt: str) -> Facts
         "height": ("--height", _side(facts["height"])), "width": ("--width", _side(facts["width"])),
         "solver": ("--solver", SOLVERS.get(sampler)),
         "schedule": ("--schedule", schedule if schedule in SCHEDULES else None),
+        "convention": ("--convention", "comfyui" if comfyui and SOLVERS.get(sampler) not in ABSENT else None),
         "negative_prompt": ("--negative-prompt", _one_line(facts["negative_prompt"])),
     }  # fmt: skip
     if sampler and sampler not in SOLVERS:

@@ -8,15 +8,18 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import Field, fields
-from pathlib import Path
 from typing import Any, get_args
 
 from s3dit import values
+from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.option_names import flag
-from s3dit.control import FORM
+from s3dit.control import FORM as CONTROL_FORM
 from s3dit.errors import RequestError
+from s3dit.region import FORM as REGION_FORM
 from s3dit.request import Request
 
+# The whole form of values that are several in one, by their metavar; its parser says itself what is wrong.
+FORMS = {values.CONTROLS.metavar: CONTROL_FORM, values.REGIONS.metavar: REGION_FORM}
 SIZE = re.compile(r"(\d+)\s*[x×X*]\s*(\d+)")
 # Number formats that --quantize and `s3dit quantize` make; any other comes with its file.
 OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
@@ -51,11 +54,10 @@ def _add_field(group: Any, field: "Field[Any]") -> None:
         choices = get_args(field.metadata["bounds"][0])
         group.add_argument(
             *flags, dest=field.name, choices=choices, metavar="NAME",
-            help=f"{text}; one of {', '.join(choices)} (default: {field.default})",
+            help=f"{text}; one of {', '.join(choices)}" + (f" (default: {field.default})" if field.default else ""),
         )  # fmt: skip
     else:
-        if kind is values.CONTROLS:
-            text += f"; in full: {FORM}"
+        text += f"; in full: {FORMS[kind.metavar]}" if kind.metavar in FORMS else ""
         group.add_argument(
             *flags, dest=field.name, type=_reader(kind), metavar=kind.metavar, help=text,
             action="append" if kind.several else "store",
@@ -71,8 +73,8 @@ def _reader(kind: values.Kind) -> Any:
         try:
             return kind.parse(text)
         except ValueError as error:
-            own = kind is values.CONTROLS
-            raise argparse.ArgumentTypeError(str(error) if own else f"{text!r} is not {kind.name}") from None
+            message = str(error) if kind.metavar in FORMS else f"{text!r} is not {kind.name}"
+            raise argparse.ArgumentTypeError(message) from None
 
     return read
 
@@ -98,8 +100,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     group.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer from this folder, or embedded")
     group.add_argument(
-        "--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE]",
-        help="an adapter (LoRA, LoHa, LoKr, DoRA, …): a file, or org/name/file of the Hub; may be given several times",
+        "--lora", type=_lora, action="append", default=[], metavar="FILE[:SCALE][@…]",
+        help="an adapter (LoRA, LoHa, LoKr, DoRA, …): a file, or org/name/file of the Hub; may be given several times; "
+        "behind an @ strength by block and by step, as in style.safetensors:0.8@layers.0-9=0,steps=0-0.5",
     )  # fmt: skip
     group.add_argument(
         "--lora-allow-partial", action="store_true", help="use an adapter although some of it fits no layer"
@@ -148,10 +151,9 @@ def check_format(option: str, name: str | None) -> None:
         raise RequestError(f"{option} is {name!r}; needed one of {', '.join(OWN_FORMATS)}")
 
 
-def _lora(text: str) -> tuple[str, float | None]:
-    """A file and its strength, if one is given; a colon that no number follows belongs to the name."""
-    path, _, scale = text.rpartition(":")
+def _lora(text: str) -> LoraOption:
+    """The value of --lora."""
     try:
-        return (path, float(scale)) if path and not Path(text).exists() else (text, None)
-    except ValueError:
-        return text, None
+        return LoraOption.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -64,7 +64,7 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
         for report in attach(pipe, args, replay.adapters):
             say(f"adapter {report}")
         plan = pipe.plan(request)
-    if request.prompt is None:
+    if request.prompt is None and not request.region:
         say(f"no prompt is given; drawing the model's own example: {plan.request.prompts[0]}")
     return pipe, plan
 
@@ -94,7 +94,7 @@ def _models(args: argparse.Namespace, request: Request) -> Iterator[tuple[str, s
     for name in MODELS:
         if (value := getattr(args, name)) not in (None, "embedded"):
             yield NAMES[name], value
-    yield from (("--lora", file) for file, _ in args.lora)
+    yield from (("--lora", file) for file in (option.file for option in args.lora))
     yield from (("--control", str(control.model)) for control in request.controls)
 
 
@@ -103,6 +103,7 @@ def _images(request: Request) -> Iterator[tuple[str, str]]:
     for name in IMAGES:
         yield from ((FIELDS[name], path) for path in _paths(getattr(request, name)))
     yield from ((FIELDS["reference"], path) for path in _paths(request.reference))
+    yield from (("--region", path) for region in request.regions()[0] for path in _paths(region.mask))
     for control in request.controls:
         yield from (("--control", path) for name in CONTROL_IMAGES for path in _paths(getattr(control, name)))
 

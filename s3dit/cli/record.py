@@ -27,7 +27,7 @@ PARTS = {part: NAMES[part] for part in ("transformer", "text_encoder", "vae")}
 FORMATS = {"transformer": NAMES["quantize"], "text_encoder": NAMES["quantize_text"]}
 PLAIN = "plain floats"
 HASH = re.compile("[0-9a-f]{64}")
-STEERING = re.compile(f"control [0-9]{{1,2}} ({'|'.join(CONTROL_IMAGES)})")
+STEERING = re.compile(f"control [0-9]{{1,2}} ({'|'.join(CONTROL_IMAGES)})|region [0-9]{{1,2}} mask")
 # What records hold: a type, a list of one, or a mapping of names to one. REQUIRED of an adapter.
 NUMBER = int | float
 ENGINE: dict[str, Any] = {
@@ -35,7 +35,15 @@ ENGINE: dict[str, Any] = {
     "levels": [NUMBER], "model_calls": int, "replayable": bool, "inputs": {str: str | list}, "threads": int,
     "cpu": str, "numerics": str,
 }  # fmt: skip
-ADAPTER: dict[str, Any] = {"file": str, "sha256": str, "scale": NUMBER, "partial": bool, "merged": bool}
+ADAPTER: dict[str, Any] = {
+    "file": str,
+    "sha256": str,
+    "scale": NUMBER,
+    "partial": bool,
+    "merged": bool,
+    "blocks": {str: NUMBER},
+    "steps": [NUMBER],
+}
 REQUIRED = {"file", "sha256", "scale"}
 # Adapters and entries of a list at most: s3dit writes fewer.
 MOST_ADAPTERS, MOST_ENTRIES = 64, 1001
@@ -91,6 +99,14 @@ def needed(record: Record, request: Request, folder: Path) -> Iterator[tuple[str
             if isinstance(path := getattr(control, name), str):
                 places[name] = _placed(folder, path, inputs.get(f"control {number} {name}"))
         yield "--control", str(replace(control, **places))
+    regions = request.regions()[0]
+    masks = [
+        region.box or _placed(folder, str(region.mask), inputs.get(f"region {number} mask"))
+        for number, region in enumerate(regions, 1)
+    ]
+    if any(isinstance(mask, str) and mask.startswith(PLACE) for mask in masks):
+        pairs = zip(regions, masks, strict=True)
+        yield from (("--region", str(replace(region, mask=mask))) for region, mask in pairs)
     for name, option in OPTIONS.items():
         paths, hashes = named_images(request, name), several(inputs.get(name))
         known = len(paths) == len(hashes)

@@ -7,10 +7,10 @@ itself alone; `--count` asks for more. The user's own options replace any of it.
 A replay never does this because of metadata: use the network; load a model, a part, an adapter or a ControlNet; choose
 a device or a number format; open an image without its recorded hash. Models, parts, adapters and controls are named in
 an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given take the
-strengths and the order of then. Start images, masks and references are searched as regular files beside the picture
-and in the current folder, under their recorded name (or below these folders, where that was a relative path without
-`..`), and used only if their pixels have the recorded hash; else the user gives them with `--image`, `--mask` or
-`--reference`.
+strengths and the order of then. Start images, masks, also of regions, and references are searched as regular files
+beside the picture and in the current folder, under their recorded name (or below these folders, where that was a
+relative path without `..`), and used only if their pixels have the recorded hash; else the user gives them with
+`--image`, `--mask`, `--region` or `--reference`.
 
 The picture has the same bits where model, adapters, images, number formats, device, dtype, versions, number of threads
 and kind of CPU are the same. `changes` gives what differs, as far as it is recorded, with the option that undoes it.
@@ -19,10 +19,11 @@ and kind of CPU are the same. `changes` gives what differs, as far as it is reco
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.options import OWN_FORMATS
 from s3dit.cli.record import (
     FORMATS,
@@ -40,13 +41,15 @@ from s3dit.cli.record import (
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
+from s3dit.presets import PRESETS
+from s3dit.region import Region
 from s3dit.request import IMAGES, Request
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
 
 # Two ways to say one thing: whichever the user chooses, the picture's is dropped.
-RIVALS = (("cfg", "guidance_scale"), ("sigmas", "num_inference_steps"))
+RIVALS = {"cfg": "guidance_scale", "num_inference_steps": "sigmas"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +85,23 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
         if request.controls and not controls:
             words = " ".join(f"--control {shown(spoken(control))}" for control in request.controls)
             raise RequestError(f"it was drawn with a ControlNet; give it, and what it is to follow, with {words}")
+        regions = args.region or _regions(args.replay.parent, request, inputs)
         engine["others"] = [*_others(args, request, controls, inputs)]
         engine["others"] += (
             [f"with {shown(record.unknown)}, of which this version knows nothing"] if record.unknown else []
         )
-        request = request.filled(control=None, **_images(args, request, inputs))
-    values = request.to_json()
+        request = request.filled(control=None, region=regions or None, **_images(args, request, inputs))
+    # Regions themselves: a Request takes no JSON of them.
+    values = request.to_json() | ({"region": request.region} if request.region else {})
     if prompt is not None:
         values.pop("prompt")
-    for chosen, dropped in (*RIVALS, *(pair[::-1] for pair in RIVALS)):
+    for chosen, dropped in (*RIVALS.items(), *((b, a) for a, b in RIVALS.items())):
         if getattr(args, chosen) is not None:
             values.pop(dropped, None)
+    if args.preset is not None:
+        # All that it stands for is the user's choice.
+        replaced = {*PRESETS[args.preset], *(RIVALS.get(name) for name in PRESETS[args.preset])}
+        values = {name: value for name, value in values.items() if name not in replaced}
     return Replay(values, adapters, engine)
 
 
@@ -100,34 +109,37 @@ def attach(pipe: "Pipeline", args: argparse.Namespace, records: Sequence[Mapping
     """Attach the adapters of the command line, and yield a report of each.
 
     records: of the adapters of a replayed picture, or none. Each must be among those given, matched by its hash, else
-    by its file's name; adapters are attached in the order of the records, with the recorded strength unless another is
-    given. Raises RequestError, CheckpointError.
+    by its file's name; adapters are attached in the order of the records, with the recorded strength, blocks and steps
+    unless others are given. Raises RequestError, CheckpointError.
     """
     from s3dit.weights.adapter import read_adapter
     from s3dit.weights.hub import resolve_file
 
-    left = [(file, scale, read_adapter(resolve_file(file)).digest() if records else "") for file, scale in args.lora]
+    left = [(option, read_adapter(resolve_file(option.file)).digest() if records else "") for option in args.lora]
     # Files by the number of the record that they are taken for.
-    matched: dict[int, tuple[str, float | None, str]] = {}
+    matched: dict[int, tuple[LoraOption, str]] = {}
     for by_hash in (True, False):
         for i, was in enumerate(records):
             wanted = was["sha256"] if by_hash else own_name(was["file"])
-            same = [given for given in left if wanted == (given[2] if by_hash else own_name(given[0]))]
+            same = [given for given in left if wanted == (given[1] if by_hash else own_name(given[0].file))]
             if i not in matched and same:
                 left.remove(same[0])
                 matched[i] = same[0]
     if missing := [was for i, was in enumerate(records) if i not in matched]:
         raise RequestError(f"{args.replay}: {_wanted(missing)} (scale 0 leaves one out)")
     for i, was in enumerate(records):
-        file, scale, digest = matched[i]
+        option, digest = matched[i]
+        scale = was["scale"] if option.scale is None else option.scale
+        strength = {name: was[name] for name in ("blocks", "steps") if name in was} | option.strength
         partial = args.lora_allow_partial or was.get("partial", False)
-        report = pipe.lora.attach(file, was["scale"] if scale is None else scale, allow_partial=partial)
+        report = pipe.lora.attach(option.file, scale, allow_partial=partial, **strength)
         if was.get("merged"):
             pipe.lora.merge(report.name)
-        strength = f"; strength {was['scale']:g} as the picture was drawn" if scale is None else ""
-        yield f"{report}{strength}{'' if digest == was['sha256'] else '; another file than the picture was drawn with'}"
-    for file, scale, _ in left:
-        report = pipe.lora.attach(file, 1.0 if scale is None else scale, allow_partial=args.lora_allow_partial)
+        told = f"; strength {scale:g} as the picture was drawn" if option.scale is None else ""
+        yield f"{report}{told}{'' if digest == was['sha256'] else '; another file than the picture was drawn with'}"
+    for option, _ in left:
+        scale = 1.0 if option.scale is None else option.scale
+        report = pipe.lora.attach(option.file, scale, allow_partial=args.lora_allow_partial, **option.strength)
         yield f"{report}{'; the picture was drawn without it' if records else ''}"
 
 
@@ -214,6 +226,22 @@ def _images(args: argparse.Namespace, request: Request, inputs: Mapping[str, Any
     return images
 
 
+def _regions(folder: Path, request: Request, inputs: Mapping[str, Any]) -> list[Region]:
+    """The regions that a picture names, their masks found beside it by their recorded hash."""
+    regions = []
+    for number, region in enumerate(request.regions()[0], 1):
+        if region.box is None:
+            sha256 = inputs.get(f"region {number} mask")
+            if not isinstance(sha256, str):
+                raise RequestError(
+                    f"it names {shown(region.mask)} as a mask of a region and has no hash of it; no file is opened "
+                    "without its hash; give the regions with --region"
+                )
+            region = replace(region, mask=image_beside(folder, str(region.mask), sha256, "--region"))
+        regions.append(region)
+    return regions
+
+
 def _others(
     args: argparse.Namespace, request: Request, controls: Sequence[Control], inputs: Mapping[str, Any]
 ) -> Iterator[str]:
@@ -227,6 +255,8 @@ def _others(
         names = {name: f"control {number} {name}" for name in CONTROL_IMAGES}
         images = {key: getattr(control, name) for name, key in names.items()}
         given |= {key: [image] for key, image in images.items() if key in inputs and image}
+    names_of = {f"region {number} mask": region for number, region in enumerate(args.region or (), 1)}
+    given |= {key: [region.mask] for key, region in names_of.items() if key in inputs and region.box is None}
     for name, paths in given.items():
         if name in inputs and [Picture.open(path, name).sha256 for path in paths] != several(inputs[name]):
             yield f"with another {name} than {', '.join(map(shown, paths))}"

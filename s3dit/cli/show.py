@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from s3dit.kernels.dispatch import Op
     from s3dit.pipeline import Pipeline
     from s3dit.plan import Plan
+    from s3dit.request import Request
     from s3dit.sampling.step import Step
 
 # Bytes of a part from which its loading is worth a bar.
@@ -28,11 +29,14 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         f"{pipe.folder.name}: {pipe.config.variant}, {pipe.placement}"
         + "".join(f", {part} in {name}" for part, name in pipe.parts.formats.items() if name),
         f"{request.count} picture(s) of {', '.join(sizes)}: {plan.calls} model calls ({request.solver}, shift "
-        f"{'by size' if request.shift is None else format(request.shift, 'g')}, guidance {request.guidance_scale:g})",
+        f"{'by size' if request.shift is None else format(request.shift, 'g')}, guidance {_guidance(request)})",
         "noise levels " + " ".join(f"{s:.4g}" for s in plan.sigmas),
     ]
     lines += [
-        f"adapter {record['file']} of strength {record['scale']:g}" + (", merged" if record.get("merged") else "")
+        f"adapter {record['file']} of strength {record['scale']:g}"
+        + "".join(f", {name} × {factor:g}" for name, factor in record.get("blocks", {}).items())
+        + (", from {:g} to {:g} of the steps".format(*record["steps"]) if "steps" in record else "")
+        + (", merged" if record.get("merged") else "")
         for record in pipe.lora.records()
     ]
     if request.strength is not None:
@@ -49,6 +53,16 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
     weights = f"{pipe.parts.mode}: at most {_size(most)} of weights at a time, besides activations"
     lines.append(weights if plan.memory is None else str(plan.memory))
     return "\n".join(map(line, [*lines, *(f"note: {note}" for note in plan.notes)]))
+
+
+def _guidance(request: "Request") -> str:
+    """The scale or scales of guidance, and what else there is of it."""
+    given: Any = request.guidance_scale
+    texts = [",".join(format(scale, "g") for scale in (given if isinstance(given, list | tuple) else [given]))]
+    if request.guidance_interval is not None:
+        texts.append("t {:g} to {:g}".format(*request.guidance_interval))
+    texts += [text for text in (request.guidance_method,) if text]
+    return " ".join(texts) + (f", skip_layers {request.skip_layers}" if request.skip_layers else "")
 
 
 def to_json(pipe: "Pipeline", plan: "Plan") -> dict[str, Any]:

@@ -67,7 +67,8 @@ def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
     """Return the texts that a picture carries: `parameters` for galleries and `s3dit`, JSON in ASCII, to make it again.
 
     size (width, height) of the picture in pixels. "CFG scale" counts as galleries do, one more than `guidance_scale`
-    here. Raises RequestError if the metadata cannot be written as JSON, or is longer than LARGEST_TEXT characters.
+    here, of several the first. Raises RequestError if the metadata cannot be written as JSON, or is longer than
+    LARGEST_TEXT characters.
     """
     try:
         replay = json.dumps(dict(metadata), allow_nan=False, check_circular=True)
@@ -79,8 +80,10 @@ def texts(metadata: Mapping[str, Any], size: tuple[int, int]) -> dict[str, str]:
         )
     values = {**metadata}
     values.setdefault("solver", "euler")
-    if isinstance(values.get("guidance_scale"), int | float):
-        values["guidance_scale"] = f"{values['guidance_scale'] + 1:g}"
+    scale = values.get("guidance_scale")
+    scale = scale[0] if isinstance(scale, list) and scale else scale
+    if isinstance(scale, int | float):
+        values["guidance_scale"] = f"{scale + 1:g}"
     settings = {label: values[name] for name, label in LABELS.items() if values.get(name) is not None}
     settings["Size"] = f"{size[0]}x{size[1]}"
     if values.get("model") is not None:

@@ -1,4 +1,4 @@
-"""Prepares the state that a solver starts from: noise, start images, masks, and the second pass.
+"""Prepares the state that a solver starts from: start images, masks, and the second pass.
 
 There is one path through the model, and a start image is data on it. The state starts part of the way along the flow,
 at (1 - sigma)·image + sigma·noise, and fewer steps are left (img2img). Where a mask says so, the state is set after
@@ -11,7 +11,8 @@ Images are read before any weight (`read`). What is decoded outside of the mask 
 (`StartImage.over`), which are then the input's to the bit.
 
 Sources: diffusers' `ZImageImg2ImgPipeline` (which steps are left, the start), `ZImageInpaintPipeline` (mask, blending),
-its community pipeline for differential img2img (thresholds). Not here: steps (sampling/solvers.py), files (images.py).
+its community pipeline for differential img2img (thresholds). Not here: noise (noise.py), steps
+(sampling/solvers.py), files (images.py).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +30,13 @@ from s3dit.inputs.resize import resized
 from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
 from s3dit.request import IMAGES, Request
+from s3dit.sampling import comfyui
+from s3dit.sampling.guidance_methods import zero_init_steps
 from s3dit.sampling.schedules import sigmas
 from s3dit.values import LARGEST_SIDE
 
 # Pixels along the side of a patch; sizes are multiples of it.
 PATCH = 16
-
-Grids = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,16 +168,23 @@ def _cells(mask: Tensor) -> Tensor:
 def remaining_sigmas(request: Request, scheduler: SchedulerConfig | None = None) -> Tensor:
     """Return the sigmas of a resolved request, (steps + 1,) fp32: all of them, or with a strength the last ones.
 
+    Without a picture to begin from, cfg_zero's first steps, which have no velocity, are left out.
+
     scheduler: of the model, for a request without a shift, whose shift follows from its size. Raises RequestError.
     """
     dynamic = request.shift is None and scheduler is not None
     shift = _dynamic_shift(request, scheduler) if dynamic and scheduler else request.shift or 1.0
-    every = sigmas(request.num_inference_steps or 1, shift, request.schedule, request.sigmas, dynamic)
-    n = len(every) - 1
-    if request.strength is None:
-        return every
-    # parity: diffusers' get_timesteps, in floats of 64 bits.
-    return every[int(max(n - min(n * request.strength, n), 0)) :]
+    steps, strength, theirs = request.num_inference_steps or 1, request.strength, request.convention == "comfyui"
+    if theirs and (request.sigmas is None or request.schedule != "official"):
+        levels = comfyui.sigmas(steps, shift, request.schedule, dynamic, strength)
+    else:
+        levels = sigmas(steps, shift, request.schedule, request.sigmas, dynamic)
+        n = len(levels) - 1
+        if strength is not None:
+            # parity: diffusers' get_timesteps, in floats of 64 bits.
+            levels = levels[int(max(n - min(n * strength, n), 0)) :]
+    levels = comfyui.below_noise(levels, request.solver, shift, dynamic) if theirs else levels
+    return levels[zero_init_steps(request) :] if strength is None else levels
 
 
 def _dynamic_shift(request: Request, scheduler: SchedulerConfig) -> float:
@@ -198,44 +206,6 @@ def grids_of(request: Request) -> tuple[tuple[int, int], ...]:
     """Return rows and columns of patches of every picture of a resolved request."""
     sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
     return tuple((height // PATCH, width // PATCH) for height, width in sides)
-
-
-def generators(request: Request) -> list[torch.Generator]:
-    """Return a generator for each picture; a single one that the caller gives serves all in order.
-
-    Raises RequestError where the caller gives another number of them.
-    """
-    given = request.generator
-    if given is None:
-        return [torch.Generator().manual_seed(seed) for seed in request.seeds()]
-    several = [given] * request.count if isinstance(given, torch.Generator) else list(given)
-    if len(several) != request.count:
-        raise RequestError(f"{len(several)} generators for {request.count} pictures; needed one, or one a picture")
-    return several
-
-
-def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Draw normal numbers in fp32, on the generator's device; in other dtypes it would give other numbers."""
-    return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
-
-
-def draw(grids: Grids, generators: Sequence[torch.Generator]) -> Tensor:
-    """Draw noise (tokens, 64) fp32 on the CPU, each picture's from its own generator.
-
-    It is drawn as latents, (16, H/8, W/8), so that it is diffusers' noise.
-    """
-    latents = [
-        _normal((16, 2 * rows, 2 * columns), generator).cpu()
-        for (rows, columns), generator in zip(grids, generators, strict=True)
-    ]
-    return torch.cat([patchify(noise) for noise in latents])
-
-
-def starting_noise(request: Request, grids: Grids, generators: Sequence[torch.Generator]) -> Tensor:
-    """Return the noise (tokens, 64) fp32 that a request starts from: the latents that it gives, or drawn noise."""
-    if request.latents is not None:
-        return torch.cat([patchify(latents.float().contiguous()) for latents in request.latents])
-    return draw(grids, generators)
 
 
 def noised(image: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

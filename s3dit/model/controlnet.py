@@ -236,11 +236,13 @@ class ControlNet(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Embed and refine control patches (n, 4 · channels) beside embedded image tokens (N_image, dim).
 
-        A pass with guidance holds the same pictures twice; so then do the patches. -> control tokens (N_image, dim),
+        A pass with guidance holds the same pictures twice; so then do the patches, and of those of more items the first
+        are taken. -> control tokens (N_image, dim),
         and the hints for the base's refiner, one a block, or none (1.0).
         """
         pack = context.image
-        patches = patches.repeat(len(pack.token_index) // len(patches), 1)
+        tokens = len(pack.token_index)
+        patches = patches[:tokens] if len(patches) > tokens else patches.repeat(tokens // len(patches), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
         place = (context.image_rope, pack.spans, modulation.time, pack.modulation_row)
         if self.config.version == "1.0":

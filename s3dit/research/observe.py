@@ -11,6 +11,7 @@ place of several layers in one launch, which may round in another place. Of prom
 their encoder is looked at.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,6 @@ from s3dit.research.instrument import Item, Splitter, attached
 from s3dit.research.record import Key, Record, fingerprint
 from s3dit.research.reductions import REDUCTIONS
 from s3dit.research.sites import Site, nearest, sites
-from s3dit.research.tokens import BRANCHES
 from s3dit.research.trace import pattern_regex
 
 # edit(rows of an item, where) -> rows of the same shape, or None to leave them.
@@ -153,8 +153,8 @@ def _check(changed: Any, rows: Tensor, item: Item) -> None:
 
 def splitter(pipe: LoadedModel, steps: Any, items: Any, branch: str | None, what: Any) -> Splitter:
     """A Splitter of checked choices."""
-    if branch not in (None, *BRANCHES):
-        raise RequestError(f"branch is {branch!r}; needed {' or '.join(BRANCHES)}")
+    if branch is not None and not re.fullmatch("positive( [0-9]+)?|negative", str(branch)):
+        raise RequestError(f"branch is {branch!r}; needed positive or negative (with regions also positive 2, …)")
     for name, numbers, least in (("steps", steps, 1), ("items", items, 0)):
         if numbers is not None and not all(isinstance(number, int) and number >= least for number in numbers):
             raise RequestError(f"{name} are {list(numbers)}; needed whole numbers from {least}")

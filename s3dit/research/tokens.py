@@ -9,6 +9,7 @@ stands for; so it holds for every size, batch, guidance and number of references
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import RequestError
+from s3dit.inputs import region_masks
 from s3dit.loaded_model import LoadedModel
 from s3dit.model.layout import Grid, Layout
 from s3dit.plan import Plan
@@ -27,7 +29,6 @@ from s3dit.runtime.encoders import PromptEmbeds
 KINDS = (
     "image", "prompt", "template", "embeds", "reference", "vision", "image padding", "text padding", "vision padding",
 )  # fmt: skip
-BRANCHES = ("positive", "negative")
 # The streams of a pass: the refiners run in the first three, the main blocks in the last.
 STREAMS = ("image", "text", "vision", "joint")
 
@@ -36,11 +37,12 @@ STREAMS = ("image", "text", "vision", "joint")
 class ItemTokens:
     """The tokens of one item in one branch of guidance.
 
-    item: index of the picture · branch: positive, or negative with the negative prompt · prompt: its text · grid: rows
-    and columns of its image tokens · kinds: of each token in joint order, from KINDS · places: of each token the
-    characters (start, stop) of the prompt that it stands for, None for tokens that are none of the prompt's · starts:
-    where the item begins in each stream · rows: of each stream, the token of this item (an index of `kinds`) that each
-    of its rows holds · references: rows and columns of each reference picture's tokens.
+    item: index of the picture · branch: positive, or negative with the negative prompt; of a picture with regions
+    `positive`, `positive 2`, … with the prompts that have a share of it, a centered one's patches rolled · prompt: its
+    text · grid: rows and columns of its image tokens · kinds: of each token in joint order, from KINDS · places: of
+    each token the characters (start, stop) of the prompt that it stands for, None for tokens that are none of the
+    prompt's · starts: where the item begins in each stream · rows: of each stream, the token of this item (an index of
+    `kinds`) that each of its rows holds · references: rows and columns of each reference picture's tokens.
     """
 
     item: int
@@ -124,8 +126,8 @@ def tokens(pipe: LoadedModel, plan: Plan, *, guided: bool | None = None) -> list
     layout = plan.layout(pipe.config.transformer, guided, "cpu")
     joint, labels, texts = _kinds(layout), _owners(layout), list(_captions(pipe, plan))
     result, begin = [], dict.fromkeys(STREAMS, 0)
-    count = request.count
-    references = [tuple(each.grid for each in row) for row in plan.references] or [()] * count
+    items = [*_branches(plan), *((i, "negative") for i in range(request.count))]
+    references = [tuple(each.grid for each in row) for row in plan.references] or [()] * request.count
     # A text token's turn in the order of its pack.
     pending = iter([place for prompt, places in texts[: len(plan.captions)] for place in places])
     for index, length in enumerate(layout.joint.spans.lengths):
@@ -136,17 +138,25 @@ def tokens(pipe: LoadedModel, plan: Plan, *, guided: bool | None = None) -> list
         for i, kind in enumerate(kinds):
             if kind == "text":
                 kinds[i], places[i] = next(pending)
-        prompt = texts[index][0]
+        (picture, branch), prompt = items[index], texts[index][0]
         result.append(
             ItemTokens(
-                index % count, BRANCHES[index // count], prompt, plan.grids[index % count], tuple(kinds), tuple(places),
-                dict(begin), {**rows, "joint": tuple(range(length))}, references[index % count],
+                picture, branch, prompt, plan.grids[picture], tuple(kinds), tuple(places),
+                dict(begin), {**rows, "joint": tuple(range(length))}, references[picture],
             )
         )  # fmt: skip
         for name in labels:
             begin[name] += len(rows[name])
         begin["joint"] += length
     return result
+
+
+def _branches(plan: Plan) -> Iterator[tuple[int, str]]:
+    """The picture and the branch of every item without guidance."""
+    seen = Counter[int]()
+    for picture in plan.owners:
+        seen[picture] += 1
+        yield picture, "positive" if seen[picture] == 1 else f"positive {seen[picture]}"
 
 
 def _kinds(layout: Layout) -> list[str]:
@@ -186,12 +196,15 @@ def _captions(pipe: LoadedModel, plan: Plan) -> Iterator[tuple[str, Sequence[tup
     """Of every item's caption: its prompt, and kind and place in the prompt of its tokens."""
     request = plan.request
     counts = [len(pictures) for pictures in request.references()]
-    for index, caption in enumerate(plan.captions):
-        name = "prompt" if index < request.count else "negative_prompt"
-        item = index % request.count
+    prompts, negatives = (request.per_image(name) for name in ("prompt", "negative_prompt"))
+    items = [
+        (i, prompts[i] if share is None or share.prompt is None else share.prompt)
+        for i, share in region_masks.items(plan.shares, request.count)
+    ]
+    for caption, (picture, text) in zip(plan.captions, [*items, *enumerate(negatives)], strict=False):
         if isinstance(caption[0], PromptEmbeds):
             yield "", [("embeds", None)] * len(caption[0])
             continue
-        prompt = request.per_image(name)[item] or ""
-        segments = pipe.tokenizer.places(prompt, counts[item], request.max_sequence_length)
+        prompt = text or ""
+        segments = pipe.tokenizer.places(prompt, counts[picture], request.max_sequence_length)
         yield prompt, [("prompt" if place else "template", place) for segment in segments for place in segment]

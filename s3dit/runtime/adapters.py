@@ -10,97 +10,34 @@ A file is matched with the model before anything is changed: the report says wha
 has a wrong shape, and the rest is an error unless partial use is allowed.
 """
 
-import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from s3dit.errors import CheckpointError, RequestError
+from s3dit.errors import RequestError
 from s3dit.runtime import lora
+from s3dit.runtime.adapter_match import Report, match_layers
+from s3dit.runtime.adapter_strength import ALL_STEPS, by_block, check_blocks, check_scale, check_steps
 from s3dit.runtime.devices import Placement, own_settings
-from s3dit.weights.adapter import Adapter, Deltas, read_adapter
+from s3dit.weights.adapter import Deltas, read_adapter
 from s3dit.weights.delta import Delta
 from s3dit.weights.hub import resolve_file
-
-# Layers that a report spells out, how much of a name, and the largest strength that is no accident.
-SHOWN, LONGEST = 10, 120
-STRONGEST = 1000.0
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """The result of matching an adapter with a model: its layers that matched, did not, or have a wrong shape.
-
-    redundant: those that the file holds twice · notes: what the file says without effect.
-    """
-
-    name: str
-    matched: tuple[str, ...]
-    unmatched: tuple[str, ...]
-    misshapen: tuple[str, ...]
-    redundant: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        """Describe it in a line: the counts, the first layers that are lost, the notes."""
-        counts = f"{len(self.matched)} matched, {len(self.unmatched)} unmatched, {len(self.misshapen)} of a wrong shape"
-        lost = [*self.unmatched, *self.misshapen]
-        return "; ".join([f"{self.name}: {counts}{f' ({_listed(lost)})' if lost else ''}", *self.notes])
-
-
-def _listed(names: list[str]) -> str:
-    """The first names, for messages."""
-    return ", ".join(name[:LONGEST] for name in names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-
-
-def match_layers(
-    adapter: Adapter, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], name: str, allow_partial: bool = False
-) -> tuple[dict[str, Deltas], Report]:
-    """Match an adapter with the layers of a model -> what of it fits, by part, and the report.
-
-    shapes: by part and official name · name: the adapter's, for the report. Raises CheckpointError where nothing fits,
-    and where something does not unless that is allowed.
-    """
-    fitting: dict[str, Deltas] = {}
-    unmatched, misshapen = list(adapter.unmatched), list(adapter.misshapen)
-    for part, deltas in adapter.deltas.items():
-        for layer, delta in deltas.items():
-            shape = shapes.get(part, {}).get(layer)
-            if shape is None:
-                unmatched.append(f"{part}.{layer}")
-            elif wrong := _unfit(delta, shape):
-                misshapen.append(f"{layer} {wrong}")
-            else:
-                fitting.setdefault(part, {})[layer] = delta
-    matched = tuple(layer for deltas in fitting.values() for layer in deltas)
-    report = Report(name, matched, tuple(unmatched), tuple(misshapen), tuple(adapter.redundant), tuple(adapter.notes))
-    if not matched:
-        raise CheckpointError(f"{adapter.path}: nothing in it fits this model: {report}; take one made for this model")
-    if (unmatched or misshapen) and not allow_partial:
-        raise CheckpointError(
-            f"{adapter.path}: not all of it fits this model: {report}; take one made for this model, or allow partial "
-            "use (--lora-allow-partial)"
-        )
-    return fitting, report
-
-
-def _unfit(delta: Delta, shape: tuple[int, ...]) -> str:
-    """Why a Delta does not fit a layer of this shape, for messages; empty where it does."""
-    if len(shape) < 2 and (delta.bias is not None or delta.magnitude is not None):
-        return "with a bias or norms, needed a change of its weight"
-    return "" if delta.fits(shape) else f"{list(delta.shape)}, needed {list(shape)}"
 
 
 @dataclass(slots=True)
 class Loaded:
-    """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged."""
+    """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged.
+
+    blocks: factors by block, which its deltas have already · steps: it acts in the steps i of n with steps[0] <= i/n <
+    steps[1] · resting: whether a step is computed that is none of them.
+    """
 
     source: str
     sha256: str
@@ -108,6 +45,18 @@ class Loaded:
     scale: float
     partial: bool
     merged: bool = False
+    blocks: dict[str, float] = field(default_factory=dict)
+    steps: tuple[float, float] = ALL_STEPS
+    resting: bool = False
+
+    @property
+    def strength(self) -> float:
+        """The strength now: none in steps that are not its own."""
+        return 0.0 if self.resting else self.scale
+
+    def acts(self, i: int, n: int) -> bool:
+        """Return whether it acts in step i (from 0) of n."""
+        return self.steps[0] <= i / n < self.steps[1]
 
 
 class Host(Protocol):
@@ -168,23 +117,34 @@ class Adapters:
         return tuple(self._loaded)
 
     def attach(
-        self, source: str | Path, scale: float = 1.0, name: str | None = None, allow_partial: bool = False
+        self,
+        source: str | Path,
+        scale: float = 1.0,
+        name: str | None = None,
+        allow_partial: bool = False,
+        blocks: Mapping[str, float] | None = None,
+        steps: Sequence[float] = ALL_STEPS,
     ) -> Report:
         """Attach an adapter beside the weights; returns the report on its layers.
 
         source: a .safetensors file, a folder that holds one, or "org/name/file.safetensors" on the Hub · scale: its
         strength, any sign · name: to speak of it later (default: the file's) · allow_partial: leave out what fits no
-        layer. Raises CheckpointError (the file, and what does not fit), RequestError (name, scale).
+        layer · blocks: factors of the strength by layers' names, {"layers.0-9": 0} (see `adapter_strength`) · steps:
+        (start, end), it acts in the steps i of n with start <= i/n < end. Raises CheckpointError (the file, and what
+        does not fit), RequestError (the rest).
         """
         with self._turn():
-            _check_scale(scale)
+            check_scale(scale)
+            blocks = check_blocks(blocks or {})
             if name is not None and name in self._loaded:
                 raise RequestError(f"there is an adapter {name!r} already; detach it, or give this one another name")
             adapter = read_adapter(resolve_file(str(source)))
             name = name or self._free(adapter.path.stem)
             shapes = {part: lora.layer_shapes(self._parts.blank(part)[0]) for part in adapter.deltas}
-            deltas, report = match_layers(adapter, shapes, name, allow_partial)
+            matched, report = match_layers(adapter, shapes, name, allow_partial)
+            deltas = by_block(matched, blocks) if blocks else matched
             loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
+            loaded.blocks, loaded.steps = blocks, check_steps(steps, deltas)
             try:
                 for part, component in self._held(deltas):
                     attach_one(loaded, name, part, component, self._parts.placement)
@@ -222,13 +182,13 @@ class Adapters:
         Raises RequestError for a name that is not attached, a merged adapter, or a value beyond ±1000.
         """
         with self._turn():
-            _check_scale(value)
+            check_scale(value)
             (name,) = self._chosen(name)
             loaded = self._loaded[name]
             if loaded.merged:
                 raise RequestError(f"{name} is merged into the weights at scale {loaded.scale:g}; load the model again")
             for _, component in self._held(loaded.deltas):
-                component.attachments.rescale(name, value)
+                component.attachments.rescale(name, 0.0 if loaded.resting else value)
             loaded.scale = float(value)
             self._tell(loaded.deltas)
 
@@ -241,6 +201,11 @@ class Adapters:
         with self._turn():
             chosen = self._chosen(name)
             for adapter in chosen:
+                if self._loaded[adapter].steps != ALL_STEPS:
+                    raise RequestError(
+                        f"{adapter} acts in some steps only, and what is merged acts in all; leave it attached, or "
+                        "attach it without steps"
+                    )
                 for part, deltas in self._loaded[adapter].deltas.items():
                     if self._parts.changed_by_hand(part):
                         raise RequestError(
@@ -253,12 +218,38 @@ class Adapters:
                 self._tell(self._loaded[adapter].deltas)
             self._parts.reload()
 
+    @contextmanager
+    def step(self, i: int, n: int) -> Iterator[None]:
+        """Let those adapters rest inside the `with` whose steps do not include step i (from 0) of n."""
+        # After the last step a solver has no more to compute.
+        resting = [(name, each) for name, each in self._loaded.items() if not each.acts(min(i, n - 1), n)]
+        try:
+            self._set_resting(resting, True)
+            yield
+        finally:
+            self._set_resting(resting, False)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """A value that is another once adapters change the transformer otherwise, also from one step to the next."""
+        return self._parts.revisions["transformer"], *(name for name, each in self._loaded.items() if each.resting)
+
+    def _set_resting(self, adapters: list[tuple[str, Loaded]], resting: bool) -> None:
+        """Set whether some adapters rest, those that were detached meanwhile left out."""
+        for name, adapter in adapters:
+            adapter.resting = resting
+            if self._loaded.get(name) is adapter:
+                for _, component in self._held(adapter.deltas):
+                    component.attachments.rescale(name, adapter.strength)
+
     def records(self) -> list[dict[str, Any]]:
-        """Return what a picture's metadata says of the adapters: file, hash, strength, if partial or merged."""
+        """Return what a picture's metadata says of the adapters: file, hash, strength, and what is not usual."""
         return [
             {"file": adapter.source, "sha256": adapter.sha256, "scale": adapter.scale}
             | ({"partial": True} if adapter.partial else {})
             | ({"merged": True} if adapter.merged else {})
+            | ({"blocks": dict(adapter.blocks)} if adapter.blocks else {})
+            | ({"steps": list(adapter.steps)} if adapter.steps != ALL_STEPS else {})
             for adapter in self._loaded.values()
         ]
 
@@ -299,7 +290,7 @@ def attach_to(component: Host, part: str, adapters: Mapping[str, Loaded], placem
 
 def attach_one(adapter: Loaded, name: str, part: str, component: Host, placement: Placement) -> None:
     """Attach an adapter to a part, and drop the part's recorded passes, which do not hold it."""
-    component.attachments.attach(name, adapter.deltas[part], adapter.scale, placement.device, placement.compute)
+    component.attachments.attach(name, adapter.deltas[part], adapter.strength, placement.device, placement.compute)
     component.recorded = None
 
 
@@ -309,15 +300,6 @@ def nbytes(part: str, adapters: Mapping[str, Loaded], dtype: torch.dtype) -> int
         delta for adapter in adapters.values() if not adapter.merged for delta in adapter.deltas.get(part, {}).values()
     ]
     return dtype.itemsize * sum(tensor.numel() for delta in deltas for tensor in _tensors(delta))
-
-
-def _check_scale(value: Any) -> None:
-    """Raise RequestError for a strength that is no finite number within ±STRONGEST."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or abs(value) > STRONGEST:
-        raise RequestError(
-            f"the scale of an adapter is {value!r}; needed a number within ±{STRONGEST:g}, 1 for full strength"
-        )
 
 
 def _tensors(delta: Delta) -> list[Tensor]:

@@ -173,23 +173,26 @@ class Encoders:
         pixels: Sequence[Tensor],
         generators: Sequence[torch.Generator] | None = None,
         tile: int | None = None,
+        shared: bool = False,
     ) -> list[Tensor]:
         """Latents (16, H/8, W/8) fp32 of pictures (3, H, W) in [-1, 1]; large ones by tiles of `tile` cells a side.
 
-        The mode of what the autoencoder answers, or with generators, one a picture, a sample.
+        The mode of what the autoencoder answers, or with generators, one a picture, a sample; shared: one sample where
+        picture and generator are the same.
         """
-        by_id: dict[int, Tensor] = {}
+        by_id: dict[tuple[int, int], Tensor] = {}
         latents = []
         for i, picture in enumerate(pixels):
             # The same tensor twice is encoded once.
-            if generators is not None or id(picture) not in by_id:
+            generator = None if generators is None else generators[i]
+            key = id(picture), id(generator) if generator is None or shared else i
+            if key not in by_id:
                 vae, path = self._autoencoder()
                 side = tile or self.tile_for(picture.shape[-2] // 8, picture.shape[-1] // 8)
-                generator = None if generators is None else generators[i]
                 run = partial(vae.encode, picture[None].to(self.components.placement.device), generator, side)
-                by_id[id(picture)] = run()[0]
-                check_finite(by_id[id(picture)], "encoded picture", run, (vae, path))
-            latents.append(by_id[id(picture)])
+                by_id[key] = run()[0]
+                check_finite(by_id[key], "encoded picture", run, (vae, path))
+            latents.append(by_id[key])
         return latents
 
     def decode(self, latents: Sequence[Tensor], tile: int | None = None) -> list[Tensor]:

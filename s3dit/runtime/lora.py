@@ -30,7 +30,7 @@ from s3dit.weights.delta import Delta, norms
 
 
 class Branch:
-    """The change of one adapter beside one linear layer; `strength` () fp32 is shared by all branches of the adapter.
+    """The change of one adapter beside one linear layer; `strength` () fp32 is that of its branches of one factor.
 
     The layer's weight W becomes W' = (1 + rows) · (W + Δ) · (1 + columns), or with `replaces` Δ in the place of W + Δ:
     rows (out,) and columns (in,) are DoRA's gains, one of them or neither. The branch adds strength · (W' - W) x, and
@@ -113,10 +113,17 @@ class Adapted(nn.Module):
 
 @dataclass(slots=True)
 class Attached:
-    """An adapter that is attached to a model: its strength () fp32, and its changes of norms and tokens by layer."""
+    """An adapter that is attached to a model: its strengths () fp32, and its changes of norms and tokens by layer.
 
-    strength: Tensor
+    strengths: by the factors of its Deltas, each the adapter's strength times the factor.
+    """
+
+    strengths: dict[float, Tensor]
     vectors: dict[str, Delta]
+
+    def strength(self, delta: Delta) -> Tensor:
+        """The strength of one of its Deltas."""
+        return self.strengths[delta.factor]
 
 
 def layer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -164,8 +171,11 @@ class Attachments:
         if name in self._attached:
             kind = type(self._model).__name__
             raise BackendError(f"{kind} has an adapter {name!r} already; detach it, or give another name")
-        strength = torch.tensor(float(scale), dtype=torch.float32, device=device)
-        self._attached[name] = attached = Attached(strength, {})
+        factors = {delta.factor for delta in deltas.values()}
+        strengths = {
+            factor: torch.tensor(scale * factor, dtype=torch.float32, device=device) for factor in sorted(factors)
+        }
+        self._attached[name] = attached = Attached(strengths, {})
         for layer, delta in deltas.items():
             module = _module(self._model, layer)
             if module is None:
@@ -176,7 +186,7 @@ class Attachments:
             elif not _blank(module):
                 if not isinstance(module, Adapted):
                     module = _replace(self._model, layer, Adapted(module))
-                module.branches[name] = Branch(delta, module.layer, strength, dtype)
+                module.branches[name] = Branch(delta, module.layer, attached.strength(delta), dtype)
 
     @torch.no_grad()
     def detach(self, name: str) -> None:
@@ -193,7 +203,8 @@ class Attachments:
     def rescale(self, name: str, scale: float) -> None:
         """Set the strength of an attached adapter, from the next pass on."""
         attached = self._attached[name]
-        attached.strength.fill_(scale)
+        for factor, strength in attached.strengths.items():
+            strength.fill_(scale * factor)
         for layer in attached.vectors:
             self._revise(layer)
 
@@ -209,15 +220,14 @@ class Attachments:
     def _revise(self, layer: str) -> None:
         """Compute a norm or token of its original and the changes of all attached adapters."""
         owner, leaf = _parameter(self._model, layer)
-        changes = [(adapter.strength, adapter.vectors.get(layer)) for adapter in self._attached.values()]
-        if not any(delta is not None for _, delta in changes):
+        changes = [(adapter, delta) for adapter in self._attached.values() if (delta := adapter.vectors.get(layer))]
+        if not changes:
             owner[leaf] = self._originals.pop(layer)
             return
         original = self._originals.setdefault(layer, owner[leaf])
         value = upcast = original.float()
-        for strength, delta in changes:
-            if delta is not None:
-                value = value + strength.to(upcast.device) * (delta.changed(original) - upcast)
+        for adapter, delta in changes:
+            value = value + adapter.strength(delta).to(upcast.device) * (delta.changed(original) - upcast)
         if owner[leaf] is original:
             dtype = original.dtype if self._streamer is None else self._streamer.compute_dtype(owner, leaf)
             owner[leaf] = _parameter_of(original.clone(), dtype)
@@ -254,10 +264,11 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta], scale: float, dtype: to
         weight = owner[leaf]
         if weight.is_meta:
             continue
-        changed = torch.lerp(weight.float(), delta.changed(weight), scale)
+        strength = scale * delta.factor
+        changed = torch.lerp(weight.float(), delta.changed(weight), strength)
         owner[leaf] = _parameter_of(changed, dtype or weight.dtype)
         if delta.bias is not None and module is not None and module.bias is not None:
-            added = module.bias.float() + scale * delta.bias.to(module.bias.device, torch.float32)
+            added = module.bias.float() + strength * delta.bias.to(module.bias.device, torch.float32)
             owner["bias"] = _parameter_of(added, dtype or module.bias.dtype)
 
 

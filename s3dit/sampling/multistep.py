@@ -144,11 +144,12 @@ def lcm(x: Tensor, after: Tensor, past: Past, noise: Noise) -> Tensor:
     return image if after == 0 else (1 - after) * image + after * noise()
 
 
-def er_sde(x: Tensor, after: Tensor, past: Past, noise: Noise) -> Tensor:
+def er_sde(x: Tensor, after: Tensor, past: Past, noise: Noise, middle: float = 0.5) -> Tensor:
     """ER-SDE-Solver-3 in lambda = sigma / (1 - sigma), with noise scale φ = lambda·(exp(lambda^0.3) + 10).
 
     The image is quadratic in lambda through its last three estimates, as far as they are: from pure noise, where lambda
-    is infinite, nothing is known of its change.
+    is infinite, nothing is known of its change. middle: where in their POINTS pieces integrals are taken, 0 to 1 from
+    the end of the step.
     """
     if after == 0:
         return past[-1].image
@@ -162,7 +163,7 @@ def er_sde(x: Tensor, after: Tensor, past: Past, noise: Noise) -> Tensor:
     if begin < math.inf:
         whole = whole + kept * (1 + begin) * x
     h = end - begin
-    at = end + (np.arange(POINTS) + 0.5) * (-h / POINTS)
+    at = end + (np.arange(POINTS) + middle) * (-h / POINTS)
     if len(past) > 1 and levels[-2] < math.inf:
         density = 1 / np.array([_noise_scale(each) for each in at]) * (-h / POINTS)
         slope = (image - past[-2].image) / (begin - levels[-2])

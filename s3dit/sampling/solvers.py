@@ -12,7 +12,8 @@ from functools import partial
 
 from torch import Tensor
 
-from s3dit.request import Solver
+from s3dit.request import Convention, Solver
+from s3dit.sampling import comfyui
 from s3dit.sampling.corrected import res_2s, unipc
 from s3dit.sampling.multistep import RULES, integrate
 from s3dit.sampling.step import Keep, Noise, Step, Velocity, all_is_free, pairs
@@ -28,15 +29,17 @@ def model_calls(solver: Solver, sigmas: Tensor) -> int:
 
 
 def solve(
-    solver: Solver, velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep | None = None
-) -> Iterator[Step]:
+    solver: Solver, velocity: Velocity, x: Tensor, sigmas: Tensor, noise: Noise, keep: Keep | None = None,
+    convention: Convention = "own",
+) -> Iterator[Step]:  # fmt: skip
     """Integrate the flow from x (tokens, 64) fp32 at sigmas[0] to sigmas[-1]; yields a Step after every step.
 
     sigmas (n + 1,) fp32 on the CPU, falling · noise: called by stochastic solvers (`multistep.STOCHASTIC`) only · keep:
-    may put parts of the state back on their course after every step.
+    may put parts of the state back on their course after every step · convention: whose solver of that name.
     """
     own = {"euler": euler, "heun": heun, "res_2s": res_2s, "unipc": unipc}
-    run = own.get(solver) or partial(integrate, RULES[solver], noise=noise)
+    rules = RULES | comfyui.RULES if convention == "comfyui" else RULES
+    run = own.get(solver) or partial(integrate, rules[solver], noise=noise)
     return run(velocity, x, sigmas, keep=keep or all_is_free)
 
 

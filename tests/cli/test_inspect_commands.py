@@ -207,7 +207,7 @@ KINDS = {
     "a1111.jpg": ("AUTOMATIC1111", "--seed 7"),
     "comfy.png": ("ComfyUI", "--seed 11 --steps 2", "--lora path/to/style.safetensors:0.5", "-- '-a red star-'",
                   "ddpm is none of this engine's"),
-    "comfy.webp": ("ComfyUI", "z_image_turbo_bf16"),
+    "comfy.webp": ("ComfyUI", "z_image_turbo_bf16", "--convention comfyui"),
     "advanced.png": ("--seed 5 --steps 1 --height 64 --width 80 --solver euler --schedule beta", "not sound like"),
 }  # fmt: skip
 

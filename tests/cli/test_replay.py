@@ -457,13 +457,15 @@ def test_one_s_own_picture_is_drawn_again_in_another_folder(tmp_path, monkeypatc
 HOSTILE = [
     None, True, False, 0, -1, 1, 2, 16, 64, 8192, 2**31, 2**63, -(2**63), HUGE, -HUGE, 0.0, -0.0, 1e-320, 0.5, 1e300,
     1e999, "", "x", "\0", "\ud800", ESCAPES, "a" * 100_000, "/dev/zero", "in.png", "some/repo", "NaN", HASH, "euler",
-    "sample", [], [None], [[]], [[[]]], ["x"], [1, 2], [0.5, 0.2], [16, 0, 0, 0], ["in.png"], NESTED, [0] * 5000, {},
+    "comfyui", "comfyui-turbo", "comfyui-2k", "sample",
+    [], [None], [[]], [[[]]], ["x"], [1, 2], [0.5, 0.2], [16, 0, 0, 0], ["in.png"], NESTED, [0] * 5000, {},
     {"x": 1}, {"model": "x"}, [CONTROL], [ADAPTER],
 ]  # fmt: skip
 KEYS = [
     "sigmas", "cfg", "image", "mask_image", "strength", "extend", "mask_mode", "mask_blur", "upscale",
     "upscale_strength", "control", "reference", "reference_area", "adapters", "model", "engine", "negative_prompt",
     "height", "width", "seed", "num_images_per_prompt", "prompt", "posterior", "shift", "x",
+    "preset", "convention", "batch_place",
 ]  # fmt: skip
 ENTRIES = ["inputs", "mixed", "quantized", "placement", "replayable", "levels", "threads", "x"]
 

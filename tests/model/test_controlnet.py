@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from s3dit import Pipeline
+from s3dit import Pipeline, Region
 from s3dit.control import Control
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TransformerConfig
@@ -167,6 +167,23 @@ def test_a_key_that_nobody_knows_is_noted(tmp_path):
     pipe = Pipeline.load(device="cpu")
     control = Control(tmp_path, torch.zeros(3, 64, 64))
     assert note in pipe.plan(prompt="a star", height=64, width=64, control=control).notes
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.5])
+def test_regions_are_steered_as_their_picture_is(tmp_path, guidance):
+    """Halves of one prompt are the prompt; guidance ends on the way, when a pass holds the copies alone."""
+    net = network("2.1")
+    write(tmp_path / "net.safetensors", net.state_dict())
+    image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))
+    pipe = Pipeline.load(device="cpu", dtype="fp32")
+    options = {"control": Control(tmp_path / "net.safetensors", image, 0.5), "guidance_scale": guidance, "seed": 1}
+    options |= {"height": 64, "width": 96, "num_inference_steps": 3, "output_type": "latent"}
+    options |= {"cfg_truncation": 0.3} if guidance else {}
+    halves = [Region((0, 0, 0.5, 1), "a star"), Region((0.5, 0, 0.5, 1), "a star")]
+    split, whole = (pipe("a star", region=region, **options).latents[0] for region in (halves, None))
+    assert (split - whole).norm() < 1e-5 * whole.norm()
+    unsteered = pipe("a star", **options | {"control": None}).latents[0]
+    assert (unsteered - whole).norm() > 0.01 * whole.norm()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from s3dit import Pipeline
+from s3dit import Pipeline, Region
 from s3dit.inputs.images import Pictures
 from s3dit.inputs.references import read
 from s3dit.request import Request
@@ -139,6 +139,17 @@ def test_each_prompt_with_its_own_references(omni):
         size = {name: values[i] for name, values in sizes.items()}
         alone = omni(prompt=prompt, reference=row or None, seed=i + 1, **size, **options).latents[0]
         assert relative(together[i], alone) < 1e-5
+
+
+def test_regions_with_references(omni):
+    """Halves of one prompt are the prompt, each picture with its own references, none included."""
+    options = {"num_inference_steps": 2, "guidance_scale": 1.5, "output_type": "latent", "seed": [1, 2, 3]}
+    options |= {"reference": [REFERENCES[:2], [], REFERENCES[:1]], "height": 64, "width": 96}
+    prompts = [*PROMPTS, PROMPTS[0]]
+    whole = omni(prompt=prompts, **options).latents
+    halves = [[Region((0, 0, 0.5, 1), prompt), Region((0.5, 0, 0.5, 1), prompt)] for prompt in prompts[:2]]
+    split = omni(prompt=prompts, region=[*halves, None], **options).latents
+    assert max(relative(a, b) for a, b in zip(split, whole, strict=True)) < 1e-5
 
 
 def test_intended_positions_are_another_picture(omni):

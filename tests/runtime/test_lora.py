@@ -22,7 +22,7 @@ from s3dit.model.layout import text_to_image
 from s3dit.model.linear import Linear, QuantLinear
 from s3dit.model.transformer import Transformer
 from s3dit.runtime import lora
-from s3dit.runtime.adapters import match_layers
+from s3dit.runtime.adapter_match import match_layers
 from s3dit.runtime.block_streaming import stream
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.weights.adapter import read_adapter
