@@ -108,7 +108,10 @@ def _triton_scaled(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Ten
 
 
 def _int_mm_supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
-    fits = x.shape[:-1].numel() > 16 and not any(size % 8 for size in parts["weight"].shape)
+    # An exported graph is of any number of rows, and does not ask for theirs.
+    fits = (torch.compiler.is_exporting() or x.shape[:-1].numel() > 16) and not any(
+        size % 8 for size in parts["weight"].shape
+    )
     return fits or "torch's integer product takes more than 16 rows, and widths that are multiples of 8"
 
 

@@ -93,11 +93,23 @@ def traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def program(module: Any, device: torch.device) -> ExportedProgram:
-    """Trace one of `modules` on the device that it is on; the graph takes any sizes."""
+    """Trace one of `modules` on the device that it is on -> a graph that takes any sizes; raises RequestError."""
     with traceable(module, device):
         example, free = module.sizes()
         example = tuple(each.to(device) for each in example)
-        return torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)
+        graph = torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)
+    check_operations(graph)
+    return graph
+
+
+def check_operations(graph: ExportedProgram) -> None:
+    """Raise RequestError where a graph holds operations of this package, without which it could not be loaded."""
+    names = {str(node.target) for node in graph.graph.nodes}
+    if own := sorted(name for name in names if name.startswith("s3dit.")):
+        raise RequestError(
+            f"the graph holds {', '.join(own)}, which torch alone does not have (of fp8 on this device); export another "
+            "number format, or none"
+        )
 
 
 def write(

@@ -135,6 +135,16 @@ def test_adapters_are_exported(cut_model, tmp_path):
     assert distance(found, on_grid(wanted, (3, 5))) < BOUND < distance(before, wanted)
 
 
+def test_an_operation_of_the_engine_is_refused():
+    class Foreign(torch.nn.Module):
+        def forward(self, q, ends):
+            return torch.ops.s3dit.attention(q, q, q, ends, ends, ends, ends)
+
+    graph = torch.export.export(Foreign(), (torch.zeros(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)))
+    with pytest.raises(RequestError, match="the graph holds s3dit.attention.default, which torch alone does not have"):
+        graphs.check_operations(graph)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
