@@ -71,7 +71,7 @@ def rectangle(grid: Sequence[int], lengths: Tensor, longest: int) -> Layout:
     image_length, text_length = filled(count), filled(longest)
     length = image_length + text_length
     image_item, place = _places(items, image_length)
-    cell = torch.stack((own[image_item] + 1, place // columns, place - place // columns * columns), -1)
+    cell = torch.stack((own[image_item] + 1, *_divided(place, columns)), -1)
     image = _pack(
         (items, image_length, None),
         cell * (place < count)[:, None],
@@ -100,10 +100,13 @@ def rectangle(grid: Sequence[int], lengths: Tensor, longest: int) -> Layout:
 
 def _places(items: int, length: int) -> tuple[Tensor, Tensor]:
     """Return the item and the place in it of every token of a stream (items · length,)."""
-    token = torch.arange(items * length)
-    item = token // length
-    # Not %: ONNX has no remainder by a size.
-    return item, token - item * length
+    return _divided(torch.arange(items * length), length)
+
+
+def _divided(index: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return quotient and remainder of whole numbers by a size."""
+    # By a tensor, because ONNX has no remainder by a size; of index - index // size * size inductor makes nothing.
+    return index // size, index % torch.full_like(index, size)
 
 
 def _pack(
