@@ -44,6 +44,7 @@ from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
 from s3dit.runtime.components import Components
 from s3dit.runtime.devices import own_settings, place
+from s3dit.runtime.embedded import NAMES
 from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
     from s3dit.research.observe import Edit
     from s3dit.research.record import Record
 
-EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
@@ -90,7 +90,7 @@ class Pipeline(LoadedModel):
         quantize_text: str | None = None,
         disable_mmap: bool = False,
     ) -> Self:
-        """Open a model: "embedded", a folder in the official layout, a file, or a hub name (Tongyi-MAI/Z-Image-Turbo).
+        """Open a model: a folder in the official layout, a file, a hub name (Tongyi-MAI/Z-Image-Turbo), or "embedded".
 
         transformer, text_encoder, vae: files or folders of parts that take the place of the model's own, which may then
         lack them (see `sources`) · tokenizer: a folder, likewise · device: cpu, cuda, mps (default: the best there is)
@@ -127,7 +127,7 @@ class Pipeline(LoadedModel):
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         formats = {"transformer": quantize, "text_encoder": quantize_text}
         with own_settings(placement.device):
-            sources = open_sources(model, given, tokenizer, EMBEDDED)
+            sources = open_sources(model, given, tokenizer)
             components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap)
             return cls(sources, components, vram=size, graphs=graphs, backend=backend, numerics=numerics)
 
@@ -192,7 +192,7 @@ class Pipeline(LoadedModel):
 
     def records(self, plan: Plan) -> list[dict[str, Any]]:
         """What the pictures of a plan will carry, one a picture: JSON values."""
-        beside: dict[str, Any] = {"model": "embedded" if self.folder == EMBEDDED else self.folder.name}
+        beside: dict[str, Any] = {"model": NAMES.get(self.folder, self.folder.name)}
         if self.lora.names:
             beside["adapters"] = self.lora.records()
         return records(plan, engine_of(self), beside)

@@ -21,6 +21,10 @@ EXAMPLES = (
     ('s3dit generate "a red star above a blue ring" -o star.png', "drawn by the embedded model"),
     ("s3dit generate", "the embedded model draws its own example"),
     (
+        's3dit generate "a star on a white background" --model embedded-base --negative-prompt red',
+        "its undistilled twin: guidance, negative prompts",
+    ),
+    (
         's3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --size 1024x768 -o fox.png',
         "a model of the Hub, downloaded once",
     ),

@@ -91,7 +91,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="MODEL",
-        help="embedded (default), a folder in the official layout, one file of all parts, or a hub name",
+        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub name",
     )  # fmt: skip
     for part in ("transformer", "text encoder", "vae"):
         group.add_argument(

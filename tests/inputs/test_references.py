@@ -20,8 +20,8 @@ from s3dit.inputs.save_image import save_png
 from s3dit.model.layout import edit
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.graphs import Replay
 from s3dit.runtime.model_config import read_model
 
