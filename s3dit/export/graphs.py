@@ -70,11 +70,17 @@ def _check_onnx(pipe: Pipeline) -> None:
 def modules(pipe: Pipeline) -> Iterator[tuple[str, nn.Module]]:
     """Yield the parts to export by name, each in memory for as long as it is held."""
     compute = pipe.placement.compute
-    stored = pipe.parts.checkpoints["text_encoder"]
-    rows = stored.rows(EMBEDDING, torch.arange(stored.entry(EMBEDDING).shape[0]))
-    yield "text_encoder", Features(pipe.text_encoder, rows.to(pipe.placement.device, pipe.placement.dtype), compute)
+    yield "text_encoder", Features(pipe.text_encoder, _embedding(pipe), compute)
     yield "transformer", Velocity(pipe.transformer, compute)
     yield "vae", Pixels(pipe.vae)
+
+
+def _embedding(pipe: Pipeline) -> torch.Tensor:
+    """Return the text encoder's embedding (vocabulary, hidden), of which the engine itself reads rows only."""
+    stored = pipe.parts.checkpoints["text_encoder"]
+    rows = stored.rows(EMBEDDING, torch.arange(stored.entry(EMBEDDING).shape[0]))
+    stored.release()
+    return rows.to(pipe.placement.device, pipe.placement.dtype)
 
 
 @contextmanager
@@ -129,6 +135,8 @@ def write(
         for part, module in modules(pipe):
             progress(part)
             _save(program(module, pipe.placement.device), built / part, form)
+            # Not beside the next one.
+            del module
         notes = _copy_tokenizer(pipe, built)
         (built / "settings.json").write_text(json.dumps(settings(pipe, form), indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(RUNNER, built / RUNNER.name)
