@@ -278,6 +278,15 @@ class Op(Generic[P, R]):
         self._node = function
         return function
 
+    @contextmanager
+    def traced_as(self, function: Callable[..., R]) -> Iterator[None]:
+        """Let `function` stand in every graph that is traced inside the `with` (torch.export, torch.compile)."""
+        before, self._node = self._node, function
+        try:
+            yield
+        finally:
+            self._node = before
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen implementation; keyword arguments are put into their places first."""
         if kwargs:

@@ -47,7 +47,8 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.dtype == x.dtype:
             weight = self.weight
-            if x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
+            # A graph is of any number of rows, so it does not ask for theirs.
+            if not torch.compiler.is_compiling() and x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
                 x, weight = aligned(x), aligned(weight)
             return F.linear(x, weight, bias)
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
