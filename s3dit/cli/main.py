@@ -14,7 +14,16 @@ from typing import Any
 
 from s3dit import __version__
 from s3dit.cli import (
-    calibrate_cache, compare, convert, export, generate, inspect, microscope, parity, plan, quantize,
+    calibrate_cache,
+    compare,
+    convert,
+    export,
+    generate,
+    inspect,
+    microscope,
+    parity,
+    plan,
+    quantize,
 )  # fmt: skip
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, say, stoppable, streams
