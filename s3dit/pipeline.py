@@ -10,10 +10,6 @@ a request without a weight. `stream` yields Steps: progress bars, previews and e
 A pipeline may be called from several threads, which wait for one another: for a whole call, and of a `stream` for each
 step. So between two steps the pipeline is free for anybody, the stream's own thread included, and the next step brings
 back what it needs. What a thread has switched on in torch (autocast, gradients, a default device) changes nothing.
-
-What is not here: schedules, solvers and guidance (`sampling`), noise, start images, control and references (`inputs`),
-where tokens stand (`model.layout`), text encoder, vision tower and autoencoder (`runtime.encoders`), adapters
-(`runtime.adapters`).
 """
 
 import warnings
@@ -106,10 +102,9 @@ class Pipeline(LoadedModel):
         · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · numerics: how
         near that is to the references: "exact" takes implementations with the same bits only, "lossless" (default) also
         those that sum in another order, "approximate" also those with a stated error (none at present) · quantize,
-        quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
-        product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
-        quantized model is run in its own format · disable_mmap: read weights into memory instead of mapping their
-        files, which may then be cut short while they are in use (see `weights.mapped_file`).
+        quantize_text: formats of transformer and text encoder: "fp8", "int8" (both sides of a product), "fp8-weights",
+        "int8-weights", "int4" (weights only), into which floats are encoded as they come in · disable_mmap: read
+        weights into memory instead of mapping their files, which may then be cut short (see `weights.mapped_file`).
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):

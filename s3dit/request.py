@@ -7,8 +7,7 @@ together. What the engine fills in later (`filled`) is not checked again. The co
 made from the same fields. Values are never changed in silence: 0.0 is a value, lists given by the caller are copied
 and not written to.
 
-Importing this module does not import torch, so that the command line's `--help` is quick. It is one file, though long,
-because a field, what is checked of it and how JSON says it are to be read together.
+Importing this module does not import torch, so that the command line's `--help` is quick.
 """
 
 from collections.abc import Sequence
