@@ -11,10 +11,13 @@ from s3dit.terminal import say, tell
 
 SUMMARY = "write a model as graphs that draw without s3dit: for torch.export, AOTInductor or onnxruntime"
 EXAMPLES = (
-    ("s3dit export embedded -o stars", 'then: python stars/runner.py "a red star" --size 192x128 -o star.png'),
-    ("s3dit export Tongyi-MAI/Z-Image-Turbo -o turbo --compile", "compiled for this machine's GPU, or its CPU"),
+    (
+        "s3dit export path/to/Z-Image-Turbo -o turbo",
+        'then: python turbo/runner.py "a red fox" --size 768x512 -o fox.png',
+    ),
+    ("s3dit export path/to/Z-Image-Turbo -o turbo --compile", "compiled for this machine's GPU, or its CPU"),
     ("s3dit export path/to/Z-Image-Turbo -o small --quantize int8", "with products of integers"),
-    ("s3dit export embedded -o stars --onnx", "for onnxruntime; pip install onnxscript first"),
+    ("s3dit export path/to/Z-Image-Turbo -o turbo --onnx", "for onnxruntime; pip install onnxscript first"),
 )
 
 

@@ -145,6 +145,25 @@ def test_an_operation_of_the_engine_is_refused():
         graphs.check_operations(graph)
 
 
+def test_the_command_writes_what_its_options_say(tmp_path, monkeypatch, capsys):
+    """Writing itself is the fixture's."""
+    written = []
+
+    def write(pipe, folder, form, progress):
+        progress("vae")
+        written.append((str(pipe.placement), pipe.parts.formats["text_encoder"], folder.name, form))
+        return ["a note"]
+
+    monkeypatch.setattr(graphs, "write", write)
+    options = ["--quantize-text", "int8", "--compile", "--dtype", "fp32", "--device", "cpu"]
+    assert main(["export", "embedded", "-o", str(tmp_path / "stars"), *options]) == 0
+    assert main(["export", "embedded", "-o", str(tmp_path / "onnx"), "--onnx", "--device", "cpu"]) == 0
+    assert written == [("cpu, fp32", "int8", "stars", "compiled"), ("cpu, fp32", "", "onnx", "onnx")]
+    said = capsys.readouterr()
+    assert said.out.split() == [str(tmp_path / "stars"), str(tmp_path / "onnx")]
+    assert said.err.count("writing vae") == said.err.count("a note") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
