@@ -4,8 +4,8 @@ import bf16_error
 import pytest
 import torch
 
-from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.devices import place
+from s3dit.runtime.embedded import EMBEDDED
 
 
 def test_the_error_is_below_that_of_diffusers():
