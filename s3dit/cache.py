@@ -72,6 +72,8 @@ class Cache:
             else:
                 raise ValueError(f"cache {text!r} has {piece!r} in it; needed {FORM}")
         cache = cls(method, **values)  # type: ignore[arg-type]
+        if file is not None and method in THRESHOLDS and cache.missing is None:
+            raise ValueError(f"cache {method} reads no calibration; leave {shown(file)} out")
         return cache if file is None else cache.calibrated(read_calibration(file))
 
     @property
@@ -115,6 +117,9 @@ class Cache:
                 raise ValueError(f"cache {name} is {shown(value)}; needed an integer from 0 to {high}")
         if self.threshold is not None and not (_is_number(self.threshold) and 0 <= self.threshold <= 1000):
             raise ValueError(f"cache threshold is {shown(self.threshold)}; needed a number from 0 to 1000")
+        for name in CALIBRATED.values():
+            if getattr(self, name) is not None and name != CALIBRATED.get(self.method):
+                raise ValueError(f"cache {self.method} reads no {name}; leave {name} out")
         if self.polynomial is not None and not _numbers(self.polynomial, 8):
             raise ValueError(f"cache polynomial is {shown(self.polynomial)}; needed 1 to 8 coefficients")
         if (pairs := self.magnitudes) is not None:

@@ -48,9 +48,11 @@ class Method:
     @classmethod
     def of(cls, text: str | None) -> "Method":
         """Read NAME[:PARAMETER=VALUE,…], None as plain; raises ValueError or KeyError."""
-        name, _, rest = (text or "plain").partition(":")
+        name, _, rest = ("plain" if text is None else text).partition(":")
         known, given = PARAMETERS[name], dict[str, Any]()
         for key, value in (entry.split("=") for entry in rest.split(",") if rest):
+            if key in given:
+                raise ValueError(key)
             given[key] = int(value) if key == "zero_init_steps" else float(value)
             low, high = known[key]
             if not low <= given[key] <= high:

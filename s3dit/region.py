@@ -14,8 +14,10 @@ from typing import Any, Self
 from s3dit.control import LONGEST_PATH, shown
 
 FORM = "MASK[@WEIGHT][@centered]:PROMPT, MASK a picture (white is the region) or a box LEFT,TOP,WIDTH,HEIGHT"
-# More would leave nothing of the others.
-HEAVIEST = 100.0
+# More would leave nothing of the others; less is nothing, and in the end no number that fp32 can divide by.
+LIGHTEST, HEAVIEST = 1e-6, 100.0
+# Beyond any picture.
+FARTHEST = 1 << 16
 BOX = re.compile(r"[\d.]+(?:,[\d.]+){3}")
 
 
@@ -25,7 +27,7 @@ class Region:
 
     mask: white where the prompt holds, gray in part: a path, a Pillow image, an array or a tensor; or a box (left, top,
     width, height), in pixels of the picture, or in fractions of its sides where none of the four is above 1 · prompt ·
-    weight: above 0, against other regions' and the request's `base_weight` where they overlap · centered: the region is
+    weight: from 1e-6 to 100, against other regions' and the request's `base_weight` where they overlap · centered: the region is
     drawn as though it lay in the middle of the picture, for prompts that do not say where things are.
     """
 
@@ -62,6 +64,7 @@ class Region:
     def box(self) -> tuple[float, ...] | None:
         """The box, if the mask is one."""
         given = self.mask if isinstance(self.mask, tuple | list) else ()
+        given = [side.item() if getattr(side, "ndim", None) == 0 else side for side in given]
         numbers = all(isinstance(side, int | float) and not isinstance(side, bool) for side in given)
         return tuple(given) if len(given) == 4 and numbers else None
 
@@ -76,11 +79,15 @@ class Region:
             )
         if self.box is not None:
             left, top, width, height = self.box
-            if not (left >= 0 and top >= 0 and width > 0 and height > 0):
-                raise ValueError(f"region box is {shown(self.box)}; needed left, top from 0, width, height above 0")
+            if not (left >= 0 and top >= 0 and width > 0 and height > 0 and max(self.box) <= FARTHEST):
+                raise ValueError(
+                    f"region box is {shown(self.box)}; needed left, top from 0, width, height above 0, in the picture"
+                )
         number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
-        if not number or not 0 < self.weight <= HEAVIEST:
-            raise ValueError(f"region weight is {shown(self.weight)}; needed a number above 0, up to {HEAVIEST:g}")
+        if not number or not LIGHTEST <= self.weight <= HEAVIEST:
+            raise ValueError(
+                f"region weight is {shown(self.weight)}; needed a number from {LIGHTEST:g} to {HEAVIEST:g}"
+            )
         if not isinstance(self.centered, bool):
             raise ValueError(f"region centered is {shown(self.centered)}; needed true or false")
 

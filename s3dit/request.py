@@ -293,7 +293,7 @@ class Request:
         object.__setattr__(self, "cache", values.cache_of(self.cache))
         for spec in fields(self):
             value = getattr(self, spec.name)
-            if spec.metadata["kind"] in values.NUMERIC:
+            if spec.metadata["kind"] in (*values.NUMERIC, guidance_options.VARIED):
                 object.__setattr__(self, spec.name, values.plain(value))
             elif spec.metadata["kind"] is values.EMBEDS and value is not None:
                 object.__setattr__(self, spec.name, values.embeds_of(spec.name, value))

@@ -243,9 +243,9 @@ def regions(name: str, value: Any) -> None:
     for row in rows or [given]:
         if row is not None and len(row) > MOST_REGIONS:
             raise RequestError(f"{name} has {len(row):,} entries; needed at most {MOST_REGIONS} a picture")
-    for region in (region for entry in given for region in (entry if isinstance(entry, list | tuple) else [entry])):
-        if region is None:
-            continue
+    # None stands for a list, and not in one.
+    for region in (region for entry in given if entry is not None
+                   for region in (entry if isinstance(entry, list | tuple) else [entry])):  # fmt: skip
         if not isinstance(region, Region):
             raise RequestError(f"{name} is {shown(value)}; needed a Region, a list of them, or a list for each prompt")
         try:

@@ -30,12 +30,13 @@ def test_forms():
 
 def test_a_calibration_is_taken_in(file):
     for text, names in (
-        ("magnitude:0.05", {"magnitudes"}), ("modulation", {"polynomial"}), ("taylor:1", set()),
+        ("magnitude:0.05", {"magnitudes"}), ("modulation", {"polynomial"}),
     ):  # fmt: skip
         cache = Cache.parse(f"{text}:{file}")
         assert cache.missing is None and set(cache.to_json()) & set(CALIBRATION) == names
         assert Cache.from_json(json.loads(json.dumps(cache.to_json()))).to_json() == cache.to_json()
     assert Cache.parse("magnitude").missing == "magnitudes"
+    assert Cache("taylor").calibrated(CALIBRATION) == Cache("taylor")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,8 @@ def test_a_calibration_is_taken_in(file):
         ("magnitude:1:nowhere.json", "'nowhere.json' cannot be read: FileNotFoundError"),
         (Cache("magnitude", magnitudes=[[0.0, 1.0], [0.0, 2.0]]), "needed pairs"),
         (Cache("magnitude", magnitudes=[[0.0, 1.0], [0.5, 0.0]]), "needed pairs"),
+        (Cache("taylor", polynomial=[1.0]), "cache taylor reads no polynomial"),
+        ("first-block:0.1:none.json", "cache first-block reads no calibration; leave 'none.json' out"),
         (Cache("modulation", polynomial=[float("nan")]), "needed 1 to 8 coefficients"),
         (Cache("taylor", last=None), "cache last is None"),
         (5, "cache is 5; needed METHOD"),

@@ -54,7 +54,10 @@ def test_what_cannot_be_read(text, message):
         (Region((0, 0, 0, 5), "a"), "region box is"),
         (Region((-1, 0, 5, 5), "a"), "region box is"),
         (Region((float("nan"), 0, 5, 5), "a"), "region box is"),
+        (Region((0, 0, 10**400, 5), "a"), "region box is"),
         (Region("a.png", "a", 0), "region weight is 0"),
+        (Region("a.png", "a", 1e-50), "region weight is 1e-50"),
+        ([[None], None], "region is a list; needed a Region"),
         (Region("a.png", "a", float("nan")), "region weight is nan"),
         (Region("a.png", "a", True), "region weight is True"),
         (Region("a.png", "a", 1, 1), "region centered is 1"),
@@ -68,6 +71,10 @@ def test_what_cannot_be_read(text, message):
 def test_what_is_refused(given, message):
     with pytest.raises(RequestError, match=message):
         Request(prompt=["a", "b"], region=given)
+
+
+def test_a_box_of_other_libraries_numbers_is_one_of_python():
+    assert Region((np.int64(0), np.float32(0.5), 1, 1), "a").to_json()["mask"] == [0, 0.5, 1, 1]
 
 
 def test_a_weight_of_the_prompt_needs_regions():
@@ -100,7 +107,7 @@ def test_json_and_back():
 
 
 @pytest.mark.parametrize(
-    "region", [5, ["x"], [{"mask": "a"}], [{"mask": {}, "prompt": "a"}], [{"mask": "a", "prompt": "a", "x": 1}], [[[]]]]
+    "region", [5, ["x"], [[None]], [{"mask": "a"}], [{"mask": {}, "prompt": "a"}], [{"mask": "a", "prompt": "a", "x": 1}], [[[]]]]
 )
 def test_json_of_strangers(region):
     with pytest.raises(RequestError, match="region"):
