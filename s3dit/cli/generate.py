@@ -86,6 +86,9 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
     _introduce(pipe, plan, paths, args)
     with Progress(pipe, plan, json=args.json, preview=paths[0] if args.preview else None) as progress:
         result = pipe(plan, on_step=progress)
+    if plan.request.cache is not None:
+        reused = [record["engine"]["reused"] for record in result.metadata]
+        say(f"cache: {', '.join(map(str, reused))} of {plan.calls} model calls were predicted")
     code = 0
     for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
         try:

@@ -51,7 +51,8 @@ class Sources:
     """The opened files of a model: its configuration, its checkpoints by part, its tokenizer.
 
     path: what the model is called by · tokenizer: a folder, or a GGUF file that carries one · mixed: parts that were
-    given in the place of the model's own · guessed: whether the shift of the schedule is (see SHIFT).
+    given in the place of the model's own · guessed: whether the shift of the schedule is (see SHIFT) · distilled:
+    whether an adapter makes it one that is drawn without guidance.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Sources:
     mixed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    distilled: bool = False
 
 
 @dataclass(slots=True)
@@ -216,6 +218,7 @@ def _one_checkpoint(path: Path) -> OpenedModel:
         opened.configs = _beside(part, path, opened.notes)
         if part in opened.configs:
             infer_config.check_layers(part, opened.parts[part], opened.configs[part])
+            opened.configs[part] = infer_config.told_by_tensors(opened.configs[part], opened.parts[part])
     if VOCABULARY in checkpoint.metadata:
         opened.tokenizer = GGUFFile(checkpoint.path)
     return opened

@@ -17,7 +17,7 @@ from s3dit.cli.main import main
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.inputs.save_image import save_png
-from s3dit.model.layout import edit
+from s3dit.model.edit_layout import edit
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.request import Request
