@@ -24,7 +24,7 @@ from s3dit.cli import (
     parity,
     plan,
     quantize,
-)  # fmt: skip
+)
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, say, stoppable, streams
 
