@@ -27,8 +27,8 @@ class Region:
 
     mask: white where the prompt holds, gray in part: a path, a Pillow image, an array or a tensor; or a box (left, top,
     width, height), in pixels of the picture, or in fractions of its sides where none of the four is above 1 · prompt ·
-    weight: from 1e-6 to 100, against other regions' and the request's `base_weight` where they overlap · centered: the region is
-    drawn as though it lay in the middle of the picture, for prompts that do not say where things are.
+    weight: from 1e-6 to 100, against other regions' and the request's `base_weight` where they overlap · centered: the
+    region is drawn as though it lay in the middle of the picture, for prompts that do not say where things are.
     """
 
     mask: Any

@@ -23,6 +23,7 @@ from s3dit.inputs.images import to_pil
 from s3dit.inputs.noise import places
 from s3dit.inputs.save_image import save_picture
 from s3dit.inputs.variation import variations
+from s3dit.kernels.dispatch import backend
 from s3dit.loaded_model import LoadedModel
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
@@ -110,6 +111,8 @@ def engine_of(model: LoadedModel) -> dict[str, Any]:
         "variant": model.config.variant,
         "placement": str(model.placement),
         "numerics": model.numerics,
+        "backend": model.backend or backend(),
+        "compiled": model.parts.compiled,
         "threads": torch.get_num_threads(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mixed": {part: model.parts.checkpoints[part].path.name for part in model.sources.mixed},

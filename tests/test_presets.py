@@ -196,6 +196,9 @@ def test_the_command_line_and_its_replay(tmp_path, monkeypatch, capsys):
     assert main(["generate", "--replay", "a-2.png", "-o", "b.png"]) == 0
     pixels = [np.asarray(Image.open(name)) for name in ("a-2.png", "b.png")]
     assert np.array_equal(*pixels) and read_metadata("b.png")["batch_place"] == [1, 2]
+    # Our own convention has no places, and no option could take the picture's away.
+    assert main(["generate", "--replay", "a-2.png", "--convention", "own", "-o", "own.png"]) == 0
+    assert "batch_place" not in read_metadata("own.png")
     # Another preset takes the place of what the picture says; what is given beside it wins again.
     words = ["generate", "--replay", "a-1.png", "--preset", "comfyui-base", "--solver", "euler", "-o", "c.png"]
     assert main(words) == 0

@@ -107,7 +107,16 @@ def test_json_and_back():
 
 
 @pytest.mark.parametrize(
-    "region", [5, ["x"], [[None]], [{"mask": "a"}], [{"mask": {}, "prompt": "a"}], [{"mask": "a", "prompt": "a", "x": 1}], [[[]]]]
+    "region",
+    [
+        5,
+        ["x"],
+        [[None]],
+        [{"mask": "a"}],
+        [{"mask": {}, "prompt": "a"}],
+        [{"mask": "a", "prompt": "a", "x": 1}],
+        [[[]]],
+    ],
 )
 def test_json_of_strangers(region):
     with pytest.raises(RequestError, match="region"):

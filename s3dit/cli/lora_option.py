@@ -45,7 +45,9 @@ def _strength(text: str) -> dict[str, Any]:
         name, _, value = piece.strip().partition("=")
         span = re.fullmatch(r"([\d.]+)-([\d.]+)", value)
         try:
-            if name == "steps" and span:
+            if name == "steps":
+                if span is None or "steps" in strength:
+                    raise ValueError
                 strength["steps"] = (float(span[1]), float(span[2]))
             else:
                 strength.setdefault("blocks", {})[name] = float(value)

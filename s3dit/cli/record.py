@@ -34,7 +34,7 @@ NUMBER = int | float
 ENGINE: dict[str, Any] = {
     "s3dit": str, "torch": str, "variant": str, "placement": str, "mixed": {str: str}, "quantized": {str: str},
     "levels": [NUMBER], "model_calls": int, "replayable": bool, "inputs": {str: str | list}, "threads": int,
-    "cpu": str, "numerics": str, "reused": int,
+    "cpu": str, "numerics": str, "backend": str, "compiled": bool, "reused": int,
 }  # fmt: skip
 ADAPTER: dict[str, Any] = {
     "file": str,

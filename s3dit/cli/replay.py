@@ -101,6 +101,9 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
     for chosen, dropped in (*RIVALS.items(), *((b, a) for a, b in RIVALS.items())):
         if getattr(args, chosen) is not None:
             values.pop(dropped, None)
+    if args.convention == "own":
+        # Which has no places, and no option takes one away.
+        values.pop("batch_place", None)
     if args.preset is not None:
         # All that it stands for is the user's choice.
         replaced = {*PRESETS[args.preset], *(RIVALS.get(name) for name in PRESETS[args.preset])}
@@ -150,12 +153,18 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
     """Yield in what a pipeline differs from the one that drew a picture, as far as `engine` records it."""
     import torch
 
+    from s3dit.kernels import dispatch
+
     if (variant := engine.get("variant", pipe.config.variant)) != pipe.config.variant:
         yield f"with a model of the variant {shown(variant)}, this is {pipe.config.variant} (--model)"
     if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
         yield f"on {shown(placement)}, this is on {pipe.placement} (--device, --dtype)"
     if (numerics := engine.get("numerics", "lossless" if engine else pipe.numerics)) != pipe.numerics:
         yield f"with {shown(numerics)} numerics, these are {pipe.numerics} (--numerics)"
+    if (backend := engine.get("backend", own := pipe.backend or dispatch.backend())) != own:
+        yield f"by the operations of {shown(backend)}, these are of {own} (--backend)"
+    if (compiled := engine.get("compiled", pipe.parts.compiled)) != pipe.parts.compiled:
+        yield "with compiled blocks, these are not (--compile)" if compiled else "without --compile"
     # Sums are taken in another order; versions differ in theirs too.
     if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
         yield f"on {threads} threads, these are {torch.get_num_threads()} (OMP_NUM_THREADS={threads})"

@@ -66,8 +66,9 @@ def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys
     assert run(*options, "--quantize", "int8") == 0
     assert "not the same to the bit" not in capsys.readouterr().err
     assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
-    assert run(*options, "--quantize", "int8", "--dtype", "fp32") == 0
-    assert "was drawn on " in capsys.readouterr().err
+    assert run(*options, "--quantize", "int8", "--dtype", "fp32", "--backend", "reference") == 0
+    err = capsys.readouterr().err
+    assert "was drawn on " in err and "by the operations of 'auto', these are of reference (--backend)" in err
 
 
 @pytest.mark.parametrize(

@@ -458,14 +458,16 @@ HOSTILE = [
     None, True, False, 0, -1, 1, 2, 16, 64, 8192, 2**31, 2**63, -(2**63), HUGE, -HUGE, 0.0, -0.0, 1e-320, 0.5, 1e300,
     1e999, "", "x", "\0", "\ud800", ESCAPES, "a" * 100_000, "/dev/zero", "in.png", "some/repo", "NaN", HASH, "euler",
     "comfyui", "comfyui-turbo", "comfyui-2k", "sample",
-    [], [None], [[]], [[[]]], ["x"], [1, 2], [0.5, 0.2], [16, 0, 0, 0], ["in.png"], NESTED, [0] * 5000, {},
-    {"x": 1}, {"model": "x"}, [CONTROL], [ADAPTER],
+    [], [None], [[]], [[[]]], [[None]], ["x"], [1, 2], [0.5, 0.2], [16, 0, 0, 0], ["in.png"], NESTED, [0] * 5000, {},
+    {"x": 1}, {"model": "x"}, [CONTROL], [ADAPTER], {"method": "taylor", "first": 1}, {"method": "magnitude"},
+    [{"mask": "in.png", "prompt": "a"}], [{"mask": [0, 0, HUGE, 1], "prompt": "a"}], "0.3:7", "apg", "1:0.5@0-1",
 ]  # fmt: skip
 KEYS = [
     "sigmas", "cfg", "image", "mask_image", "strength", "extend", "mask_mode", "mask_blur", "upscale",
     "upscale_strength", "control", "reference", "reference_area", "adapters", "model", "engine", "negative_prompt",
     "height", "width", "seed", "num_images_per_prompt", "prompt", "posterior", "shift", "x",
-    "preset", "convention", "batch_place",
+    "preset", "convention", "batch_place", "cache", "region", "base_weight", "variation", "guidance_scale",
+    "guidance_method", "guidance_interval", "skip_layers", "target_timestep",
 ]  # fmt: skip
 ENTRIES = ["inputs", "mixed", "quantized", "placement", "replayable", "levels", "threads", "x"]
 
