@@ -102,18 +102,24 @@ class LoadedModel:
             return self.encoders.encode_images(pixels, generators)
 
     @overload
-    def velocity(self, latents: Tensor, t: float | Tensor, prompt_embeds: "Embeds") -> Tensor: ...
-    @overload
-    def velocity(self, latents: Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds") -> list[Tensor]: ...
     def velocity(
-        self, latents: Tensor | Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds"
-    ) -> Tensor | list[Tensor]:
+        self, latents: Tensor, t: float | Tensor, prompt_embeds: "Embeds", target: float | None = None
+    ) -> Tensor: ...
+    @overload
+    def velocity(
+        self, latents: Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds", target: float | None = None
+    ) -> list[Tensor]: ...
+    def velocity(
+        self, latents: Tensor | Sequence[Tensor], t: float | Tensor, prompt_embeds: "Embeds",
+        target: float | None = None,
+    ) -> Tensor | list[Tensor]:  # fmt: skip
         """One pass of the transformer without guidance, with the shapes and the sign of diffusers' transformer.
 
         latents: (B, 16, H/8, W/8), or a list of (16, H/8, W/8), each also with one frame, (…, 16, 1, H/8, W/8), as
         diffusers' transformer takes them · t: 0 noise to 1 image (1 - sigma), one for all or (B,) · prompt_embeds: as
         in a Request, one an item -> fp32, in the form of `latents`: latents + (sigma - sigma_next) · velocity is the
-        next state. Gradients flow to whatever wants them: latents, t, features, parameters. Raises RequestError.
+        next state. target: the time that a TwinFlow model aims at, by its own code 0 for the image. Gradients flow to
+        whatever wants them: latents, t, features, parameters. Raises RequestError.
         """
         config, device = self.config.transformer, self.placement.device
         items = [_without_frame(values.tensor_of(item)) for item in latents]
@@ -127,6 +133,10 @@ class LoadedModel:
                 f"{len(items)} latents, {len(texts)} prompt_embeds and {len(times)} of t; needed one of prompt_embeds "
                 "for each of latents, and one t, or as many"
             )
+        if target is not None:
+            if not config.target_timestep:
+                raise RequestError("target is given, but this model has no t_embedder_2; needed a TwinFlow checkpoint")
+            times = torch.stack((times, _times(target).expand_as(times)), -1)
         wanted = torch.is_grad_enabled()
         with self._turn():
             transformer = self.parts["transformer"]

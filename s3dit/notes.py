@@ -7,6 +7,7 @@ from torch import Tensor
 from s3dit import presets
 from s3dit.guidance_options import Method, SkipLayers, Variation
 from s3dit.request import Request
+from s3dit.runtime import cached_calls
 from s3dit.runtime.sources import SHIFT_NOTE, VARIANT_NOTE, Sources
 from s3dit.sampling.guidance_methods import extra_calls, guidance_of, times_of_calls
 from s3dit.sampling.multistep import STOCHASTIC
@@ -39,7 +40,8 @@ def notes(request: Request, sources: Sources) -> Iterator[str]:
 
 
 def on_calls(request: Request, passes: Sequence[Tensor]) -> Iterator[str]:
-    """Say how many model calls of all passes are guided, where some are not, and how many skip_layers adds."""
+    """Say how many model calls a cache spares, how many are guided, where some are not, and what skip_layers adds."""
+    yield from cached_calls.notes(request, passes)
     if request.guidance_interval is None and request.skip_layers is None:
         return
     calls = guided = extra = 0
@@ -67,9 +69,9 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     if not request.composite and (not masked or request.output_type == "latent"):
         yield f"composite has no effect: there {'is no mask' if not masked else 'are latents and no pictures'}"
     if request.num_inference_steps == 1 and request.image is None and request.upscale is None:
-        if request.solver != "euler":
+        if request.solver not in ("euler", config.settings.solver):
             yield f"solver {request.solver} has no effect: a single step is one of euler"
-        if request.schedule not in ("official", config.scheduler.schedule):
+        if request.schedule not in ("official", config.scheduler.schedule, config.settings.schedule):
             yield f"schedule {request.schedule} has no effect: a single step goes from 1 to 0"
     named = () if request.schedule == "official" or request.convention != "comfyui" else (request.schedule,)
     if request.sigmas is not None and request.schedule in ("simple", "sgm_uniform", *UNSHIFTED, *named):
@@ -99,10 +101,13 @@ def _guidance_without_effect(request: Request, sources: Sources) -> Iterator[str
         if request.image is not None and "zero_init_steps" in (request.guidance_method or ""):
             yield "zero_init_steps has no effect: the flow begins from a picture, and not from noise"
         # Not where Turbo is a guess, which the user may have corrected with this very guidance.
-        if sources.config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes:
+        config = sources.config
+        turbo = config.variant == "turbo" and not sources.guessed and VARIANT_NOTE not in sources.notes
+        if turbo or sources.distilled:
+            who = "Turbo" if turbo else "the model, with its adapters,"
             scale = ",".join(format(each, "g") for each in as_list(request.guidance_scale))
             yield (
-                f"guidance_scale {scale}: Turbo is distilled to draw without guidance, which takes "
+                f"guidance_scale {scale}: {who} is distilled to draw without guidance, which takes "
                 "twice the work here and often makes the picture worse; its own is 0"
             )
     else:

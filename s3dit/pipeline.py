@@ -42,8 +42,10 @@ from s3dit.request_fields import RequestFields
 from s3dit.result import Result, engine_of, records, with_metadata
 from s3dit.runtime import budget
 from s3dit.runtime.block_streaming import Mode
+from s3dit.runtime.cached_calls import CachedCalls
 from s3dit.runtime.components import Components
 from s3dit.runtime.devices import own_settings, place
+from s3dit.runtime.embedded import NAMES
 from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
@@ -54,13 +56,13 @@ from s3dit.sampling.regions import RegionBlend
 from s3dit.sampling.skip_layers import SkippedLayers
 from s3dit.sampling.solvers import solve
 from s3dit.sampling.step import Step
+from s3dit.sampling.target_time import target_time
 from s3dit.stages import out_of_memory
 
 if TYPE_CHECKING:
     from s3dit.research.observe import Edit
     from s3dit.research.record import Record
 
-EMBEDDED = Path(__file__).resolve().parent / "weights" / "tiny"
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
@@ -90,7 +92,7 @@ class Pipeline(LoadedModel):
         quantize_text: str | None = None,
         disable_mmap: bool = False,
     ) -> Self:
-        """Open a model: "embedded", a folder in the official layout, a file, or a hub name (Tongyi-MAI/Z-Image-Turbo).
+        """Open a model: a folder in the official layout, a file, a hub name (Tongyi-MAI/Z-Image-Turbo), or "embedded".
 
         transformer, text_encoder, vae: files or folders of parts that take the place of the model's own, which may then
         lack them (see `sources`) · tokenizer: a folder, likewise · device: cpu, cuda, mps (default: the best there is)
@@ -127,15 +129,15 @@ class Pipeline(LoadedModel):
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         formats = {"transformer": quantize, "text_encoder": quantize_text}
         with own_settings(placement.device):
-            sources = open_sources(model, given, tokenizer, EMBEDDED)
+            sources = open_sources(model, given, tokenizer)
             components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap)
             return cls(sources, components, vram=size, graphs=graphs, backend=backend, numerics=numerics)
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
         checked = Request.of(request, **fields)
-        if self.graphs and checked.controls:
-            raise RequestError("graphs record passes without control; load the model without graphs, or leave it out")
+        if self.graphs and (name := "control" if checked.controls else "cache" if checked.cache else ""):
+            raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
         with self._turn():
             kept = self.encoders.prompts, self.encoders.references
             return make_plan(checked, self.sources, self.tokenizer, self.parts, self.vram, *kept)
@@ -176,6 +178,8 @@ class Pipeline(LoadedModel):
                         pictures = self._pictures(last, latents)
             # Still inside: they are of the adapters that drew, whatever others attach meanwhile.
             metadata = self.records(plan)
+            for record, reused in zip(metadata, step.reused, strict=False):
+                record["engine"]["reused"] = reused
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]
@@ -192,7 +196,7 @@ class Pipeline(LoadedModel):
 
     def records(self, plan: Plan) -> list[dict[str, Any]]:
         """What the pictures of a plan will carry, one a picture: JSON values."""
-        beside: dict[str, Any] = {"model": "embedded" if self.folder == EMBEDDED else self.folder.name}
+        beside: dict[str, Any] = {"model": NAMES.get(self.folder, self.folder.name)}
         if self.lora.names:
             beside["adapters"] = self.lora.records()
         return records(plan, engine_of(self), beside)
@@ -232,7 +236,9 @@ class Pipeline(LoadedModel):
             pictures = self._pictures(plan, step.latents)
         then = replace(plan.then, start_images=start_image.enlarged(plan.start_images, pictures, plan.then.request))
         for later in self._sample(then, step.n):
-            yield then, replace(later, i=step.i + later.i, n=step.n + later.n, calls=step.calls + later.calls)
+            reused = tuple(map(sum, zip(step.reused, later.reused, strict=True)))
+            counted = {name: getattr(step, name) + getattr(later, name) for name in ("i", "n", "calls")}
+            yield then, replace(later, **counted, reused=reused)
 
     def _sample(self, plan: Plan, before: int = 0) -> Iterator[Step]:
         """Every step of one pass, each in a turn of its own; before: steps of the passes before it."""
@@ -301,21 +307,25 @@ class Pipeline(LoadedModel):
         if start:
             x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
         skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
-        run = self.parts.component("transformer").replay if self.graphs else transformer
+        lengths = [rows * columns for rows, columns in plan.grids]
+        run: Any = self.parts.component("transformer").replay if self.graphs else transformer
+        if request.cache:
+            run = CachedCalls(transformer, request.cache, sigmas, lengths, plan.owners)
+        aimed = target_time(request.target_timestep, sigmas)
         control = control_hints.acting(plan.controls, [nets[control.part] for control in plan.controls], hints, sigmas)
         modulation = ahead(
-            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer"))
+            transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer")), aimed
         )
-        lengths = [rows * columns for rows, columns in plan.grids]
         guidance = guidance_of(request, sigmas, lengths, skipped or None)
-        velocity = guide(run, context, guidance, lengths, control, modulation, regions)
+        velocity = guide(run, context, guidance, lengths, control, modulation, regions, aimed)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()
         for step in solve(request.solver, velocity, x, sigmas, fresh, keep, request.convention):
             again = partial(velocity, step.start, torch.tensor(step.sigma, dtype=torch.float32))
             checks.add(step.velocity, f"velocity of step {step.i}", again, *models)
-            yield replace(step, calls=step.calls + skipped.calls) if skipped else step
+            reused = tuple(run.reused) if request.cache else ()
+            yield replace(step, calls=step.calls + (skipped.calls if skipped else 0), reused=reused)
         checks.finish()
 
     def _features(self, plan: Plan) -> tuple[list[Tensor], list[Tensor], list[list[references.ReferenceFeatures]]]:

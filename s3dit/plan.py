@@ -12,16 +12,19 @@ from typing import Any
 
 import torch
 
+from s3dit.few_steps import with_adapters
 from s3dit.inputs import control_hints, references, region_masks, start_image
 from s3dit.inputs.images import Pictures
 from s3dit.kernels.dispatch import numerics
 from s3dit.model.config import TransformerConfig
-from s3dit.model.layout import Grid, Layout, edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import Grid, Layout, text_to_image
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.notes import notes as notes_on
 from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime import cached_calls
 from s3dit.runtime.budget import MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
@@ -92,21 +95,24 @@ def make_plan(
 
     vram: the budget in bytes · kept_prompts, kept_references: keys of the features that need not be computed.
     """
+    sources = with_adapters(request, sources, components.adapters)
     config, pictures, notes = sources.config, Pictures(), list[str]()
     request, start_images = start_image.read(request, pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
     shares = region_masks.read(request, pictures, notes)
     items = tuple(region_masks.items(shares, request.count))
+    request = cached_calls.read(request, sources.path)
     unused = tuple(without_effect(request, sources))
-    if numerics() == "approximate":
+    if numerics() == "approximate" and request.cache is None:
         unused += ("numerics approximate has no effect: nothing approximates at present",)
     if request.seed is None:
         request = request.filled(seed=secrets.randbits(32))
     passes = tuple(start_image.passes(request, notes))
+    sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
+    unused += tuple(cached_calls.without_effect(request.cache, sigmas))
     notes += [*unused, *(note for each in (request, passes[-1]) for note in notes_on(each, sources))]
     captions = _captions(request, items, tokenizer)
-    sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     notes += on_calls(request, sigmas)
     work = Work(
         request=passes[-1], items=len(captions),
@@ -199,7 +205,7 @@ def layout_of(
     *,
     slide: bool = True,
 ) -> Layout:
-    """Where the tokens of items stand, as their model wants it; arguments as of `layout.edit`, shapes may be empty."""
+    """Where the tokens of items stand, as their model wants it; arguments as of `edit`, shapes may be empty."""
     if config.siglip_feat_dim is None:
         return text_to_image(grids, [length for (length,) in lengths], device)
     return edit(grids, lengths, shapes or [()] * len(grids), device, slide=slide)

@@ -18,6 +18,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from s3dit import guidance_options, values
+from s3dit.cache import Cache
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
@@ -40,10 +41,11 @@ Solver = Literal[
 ]  # fmt: skip
 Schedule = Literal[
     "official", "simple", "beta", "karras", "exponential", "sgm_uniform", "kl_optimal", "linear_quadratic",
-    "bong_tangent",
+    "bong_tangent", "twinflow",
 ]  # fmt: skip
 Convention = Literal["own", "diffusers", "comfyui"]
 Preset = Literal["comfyui-turbo", "comfyui-base", "comfyui-2k", "diffusers", "official"]
+TargetTimestep = Literal["end", "next", "none"]
 OutputType = Literal["pil", "tensor", "latent"]
 MaskMode = Literal["inpaint", "differential"]
 Posterior = Literal["mode", "sample"]
@@ -190,7 +192,14 @@ class Request:
     schedule: Schedule = _field(
         Default("official"), values.CHOICE, Schedule, group=SAMPLING, says="spacing of the noise levels"
     )
-    solver: Solver = _field(Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated")
+    solver: Solver = _field(
+        Default("euler"), values.CHOICE, Solver, group=SAMPLING, says="how the flow is integrated; TwinFlow by lcm"
+    )
+    target_timestep: TargetTimestep | None = _field(
+        None, values.CHOICE, TargetTimestep, group=SAMPLING,
+        says="what a step of a TwinFlow model aims at: the end (its few-step style, the default), the next noise "
+        "level, or none, which draws as the model that it was made of",
+    )  # fmt: skip
     convention: Convention = _field(
         Default("own"), values.CHOICE, Convention, group=SAMPLING,
         says="what names and seeds mean: as documented here, or as there where that is something else",
@@ -198,6 +207,10 @@ class Request:
     batch_place: Sequence[int] | None = _field(
         None, values.PLACE, group=SAMPLING,
         says="draw the pictures from this place on, from 0, of a batch of so many (conventions but own)",
+    )  # fmt: skip
+    cache: Cache | str | None = _field(
+        None, values.CACHE, group=SAMPLING,
+        says="spare model calls where first-block, modulation, magnitude or taylor says that little changes",
     )  # fmt: skip
     max_sequence_length: int = _field(
         512, values.INTEGER, 1, values.MOST_TOKENS, group=PROMPT,
@@ -278,6 +291,7 @@ class Request:
         for name in (*IMAGES, "reference"):
             object.__setattr__(self, name, one_by_one(getattr(self, name)))
         object.__setattr__(self, "latents", values.latents_of(self.latents))
+        object.__setattr__(self, "cache", values.cache_of(self.cache))
         for spec in fields(self):
             value = getattr(self, spec.name)
             if spec.metadata["kind"] in values.NUMERIC:

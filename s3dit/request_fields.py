@@ -5,9 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
+from s3dit.cache import Cache
 from s3dit.control import Control
 from s3dit.region import Region
-from s3dit.request import Convention, MaskMode, OutputType, Positions, Posterior, Preset, Schedule, Solver
+from s3dit.request import (
+    Convention,
+    MaskMode,
+    OutputType,
+    Positions,
+    Posterior,
+    Preset,
+    Schedule,
+    Solver,
+    TargetTimestep,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +53,10 @@ class RequestFields(TypedDict, total=False):
     shift: float | None
     schedule: Schedule
     solver: Solver
+    target_timestep: TargetTimestep | None
     convention: Convention
     batch_place: Sequence[int] | None
+    cache: Cache | str | None
     max_sequence_length: int
     image: ImageSource | Sequence[ImageSource] | None
     mask_image: ImageSource | Sequence[ImageSource | None] | None

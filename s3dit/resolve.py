@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from s3dit import presets
 from s3dit.errors import RequestError
+from s3dit.few_steps import own_settings
 from s3dit.inputs.noise import places
 from s3dit.model.config import ModelConfig
-from s3dit.request import Request
+from s3dit.request import Default, Request
 from s3dit.sampling.guidance_methods import check_guidance, guidance_scale
 
 # How much is redrawn where the request does not say it: of a start image, of its masked part, of a first pass.
@@ -15,7 +16,8 @@ REDRAWN, REPAINTED, UPSCALED = 0.6, 1.0, 0.35
 
 def resolve(request: Request, config: ModelConfig) -> Request:
     """Put a preset's settings where a request says nothing, then the model's own; raises RequestError."""
-    request, settings, scheduler = presets.applied(request), config.settings, config.scheduler
+    request, scheduler = presets.applied(request), config.scheduler
+    settings, target = own_settings(request, config)
     example = [config.prompt] if config.prompt and not any(request.regions()) else []
     if request.prompt is None and not (request.embeds or example or any(request.regions())):
         raise RequestError('no prompt; needed one, as in: s3dit generate "a red fox in the snow" --model …')
@@ -25,6 +27,9 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         steps = len([sigma for sigma in request.sigmas if sigma > 0])
     masked = request.mask_image is not None or request.extend is not None
     strength = None if request.image is None else REPAINTED if masked else REDRAWN
+    # TwinFlow's spacing only where none is given: official, if it is, means the scheduler's.
+    given = not isinstance(request.schedule, Default) or request.sigmas is not None
+    schedule = request.schedule if given else settings.schedule
     resolved = request.filled(
         strength=strength if request.strength is None else float(request.strength),
         upscale_strength=UPSCALED if request.upscale and request.upscale_strength is None else request.upscale_strength,
@@ -34,7 +39,9 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         num_inference_steps=steps,
         guidance_scale=guidance,
         cfg=None,
-        schedule=scheduler.schedule if request.schedule == "official" else request.schedule,
+        solver=settings.solver if isinstance(request.solver, Default) else request.solver,
+        target_timestep=target,
+        schedule=scheduler.schedule if schedule == "official" else schedule,
         # A shift that follows from the size stays None, so that a second pass and a replay find their own.
         shift=(None if scheduler.use_dynamic_shifting else scheduler.shift)
         if request.shift is None

@@ -12,6 +12,8 @@ from itertools import pairwise
 from os import PathLike
 from typing import Any, get_args
 
+from s3dit.cache import FORM as CACHE_FORM
+from s3dit.cache import Cache
 from s3dit.control import LONGEST_PATH, Control, shown
 from s3dit.errors import RequestError
 from s3dit.json_values import objects_from_json, objects_to_json, paths, paths_from_json, same, value_to_json
@@ -255,6 +257,26 @@ def regions(name: str, value: Any) -> None:
         texts(f"{name} prompt", region.prompt)
 
 
+def cache(name: str, value: Any) -> None:
+    """Check that a value is a Cache, or a text that says one."""
+    try:
+        if not isinstance(value, Cache):
+            raise ValueError(f"{name} is {shown(value)}; needed {CACHE_FORM}, or a Cache")
+        value.check()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def cache_of(value: Any) -> Any:
+    """A Cache of a text that says one, or of its JSON; anything else as it is. Raises RequestError."""
+    try:
+        if isinstance(value, str):
+            return Cache.parse(value)
+        return Cache.from_json(value) if isinstance(value, dict) else value
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
 def generators(name: str, value: Any) -> None:
     """Check that a value is a torch.Generator, or a list of them."""
     import torch
@@ -389,6 +411,11 @@ CONTROLS = Kind(
 REGIONS = Kind(
     regions, Region.parse, "MASK:PROMPT", several=True,
     to_json=objects_to_json, from_json=objects_from_json(Region.from_json, MOST_PICTURES),
+)  # fmt: skip
+CACHE = Kind(
+    cache, Cache.parse, "METHOD[:…]",
+    to_json=lambda value: None if value is None else value.to_json(),
+    from_json=lambda name, value: None if value is None else Cache.from_json(value),
 )  # fmt: skip
 GENERATORS = Kind(generators)
 LATENTS = Kind(latents)

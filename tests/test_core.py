@@ -1,10 +1,10 @@
 """The size of the core: what somebody reads to know how the model draws stays below a bound.
 
 The core is, in s3dit/, the files beside the border ones (request, plan, pipeline and what they are split into), in
-model/ all but the vision tower, ControlNet, tiles and hooks, sampling/ but for solvers that no model is published with,
-and in kernels/ the reference functions
-of the Ops, which are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines
-with nothing but a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
+model/ all but the vision tower and the layout of Omni models, ControlNet, tiles and hooks, sampling/ but for solvers
+that no model is published with and TwinFlow's second time, and in kernels/ the reference functions of the Ops, which
+are those decorated with `@op`. Counted are lines that hold code or a docstring; blank lines and lines with nothing but
+a comment are not. `pytest -s tests/test_core.py` prints the count of every file.
 """
 
 import ast
@@ -19,15 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUND = 3000
 
 # Files of s3dit/ itself that are border: errors, doors, values and files of users, what a terminal shows, what a
-# picture carries, what a budget allows, what a user is told, what other programs draw with; a run that draws nothing.
+# picture carries, what a budget allows, what a user is told, what other programs draw with, and what TwinFlow
+# and distill LoRAs are drawn with; a run that draws nothing.
 BORDER = {
-    "__init__", "__main__", "control", "dry_run", "errors", "files", "guidance_options", "json_values", "notes",
-    "presets", "region", "request_fields", "result", "stages", "terminal", "values",
+    "__init__", "__main__", "cache", "control", "dry_run", "errors", "few_steps", "files", "guidance_options",
+    "json_values",
+    "notes", "presets", "region", "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
 # Files of model/ and sampling/ that only some requests need, or those who look on.
 OPTIONAL = {
-    "comfyui", "controlnet", "corrected", "guidance_methods", "hooks", "multistep", "regions", "skip_layers",
-    "spacings", "tiles", "vision_encoder",
+    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "multistep", "regions",
+    "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
 }  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -20,23 +20,25 @@ FLOORS = (
     ("weights.",),
     ("configs.",),
     (
-        "control", "region", "json_values", "values", "guidance_options", "request", "presets", "request_fields",
-        "files", "terminal",
+        "cache", "control", "region", "json_values", "values", "guidance_options", "request", "presets",
+        "request_fields", "files", "terminal",
     ),
     ("model.",),
     ("sampling.",),
     ("inputs.",),
     ("runtime.",),
-    ("notes", "resolve", "stages", "plan"),
+    ("few_steps", "notes", "resolve", "stages", "plan"),
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),
-    ("cli.",),
+    ("cli.", "parity."),
     ("__main__", "__init__"),
 )  # fmt: skip
 
 # What pip installs with the engine, by import name.
 INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "huggingface_hub", "tqdm", "numpy", "PIL"}
+# What a reference is drawn with (the last two: the official repository), inside functions of this room alone.
+REFERENCE, PARITY = {"diffusers", "transformers", "zimage", "utils"}, "s3dit.parity."
 # Functions that import what they are given.
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}
 ATTICS = {"utils", "util", "common", "helpers", "types", "constants", "base", "registry"}
@@ -92,6 +94,7 @@ def fault(importer, imported, rooms):
         return None
     if top != "s3dit":
         allowed = {"torch", "triton"} if importer.startswith("s3dit.kernels.") else INSTALLED
+        allowed = allowed | REFERENCE if importer.startswith(PARITY) else allowed
         return None if top in allowed or top in sys.stdlib_module_names else "not among what is installed with it"
     if imported == "s3dit" or f"{imported}.__init__" in rooms:
         return "the door, not a room; import from the room"
@@ -203,10 +206,19 @@ def test_a_cycle_is_seen():
 
 def test_doors_hold_a_docstring_only():
     doors = [path for module, path in sources().items() if module.endswith(".__init__") and module.count(".") == 2]
-    assert len(doors) == 9
+    assert len(doors) == 10
     for path in doors:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+
+def test_a_reference_is_imported_where_it_is_drawn():
+    """Never by importing a module: records are made and compared without diffusers."""
+    for module, path in sources().items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in node.names} | {getattr(node, "module", None) or ""}
+                assert not {name.partition(".")[0] for name in names} & REFERENCE, module
 
 
 def test_no_attics():

@@ -45,7 +45,7 @@ def test_files_that_are_named_are_there(readme):
     written = readme.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!http)([^)#]+)\)", written)
     names = re.findall(r"`([\w/]+(?:\.py|\.json|/))`", written)
-    own = {"adapter_config.json", "s3dit.json", "scheduler_config.json", "config.json"}
+    own = {"adapter_config.json", "s3dit.json", "scheduler_config.json", "config.json", "cache.json"}
     folders = [readme.parent, ROOT, *(path for path in readme.parent.iterdir() if path.is_dir())]
     missing = [name for name in {*links, *names} - own if not any((folder / name).exists() for folder in folders)]
     assert not missing

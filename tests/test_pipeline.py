@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Solver
+from s3dit.runtime.embedded import EMBEDDED
 
 PROMPTS = ["a red star above a blue ring on a white background", "a green circle", "black background, large pink heart"]
 

@@ -8,10 +8,11 @@ from PIL import Image
 from s3dit.cli.main import main
 from s3dit.errors import RequestError
 from s3dit.inputs.image_metadata import read_metadata
-from s3dit.pipeline import EMBEDDED, Pipeline
+from s3dit.pipeline import Pipeline
 from s3dit.presets import PRESETS
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 
 PROMPT = "a red star above a blue ring"

@@ -13,9 +13,10 @@ from PIL import Image
 
 from s3dit.control import Control
 from s3dit.errors import RequestError
-from s3dit.pipeline import EMBEDDED, Pipeline
+from s3dit.pipeline import Pipeline
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,7 +19,8 @@ DESCRIBED = [*TOOLS, *(ROOT / "s3dit" / "cli").glob("*.py"), *(ROOT / "s3dit" / 
 
 def test_the_readme_has_a_line_for_each_tool():
     assert list(ROWS) and set(ROWS) == {path.name for path in TOOLS}
-    assert README.count("\n") <= 64
+    # A line each, besides heads and headings: what else there is to say is said by the files.
+    assert README.count("\n") <= len(TOOLS) + 27
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -25,7 +25,7 @@ from s3dit.configs.infer_config import TEXT_ENCODER, TRANSFORMER, VAE
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 COMFY = (
     ("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"), ("to_out.0", "out"),

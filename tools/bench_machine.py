@@ -44,7 +44,7 @@ def write_checkpoint(folder: Path) -> None:
     from s3dit.model.text_encoder import TextEncoder
     from s3dit.model.transformer import Transformer
     from s3dit.model.vae import Autoencoder
-    from s3dit.pipeline import EMBEDDED
+    from s3dit.runtime.embedded import EMBEDDED
 
     shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors", "s3dit.json", "score.json"))
     full: dict[str, tuple[dict[str, Any], Any, Any]] = {

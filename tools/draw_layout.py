@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
-from s3dit.model.layout import Layout, edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import Layout, text_to_image
 
 # Tokens that one character of a bar stands for.
 SCALE = 4

@@ -32,7 +32,8 @@ from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.inputs.images import Picture
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.model.tokenizer import Tokenizer
-from s3dit.pipeline import EMBEDDED, Pipeline
+from s3dit.pipeline import Pipeline
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 from s3dit.weights.adapter import read_adapter
 

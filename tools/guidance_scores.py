@@ -1,14 +1,15 @@
 """Score guidance by method and scale, and variation by strength, on a model of the embedded one's world.
 
-`python tools/guidance_scores.py --model FOLDER` prints two tables of `--count` fixed prompts, a fifth of which have a
-color and a shape that were never trained together; `--json FILE` writes them too. The first has, for each method and
-scale, the share of pictures that show what their prompt demands, and the share of color values outside of what pixels
-can hold, which are cut off: that is how too much guidance saturates. The second has, for each strength, the share that
-is right and how far apart pictures of one prompt are: the root mean square of their pixels' difference (of 255), mean
-over all pairs of `--seeds` seeds; the first noise of a prompt is once the same for all its pictures, so that variation
-alone tells them apart, and once each has its own.
+`python tools/guidance_scores.py --model embedded-base` prints two tables of `--count` fixed prompts, a fifth of which
+have a color and a shape that were never trained together; `--json FILE` writes them too. The first has, for each
+method and scale, the share of pictures that show what their prompt demands, and the share of color values outside of
+what pixels can hold, which are cut off: that is how too much guidance saturates. The second has, for each strength,
+the share that is right and how far apart pictures of one prompt are: the root mean square of their pixels' difference
+(of 255), mean over all pairs of `--seeds` seeds; the first noise of a prompt is once the same for all its pictures,
+so that variation alone tells them apart, and once each has its own.
 
-The embedded model is distilled to draw without guidance; only its undistilled twin shows what guidance is for.
+The embedded model is distilled to draw without guidance; only its undistilled twin, embedded-base, shows what
+guidance is for.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def variation_row(strength: Any, row: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     """Print and write both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder (default: the embedded model)")
+    parser.add_argument("--model", help="embedded-base, or a folder (default: embedded)")
     parser.add_argument("--count", type=int, default=100, help="prompts (default 100)")
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each prompt for the variety (default 4)")
     parser.add_argument("--scales", type=numbers, default="4,16", help="of guidance (default 4,16; none: '')")

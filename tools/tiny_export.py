@@ -62,6 +62,10 @@ NOTE = (
     "heart, ring, cross, diamond) in ten colors on a flat background, for example 'a red circle left of a blue star on "
     "a white background'"
 )
+OWN = {
+    "variant": "tiny", "height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 0.0,
+    "prompt": PROMPT, "words": words(), "note": NOTE,
+}  # fmt: skip
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:
@@ -144,22 +148,6 @@ def write(
             "vae": ["diffusers", "AutoencoderKL"],
         },
     )
-    _write_json(
-        out / "scheduler" / "scheduler_config.json",
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "_diffusers_version": "0.36.0",
-            "num_train_timesteps": 1000,
-            "use_dynamic_shifting": False,
-            "shift": 3.0,
-        },
-    )
-    transformer = {k: v for k, v in asdict(dit.config).items() if v is not None}
-    _write_json(
-        out / "transformer" / "config.json",
-        {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "axes_lens": [1536, 512, 512]}
-        | transformer,
-    )
     _write_json(out / "text_encoder" / "config.json", _qwen3(asdict(text.config)))
     down = len(vae.config.block_out_channels)
     _write_json(
@@ -181,17 +169,37 @@ def write(
         | asdict(vae.config)
         | {"scaling_factor": round(scale, 5), "shift_factor": round(shift, 5)},
     )
-    _write_json(
-        out / "s3dit.json",
-        {
-            "variant": "tiny", "height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 0.0,
-            "prompt": PROMPT, "words": words(), "note": NOTE,
-        },
-    )  # fmt: skip
-    _save(dit, out / "transformer" / "diffusion_pytorch_model.safetensors")
+    _write_json(out / "s3dit.json", OWN)
+    write_transformer(out, dit)
     _save(text, out / "text_encoder" / "model.safetensors")
     _save(vae, out / "vae" / "diffusion_pytorch_model.safetensors")
     shutil.copytree(tokenizer, out / "tokenizer", dirs_exist_ok=True)
+
+
+def write_transformer(out: Path, dit: Transformer) -> None:
+    """Write the transformer and the schedule that it is sampled with."""
+    _write_json(
+        out / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "_diffusers_version": "0.36.0",
+            "num_train_timesteps": 1000,
+            "use_dynamic_shifting": False,
+            "shift": 3.0,
+        },
+    )
+    _write_json(
+        out / "transformer" / "config.json",
+        {"_class_name": "ZImageTransformer2DModel", "_diffusers_version": "0.36.0", "axes_lens": [1536, 512, 512]}
+        | {k: v for k, v in asdict(dit.config).items() if v is not None},
+    )
+    _save(dit, out / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def write_base(out: Path, dit: Transformer) -> None:
+    """Write the base model's own files; all else is the embedded model's."""
+    write_transformer(out, dit)
+    _write_json(out / "s3dit.json", OWN | {"num_inference_steps": 28, "guidance_scale": 4.0})
 
 
 def _qwen3(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights import dialects
+from s3dit.weights import dialects, few_steps
 from s3dit.weights.adapter_layer import check_complete, has_no_rank, kinds_of, layer_delta
 from s3dit.weights.adapter_settings import SHOWN_CHARACTERS, SHOWN_KEYS, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, open_stored
 from s3dit.weights.container import parse_json, read_json
 from s3dit.weights.delta import Delta
+from s3dit.weights.few_steps import FewSteps
 
 ADAPTER_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -40,7 +41,8 @@ class Adapter:
     """The content of an adapter file: deltas by part and official layer, and what is not used.
 
     unmatched: stored layers (and keys) of no part · misshapen: layers whose tensors do not fit together, and why ·
-    redundant: stored layers that official names in the same file repeat · notes: settings without effect, in words.
+    redundant: stored layers that official names in the same file repeat · notes: settings without effect, in words ·
+    few_steps: what it was distilled for, if it was.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Adapter:
     misshapen: list[str] = field(default_factory=list)
     redundant: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    few_steps: FewSteps | None = None
 
     def digest(self) -> str:
         """Return the sha256 of the file, in hex."""
@@ -92,6 +95,7 @@ def read_adapter(path: str | Path) -> Adapter:
             )
         part_deltas |= dict(zip(place.layers, pieces, strict=True))
     adapter.notes = _notes(checkpoint, stored, settings, adapter.unmatched)
+    adapter.few_steps = _few_steps(checkpoint, adapter.notes)
     read = [delta for deltas in adapter.deltas.values() for delta in deltas.values()]
     if idle := sum(delta.idle for delta in read):
         adapter.notes.append(f"{idle} of {len(read)} layers change nothing (an alpha of 0, or factors of zeros)")
@@ -184,6 +188,15 @@ def _notes(
     return list(dict.fromkeys(notes))
 
 
+def _few_steps(checkpoint: Checkpoint, notes: list[str]) -> FewSteps | None:
+    """Return what an adapter was distilled for, if it was; adds a note on a header that does not say it rightly."""
+    try:
+        return few_steps.few_steps(checkpoint.metadata, checkpoint.path.stem)
+    except (ValueError, RecursionError) as error:
+        notes.append(f"{few_steps.METADATA} in the header is not usable: {error}")
+        return None
+
+
 def _parse_float(text: str) -> float | None:
     """Return the number of a text, None where it is not a number."""
     try:
@@ -225,7 +238,7 @@ class AdapterInfo:
 
     kinds: such as "lora" or "dora" · ranks, alphas: all that occur · producer: the program that wrote it, "" if unknown
     · layers: their number · notes: settings without effect · unmatched: stored layers and keys of no part · shapes:
-    (out, in) of official layers, by part, where the file has them.
+    (out, in) of official layers, by part, where the file has them · few_steps: what it was distilled for, if it was.
     """
 
     kinds: tuple[str, ...]
@@ -237,6 +250,7 @@ class AdapterInfo:
     notes: tuple[str, ...]
     unmatched: tuple[str, ...]
     shapes: dict[str, dict[str, tuple[int, ...]]]
+    few_steps: FewSteps | None = None
 
 
 # Who writes a key of the header; the first that is there.
@@ -275,6 +289,8 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
         elif (written := settings.get(place.part)) is not None:
             alphas.add(written.alpha_of(place.layers[0]))
     parts = tuple(sorted({place.part for place in places.values()}))
+    notes = _notes(checkpoint, stored, settings, unmatched)
+    few = _few_steps(checkpoint, notes)
     return AdapterInfo(
         kinds=tuple(sorted(kinds)),
         ranks=tuple(sorted(ranks)),
@@ -282,9 +298,10 @@ def describe(checkpoint: Checkpoint) -> AdapterInfo | None:
         producer=_producer(checkpoint),
         layers=len(places),
         parts=parts,
-        notes=tuple(_notes(checkpoint, stored, settings, unmatched)),
+        notes=tuple(notes),
         unmatched=(*unmatched, *(layer for layer in stored if layer not in places)),
         shapes=shapes,
+        few_steps=few,
     )
 
 

@@ -60,6 +60,8 @@ SPELLINGS = (
         "ComfyUI",
         "noise_refiner.0.attention.q_norm.weight",
         (
+            # Converters that know no second timestep put TwinFlow's there.
+            (r"^extended_weights\.", ""),
             (r"^(x_embedder|final_layer)\.", r"all_\1.2-1."),
             (r"\.attention\.qkv\.", r".attention.to_{q,k,v}."),
             (r"\.attention\.out\.", r".attention.to_out.0."),

@@ -39,7 +39,6 @@ MARKER_TENSORS = {
 # What else people hold, by the end of a key that only it has; the first that fits is named in the error.
 OTHER_MODELS = (
     ("dec_net.cond_embed.weight", "a pixel-space derivative of Z-Image without a VAE"),
-    ("t_embedder_2.mlp.0.weight", "TwinFlow-Z-Image, a derivative with a second timestep"),
     ("double_blocks.0.img_attn.qkv.weight", "a FLUX model"),
     ("single_transformer_blocks.0.proj_mlp.weight", "a FLUX model"),
     ("distilled_guidance_layer.in_proj.weight", "a Chroma model"),
@@ -135,9 +134,9 @@ def _prefix(part: str, keys: Collection[str]) -> str | None:
 
 def _check_transformer(checkpoint: Checkpoint, keys: Collection[str], prefix: str) -> None:
     """Raise CheckpointError for relatives of Z-Image: Lumina 2 and its derivatives lack the padding tokens."""
-    for marker, what in OTHER_MODELS[:2]:
-        if prefix + marker in keys:
-            raise CheckpointError(f"{checkpoint.path}: is {what}; needed Z-Image itself")
+    marker, what = OTHER_MODELS[0]
+    if prefix + marker in keys:
+        raise CheckpointError(f"{checkpoint.path}: is {what}; needed Z-Image itself")
     if f"{prefix}cap_pad_token" not in keys:
         width = checkpoint.entry(f"{prefix}cap_embedder.0.weight").shape[-1:]
         what = "Lumina 2" if width == (2304,) else "a relative of Z-Image such as Ming-Image, or a part of it"

@@ -193,6 +193,8 @@ def _config(part: str, checkpoint: Checkpoint, opened: OpenedModel) -> dict[str,
     config = opened.configs.get(part) or SPECS[part].infer(checkpoint)
     values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
     if isinstance(config, TransformerConfig):
+        # Whether it reads a second time is said by its tensors alone.
+        del values["target_timestep"]
         return TRANSFORMER | {key: value for key, value in values.items() if value is not None}
     if isinstance(config, TextEncoderConfig):
         return TEXT_ENCODER | values | {"max_window_layers": config.num_hidden_layers}

@@ -21,6 +21,10 @@ EXAMPLES = (
     ('s3dit generate "a red star above a blue ring" -o star.png', "drawn by the embedded model"),
     ("s3dit generate", "the embedded model draws its own example"),
     (
+        's3dit generate "a star on a white background" --model embedded-base --negative-prompt red',
+        "its undistilled twin: guidance, negative prompts",
+    ),
+    (
         's3dit generate "a fox in the snow" --model Tongyi-MAI/Z-Image-Turbo --size 1024x768 -o fox.png',
         "a model of the Hub, downloaded once",
     ),
@@ -82,6 +86,9 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
     _introduce(pipe, plan, paths, args)
     with Progress(pipe, plan, json=args.json, preview=paths[0] if args.preview else None) as progress:
         result = pipe(plan, on_step=progress)
+    if plan.request.cache is not None:
+        reused = [record["engine"]["reused"] for record in result.metadata]
+        say(f"cache: {', '.join(map(str, reused))} of {plan.calls} model calls were predicted")
     code = 0
     for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
         try:

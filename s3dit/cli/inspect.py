@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from s3dit.cli.source import check_source
+from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import event, say, tell
 
 SUMMARY = "say what is in a file or folder, what is missing to draw with it, and the command that does"
@@ -31,10 +32,9 @@ def run(args: argparse.Namespace) -> int:
         say("look is called inspect now: s3dit inspect FILE")
     check_source(args.path)
     from s3dit.cli.inspect_weights import absent, inspect_path
-    from s3dit.pipeline import EMBEDDED
     from s3dit.weights.hub import peek
 
-    path, lacking = (EMBEDDED, []) if args.path == "embedded" else peek(args.path)
+    path, lacking = (FOLDERS[args.path], []) if args.path in FOLDERS else peek(args.path)
     if lacking:
         report: Any = absent(args.path, path, lacking)
     else:

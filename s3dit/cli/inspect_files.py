@@ -25,7 +25,8 @@ TELLING = (MODEL_INDEX, ADAPTER, "config.json", "scheduler_config.json", "prepro
 # The number with which Qwen3's tokenizer begins a turn, <|im_start|>.
 TURN = 151644
 CLASSES = {
-    "ZImageTransformer2DModel": "transformer", "AutoencoderKL": "vae", "qwen3": "text_encoder",
+    "ZImageTransformer2DModel": "transformer", "ZImageTransformer2DModelWrapper": "transformer",
+    "AutoencoderKL": "vae", "qwen3": "text_encoder",
 }  # fmt: skip
 # What of a part's settings says how large it is.
 SIZES = (

@@ -42,6 +42,8 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3f
 NOT_READ = re.compile(r"norm_final|model\.norm|lm_head")
 # What says the width of text features, of which all parts of a model have one.
 WIDTHS = {"transformer": "cap_feat_dim", "text_encoder": "hidden_size", "vae": ""}
+# The model that adapters of few steps are distilled from; Turbo is distilled itself.
+DISTILLED = "Tongyi-MAI/Z-Image"
 NO_PRODUCER = "a program that does not say so"
 
 
@@ -150,8 +152,13 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
         )
     if lost := [*info.unmatched, *wrong]:
         notes.append(f"{len(lost)} of its layers or tensors fit nothing, and are left out: {_first(lost)}")
-    partial = ["--lora-allow-partial"] if lost else []
-    return Facts(name, "an adapter", facts, draw(["--model", model, *partial, "--lora", name]), tuple(notes))
+    partial, strength = ["--lora-allow-partial"] if lost else [], ""
+    if info.few_steps is not None:
+        # Its steps, its shift and no guidance are taken by themselves; its strength is the user's.
+        facts["distilled for"], strength = str(info.few_steps), f":{info.few_steps.strength:g}"
+        model = DISTILLED if model == HOME else model
+    command = draw(["--model", model, *partial, "--lora", f"{name}{strength}"])
+    return Facts(name, "an adapter", facts, command, tuple(notes))
 
 
 def _shape_of(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
@@ -266,7 +273,8 @@ def _kind(config: Any, opened: OpenedModel) -> str:
         variant = (
             "omni" if config.siglip_feat_dim is not None or shift is None else variant_of(config, shift) or variant
         )
-    return f"Z-Image ({opened.own.get('variant') or variant}), {config.n_layers} layers of width {config.dim}"
+    twin = ", with the second timestep of TwinFlow" if config.target_timestep else ""
+    return f"Z-Image ({opened.own.get('variant') or variant}), {config.n_layers} layers of width {config.dim}{twin}"
 
 
 def _lacks(part: str, config: Any, checkpoint: Checkpoint) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""The command line: `s3dit generate`, `plan`, `microscope`, `inspect`, `convert`, `quantize`.
+"""The command line: a command for each of COMMANDS.
 
 A command is a module with SUMMARY, EXAMPLES, add_options(parser) and run(args). An error of the user's ends in a line
 on standard error and exit code 2, without a traceback. Ctrl-C ends with 130, SIGTERM with 143, SIGHUP with 129, and no
@@ -13,14 +13,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from s3dit import __version__
-from s3dit.cli import convert, generate, inspect, microscope, plan, quantize
+from s3dit.cli import calibrate_cache, convert, generate, inspect, microscope, parity, plan, quantize
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, say, stoppable, streams
 
 # Module by the name of its command.
 COMMANDS: dict[str, Any] = {
     "generate": generate, "plan": plan, "microscope": microscope, "inspect": inspect, "convert": convert,
-    "quantize": quantize,
+    "quantize": quantize, "calibrate-cache": calibrate_cache, "parity": parity,
 }  # fmt: skip
 # The names of before, for one release.
 RENAMED = {"look": "inspect"}

@@ -1,6 +1,7 @@
 """`s3dit microscope`: draw one picture with everything looked at, and write a page that shows it."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from s3dit import files
@@ -22,7 +23,7 @@ EXAMPLES = (
     ('s3dit microscope "a blue star" --image star.png --strength 0.8', "of a start image"),
 )
 # Fields that a report of one picture in one pass has no use for.
-WITHOUT = ("num_images_per_prompt", "upscale", "upscale_strength")
+WITHOUT = ("num_images_per_prompt", "upscale", "upscale_strength", "cache")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
     """Draw what the options ask for and write the report; returns the exit code."""
     with speaking_of_options():
         folder = files.report_folder(args.output, args.overwrite)
-    pipe, plan = load(args, *read_request(args))
+    request, replay = read_request(args)
+    if request.cache is not None:
+        say(f"{args.replay} was drawn with a cache, whose spared steps have nothing to show: it is drawn without")
+        request = replace(request, cache=None)
+    pipe, plan = load(args, request, replay)
     from s3dit.research.report import look
 
     say(f"{pipe.folder.name} on {pipe.placement}; seed {plan.request.seed}; a report in {folder}")

@@ -11,6 +11,7 @@ from dataclasses import Field, fields
 from typing import Any, get_args
 
 from s3dit import values
+from s3dit.cache import FORM as CACHE_FORM
 from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.option_names import flag
 from s3dit.control import FORM as CONTROL_FORM
@@ -19,7 +20,7 @@ from s3dit.region import FORM as REGION_FORM
 from s3dit.request import Request
 
 # The whole form of values that are several in one, by their metavar; its parser says itself what is wrong.
-FORMS = {values.CONTROLS.metavar: CONTROL_FORM, values.REGIONS.metavar: REGION_FORM}
+FORMS = {values.CONTROLS.metavar: CONTROL_FORM, values.REGIONS.metavar: REGION_FORM, values.CACHE.metavar: CACHE_FORM}
 SIZE = re.compile(r"(\d+)\s*[x×X*]\s*(\d+)")
 # Number formats that --quantize and `s3dit quantize` make; any other comes with its file.
 OWN_FORMATS = ("fp8", "int8", "int4", "fp8-weights", "int8-weights")
@@ -91,7 +92,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="MODEL",
-        help="embedded (default), a folder in the official layout, one file of all parts, or a hub name",
+        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub name",
     )  # fmt: skip
     for part in ("transformer", "text encoder", "vae"):
         group.add_argument(

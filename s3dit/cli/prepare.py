@@ -16,6 +16,7 @@ from s3dit.cli.replay import NOTHING, Replay, attach, changes, replayed
 from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.errors import RequestError
 from s3dit.request import IMAGES, Request
+from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import say
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _check_options(args: argparse.Namespace) -> None:
 def _models(args: argparse.Namespace, request: Request) -> Iterator[tuple[str, str]]:
     """Options and the files of weights or models that they name."""
     for name in MODELS:
-        if (value := getattr(args, name)) not in (None, "embedded"):
+        if (value := getattr(args, name)) not in (None, *FOLDERS):
             yield NAMES[name], value
     yield from (("--lora", file) for file in (option.file for option in args.lora))
     yield from (("--control", str(control.model)) for control in request.controls)

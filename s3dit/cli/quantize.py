@@ -6,6 +6,7 @@ from pathlib import Path
 from s3dit import __version__
 from s3dit.cli.options import OWN_FORMATS, check_format
 from s3dit.cli.source import check_directory, check_source, located
+from s3dit.errors import RequestError
 from s3dit.terminal import bar, tell
 
 SUMMARY = "write a model directory in a number format"
@@ -31,6 +32,11 @@ def run(args: argparse.Namespace) -> int:
     check_format("--to", args.to)
     check_format("--text", args.text)
     check_source(args.source)
+    if args.source == "embedded-base":
+        raise RequestError(
+            "embedded-base shares parts with embedded; needed a whole folder; write one with "
+            "`s3dit convert embedded-base DIR` and quantize that"
+        )
     check_directory(args.target)
     from s3dit.weights.quantize import check, quantize, scheme_named
 

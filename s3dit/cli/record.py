@@ -18,6 +18,7 @@ from s3dit.control import IMAGES as CONTROL_IMAGES
 from s3dit.control import Control, shown
 from s3dit.errors import RequestError
 from s3dit.request import IMAGES, Request
+from s3dit.runtime.embedded import FOLDERS
 
 # Stands before a name whose place only the user knows.
 PLACE = "path/to/"
@@ -33,7 +34,7 @@ NUMBER = int | float
 ENGINE: dict[str, Any] = {
     "s3dit": str, "torch": str, "variant": str, "placement": str, "mixed": {str: str}, "quantized": {str: str},
     "levels": [NUMBER], "model_calls": int, "replayable": bool, "inputs": {str: str | list}, "threads": int,
-    "cpu": str, "numerics": str,
+    "cpu": str, "numerics": str, "reused": int,
 }  # fmt: skip
 ADAPTER: dict[str, Any] = {
     "file": str,
@@ -83,7 +84,7 @@ def needed(record: Record, request: Request, folder: Path) -> Iterator[tuple[str
 
     folder: of the picture. Where only the user knows a file, it is the name that it had, under PLACE.
     """
-    if record.model not in (None, "embedded"):
+    if record.model is not None and record.model not in FOLDERS:
         yield "--model", PLACE + own_name(record.model)
     for part, name in record.engine.get("mixed", {}).items():
         yield PARTS[part], PLACE + own_name(name)

@@ -4,13 +4,13 @@ Metadata are untrusted. A replay takes a request from them (prompt, sizes, seed,
 against the same types and bounds as the user's own (`Request.check`), for a single picture, because a picture records
 itself alone; `--count` asks for more. The user's own options replace any of it.
 
-A replay never does this because of metadata: use the network; load a model, a part, an adapter or a ControlNet; choose
-a device or a number format; open an image without its recorded hash. Models, parts, adapters and controls are named in
-an error, and the user gives them: `--model`, `--transformer`, `--lora`, `--control`. Adapters that are given take the
-strengths and the order of then. Start images, masks, also of regions, and references are searched as regular files
-beside the picture and in the current folder, under their recorded name (or below these folders, where that was a
-relative path without `..`), and used only if their pixels have the recorded hash; else the user gives them with
-`--image`, `--mask`, `--region` or `--reference`.
+A replay never does this because of metadata: use the network; load a model (but one that comes with the engine), a
+part, an adapter or a ControlNet; choose a device or a number format; open an image without its recorded hash. Models,
+parts, adapters and controls are named in an error, and the user gives them: `--model`, `--transformer`, `--lora`,
+`--control`. Adapters that are given take the strengths and the order of then. Start images, masks, also of regions, and
+references are searched as regular files beside the picture and in the current folder, under their recorded name (or
+below these folders, where that was a relative path without `..`), and used only if their pixels have the recorded hash;
+else the user gives them with `--image`, `--mask`, `--region` or `--reference`.
 
 The picture has the same bits where model, adapters, images, number formats, device, dtype, versions, number of threads
 and kind of CPU are the same. `changes` gives what differs, as far as it is recorded, with the option that undoes it.
@@ -44,6 +44,7 @@ from s3dit.errors import RequestError
 from s3dit.presets import PRESETS
 from s3dit.region import Region
 from s3dit.request import IMAGES, Request
+from s3dit.runtime.embedded import FOLDERS
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
@@ -79,6 +80,8 @@ def replayed(args: argparse.Namespace, prompt: Any) -> Replay:
         adapters, engine = record.adapters, record.engine
         inputs = engine.get("inputs", {})
         _check_given(args, record)
+        if args.model is None and record.model in FOLDERS:
+            args.model = record.model
         request = Request.from_json(data)
         request = _alone(request, args, prompt)
         controls: list[Control] = args.control or []
@@ -151,7 +154,7 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
         yield f"with a model of the variant {shown(variant)}, this is {pipe.config.variant} (--model)"
     if (placement := engine.get("placement", str(pipe.placement))) != str(pipe.placement):
         yield f"on {shown(placement)}, this is on {pipe.placement} (--device, --dtype)"
-    if (numerics := engine.get("numerics", "lossless")) != pipe.numerics:
+    if (numerics := engine.get("numerics", "lossless" if engine else pipe.numerics)) != pipe.numerics:
         yield f"with {shown(numerics)} numerics, these are {pipe.numerics} (--numerics)"
     # Sums are taken in another order; versions differ in theirs too.
     if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
@@ -181,7 +184,7 @@ def _naming(picture: Path) -> Iterator[None]:
 
 def _check_given(args: argparse.Namespace, record: Record) -> None:
     """Raise RequestError unless the user gave the model, the parts and the adapters that a picture only names."""
-    if args.model in (None, "embedded") and record.model not in (None, "embedded"):
+    if args.model in (None, *FOLDERS) and record.model not in (None, *FOLDERS):
         raise RequestError(f"it was drawn with {shown(record.model)}; say where that is with --model")
     for part, name in record.engine.get("mixed", {}).items():
         if getattr(args, part) is None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from s3dit import files
 from s3dit.errors import RequestError
+from s3dit.runtime.embedded import FOLDERS
 
 # Endings of single files of weights; models are written as folders.
 SINGLE = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
@@ -11,7 +12,7 @@ SINGLE = (".safetensors", ".gguf", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 
 def check_source(name: str) -> None:
     """Raise RequestError where a name can only be a path and leads to nothing."""
-    if name != "embedded":
+    if name not in FOLDERS:
         files.check_models([("", name)])
 
 
@@ -23,7 +24,6 @@ def check_directory(target: Path) -> None:
 
 def located(name: str) -> Path:
     """The local path of a model, downloaded where it is a name of the Hub; raises CheckpointError."""
-    from s3dit.pipeline import EMBEDDED
     from s3dit.weights.hub import resolve
 
-    return EMBEDDED if name == "embedded" else resolve(name)
+    return FOLDERS[name] if name in FOLDERS else resolve(name)

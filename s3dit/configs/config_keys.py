@@ -64,8 +64,8 @@ BASE = {  # keys of every configuration of transformers
 
 TRANSFORMER = Keys(
     runs={
-        "_class_name": ("ZImageTransformer2DModel",), "all_patch_size": ([2],), "all_f_patch_size": ([1],),
-        "qk_norm": (True,), "in_channels": (16,),
+        "_class_name": ("ZImageTransformer2DModel", "ZImageTransformer2DModelWrapper"), "all_patch_size": ([2],),
+        "all_f_patch_size": ([1],), "qk_norm": (True,), "in_channels": (16,),
     },
     inert={
         WHO: ("_diffusers_version", "_name_or_path"),

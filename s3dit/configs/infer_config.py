@@ -32,6 +32,9 @@ VAE = VAEConfig(
     norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159,
 )  # fmt: skip
 
+# A tensor that only TwinFlow's transformers have.
+TARGET_EMBEDDER = "t_embedder_2.mlp.0.weight"
+
 
 def transformer(
     checkpoint: Checkpoint, known: TransformerConfig | None = None, notes: list[str] | None = None
@@ -64,7 +67,15 @@ def transformer(
         cap_feat_dim=stored.size("cap_embedder.0.weight"),
         siglip_feat_dim=stored.size(vision) if vision in stored else None,
         axes_dims=axes,
+        target_timestep=TARGET_EMBEDDER in stored,
     )
+
+
+def told_by_tensors(config: Any, checkpoint: Checkpoint) -> Any:
+    """Return a part's configuration with what its JSON does not say, and its tensors do: TwinFlow's second time."""
+    if isinstance(config, TransformerConfig):
+        return replace(config, target_timestep=TARGET_EMBEDDER in _Shapes(checkpoint))
+    return config
 
 
 def text_encoder(

@@ -98,7 +98,10 @@ def need(holds: bool, source: str | Path, state: str, needed: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TransformerConfig(PartConfig):
-    """The S3-DiT, `transformer/config.json`. `siglip_feat_dim` is None except for Omni and Edit."""
+    """The S3-DiT, `transformer/config.json`. `siglip_feat_dim` is None except for Omni and Edit.
+
+    target_timestep: whether it also reads the time that a step aims at (TwinFlow), which only its tensors tell.
+    """
 
     keys: ClassVar[Keys] = config_keys.TRANSFORMER
     all_patch_size: tuple[int, ...]
@@ -116,6 +119,7 @@ class TransformerConfig(PartConfig):
     rope_theta: float
     t_scale: float
     axes_dims: tuple[int, ...]
+    target_timestep: bool = False
 
     @classmethod
     def from_json(cls, data: dict[str, Any], source: str | Path) -> Self:

@@ -26,7 +26,8 @@ from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.images import Picture, Pictures, to_pil
 from s3dit.inputs.resize import resized
 from s3dit.model.config import ModelConfig, VisionInputConfig
-from s3dit.model.layout import Grid, patchify, released_order
+from s3dit.model.edit_layout import released_order
+from s3dit.model.layout import Grid, patchify
 from s3dit.model.vision_encoder import patches_of
 from s3dit.request import Request
 
@@ -58,7 +59,7 @@ class Reference:
 
     @property
     def shape(self) -> tuple[Grid, Grid]:
-        """Its two grids, as `layout.edit` takes them: of latents' patches, and of vision features."""
+        """Its two grids, as `edit_layout.edit` takes them: of latents' patches, and of vision features."""
         return self.grid, self.seen
 
     @property

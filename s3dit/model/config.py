@@ -20,6 +20,7 @@ from s3dit.configs.part_configs import (
     VisionConfig,
     VisionInputConfig,
 )
+from s3dit.request import Schedule, Solver
 
 __all__ = [
     "LARGEST", "MOST_LAYERS", "ModelConfig", "SchedulerConfig", "Settings", "TextEncoderConfig", "TransformerConfig",
@@ -37,6 +38,8 @@ class Settings:
     guidance_scale: float
     height: int = 1024
     width: int = 1024
+    solver: Solver = "euler"
+    schedule: Schedule = "official"
 
 
 VARIANTS: dict[Variant, Settings] = {
@@ -45,6 +48,8 @@ VARIANTS: dict[Variant, Settings] = {
     "omni": Settings(num_inference_steps=28, guidance_scale=4.0),
     "tiny": Settings(num_inference_steps=8, guidance_scale=0.0, height=128, width=128),
 }
+# A TwinFlow model's, whose steps aim at the end; the other ones that it was made of are its variant's.
+TWINFLOW = Settings(num_inference_steps=4, guidance_scale=0.0, solver="lcm", schedule="twinflow")
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,7 +187,9 @@ class Context:
 
     def times(self, t: Tensor) -> Tensor:
         """Return the times of all rows of the modulation: t, or with clean tokens one an item and then theirs."""
-        return t if self.clean is None else torch.cat((t.expand(len(self.joint.spans.lengths)), self.clean))
+        if self.clean is None:
+            return t
+        return torch.cat((t.expand(len(self.joint.spans.lengths), *t.shape[1:]), self.clean.expand(1, *t.shape[1:])))
 
 
 # Three of a layout, and of two where guidance is on in some steps.
@@ -221,6 +223,8 @@ class Transformer(nn.Module):
         self.noise_refiner = nn.ModuleList(Block(config, modulated=True) for _ in range(config.n_refiner_layers))
         self.context_refiner = nn.ModuleList(PlainBlock(config) for _ in range(config.n_refiner_layers))
         self.t_embedder = TimestepEmbedder(config.adaln_dim)
+        if config.target_timestep:
+            self.t_embedder_2 = TimestepEmbedder(config.adaln_dim)
         self.cap_embedder = nn.Sequential(
             RMSNorm(config.cap_feat_dim, config.norm_eps), Linear(config.cap_feat_dim, dim)
         )
@@ -272,12 +276,23 @@ class Transformer(nn.Module):
             tokens = block(tokens, rope, pack.spans)
         return tokens
 
+    def embed_time(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embed times (R,), or of TwinFlow's models (R, 2) with the times aimed at -> (R, adaln_dim) of dtype.
+
+        Source: `ZImageTransformer2DModelWrapper` of inclusionAI/TwinFlow, where that is `target_timestep`.
+        """
+        scaled = t * self.config.t_scale
+        if t.ndim == 1:
+            return self.t_embedder(scaled, dtype)
+        way = self.t_embedder_2(scaled[:, 1] - scaled[:, 0], dtype) * (t[:, 0] - t[:, 1]).abs()[:, None]
+        return (self.t_embedder(scaled[:, 0], dtype) + way).to(dtype)
+
     def modulation(self, t: Tensor, dtype: torch.dtype) -> Modulation:
-        """Compute what the layers read of the times t (R,) fp32, in the dtype of the tokens.
+        """Compute what the layers read of the times t (R,) or (R, 2) fp32, in the dtype of the tokens.
 
         A product a layer, for all rows: one for all layers would need their weights, 2 % of the model, a second time.
         """
-        time, dim = self.t_embedder(t * self.config.t_scale, dtype), self.config.dim
+        time, dim = self.embed_time(t, dtype), self.config.dim
         # Of a block that is alone the weights may be elsewhere, and nobody reads its rows.
         blocks = self._modulated
         answers, norms = [time.new_zeros(len(t), 4 * dim)] * len(blocks), [time.new_zeros(4, dim)] * len(blocks)
@@ -299,13 +314,15 @@ class Transformer(nn.Module):
     ) -> Tensor:  # fmt: skip
         """Predict the velocity at x: x + (sigma - sigma_next) · velocity is the next, less noisy state.
 
-        x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma) ·
-        control: what adds to the streams on their way · modulation: of `context.times(t)`, computed here where it was
-        not, or where hooks came or went since -> (n, patch_dim), dtype of the context's tokens.
+        x (n, patch_dim): noisy patches of all items · t (items,) or (1,) fp32, 0 noise to 1 image (1 - sigma); of
+        TwinFlow's models also (items, 2) or (1, 2), with the time that the step aims at (see `embed_time`) · control:
+        what adds to the streams on their way · modulation: of `context.times(t)`, computed here where it was not, or
+        where hooks came or went since -> (n, patch_dim), dtype of the context's tokens.
         """
         pack, joint, dtype = context.image, context.joint, context.text.dtype
         final: Any = self.all_final_layer[PATCH]
-        timed = (*self.t_embedder.modules(), *final.adaLN_modulation.modules())
+        embedders = (self.t_embedder, self.t_embedder_2) if self.config.target_timestep else (self.t_embedder,)
+        timed = (module for part in (*embedders, final.adaLN_modulation) for module in part.modules())
         if modulation is None or hooked(*timed) or modulation.alone != tuple(map(alone, self._modulated)):
             modulation = self.modulation(context.times(t), dtype)
         image = pack.fill(self.all_x_embedder[PATCH](x.to(dtype)), context.rest)

@@ -75,7 +75,8 @@ def passes(pipe: LoadedModel) -> Iterator[list[Pass]]:
         state, t, context = args[:3]
         final = module.all_final_layer[PATCH]
         assert isinstance(final, FinalLayer)
-        time = module.t_embedder(context.times(t) * module.config.t_scale, context.text.dtype)
+        time = module.embed_time(context.times(t), context.text.dtype)
+        t = t if t.ndim == 1 else t[:, 0]
         rows = context.image.modulation_row[context.image.token_index]
         sigma = (1.0 - (t if len(t) == 1 else t[rows]))[:, None]
         running[:] = [Pass(state, sigma, context, 1.0 + final.adaLN_modulation(time), final)]

@@ -206,6 +206,8 @@ def _check(plan: Plan, concepts: Sequence[str]) -> None:
         raise RequestError(f"the request is for {request.count} pictures; needed 1, which a report is of")
     if plan.then is not None:
         raise RequestError(f"upscale is {request.upscale:g}; needed none: a report is of a single pass")
+    if request.cache is not None:
+        raise RequestError("a cache spares steps, of which a report shows each; needed none; leave cache out")
     if isinstance(concepts, str) or len(concepts) > CONCEPTS:
         found = f"the text {concepts!r}" if isinstance(concepts, str) else f"{len(concepts)} of them"
         raise RequestError(f"concepts are {found}; needed a list of at most {CONCEPTS} words")

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from s3dit.runtime.adapter_strength import ALL_STEPS, by_block, check_blocks, ch
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.weights.adapter import Deltas, read_adapter
 from s3dit.weights.delta import Delta
+from s3dit.weights.few_steps import FewSteps
 from s3dit.weights.hub import resolve_file
 
 
@@ -36,7 +37,7 @@ class Loaded:
     """An adapter of a pipeline: its source and hash, its deltas by part, its strength, whether partial or merged.
 
     blocks: factors by block, which its deltas have already · steps: it acts in the steps i of n with steps[0] <= i/n <
-    steps[1] · resting: whether a step is computed that is none of them.
+    steps[1] · resting: whether a step is computed that is none of them · few_steps: what it was distilled for, or None.
     """
 
     source: str
@@ -44,6 +45,7 @@ class Loaded:
     deltas: dict[str, Deltas]
     scale: float
     partial: bool
+    few_steps: FewSteps | None = None
     merged: bool = False
     blocks: dict[str, float] = field(default_factory=dict)
     steps: tuple[float, float] = ALL_STEPS
@@ -143,7 +145,7 @@ class Adapters:
             shapes = {part: lora.layer_shapes(self._parts.blank(part)[0]) for part in adapter.deltas}
             matched, report = match_layers(adapter, shapes, name, allow_partial)
             deltas = by_block(matched, blocks) if blocks else matched
-            loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial)
+            loaded = Loaded(str(source), adapter.digest(), deltas, float(scale), allow_partial, adapter.few_steps)
             loaded.blocks, loaded.steps = blocks, check_steps(steps, deltas)
             try:
                 for part, component in self._held(deltas):
@@ -154,7 +156,8 @@ class Adapters:
                 raise
             self._loaded[name] = loaded
             self._tell(deltas)
-            return report
+            few = () if adapter.few_steps is None else (f"distilled for {adapter.few_steps}",)
+            return replace(report, notes=(*report.notes, *few))
 
     def detach(self, name: str | None = None) -> None:
         """Remove an adapter, or all; the weights are bit for bit what they were.

@@ -1,7 +1,7 @@
 """Makes the ModelConfig of a model: reads the configs of a directory, and checks that those of its parts fit."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from s3dit.configs.model_files import KINDS, read_json, read_own, read_vision
 from s3dit.configs.part_configs import need
 from s3dit.errors import CheckpointError
 from s3dit.model.config import (
+    TWINFLOW,
     VARIANTS,
     ModelConfig,
     SchedulerConfig,
@@ -62,6 +63,8 @@ def compose(
     # Of the two wrong guesses the cheaper one: Turbo drawn like Z-Image takes seven times as long and is burnt.
     variant: Variant = own.get("variant") or variant_of(transformer, scheduler) or "turbo"
     settings = VARIANTS[variant]
+    if transformer.target_timestep:
+        settings = replace(TWINFLOW, height=settings.height, width=settings.width)
     known = {f.name: own.get(f.name, getattr(settings, f.name)) for f in fields(Settings)}
     return ModelConfig(
         transformer=transformer,

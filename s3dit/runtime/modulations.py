@@ -26,14 +26,16 @@ def ahead(
     sigmas: Tensor,
     device: torch.device,
     state: Callable[[], object],
+    aimed: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Callable[[bool, Tensor], Modulation | None]:
     """Return the function modulation(guided, sigma) for `guidance.guide`; None at a noise level that is no step's.
 
     context: as there · sigmas (n + 1,) fp32, on the CPU, as the solver steps through them · device: of the model ·
-    state: a value that is another once the transformer may answer otherwise; what was computed before is dropped then.
+    state: a value that is another once the transformer may answer otherwise; what was computed before is dropped then ·
+    aimed: of a time, what the transformer is given for it (see `sampling.target_time`).
     """
     steps = () if device.type in EACH_PASS else sigmas[:-1]
-    times = {sigma.item(): flow_time(sigma)[None].to(device) for sigma in steps}
+    times = {sigma.item(): aimed(flow_time(sigma)[None].to(device)) for sigma in steps}
     kept: dict[bool, dict[float, Modulation]] = {}
     made_of: object = None
 
@@ -56,7 +58,7 @@ def ahead(
 
 
 def together(transformer: Transformer, times: Sequence[Tensor], context: Context) -> list[Modulation]:
-    """Compute the modulation of each of some times (1,) fp32, to be given to `Transformer.forward` with that time."""
+    """Compute the modulation of each of some times, (1,) or (1, 2) fp32, for `Transformer.forward` at that time."""
     rows = [context.times(time) for time in times]
     every, count = transformer.modulation(torch.cat(rows), context.text.dtype), len(rows[0])
     pieces = (every.time.split(count), every.tables.split(count, dim=2), every.final.split(count))

@@ -18,6 +18,7 @@ from s3dit.configs.model_files import read_index, read_json, read_own, read_visi
 from s3dit.errors import CheckpointError
 from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
+from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
 from s3dit.runtime.model_config import compose
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
@@ -50,7 +51,8 @@ class Sources:
     """The opened files of a model: its configuration, its checkpoints by part, its tokenizer.
 
     path: what the model is called by · tokenizer: a folder, or a GGUF file that carries one · mixed: parts that were
-    given in the place of the model's own · guessed: whether the shift of the schedule is (see SHIFT).
+    given in the place of the model's own · guessed: whether the shift of the schedule is (see SHIFT) · distilled:
+    whether an adapter makes it one that is drawn without guidance.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Sources:
     mixed: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     guessed: bool = False
+    distilled: bool = False
 
 
 @dataclass(slots=True)
@@ -77,12 +80,12 @@ class OpenedModel:
 
 
 def open_sources(
-    model: str | Path | None, given: Mapping[str, str | Path | None], tokenizer: str | Path | None, embedded: Path
+    model: str | Path | None, given: Mapping[str, str | Path | None], tokenizer: str | Path | None
 ) -> Sources:
     """Open a model, or the parts that take the place of its own; raises CheckpointError.
 
-    model: "embedded" (the folder `embedded`), a path or a Hub name; None is the embedded model where no part is given,
-    else no model. given: the same by part, or None.
+    model: one of `embedded.FOLDERS`, a path or a Hub name; None is the embedded model where no part is given, else no
+    model. given: the same by part, or None.
     """
     replaced = {part: str(path) for part, path in given.items() if path is not None}
     if model is None and not replaced:
@@ -91,14 +94,14 @@ def open_sources(
     if model is not None:
         skip = [*replaced, *(["tokenizer"] if tokenizer is not None else [])]
         wanted = [part for part in REPOSITORY_PARTS if part not in skip]
-        base = open_model(_resolve(str(model), wanted, embedded), skip)
+        base = open_model(_resolve(str(model), wanted), skip)
     more = ["tokenizer"] if base is None and tokenizer is None else []
-    origins = {part: _open_part(part, _resolve(path, [part, *more], embedded)) for part, path in replaced.items()}
+    origins = {part: _open_part(part, _resolve(path, [part, *more])) for part, path in replaced.items()}
     opened = [*([] if base is None else [base]), *origins.values()]
     origins = ({} if base is None else dict.fromkeys(base.parts, base)) | origins
     own_tokenizer = next((origin.tokenizer for origin in opened if origin.tokenizer), None)
     if tokenizer is not None:
-        own_tokenizer = _tokenizer_folder(_resolve(str(tokenizer), ["tokenizer"], embedded))
+        own_tokenizer = _tokenizer_folder(_resolve(str(tokenizer), ["tokenizer"]))
     own_tokenizer = _complete(opened[0].path, origins, own_tokenizer)
     notes = _notes(opened, own_tokenizer)
     checkpoints = {part: origins[part].parts[part] for part in PARTS}
@@ -118,9 +121,9 @@ def open_sources(
     )
 
 
-def _resolve(name: str, parts: Collection[str], embedded: Path) -> Path:
-    """The path of a model by its name: the embedded one's, or as `hub.resolve` finds it."""
-    return embedded if name == "embedded" else resolve(name, parts)
+def _resolve(name: str, parts: Collection[str]) -> Path:
+    """The path of a model by its name: an embedded one's, or as `hub.resolve` finds it."""
+    return FOLDERS[name] if name in FOLDERS else resolve(name, parts)
 
 
 def _notes(opened: Iterable[OpenedModel], tokenizer: Path | GGUFFile) -> list[str]:
@@ -187,6 +190,11 @@ def open_model(path: Path, skip: Collection[str] = ()) -> OpenedModel:
     if (path / "tokenizer").is_dir():
         opened.tokenizer = path / "tokenizer"
     opened.own = read_own(path)
+    if path == EMBEDDED_BASE:
+        shared = open_model(EMBEDDED, [*skip, "transformer"])
+        opened.parts |= shared.parts
+        opened.configs = shared.configs | opened.configs
+        opened.tokenizer = shared.tokenizer
     return opened
 
 
@@ -210,6 +218,7 @@ def _one_checkpoint(path: Path) -> OpenedModel:
         opened.configs = _beside(part, path, opened.notes)
         if part in opened.configs:
             infer_config.check_layers(part, opened.parts[part], opened.configs[part])
+            opened.configs[part] = infer_config.told_by_tensors(opened.configs[part], opened.parts[part])
     if VOCABULARY in checkpoint.metadata:
         opened.tokenizer = GGUFFile(checkpoint.path)
     return opened

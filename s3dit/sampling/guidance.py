@@ -69,18 +69,20 @@ def guide(
     control: Callable[[Tensor], Steering | None] = lambda sigma: None,
     modulation: Callable[[bool, Tensor], Modulation | None] = lambda guided, sigma: None,
     regions: RegionBlend | None = None,
+    aimed: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Velocity:
     """Return the function velocity(x, sigma) that a solver calls.
 
     transformer: called as `Transformer.forward` · context(guided): of the pictures with their prompts, and when guided
     also, after them, with their negative prompts; called only when needed · lengths: patches of each picture ·
     control(sigma): what adds to the model's streams at a noise level, or None · modulation(guided, sigma): what was
-    computed for it before, or None · regions: where pictures have several prompts, whose items come first.
+    computed for it before, or None · regions: where pictures have several prompts, whose items come first ·
+    aimed(t): of a time (1,) what the transformer is given for it (`target_time`).
     """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         t = flow_time(sigma)
-        scale, time = guidance.at(t.item()), t[None].to(x.device)
+        scale, time = guidance.at(t.item()), aimed(t[None].to(x.device))
 
         def call(model: Callable[..., Tensor], guided: bool) -> tuple[Tensor, Tensor]:
             prompts = x if regions is None else regions.spread(x)

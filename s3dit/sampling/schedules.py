@@ -42,7 +42,7 @@ def sigmas(
     elif schedule in BETWEEN:
         spaced = BETWEEN[schedule](np.linspace(0, 1, n), high, low)
     elif schedule in UNSHIFTED:
-        spaced = UNSHIFTED[schedule](n) if n > 1 else np.ones(1)
+        spaced = UNSHIFTED[schedule](n) if n > 1 or schedule == "twinflow" else np.ones(1)
     return torch.from_numpy(np.append(spaced, 0.0).astype(np.float32))
 
 

@@ -41,6 +41,11 @@ def _bong_tangent(n: int) -> np.ndarray:
     return np.concatenate([first[:-1], second[:-1]])
 
 
+def _twinflow(n: int) -> np.ndarray:
+    """Even levels from 0.999 down to 0.5, or of two steps to 0.6, from where one step is to reach the image."""
+    return np.linspace(0.999, 0.6 if n == 2 else 0.5, n)
+
+
 def _karras(ramp: np.ndarray, high: float, low: float) -> np.ndarray:
     high, low = high ** (1 / 7.0), low ** (1 / 7.0)
     return (high + ramp * (low - high)) ** 7.0
@@ -54,4 +59,4 @@ BETWEEN: dict[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
     "beta": lambda ramp, high, low: low + beta_quantile(1 - ramp) * (high - low),
 }
 # Spacings of their own, from 1, that no shift changes.
-UNSHIFTED = {"linear_quadratic": _linear_quadratic, "bong_tangent": _bong_tangent}
+UNSHIFTED = {"linear_quadratic": _linear_quadratic, "bong_tangent": _bong_tangent, "twinflow": _twinflow}

@@ -27,7 +27,8 @@ class Step:
     """A finished step of a solver: `i` of `n`, from 1, after `calls` model calls.
 
     x (tokens, 64) fp32: the state now, at `sigma_next` · start: the state at `sigma`, where `velocity` was taken ·
-    grids: (rows, columns) of patches of every picture, filled in by the pipeline.
+    grids: (rows, columns) of patches of every picture, filled in by the pipeline · reused: of the calls, how many a
+    cache spared each picture, so far; empty without one.
     """
 
     i: int
@@ -39,6 +40,7 @@ class Step:
     start: Tensor
     velocity: Tensor
     grids: tuple[tuple[int, int], ...] = ()
+    reused: tuple[int, ...] = ()
 
     @property
     def latents(self) -> list[Tensor]:

@@ -20,7 +20,7 @@ from s3dit.configs import infer_config
 from s3dit.errors import CheckpointError
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 WEIGHTS = {part: next((EMBEDDED / part).glob("*.safetensors")) for part in ("transformer", "text_encoder", "vae")}
 

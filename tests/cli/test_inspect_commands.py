@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from s3dit.cli.main import main
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
 from test_controlnet import network, write  # noqa: E402

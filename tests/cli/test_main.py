@@ -25,8 +25,8 @@ from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.model.config import TransformerConfig
 from s3dit.model.transformer import Transformer
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
+from s3dit.runtime.embedded import EMBEDDED
 
 PROMPT = "a red star above a blue ring on a white background"
 

@@ -146,8 +146,10 @@ BAD = {
     "reference": ["--reference="], "reference_area": ["--reference-area=1"], "schedule": ["--schedule=none"],
     "solver": ["--solver=none"], "preset": ["--preset=none"], "convention": ["--convention=none"],
     "batch_place": ["--batch-place=4,4"], "mask_mode": ["--mask-mode=none"], "posterior": ["--posterior=none"],
-    "reference_positions": ["--reference-positions=none"], "composite": ["--composite=1"],
+    "reference_positions": ["--reference-positions=none"], "target_timestep": ["--target-timestep=image"],
+    "composite": ["--composite=1"],
     "region": ["--region=a.png@0:a"], "base_weight": ["--base-weight=-1"],
+    "cache": ["--cache=taylor:1:order=9"],
     "guidance_interval": ["--guidance-interval=0.8-0.1"], "guidance_method": ["--guidance-method=apg:eta=-1"],
     "skip_layers": ["--skip-layers=2,x:1"], "variation": ["--variation=0.1:-3"],
 }  # fmt: skip

@@ -16,8 +16,8 @@ from s3dit.configs.model_files import KINDS, read_index, read_json, read_own
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig, variant_of
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import compose, read_model
 from s3dit.runtime.sources import open_sources
 
@@ -109,7 +109,7 @@ def test_no_key_stands_in_two_tables(name):
 def test_an_unknown_key_is_noted(copy):
     for name in PATHS:
         write(copy, name, {"use_magic": 3})
-    notes = open_sources(copy, {}, None, EMBEDDED).notes
+    notes = open_sources(copy, {}, None).notes
     assert len(notes) == len(PATHS) and all("use_magic" in note for note in notes)
 
 
@@ -244,7 +244,7 @@ def test_json_that_is_none(text, tmp_path):
 def test_classes_that_are_not_built_here(copy, change):
     write(copy, "model_index.json", change)
     with pytest.raises(CheckpointError, match=f"{next(iter(change))} is .*this engine runs"):
-        open_sources(copy, {}, None, EMBEDDED)
+        open_sources(copy, {}, None)
 
 
 def test_an_index(copy):
@@ -256,7 +256,7 @@ def test_an_index(copy):
     assert "components without effect here: 'controlnet'" in note
     # What is put in the place of a part is not the directory's.
     write(copy, "model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]})
-    assert open_sources(copy, {"vae": EMBEDDED / "vae"}, None, EMBEDDED).notes == (note,)
+    assert open_sources(copy, {"vae": EMBEDDED / "vae"}, None).notes == (note,)
     (copy / "model_index.json").unlink()
     assert read_index(copy) == []
 
@@ -266,11 +266,11 @@ def test_a_part_out_of_another_model(copy):
     write(copy, "model_index.json", {"_class_name": "FluxPipeline"})
     write(copy, "scheduler", {"_class_name": "HeunDiscreteScheduler"})
     (copy / "transformer" / "config.json").write_text("{}")
-    sources = open_sources("embedded", {"vae": copy}, None, EMBEDDED)
+    sources = open_sources("embedded", {"vae": copy}, None)
     assert sources.mixed == ("vae",) and sources.notes == ()
     shutil.rmtree(copy / "vae")
     with pytest.raises(CheckpointError, match="holds transformer, where vae was needed"):
-        open_sources("embedded", {"vae": copy}, None, EMBEDDED)
+        open_sources("embedded", {"vae": copy}, None)
 
 
 @pytest.mark.parametrize(
@@ -306,14 +306,14 @@ def test_every_field_of_s3dit_json_is_read(copy):
 def test_the_variant_is_told_from_an_exact_shift(copy, shift, variant):
     """Of a shift that somebody chose nothing follows: 28 guided steps would burn a distilled model's picture."""
     (copy / "s3dit.json").unlink()
-    sources = open_sources(write(copy, "scheduler", {"shift": shift}), {}, None, EMBEDDED)
+    sources = open_sources(write(copy, "scheduler", {"shift": shift}), {}, None)
     assert variant_of(sources.config.transformer, sources.config.scheduler) == variant
     assert sources.config.variant == (variant or "turbo") and sources.config.scheduler.shift == shift
     assert bool(sources.notes) == (variant is None)
     if variant is None:
         assert "--steps 28 --guidance 4" in sources.notes[0] and '{"variant": "base"}' in sources.notes[0]
         (copy / "s3dit.json").write_text('{"variant": "base"}')
-        again = open_sources(copy, {}, None, EMBEDDED)
+        again = open_sources(copy, {}, None)
         assert again.config.variant == "base" and again.notes == ()
 
 
@@ -363,7 +363,7 @@ def test_a_file_without_its_last_layer(tmp_path):
     assert torch.equal(part(**options).latents[0], whole(**options).latents[0])
     with pytest.raises(CheckpointError, match="has 1 layers, the model of its widths has 3; perhaps"):
         cut(tmp_path / "b.safetensors", ("model.layers.1.", "model.layers.2."))
-        open_sources("embedded", {"text_encoder": tmp_path / "b.safetensors"}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": tmp_path / "b.safetensors"}, None)
 
 
 def gguf_of(path, tensors, **fields):
@@ -396,19 +396,19 @@ def test_a_gguf_whose_header_says_more_layers(tmp_path):
     tensors = load_file(EMBEDDED / "text_encoder" / "model.safetensors")
     first = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.layers.2.", "model.norm"))}
     whole = gguf_of(tmp_path / "whole.gguf", tensors, qwen3__block_count=3)
-    sources = open_sources("embedded", {"text_encoder": whole}, None, EMBEDDED)
+    sources = open_sources("embedded", {"text_encoder": whole}, None)
     assert sources.config.text_encoder.num_hidden_layers == 3 and sources.notes == ()
     for count in (2, 4):
         file = gguf_of(tmp_path / f"{count}.gguf", tensors, qwen3__block_count=count)
         with pytest.raises(CheckpointError, match=f"has 3 layers, its metadata says {count}"):
-            open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
+            open_sources("embedded", {"text_encoder": file}, None)
     # Even without the last layer alone: a file that says so is not whole.
     file = gguf_of(tmp_path / "first.gguf", first, qwen3__block_count=3)
     with pytest.raises(CheckpointError, match="has 2 layers, its metadata says 3"):
-        open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": file}, None)
     file = gguf_of(tmp_path / "x-00001-of-00002.gguf", first, split__count=2, split__no=0)
     with pytest.raises(CheckpointError, match="one file of 2 .*llama-gguf-split --merge"):
-        open_sources("embedded", {"text_encoder": file}, None, EMBEDDED)
+        open_sources("embedded", {"text_encoder": file}, None)
 
 
 # --- a ControlNet's config.json ---
@@ -478,7 +478,7 @@ def test_a_second_pass_and_a_replay_find_their_own_shift(dynamic):
 
 def test_a_converted_model_keeps_its_schedule(dynamic, tmp_path):
     convert(dynamic.folder, tmp_path / "out", version="0")
-    assert open_sources(tmp_path / "out", {}, None, EMBEDDED).config.scheduler == dynamic.config.scheduler
+    assert open_sources(tmp_path / "out", {}, None).config.scheduler == dynamic.config.scheduler
 
 
 @pytest.mark.parametrize("kind, numbers", [("linear", {"base_shift": -1.0}), ("exponential", {"base_shift": 900.0}),

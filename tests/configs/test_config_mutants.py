@@ -14,7 +14,7 @@ from collections import Counter
 
 from s3dit import Pipeline
 from s3dit.errors import CheckpointError, RequestError
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 MUTANTS = int(os.environ.get("S3DIT_MUTANTS", "400"))
 VALUES = (

@@ -12,7 +12,7 @@ from s3dit.model.part_specs import SPECS
 from s3dit.model.text_encoder import TextEncoder
 from s3dit.model.transformer import Transformer
 from s3dit.model.vae import Autoencoder
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.container import Entry

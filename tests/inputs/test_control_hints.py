@@ -4,6 +4,7 @@ The weights of the ControlNets are random, so the pictures mean nothing; what is
 """
 
 import shutil
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -18,8 +19,9 @@ from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.model.controlnet import ControlNet, ControlNetConfig
 from s3dit.model.layout import text_to_image
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
+from s3dit.sampling.caches import FirstBlock
 from s3dit.sampling.guidance import Guidance, guide
 
 SIZE = {"height": 64, "width": 96}
@@ -105,6 +107,23 @@ def test_a_batch_is_one_by_one(pipe, nets):
         # Sums in matrix products of other heights, some 1e-7 a block, through 4 guided steps.
         assert (both[i] - alone).norm() / alone.norm() < 2e-5
         assert (both[i] - other).norm() / alone.norm() > 1e-3
+
+
+def test_a_cache_beside_control(pipe, nets, monkeypatch):
+    """Tokens of one of two pictures get that one's hints; a call in which control begins or ends is computed."""
+    options = SHORT | {"prompt": ["a red star", "a blue ring"], "seed": [5, 6]}
+    control = Control(nets["2.1"], [picture(1), picture(2)], 0.5)
+    whole = pipe(**options, control=control).latents
+    turns = cycle([True, False])
+    monkeypatch.setattr(FirstBlock, "spares", lambda self, i, change: next(turns))
+    drawn = pipe(**options, control=control, cache="first-block:0.1")
+    assert [record["engine"]["reused"] for record in drawn.metadata] == [1, 0]
+    # Sums in matrix products of other heights.
+    assert (drawn.latents[1] - whole[1]).norm() / whole[1].norm() < 2e-5
+    assert (drawn.latents[0] - whole[0]).norm() / whole[0].norm() > 1e-3
+    steps = pipe.stream(**SHORT | {"num_inference_steps": 8}, control=Control(nets["2.1"], picture(1), start=0.5),
+                        cache="taylor:9:first=1:last=0")  # fmt: skip
+    assert [step.reused[0] for step in steps] == [0, 1, 2, 3, 3, 4, 5, 6]
 
 
 def test_several_controls(pipe, nets, plain):

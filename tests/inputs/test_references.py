@@ -17,11 +17,11 @@ from s3dit.cli.main import main
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.inputs.save_image import save_png
-from s3dit.model.layout import edit
+from s3dit.model.edit_layout import edit
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.graphs import Replay
 from s3dit.runtime.model_config import read_model
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from s3dit import Pipeline
 from s3dit.kernels.aligned import ALIGNMENT, MAX_ALIGNED_ROWS
 from s3dit.model.linear import Linear
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 # Of one prompt below MAX_ALIGNED_ROWS tokens, with guidance, so that all kinds of small products are met.
 REQUEST = {

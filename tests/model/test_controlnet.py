@@ -14,8 +14,8 @@ from s3dit.errors import CheckpointError
 from s3dit.model.config import TransformerConfig
 from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls, condition, open_controlnet
 from s3dit.model.layout import patchify, text_to_image
-from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.block_streaming import stream
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.runtime.model_config import read_model
 from s3dit.weights.container import Checkpoint, Entry

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from s3dit.model.layout import Segment, edit, patchify, released_order, text_to_image, unpatchify
+from s3dit.model.edit_layout import edit, released_order
+from s3dit.model.layout import Segment, patchify, text_to_image, unpatchify
 
 
 def test_one_item_by_hand():

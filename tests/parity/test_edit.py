@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from s3dit.model.config import TransformerConfig
-from s3dit.model.layout import edit, patchify, released_order, text_to_image, unpatchify
+from s3dit.model.edit_layout import edit, released_order
+from s3dit.model.layout import patchify, text_to_image, unpatchify
 from s3dit.model.transformer import Transformer
 
 TEXT, VISION = 40, 48

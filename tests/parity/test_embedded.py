@@ -6,7 +6,8 @@ import torch
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install 's3dit[test]'")
 
-from s3dit.pipeline import EMBEDDED, Pipeline  # noqa: E402
+from s3dit.pipeline import Pipeline  # noqa: E402
+from s3dit.runtime.embedded import EMBEDDED  # noqa: E402
 
 PROMPTS = [
     "a red circle on a white background",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 pytest.importorskip("diffusers")
 ROOT = Path(__file__).resolve().parents[2]

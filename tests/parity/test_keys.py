@@ -17,7 +17,6 @@ from s3dit.configs.model_files import KINDS
 from s3dit.errors import CheckpointError
 from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig
 from s3dit.model.tokenizer import Tokenizer
-from s3dit.pipeline import EMBEDDED
 from s3dit.runtime.sources import open_sources
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "configs"))
@@ -67,7 +66,7 @@ def test_every_key_of_a_controlnet():
 
 def test_what_the_savers_write_is_known(official_dir, omni_dir):
     for folder in (official_dir, omni_dir):
-        assert open_sources(folder, {}, None, EMBEDDED).notes == ()
+        assert open_sources(folder, {}, None).notes == ()
 
 
 def test_every_key_of_the_pipelines():
@@ -183,7 +182,7 @@ def test_what_cannot_matter_changes_no_ids(copy, key):
              "model_max_length": 16, "model_input_names": ["input_ids", "attention_mask"]}.get(key, 3)  # fmt: skip
     change(copy, "tokenizer/tokenizer_config.json", **{key: value})
     assert ids(copy / "tokenizer") == before
-    assert open_sources(copy, {}, None, EMBEDDED).notes == ()
+    assert open_sources(copy, {}, None).notes == ()
 
 
 def test_what_a_file_adds_around_every_text_is_added(copy):

@@ -11,9 +11,9 @@ from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift, get_de
 
 from s3dit.inputs.start_image import InpaintBlend, noised, remaining_sigmas
 from s3dit.model.config import SchedulerConfig
-from s3dit.pipeline import EMBEDDED
 from s3dit.request import Request
 from s3dit.resolve import resolve
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 from s3dit.sampling.schedules import sigmas
 from s3dit.sampling.solvers import euler

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from s3dit import Pipeline
 from s3dit.errors import RequestError
 from s3dit.kernels.schemes import SCHEMES
-from s3dit.pipeline import EMBEDDED
 from s3dit.research import edits
 from s3dit.research.atlases import SKETCH, layer_atlas, score_atlas, sketch, step_atlas
 from s3dit.research.changes import changed, modules
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.weights.quantize import quantizable_layers
 
 PROMPT = "a red star above a blue ring"

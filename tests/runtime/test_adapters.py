@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from s3dit import Pipeline
 from s3dit.cli.main import main
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.pipeline import EMBEDDED
 from s3dit.runtime import lora
+from s3dit.runtime.embedded import EMBEDDED
 
 PROMPT = "a red star above a blue ring on a white background"
 REQUEST = {"prompt": PROMPT, "seed": 3, "num_inference_steps": 2, "height": 64, "width": 64, "output_type": "latent"}

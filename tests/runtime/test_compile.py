@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from s3dit import Pipeline
 from s3dit.errors import BackendError
 from s3dit.kernels.attention import attention
-from s3dit.model.layout import edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import text_to_image
 from s3dit.model.transformer import Transformer
 from s3dit.runtime.block_streaming import stream
 from s3dit.runtime.graphs import check_compiler, compile_blocks

@@ -9,7 +9,8 @@ from s3dit import Pipeline
 from s3dit.errors import BackendError
 from s3dit.kernels.norm import gated_residual, gated_residual_norm, rms_norm_modulate
 from s3dit.model.config import TransformerConfig
-from s3dit.model.layout import edit, text_to_image
+from s3dit.model.edit_layout import edit
+from s3dit.model.layout import text_to_image
 from s3dit.model.transformer import Transformer
 from s3dit.runtime import modulations
 from s3dit.runtime.finite import FiniteChecks

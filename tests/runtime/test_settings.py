@@ -14,7 +14,7 @@ from s3dit import Control, Pipeline
 from s3dit.model.controlnet import ControlNet, ControlNetConfig
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 
 SIZE = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "tensor", "prompt": "a red star", "seed": 1}

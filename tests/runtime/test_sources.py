@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from s3dit import Pipeline
 from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.sources import open_model, open_sources
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,8 +62,8 @@ def test_a_folder_of_one_part_with_its_config():
 def test_the_embedded_model_is_no_home_for_strangers():
     """Where parts are given and no model, nothing of the embedded one is mixed in."""
     with pytest.raises(CheckpointError, match="not transformer, text_encoder, tokenizer"):
-        open_sources(None, {"vae": EMBEDDED / "vae"}, None, EMBEDDED)
-    sources = open_sources("embedded", {"vae": WEIGHTS["vae"]}, None, EMBEDDED)
+        open_sources(None, {"vae": EMBEDDED / "vae"}, None)
+    sources = open_sources("embedded", {"vae": WEIGHTS["vae"]}, None)
     assert sources.mixed == ("vae",) and sources.config.variant == "tiny"
 
 

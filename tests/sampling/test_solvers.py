@@ -30,8 +30,18 @@ def test_official_levels(shift, expected):
 @pytest.mark.parametrize("n", [1, 2, 8, 50])
 def test_levels_fall_from_one_to_zero(schedule, n):
     levels = sigmas(n, 3.0, schedule)
-    assert len(levels) == n + 1 and levels[0] == 1 and levels[-1] == 0
+    # TwinFlow's begin a thousandth below.
+    first = torch.tensor(0.999 if schedule == "twinflow" else 1.0)
+    assert len(levels) == n + 1 and levels[0] == first and levels[-1] == 0
     assert (levels[:-1] > levels[1:]).all()
+
+
+@pytest.mark.parametrize(("n", "gap"), [(1, 0.5), (2, 0.6), (3, 0.5), (4, 0.5), (8, 0.5)])
+def test_twinflow_s_levels(n, gap):
+    """Its README: rfba_gap_steps [0.001, 0.5], of two steps [0.001, 0.6], by linspace; no shift changes them."""
+    expected = [*(1 - torch.linspace(0.001, 1 - gap, n, dtype=torch.float64)).tolist(), 0.0]
+    assert sigmas(n, 3.0, "twinflow").tolist() == pytest.approx(expected, abs=1e-7)
+    assert torch.equal(sigmas(n, 6.0, "twinflow"), sigmas(n, 1.0, "twinflow"))
 
 
 def test_explicit_levels_are_shifted_and_ended():

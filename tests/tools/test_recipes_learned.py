@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 sys.path[:0] = [str(Path(__file__).parents[2] / "tools" / folder) for folder in ("recipes", ".")]
 
 import activation_patching  # noqa: E402
+import distill_lora  # noqa: E402
 import linear_probe  # noqa: E402
 import sparse_autoencoder  # noqa: E402
 import train_lora  # noqa: E402
@@ -122,10 +123,34 @@ def test_the_file_of_a_lora_has_diffusers_names_and_acts_as_it_was_trained(tmp_p
     assert (trained - before).abs().max() > 0.05 * trained.abs().max()
 
 
-def test_diffusers_loads_the_file_of_a_lora_without_a_key_left(tmp_path):
+TEXTS = ["a red star above a blue ring", "a huge pink heart", "a green cross at the left"]
+
+
+def test_a_few_step_lora_learns_the_way_between_states_of_its_teacher(tmp_path):
+    """States are those of the teacher's pictures, at the noise levels of the student; the file says its settings."""
+    pipe = load()
+    states, levels = distill_lora.trajectories(pipe, TEXTS, 2, batch=2)
+    assert levels == pytest.approx(pipe.plan("", num_inference_steps=2).sigmas)
+    steps = list(pipe.stream(TEXTS, seed=10_000))
+    for found, latents in zip(states[1:], (steps[3].latents, steps[7].latents), strict=True):
+        torch.testing.assert_close(found, torch.stack(latents), rtol=0, atol=1e-4)
+    assert torch.equal(states[0], torch.stack(distill_lora.split_latents(steps[0].start, steps[0].grids)))
+    losses = distill_lora.train(tmp_path / "few.safetensors", None, TEXTS, steps=2, updates=12, batch=3)
+    assert np.mean(losses[-4:]) < 0.9 * np.mean(losses[:4])
+    before = pipe.plan(TEXTS[0]).request.num_inference_steps
+    pipe.lora.attach(tmp_path / "few.safetensors")
+    after = pipe.plan(TEXTS[0]).request
+    assert before == 8 and (after.num_inference_steps, after.guidance_scale, after.shift) == (2, 0.0, 3.0)
+
+
+@pytest.mark.parametrize("recipe", ["train_lora", "distill_lora"])
+def test_diffusers_loads_the_file_of_a_lora_without_a_key_left(tmp_path, recipe):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")
-    train_lora.train(tmp_path / "few.safetensors", steps=1, count=4)
+    if recipe == "train_lora":
+        train_lora.train(tmp_path / "few.safetensors", steps=1, count=4)
+    else:
+        distill_lora.train(tmp_path / "few.safetensors", None, TEXTS[:1], steps=1, updates=1, batch=1)
     state = diffusers.ZImagePipeline.lora_state_dict(tmp_path / "few.safetensors")
     model = diffusers.ZImageTransformer2DModel.from_pretrained(load().folder / "transformer")
     model.load_lora_adapter(state, prefix="transformer")

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from s3dit.errors import CheckpointError
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.sources import open_sources
 from s3dit.weights.adapter import read_adapter
 from s3dit.weights.hub import MODEL_FOLDERS, resolve, resolve_file
@@ -140,17 +140,17 @@ def test_only_what_is_read_is_fetched(hub):
     folder = resolve("org/name")
     assert sorted(hub.files()) == READ
     assert sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()) == READ
-    assert open_sources("org/name", {}, None, EMBEDDED).config == open_sources(EMBEDDED, {}, None, EMBEDDED).config
+    assert open_sources("org/name", {}, None).config == open_sources(EMBEDDED, {}, None).config
 
 
 def test_parts_that_come_from_elsewhere_are_not_fetched(hub):
     files = {part: str(next((EMBEDDED / part).glob("*.safetensors"))) for part in ("transformer", "text_encoder")}
-    open_sources("org/name", files, EMBEDDED / "tokenizer", EMBEDDED)
+    open_sources("org/name", files, EMBEDDED / "tokenizer")
     assert [file for file in hub.files() if not file.endswith(".json")] == ["vae/diffusion_pytorch_model.safetensors"]
     assert not any(file.startswith("tokenizer/") for file in hub.files())
     hub.asked.clear()
     hub.repositories["org/other"] = MODEL | OTHERS
-    open_sources("embedded", {"transformer": "org/other"}, "org/other", EMBEDDED)
+    open_sources("embedded", {"transformer": "org/other"}, "org/other")
     weights = [file for file in hub.files() if file.endswith(".safetensors")]
     assert weights == ["transformer/diffusion_pytorch_model.safetensors"]
     assert {file for file in hub.files() if file.startswith("tokenizer/")} == {
@@ -194,9 +194,9 @@ def test_one_part_at_the_root(hub):
     resolve("org/qwen", ["tokenizer"])
     assert sorted(hub.files()) == ["tokenizer.json", "tokenizer_config.json"]
     hub.asked.clear()
-    found = open_sources("embedded", {"text_encoder": "org/qwen"}, "org/qwen", EMBEDDED)
+    found = open_sources("embedded", {"text_encoder": "org/qwen"}, "org/qwen")
     assert hub.files() == ["config.json", "model.safetensors"] or hub.files() == ["model.safetensors", "config.json"]
-    assert found.config.text_encoder == open_sources("embedded", {}, None, EMBEDDED).config.text_encoder
+    assert found.config.text_encoder == open_sources("embedded", {}, None).config.text_encoder
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_what_has_no_weights_at_all(hub):
 def test_one_file_of_a_repository(hub):
     weights = MODEL["transformer/diffusion_pytorch_model.safetensors"]
     hub.repositories["org/files"] = {"split_files/a[1].safetensors": weights, "split_files/a1.safetensors": b"x"}
-    found = open_sources("embedded", {"transformer": "org/files/split_files/a[1].safetensors"}, None, EMBEDDED)
+    found = open_sources("embedded", {"transformer": "org/files/split_files/a[1].safetensors"}, None)
     assert hub.files() == ["split_files/a[1].safetensors"] and found.mixed == ("transformer",)
     with pytest.raises(CheckpointError, match=r"holds no c\.safetensors; needed one of its files: split_files/a1\."):
         resolve("org/files/c.safetensors")
@@ -247,7 +247,7 @@ def test_what_diffusers_has_fetched_loads(hub, tmp_path, monkeypatch, how, liste
     snapshot = lay(tmp_path / "cache", "org/name", model, [*model, *OTHERS] if listed else None)
     _cut(hub, monkeypatch, how)
     assert resolve("org/name") == snapshot
-    assert open_sources("org/name", {}, None, EMBEDDED).path == snapshot
+    assert open_sources("org/name", {}, None).path == snapshot
 
 
 def _cut(hub, monkeypatch, how):
@@ -289,9 +289,7 @@ def test_one_part_of_a_partial_download_is_enough(hub, tmp_path, monkeypatch):
     vae = {name: data for name, data in MODEL.items() if name.startswith("vae/")}
     snapshot = lay(tmp_path / "cache", "org/name", vae)
     offline(hub, monkeypatch)
-    assert (
-        open_sources("embedded", {"vae": "org/name"}, None, EMBEDDED).checkpoints["vae"].path.is_relative_to(snapshot)
-    )
+    assert open_sources("embedded", {"vae": "org/name"}, None).checkpoints["vae"].path.is_relative_to(snapshot)
 
 
 def test_a_download_that_breaks_off(hub, monkeypatch):
@@ -559,8 +557,8 @@ def test_embedded_is_a_name_for_every_part(part, hub):
     """The embedded model's own part, not a repository, beside another model."""
     other = EMBEDDED.parent / "tiny"
     given = {} if part == "tokenizer" else {part: "embedded"}
-    found = open_sources(str(other), given, "embedded" if part == "tokenizer" else None, EMBEDDED)
-    whole = open_sources("embedded", {}, None, EMBEDDED)
+    found = open_sources(str(other), given, "embedded" if part == "tokenizer" else None)
+    whole = open_sources("embedded", {}, None)
     assert found.tokenizer == whole.tokenizer and not hub.asked
     assert {name: one.path for name, one in found.checkpoints.items()} == {
         name: one.path for name, one in whole.checkpoints.items()

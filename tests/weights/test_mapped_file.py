@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
 from s3dit.errors import CheckpointError
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.weights.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

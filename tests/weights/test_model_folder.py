@@ -9,7 +9,7 @@ import pytest
 from s3dit.cli.convert_model import convert
 from s3dit.errors import CheckpointError
 from s3dit.kernels.schemes import SCHEMES
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.weights import quantize as room
 from s3dit.weights.model_folder import building, left_out, put_in_place
 from s3dit.weights.quantize import quantize

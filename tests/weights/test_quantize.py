@@ -12,7 +12,7 @@ from s3dit import Pipeline
 from s3dit.cli.main import main
 from s3dit.errors import BackendError, CheckpointError
 from s3dit.kernels.schemes import SCHEMES
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 from s3dit.weights import quantize as room
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.quantize import quantizable_layers, quantize

@@ -20,9 +20,9 @@ from tiny_world import Scene, fixed_prompts  # noqa: E402
 Prompt = tuple[Scene, str]
 
 
-def load() -> Pipeline:
-    """Return the embedded model in fp32, so that what is found does not depend on a CPU's own number format."""
-    return Pipeline.load(dtype="fp32", residency="resident")
+def load(model: str | None = None) -> Pipeline:
+    """Return a model (default: the embedded one) in fp32, so that nothing depends on a CPU's own number format."""
+    return Pipeline.load(model, dtype="fp32", residency="resident")
 
 
 def prompts(count: int, *kinds: str) -> list[Prompt]:
