@@ -16,11 +16,13 @@ is made by `launcher`: a custom operator of torch under torch.compile, a plain c
 
 import functools
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -32,15 +34,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Implemented = TypeVar("Implemented", bound=Callable[..., Any])
 
+NO_TRITON = "the package triton, which is not installed; pip install 's3dit[gpu]'"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 kernel: Any
 tl: Any
-if torch.cuda.is_available() or INTERPRETED:
+# Whether kernels can be launched here. A CUDA build of torch brings Triton, but not on Windows.
+LAUNCHES = (torch.cuda.is_available() or INTERPRETED) and find_spec("triton") is not None
+if LAUNCHES:
     import triton
     import triton.language
 
     kernel, tl = triton.jit, triton.language
 else:
+    if torch.cuda.is_available():
+        logging.getLogger(__name__).warning("no kernels of Triton run: they need %s", NO_TRITON)
     # Enough for a kernel to be defined; nothing here can launch it.
     kernel, tl = (lambda function: function), SimpleNamespace(constexpr=lambda value: value)
 
@@ -72,6 +79,8 @@ class Implementation:
         """Return the reason why it cannot run with these arguments on this device type, "" where it can."""
         if self.device != device:
             return f"needs {self.device} tensors, found {device}"
+        if self.backend == "triton" and not LAUNCHES:
+            return f"needs {NO_TRITON}"
         tracked = torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args)
         if tracked and self.backend == "triton":
             return "a kernel gives no gradient"
@@ -106,6 +115,8 @@ def check_backend(name: str) -> None:
         raise BackendError(f"backend is {name!r}; needed one of {', '.join(BACKENDS)}")
     if name == "triton" and not torch.cuda.is_available() and not INTERPRETED:
         raise BackendError("backend 'triton' needs a CUDA device, found none; use 'auto', 'torch' or 'reference'")
+    if name == "triton" and not LAUNCHES:
+        raise BackendError(f"backend 'triton' needs {NO_TRITON}")
 
 
 def set_backend(name: str) -> None:
@@ -267,6 +278,15 @@ class Op(Generic[P, R]):
         self._node = function
         return function
 
+    @contextmanager
+    def traced_as(self, function: Callable[..., R]) -> Iterator[None]:
+        """Let `function` stand in every graph that is traced inside the `with` (torch.export, torch.compile)."""
+        before, self._node = self._node, function
+        try:
+            yield
+        finally:
+            self._node = before
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the chosen implementation; keyword arguments are put into their places first."""
         if kwargs:
@@ -354,6 +374,9 @@ def launcher(fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P,
     """
 
     def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        if not LAUNCHES:
+            # An operator takes a millisecond to define.
+            return function
         node: Any = torch.library.custom_op(f"s3dit::{function.__name__.strip('_')}", function, mutates_args=())
         node.register_fake(fake)
 

@@ -71,6 +71,8 @@ def _by_chunks(picture: Tensor, groups: int, offset: None = None) -> Moments:
     for chunk in picture.split(max(1, CHUNK // (size * width)), dim=2):
         positions = chunk.shape[2] * width
         numbers = chunk.to(upcast) - near if centered else chunk
+        # A difference of a single row has strides that torch then refuses; this says the same places in its own.
+        numbers = numbers[0].movedim(0, -1)[None].movedim(-1, 1)
         # No other function of torch takes both moments so fast; what it normalizes is small, and thrown away.
         _, mean, scale = torch.native_group_norm(numbers, *weights, 1, channels, positions, groups, SMALLEST_EPS)
         means.append(mean[0].double())

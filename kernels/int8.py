@@ -73,6 +73,9 @@ def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor |
 
     Twice as fast as bf16 on a CPU with both. The prepacked form is no faster and would be a second copy of the model.
     """
+    if torch.compiler.is_compiling():
+        # Chunks are the compiler's own affair.
+        return _int_mm(x, parts, bias)
     values, row_scale, _ = quantize_rows(x, DTYPE)
     codes, scale = parts["weight"], parts["scale"].T
     matrix = values.reshape(-1, codes.shape[1])
@@ -105,7 +108,10 @@ def _triton_scaled(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Ten
 
 
 def _int_mm_supported(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
-    fits = x.shape[:-1].numel() > 16 and not any(size % 8 for size in parts["weight"].shape)
+    # An exported graph is of any number of rows, and does not ask for theirs.
+    fits = (torch.compiler.is_exporting() or x.shape[:-1].numel() > 16) and not any(
+        size % 8 for size in parts["weight"].shape
+    )
     return fits or "torch's integer product takes more than 16 rows, and widths that are multiples of 8"
 
 

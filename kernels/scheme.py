@@ -75,7 +75,7 @@ def quantize_rows(x: Tensor | QuantizedRows, dtype: torch.dtype) -> QuantizedRow
     """
     if isinstance(x, QuantizedRows):
         return x
-    if x.device.type != "cpu" or x.numel() <= INPUT_CHUNK or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.numel() <= INPUT_CHUNK:
         return QuantizedRows(*_round(x, dtype), x.dtype)
     # A CPU makes its passes over rows that stay in the cache: ten times faster than passes over everything.
     values = torch.empty(x.shape, dtype=dtype, device=x.device)

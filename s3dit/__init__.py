@@ -25,6 +25,11 @@ __all__ = [
     "Step", "__version__",
 ]  # fmt: skip
 
+# The links to ../kernels and ../weights in a checkout are plain files where a system has none (Windows): then the rooms
+# are found beside this folder.
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    __path__.append(os.path.dirname(os.path.abspath(__path__[0])))
+
 # Fresh activations of tens of megabytes cost more in 4 KiB page faults than in arithmetic on a CPU; torch reads this
 # once, at its first allocation, and asks the kernel for huge pages.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -51,8 +51,8 @@ class Control:
     strength: factor of its hints, 0 to 2 (default: as its authors use it, 0.75 or 0.9) · start, end: it acts in the
     steps i of n with start <= i/n < end · inpaint, mask: for 2.x, a picture to paint into and where (white) · version:
     when the tensors do not distinguish 2.0 from 2.1 rightly · rule: where the refiner's hints are added, see
-    model/controlnet.py. Images are a path, a Pillow image, an array or a tensor, or a sequence of them, one a prompt or
-    picture.
+    model/controlnet.py (default: authors; with preset diffusers its own). Images are a path, a Pillow image, an array
+    or a tensor, or a sequence of them, one a prompt or picture.
     """
 
     model: str | PathLike[str]
@@ -63,7 +63,7 @@ class Control:
     inpaint: Any = None
     mask: Any = None
     version: Version | None = None
-    rule: Rule = "authors"
+    rule: Rule | None = None
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -105,7 +105,7 @@ class Control:
             raise ValueError(
                 f"control acts from {self.start:g} to {self.end:g} of the steps, which is none; needed start below end"
             )
-        for name, kinds in (("version", (*get_args(Version), None)), ("rule", get_args(Rule))):
+        for name, kinds in (("version", (*get_args(Version), None)), ("rule", (*get_args(Rule), None))):
             value = getattr(self, name)
             if not isinstance(value, str | None) or value not in kinds:
                 needed = ", ".join(filter(None, kinds))

@@ -80,7 +80,8 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
         yield f"of sigmas only their number, the first and the last count: schedule {request.schedule} spaces the rest"
     if request.schedule in UNSHIFTED and request.shift not in (None, config.scheduler.shift):
         yield f"shift has no effect: schedule {request.schedule} has sigmas of its own"
-    random = request.solver in STOCHASTIC or (request.image is not None and request.posterior == "sample")
+    blended = masked and request.convention == "diffusers"
+    random = request.solver in STOCHASTIC or (request.image is not None and (blended or request.posterior == "sample"))
     if request.latents is not None and request.upscale is None and not random:
         for name in ("seed", "generator", "batch_place"):
             if getattr(request, name) is not None:

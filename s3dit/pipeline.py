@@ -10,10 +10,6 @@ a request without a weight. `stream` yields Steps: progress bars, previews and e
 A pipeline may be called from several threads, which wait for one another: for a whole call, and of a `stream` for each
 step. So between two steps the pipeline is free for anybody, the stream's own thread included, and the next step brings
 back what it needs. What a thread has switched on in torch (autocast, gradients, a default device) changes nothing.
-
-What is not here: schedules, solvers and guidance (`sampling`), noise, start images, control and references (`inputs`),
-where tokens stand (`model.layout`), text encoder, vision tower and autoencoder (`runtime.encoders`), adapters
-(`runtime.adapters`).
 """
 
 import warnings
@@ -21,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cache, partial
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
@@ -50,6 +47,7 @@ from s3dit.runtime.finite import FiniteChecks
 from s3dit.runtime.graphs import check_compiler
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
+from s3dit.runtime.stopwatch import shown_seconds
 from s3dit.sampling.guidance import guide
 from s3dit.sampling.guidance_methods import guidance_of
 from s3dit.sampling.regions import RegionBlend
@@ -63,6 +61,7 @@ if TYPE_CHECKING:
     from s3dit.research.observe import Edit
     from s3dit.research.record import Record
 
+LOG = getLogger(__name__)
 Numerics = Literal["exact", "lossless", "approximate"]
 # What a picture may be asked for by.
 Wanted = Request | Plan | str | Sequence[str] | None
@@ -103,10 +102,9 @@ class Pipeline(LoadedModel):
         · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · numerics: how
         near that is to the references: "exact" takes implementations with the same bits only, "lossless" (default) also
         those that sum in another order, "approximate" also those with a stated error (none at present) · quantize,
-        quantize_text: number formats of transformer and text encoder: "fp8", "int8" (both sides of a
-        product), "fp8-weights", "int8-weights", "int4" (weights only); float weights are encoded as they come in, a
-        quantized model is run in its own format · disable_mmap: read weights into memory instead of mapping their
-        files, which may then be cut short while they are in use (see `weights.mapped_file`).
+        quantize_text: formats of transformer and text encoder: "fp8", "int8" (both sides of a product), "fp8-weights",
+        "int8-weights", "int4" (weights only), into which floats are encoded as they come in · disable_mmap: read
+        weights into memory instead of mapping their files, which may then be cut short (see `weights.mapped_file`).
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
         if residency not in (None, "staged", "resident", "streamed"):
@@ -166,7 +164,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan.stages):
+            with out_of_memory(plan.stages), self.parts.clock.measured() as seconds:
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -180,10 +178,11 @@ class Pipeline(LoadedModel):
             metadata = self.records(plan)
             for record, reused in zip(metadata, step.reused, strict=False):
                 record["engine"]["reused"] = reused
+        LOG.info("drew %d of %s; seconds: %s", plan.request.count, self.folder.name, shown_seconds(seconds))
         if plan.request.output_type == "pil":
             drawn = [images.to_pil(picture[None])[0] for picture in pictures]
             pictures = [with_metadata(*each) for each in zip(drawn, metadata, strict=True)]
-        return Result(pictures, latents, metadata)
+        return Result(pictures, latents, metadata, seconds)
 
     def stream(self, request: Wanted = None, **fields: Unpack[RequestFields]) -> Iterator[Step]:
         """Sample a request or a plan and yield a Step after every step of the solver.
@@ -248,13 +247,15 @@ class Pipeline(LoadedModel):
                 if memory is not None and (steps is None or (memory.mode, memory.kept) != self.parts.policy):
                     self.parts.set_policy(memory.mode, memory.kept, [stage.part for stage in plan.stages])
                 if steps is None:
+                    self.parts.turns = [stage.part for stage in plan.stages]
                     steps = self._begin(plan)
                 else:
                     # Somebody else may have had the pipeline since the last step.
                     self._models(plan)
                 self.now = Now(plan, before + (step.i if step else 0) + 1)
                 try:
-                    step = next(steps, None)
+                    with self.parts.clock.stage("transformer"):
+                        step = next(steps, None)
                 finally:
                     self.now = None
             if step is None:
@@ -273,9 +274,8 @@ class Pipeline(LoadedModel):
         request, device, encoders = plan.request, self.placement.device, self.encoders
         positive, negative, features = self._features(plan)
         sources = noise.sources(request)
-        sampled = [source.generator for source in sources] if request.posterior == "sample" else None
-        pixels = [image.pixels for image in plan.start_images]
-        start = encoders.encode_images(pixels, sampled, plan.tile, shared=request.convention != "own")
+        encode = partial(encoders.encode_images, tile=plan.tile)
+        first, start = start_image.drawn(plan.start_images, request, sources, encode)
         hints = [
             control_hints.patches(control, request, lambda pixels: encoders.encode_images([pixels], None, plan.tile)[0])
             for control in plan.controls
@@ -303,9 +303,10 @@ class Pipeline(LoadedModel):
             return noise.draw(plan.grids, later).to(device)
 
         sigmas = torch.tensor(plan.sigmas, dtype=torch.float32)
-        x, keep = noise.starting_noise(request, plan.grids, sources).to(device), None
+        x, keep, differential = first.to(device), None, request.mask_mode == "differential"
         if start:
-            x, keep = start_image.begin(plan.start_images, start, x, sigmas, request.mask_mode == "differential")
+            state = noise.given_state(request)
+            x, keep = start_image.begin(plan.start_images, start, x, sigmas, differential, state)
         skipped = request.skip_layers and SkippedLayers(transformer, SkipLayers.of(request.skip_layers))
         lengths = [rows * columns for rows, columns in plan.grids]
         run: Any = self.parts.component("transformer").replay if self.graphs else transformer

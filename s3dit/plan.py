@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from s3dit import presets
 from s3dit.few_steps import with_adapters
 from s3dit.inputs import control_hints, references, region_masks, start_image
 from s3dit.inputs.images import Pictures
@@ -97,7 +98,8 @@ def make_plan(
     """
     sources = with_adapters(request, sources, components.adapters)
     config, pictures, notes = sources.config, Pictures(), list[str]()
-    request, start_images = start_image.read(request, pictures, notes)
+    # Before anything is read, because conventions are about that, too.
+    request, start_images = start_image.read(presets.applied(request), pictures, notes)
     request, seen = references.read(request, config, sources.path, pictures, notes)
     request, controls = control_hints.read(resolve(request, config), components.controlnet, pictures, notes)
     shares = region_masks.read(request, pictures, notes)

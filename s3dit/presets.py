@@ -1,15 +1,16 @@
 """Presets: what other programs draw a Z-Image picture with, as fields of a request.
 
 A preset stands for fields; any that the request gives itself take its place. What names mean there is a field like any
-other, `convention`: comfyui (schedules, dpmpp_2m, er_sde, strength, noise of a batch) or diffusers (noise of a batch).
-The record of a picture has all of these fields, so it is drawn again as it was whatever a preset says later.
+other, `convention`: comfyui (schedules, dpmpp_2m, er_sde, strength, noise of a batch) or diffusers (noise of a batch,
+`latents` beside a start image, masks of another size, references in bf16). The record of a picture has all of these
+fields, so it is drawn again as it was whatever a preset says later.
 
 Sources: ComfyUI's templates image_z_image_turbo, image_z_image and its 2K upscaler (October 2026); diffusers'
 `ZImagePipeline` and `ZImageImg2ImgPipeline`; official `src/zimage/pipeline.py`.
 """
 
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from operator import eq, is_
 from typing import Any
 
@@ -25,12 +26,18 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "comfyui-2k": COMFYUI
     | {"num_inference_steps": 5, "cfg": 1.0, "solver": "dpmpp_2m_sde", "schedule": "beta", "strength": 0.33},
     # Steps, guidance and shift are the model's own: both programs' defaults are one model's.
-    "diffusers": DIFFUSERS | {"posterior": "sample"},
+    "diffusers": DIFFUSERS | {"posterior": "sample", "composite": False},
     "official": DIFFUSERS,
 }
 # Fields that say the same, and fields without which another means nothing.
 RIVALS = {"cfg": "guidance_scale", "num_inference_steps": "sigmas", "schedule": "sigmas"}
-NEEDS = {"strength": "image", "posterior": "image"}
+NEEDS: dict[str, Callable[[Request], bool]] = {
+    "strength": lambda request: request.image is not None,
+    "posterior": lambda request: request.image is not None,
+    "composite": lambda request: masked(request) and request.output_type != "latent",
+}
+# What preset diffusers says of a control that does not say it itself.
+CONTROL: dict[str, Any] = {"rule": "diffusers", "strength": 0.75}
 # Solvers of whose names ComfyUI has no form for flows.
 ABSENT: tuple[Solver, ...] = ("unipc", "res_multistep_ancestral")
 # Solvers that draw noise, and have the same from ComfyUI's generator.
@@ -50,9 +57,19 @@ def applied(request: Request) -> Request:
     said = {
         name: value
         for name, value in PRESETS[request.preset].items()
-        if name not in given and RIVALS.get(name) not in given and NEEDS.get(name, "preset") in given
+        if name not in given and RIVALS.get(name) not in given and (name not in NEEDS or NEEDS[name](request))
     }
+    if request.preset == "diffusers" and request.controls:
+        said["control"] = [
+            replace(control, **{name: value for name, value in CONTROL.items() if getattr(control, name) is None})
+            for control in request.controls
+        ]
     return request.filled(**said)
+
+
+def masked(request: Request) -> bool:
+    """Whether a part of the start image is kept."""
+    return request.mask_image is not None or request.extend is not None
 
 
 def check(request: Request) -> None:
@@ -98,5 +115,13 @@ def notes(request: Request) -> Iterator[str]:
         yield f"the noise that {solver} adds is that of ComfyUI on a CPU; on a GPU it draws other numbers"
     if request.convention == "diffusers" and request.generator is None:
         yield "the first noise is that of a generator on the CPU; one on a GPU draws other numbers from the same seed"
+    if request.convention == "diffusers" and request.image is not None:
+        if request.latents is not None and not masked(request):
+            yield "image gives its size and, by strength, the steps, and no more: latents are the state to start from"
+        elif request.posterior == "sample" and len(as_list(request.image)) < len(as_list(request.seed)):
+            yield (
+                "each picture samples the posterior of the start image by its own seed; diffusers samples an image of "
+                "several generators by the first of them; give both an image a picture"
+            )
     if request.preset == "official" and 0 < scale <= 1:
         yield f"guidance_scale {scale:g} acts here; the official code takes 1 and less for none"

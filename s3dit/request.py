@@ -7,8 +7,7 @@ together. What the engine fills in later (`filled`) is not checked again. The co
 made from the same fields. Values are never changed in silence: 0.0 is a value, lists given by the caller are copied
 and not written to.
 
-Importing this module does not import torch, so that the command line's `--help` is quick. It is one file, though long,
-because a field, what is checked of it and how JSON says it are to be read together.
+Importing this module does not import torch, so that the command line's `--help` is quick.
 """
 
 from collections.abc import Sequence
@@ -240,9 +239,9 @@ class Request:
         0.0, values.NUMBER, 0, 512, group=START,
         says="soften the mask's edges by this many pixels",
     )  # fmt: skip
-    composite: bool = _field(
-        True, values.SWITCH, group=START,
-        says="lay the start image's own pixels over what the mask keeps (default: yes)",
+    composite: bool | None = _field(
+        None, values.SWITCH, group=START,
+        says="lay the start image's own pixels over what the mask keeps (default: yes; preset diffusers: no)",
     )  # fmt: skip
     posterior: Posterior = _field(
         Default("mode"), values.CHOICE, Posterior, group=START,
@@ -304,7 +303,7 @@ class Request:
     def of(cls, request: "Request | str | Sequence[str] | None" = None, **wanted: Any) -> "Request":
         """A request from what a call was given: a request, or a prompt and fields; raises RequestError.
 
-        A field that there is not is named with the nearest one that there is.
+        A field that there is not is named with the nearest one that there is. compat is another word for preset.
         """
         if isinstance(request, Request):
             if wanted:
@@ -313,9 +312,11 @@ class Request:
                     "dataclasses.replace"
                 )
             return request
+        if "compat" in wanted and "preset" not in wanted:
+            wanted["preset"] = wanted.pop("compat")
         # As the command line calls them, too: steps for num_inference_steps.
         known = {spec.metadata["flag"].strip("-").replace("-", "_"): spec.name for spec in fields(cls)}
-        known |= {spec.name: spec.name for spec in fields(cls)}
+        known |= {spec.name: spec.name for spec in fields(cls)} | {"compat": "preset"}
         for name in wanted:
             if name not in cls.__dataclass_fields__:
                 near = [name] if name in known else get_close_matches(name, known, 1)

@@ -64,7 +64,7 @@ class RequestFields(TypedDict, total=False):
     extend: Sequence[int] | None
     mask_mode: MaskMode
     mask_blur: float
-    composite: bool
+    composite: bool | None
     posterior: Posterior
     upscale: float | None
     upscale_strength: float | None

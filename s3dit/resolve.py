@@ -39,6 +39,7 @@ def resolve(request: Request, config: ModelConfig) -> Request:
         num_inference_steps=steps,
         guidance_scale=guidance,
         cfg=None,
+        composite=request.composite is not False,
         solver=settings.solver if isinstance(request.solver, Default) else request.solver,
         target_timestep=target,
         schedule=scheduler.schedule if schedule == "official" else schedule,

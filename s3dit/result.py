@@ -7,7 +7,7 @@ the `save` of each picture.
 import os
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,15 @@ def with_metadata(image: Image.Image, metadata: Mapping[str, Any] | None) -> Dra
 class Result:
     """What came out: pictures (PIL, or a list of tensors (3, H, W) in [-1, 1]), latents, and how to repeat each.
 
-    latents: a list of fp32 (16, H/8, W/8), as the VAE takes them · metadata: one dict a picture, JSON values only.
+    latents: a list of fp32 (16, H/8, W/8), as the VAE takes them · metadata: one dict a picture, JSON values only ·
+    seconds: of each stage, the loading of parts apart ("load transformer"). They stand here and not in the metadata,
+    which are the same, and so are the files, whenever the same is drawn.
     """
 
     images: list[Any]
     latents: list[torch.Tensor]
     metadata: list[dict[str, Any]]
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> list[Path]:
         """Write every picture with its metadata and return the files; those that exist are replaced.

@@ -13,6 +13,7 @@ code says it (`finish`). This module knows nothing of models or pictures, and do
 import codecs
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -22,7 +23,8 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib.util import find_spec
 from types import FrameType
 from typing import Any, TextIO
 
@@ -136,7 +138,7 @@ class _Stream:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """While inside, standard output, errors and warnings go through here; afterwards they are the caller's again."""
+    """While inside, standard output, errors, warnings and logs go through here; afterwards they are the caller's."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -145,13 +147,24 @@ def streams() -> Iterator[None]:
             os.open(os.devnull, os.O_RDWR)
     out, err = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Stream(out), _Stream(err)
+    handler = _Said(logging.WARNING)
+    logging.getLogger("s3dit").addHandler(handler)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *rest, **more: say(message)
             yield
     finally:
         sys.stdout.flush()
+        logging.getLogger("s3dit").removeHandler(handler)
         sys.stdout, sys.stderr = out, err
+
+
+class _Said(logging.Handler):
+    """Says what the engine logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say one record."""
+        say(record.getMessage())
 
 
 def finish(code: int) -> int:
@@ -200,11 +213,36 @@ def paint(text: str) -> None:
         sys.stderr.flush()
 
 
+class _NoBar(AbstractContextManager["_NoBar"]):
+    """What counts as a tqdm bar does, and shows nothing."""
+
+    n = 0.0
+
+    def update(self, count: float) -> None:
+        """Count on."""
+        self.n += count
+
+    def close(self) -> None:
+        """Nothing is to be closed."""
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def bar(desc: str, **options: Any) -> Any:
-    """A tqdm bar on standard error."""
+    """A tqdm bar on standard error; where tqdm is not installed, a line that says so, once, and no bar."""
+    global _bars_missed
+    if find_spec("tqdm") is None:
+        if not _bars_missed and not options.get("disable"):
+            say("no progress bars without the package tqdm; pip install 's3dit[bars]' for them")
+            _bars_missed = True
+        return _NoBar()
     from tqdm import tqdm
 
     return tqdm(desc=line(desc, _encoding(sys.stderr)), file=sys.stderr, **options)
+
+
+_bars_missed = False
 
 
 @contextmanager

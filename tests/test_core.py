@@ -26,10 +26,11 @@ BORDER = {
     "json_values",
     "notes", "presets", "region", "request_fields", "result", "stages", "terminal", "values",
 }  # fmt: skip
-# Files of model/ and sampling/ that only some requests need, or those who look on.
+# Files of model/ and sampling/ that only some requests need, or those who look on; and how modules are made to be read
+# into (meta), which computes nothing.
 OPTIONAL = {
-    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "multistep", "regions",
-    "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
+    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "meta", "multistep",
+    "regions", "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
 }  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
@@ -95,7 +96,7 @@ def test_what_counts():
     assert count('"""Doc.\n\nMore.\n"""\n\n# comment\nx = 1  # beside\n\n\ndef f():\n    return x\n') == 6
 
 
-@pytest.mark.parametrize("folder", ["configs", "model", "sampling", "inputs", "runtime", "research"])
+@pytest.mark.parametrize("folder", ["configs", "model", "sampling", "inputs", "runtime", "research", "export"])
 def test_functions_are_short(folder):
     """At most 40 lines, docstring included, and 8 parameters: what is longer is split, or gets a value with a name."""
     wrong = []

@@ -10,7 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [
     ROOT / "s3dit" / "API.md",
+    ROOT / "s3dit" / "EMBED.md",
     ROOT / "s3dit" / "RECIPES.md",
+    ROOT / "s3dit" / "DIFFERENCES.md",
+    ROOT / "s3dit" / "EXPORT.md",
     ROOT / "s3dit" / "cli" / "README.md",
     ROOT / "s3dit" / "research" / "README.md",
     ROOT / "tools" / "recipes" / "README.md",
@@ -30,12 +33,15 @@ def text(page):
     return (path if path.is_file() else path / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("folder", ["s3dit/API.md", "s3dit/RECIPES.md", "s3dit/research"])
+PAGES = ["s3dit/API.md", "s3dit/EMBED.md", "s3dit/RECIPES.md", "s3dit/DIFFERENCES.md", "s3dit/research"]
+
+
+@pytest.mark.parametrize("folder", PAGES)
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", text(folder), re.S)
-    assert len(examples) >= 2
+    assert len(examples) >= (1 if folder.endswith("DIFFERENCES.md") else 2)
     exec(compile("\n".join(examples), f"{folder}/README.md", "exec"), {})
 
 

@@ -1,11 +1,14 @@
 """Presets: what they stand for, what wins over them, and that their pictures are drawn again as they were."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from s3dit.cli.main import main
+from s3dit.cli.main import main, parse
+from s3dit.control import Control
 from s3dit.errors import RequestError
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.pipeline import Pipeline
@@ -100,7 +103,52 @@ def test_what_a_seed_of_its_own_allows():
     resolve(Request(prompt=["a", "b"], preset="diffusers", height=[64, 80], seed=[1, 2]), MODEL)
 
 
+def test_what_compat_sets_besides():
+    """A mask's pixels are not laid over, and what a control does not say itself is as there."""
+    own, theirs = Control("net", "a.png"), {"rule": "diffusers", "strength": 0.75}
+    request = resolved("diffusers", image="a.png", mask_image="b.png", control=[own, replace(own, strength=0.5)])
+    assert request.composite is False
+    assert request.controls == [replace(own, **theirs), replace(own, **theirs | {"strength": 0.5})]
+    given = replace(own, rule="authors", strength=1.0)
+    kept = resolved("diffusers", image="a.png", mask_image="b.png", composite=True, control=given)
+    assert kept.composite is True and kept.controls == [given]
+    # Where nothing could be laid over, nothing is said of it.
+    for fields in ({}, {"image": "a.png", "mask_image": "b.png", "output_type": "latent"}):
+        assert resolved("diffusers", **fields).composite is True
+    assert resolved("official", control=own).controls == [own]
+
+
+def test_compat_is_another_word():
+    assert Request.of("a", compat="diffusers") == Request.of("a", preset="diffusers")
+    with pytest.raises(RequestError, match="no field 'compat'; did you mean preset"):
+        Request.of("a", compat="diffusers", preset="official")
+    assert parse(["generate", "a", "--compat", "diffusers"]).preset == "diffusers"
+
+
+def test_latents_beside_a_start_image(pipe):
+    """diffusers' meaning: they are the state, so that an image without a mask is not looked at."""
+    pixels, latents = torch.rand(2, 3, 64, 64), torch.randn(1, 16, 8, 8)
+    options = {"prompt": PROMPT, "latents": latents, "strength": 0.5, "seed": 1, **SMALL, "num_inference_steps": 4}
+    unseeded = {name: value for name, value in options.items() if name != "seed"}
+    one, other = (next(pipe.stream(image=each, convention="diffusers", **unseeded)) for each in pixels)
+    assert torch.equal(one.start, other.start) and torch.equal(one.x, other.x)
+    notes = pipe.plan(image=pixels[0], convention="diffusers", **options).notes
+    assert any("latents are the state to start from" in note for note in notes)
+    assert any("seed has no effect" in note for note in notes)
+    # With a mask, what is kept gets noise of the seed.
+    mask = torch.zeros(1, 64, 64)
+    mask[:, 20:50] = 1
+    options |= {"image": pixels[0], "mask_image": mask, "convention": "diffusers"}
+    assert not any("seed has no effect" in note for note in pipe.plan(**options).notes)
+    one, other = (next(pipe.stream(**options | {"seed": seed})) for seed in (1, 2))
+    assert torch.equal(one.start, other.start) and not torch.equal(one.x, other.x)
+
+
 NOTES = [
+    (
+        {"preset": "diffusers", "prompt": ["a", "b"], "image": torch.zeros(3, 64, 64), "seed": [1, 2]},
+        "give both an image a picture",
+    ),
     ({"preset": "comfyui-2k", "image": torch.zeros(3, 64, 64)}, "torchsde's Brownian tree"),
     ({"preset": "comfyui-turbo", "solver": "er_sde"}, "that of ComfyUI on a CPU"),
     ({"preset": "diffusers"}, "one on a GPU draws other numbers"),
@@ -110,7 +158,7 @@ NOTES = [
 
 @pytest.mark.parametrize(("fields", "note"), NOTES, ids=[note for _, note in NOTES])
 def test_what_a_preset_cannot_give_is_said(pipe, fields, note):
-    assert any(note in said for said in pipe.plan(PROMPT, **SMALL | fields).notes)
+    assert any(note in said for said in pipe.plan(**{"prompt": PROMPT} | SMALL | fields).notes)
 
 
 def test_the_state_starts_from_the_first_noise(pipe):

@@ -4,6 +4,7 @@
     python tools/bench.py text               a 20-token prompt; diffusers pads to 512
     python tools/bench.py vae                decode of a picture of --side pixels (default 512)
     python tools/bench.py research           what instruments cost: unused, and attention maps (bench_research.py)
+    python tools/bench.py start              fresh processes beside one that imports torch (bench_start.py)
     python tools/bench.py checkpoint         write a full-size random bf16 model (20 GB), draw 256² in 2 steps
     python tools/bench.py table FILE         the README's table from a file of results
     python tools/bench.py --quality …        what number formats cost in quality (bench_formats.py; --quality --help)
@@ -29,6 +30,7 @@ from typing import Any
 
 from bench_machine import ROOT, machine, watched, write_checkpoint
 from bench_research import bench_research
+from bench_start import bench_start
 
 DIFFUSERS_RUN = """
 import json, sys, time, torch
@@ -214,7 +216,7 @@ def main() -> None:
         bench_formats.main(["quality", *(one for one in sys.argv[1:] if one != "--quality")])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("transformer", "text", "vae", "research", "checkpoint", "table"))
+    parser.add_argument("what", choices=("transformer", "text", "vae", "research", "start", "checkpoint", "table"))
     parser.add_argument("file", nargs="?", type=Path, help="results, for table")
     parser.add_argument("--layers", type=int, default=1, help="main blocks, or text layers (default 1)")
     parser.add_argument("--side", type=int, default=512, help="of the picture that vae decodes (default 512)")
@@ -232,7 +234,7 @@ def main() -> None:
         raise SystemExit("the tests fail: no figures on red")
     bench = {
         "transformer": bench_transformer, "text": bench_text, "vae": bench_vae, "research": bench_research,
-        "checkpoint": bench_checkpoint,
+        "start": lambda args: bench_start(args.repeat), "checkpoint": bench_checkpoint,
     }  # fmt: skip
     line = json.dumps(bench[args.what](args) | {"machine": machine()}, ensure_ascii=False)
     print(line)

@@ -21,9 +21,9 @@ from s3dit.weights import dialects, few_steps
 from s3dit.weights.adapter_layer import check_complete, has_no_rank, kinds_of, layer_delta
 from s3dit.weights.adapter_settings import SHOWN_CHARACTERS, SHOWN_KEYS, Settings, read_settings
 from s3dit.weights.checkpoint import Checkpoint, open_stored
-from s3dit.weights.container import parse_json, read_json
 from s3dit.weights.delta import Delta
 from s3dit.weights.few_steps import FewSteps
+from s3dit.weights.json_files import parse_json, read_json
 
 ADAPTER_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)

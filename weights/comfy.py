@@ -17,7 +17,8 @@ from s3dit.errors import CheckpointError
 from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped, hadamard
 from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.container import FLOATS, Checkpoint, Entry, parse_json
+from s3dit.weights.container import FLOATS, Checkpoint, Entry
+from s3dit.weights.json_files import parse_json
 from s3dit.weights.repack import DerivedTensors, Layer, row_scale_shapes, row_scales, swap_nibbles
 
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu

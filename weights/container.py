@@ -7,15 +7,11 @@ bytes, never by the file's name, so a renamed file is read for what it is.
 This module knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
 """
 
-import json
-import math
-import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +19,6 @@ from torch import Tensor
 from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
 
-# How a plain file is opened: a pipe may stand there, whose writer never comes. Windows has only the other flag, and
-# without it makes one byte of two at the end of a line.
-OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 # What a plain weight may be stored in.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -75,6 +68,10 @@ class Checkpoint(ABC):
 
     def disable_mmap(self) -> None:  # noqa: B027
         """Read each tensor into memory of its own from now on, instead of returning views of a map."""
+
+    def read_ahead(self) -> Iterator[None]:
+        """Ask the system to read the files into its cache, a piece at every `next`; where it cannot, do nothing."""
+        yield from ()
 
     def __contains__(self, name: object) -> bool:
         return name in self.keys()  # noqa: SIM118
@@ -144,6 +141,10 @@ class View(Checkpoint):
         """Read the files of the checkpoint below instead of mapping them."""
         self._checkpoint.disable_mmap()
 
+    def read_ahead(self) -> Iterator[None]:
+        """Read the files of the checkpoint below ahead."""
+        return self._checkpoint.read_ahead()
+
 
 Container = Literal["safetensors", "gguf", "pickle", "pointer", "page", "empty", "unknown"]
 
@@ -162,68 +163,6 @@ REFUSED: dict[Container, str] = {
     "empty": "is empty; download it again",
     "unknown": "is neither safetensors nor GGUF, by its first bytes; needed one of them; download it again",
 }
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Parse JSON of unknown origin.
-
-    Raises ValueError where parsers could differ: a key twice, or NaN, Infinity and 1e999, which are not JSON's numbers
-    but which Python's parser takes.
-    """
-    try:
-        text = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_number, parse_float=_finite_number)
-    except RecursionError:
-        raise ValueError("lists or objects in one another, too deep") from None
-
-
-def read_json(path: Path, most: int = 1 << 24) -> Any:
-    """Parse a small JSON file of at most `most` bytes; raises CheckpointError, and FileNotFoundError where none is."""
-    try:
-        return parse_json(read_regular(path, most))
-    except (CheckpointError, FileNotFoundError):
-        raise
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: not readable as JSON ({error}); needed JSON with finite numbers, no key twice; download it again"
-        ) from None
-
-
-def _refuse_number(name: str) -> NoReturn:
-    raise ValueError(f"{name[:40]} is not a number of JSON")
-
-
-def _finite_number(text: str) -> float:
-    return value if math.isfinite(value := float(text)) else _refuse_number(text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
-    return unique
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """Return the content of a small plain file; raises CheckpointError for anything else, OSError where nothing is.
-
-    A pipe, whose writer may never come, and a device without an end are refused, judged by the opened file itself.
-    """
-    try:
-        with os.fdopen(os.open(path, OPEN_FLAGS), "rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path}: not a plain file; needed one; download it again")
-            if status.st_size > most:
-                raise CheckpointError(
-                    f"{path}: {status.st_size:,} bytes is too large; needed at most {most:,}; download it again"
-                )
-            return file.read(most + 1)
-    except ValueError as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: no path ({error}); needed the path of a file") from None
 
 
 def sniff(path: Path) -> Container:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from s3dit.weights.container import parse_json
+from s3dit.weights.json_files import parse_json
 
 METADATA = "few_steps"
 # Not of adapters that take a distillation back.

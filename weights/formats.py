@@ -22,8 +22,9 @@ from s3dit.kernels.gguf import GGUF, block_scales
 from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
-from s3dit.weights.container import FLOATS, Checkpoint, Entry, read_json
+from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.json_files import read_json
 from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, upcast_tensor
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.

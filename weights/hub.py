@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def peek(name: str) -> tuple[Path, list[str] | None]:
         return path, None
     repository, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
     choose = _chooser(repository, inner)
+    _check_client(repository)
     from huggingface_hub import HfApi, constants, snapshot_download
 
     chosen, snapshot = None, _cached(repository)
@@ -278,6 +280,7 @@ def _not_found_error(name: str, needed: str) -> CheckpointError:
 
 def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path, list[str]]:
     """Return the folder of a repository in the cache, with the files that `choose` takes; raises CheckpointError."""
+    _check_client(repository)
     # Slow to import, and needed by few runs.
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -304,6 +307,15 @@ def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path,
             f"{repository}: download incomplete: missing {shown} ({len(missing)} of {len(chosen)} files); {fault}"
         )
     return snapshot, chosen
+
+
+def _check_client(repository: str) -> None:
+    """Raise CheckpointError where the client of the Hub is not installed."""
+    if find_spec("huggingface_hub") is None:
+        raise CheckpointError(
+            f"{repository}: no such file or folder here, and a name of the Hub needs the package huggingface_hub, "
+            "which is not installed; pip install 's3dit[hub]', or give the path of a folder"
+        )
 
 
 def _cached(repository: str) -> Path | None:

@@ -19,7 +19,8 @@ from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.grouped import Form, grouped
 from s3dit.kernels.int8 import int8_weights
 from s3dit.weights.comfy import scaled_layer, tensor_bytes
-from s3dit.weights.container import FLOATS, Checkpoint, parse_json
+from s3dit.weights.container import FLOATS, Checkpoint
+from s3dit.weights.json_files import parse_json
 from s3dit.weights.repack import DerivedTensors, Layer, row_scales, swap_nibbles
 
 E4M3 = torch.float8_e4m3fn

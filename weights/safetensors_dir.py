@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import MAX_TENSORS, REFUSED, Checkpoint, Entry, parse_json, read_json
+from s3dit.weights.container import MAX_TENSORS, REFUSED, Checkpoint, Entry
+from s3dit.weights.json_files import parse_json, read_json
 from s3dit.weights.mapped_file import MappedFile, StoredCheckpoint
 from s3dit.weights.model_folder import allowed_places, contained
 

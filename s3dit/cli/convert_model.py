@@ -27,6 +27,7 @@ from s3dit.configs import infer_config
 from s3dit.configs.model_files import OWN
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
+from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import SHIFT, OpenedModel, open_model
 from s3dit.weights.checkpoint import Checkpoint
@@ -116,7 +117,7 @@ def check(source: Path, target: Path, dtype: str | None, *, force: bool = False)
 
 def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> Iterator[int]:
     """Bytes of each tensor as it will be written; raises CheckpointError for a number format that nobody decodes."""
-    with torch.device("meta"):
+    with on_meta():
         homes = SPECS[part].module(config).state_dict()
     for name in checkpoint:
         entry, (layer, _, leaf) = checkpoint.entry(name), name.rpartition(".")

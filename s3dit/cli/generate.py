@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from s3dit import files
@@ -70,18 +71,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--preview", action="store_true", help="show the picture forming: in the terminal, and FILE.preview.png"
     )
     group.add_argument("--json", action="store_true", help="progress as JSON lines on stdout instead of a bar")
+    group.add_argument("-v", "--verbose", action="store_true", help="say at the end how many seconds each stage took")
     group.add_argument("--no-metadata", action="store_true", help="write no prompt and no settings into the file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw what the options ask for; returns the exit code."""
+    started = perf_counter()
     request, replay = read_request(args)
     paths, replace = _outputs(args, request.count)
-    return _draw(*load(args, request, replay), paths, replace, args)
+    pipe, plan = load(args, request, replay)
+    return _draw(pipe, plan, paths, replace, args, perf_counter() - started)
 
 
-def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args: argparse.Namespace) -> int:
-    """Draw a plan and save its pictures; returns the exit code: 2 where one could not be saved."""
+def _draw(
+    pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args: argparse.Namespace, start: float
+) -> int:
+    """Draw a plan and save its pictures; returns the exit code: 2 where one could not be saved.
+
+    start: the seconds that were spent before, for --verbose.
+    """
     _check_metadata(pipe, plan, paths, args)
     _introduce(pipe, plan, paths, args)
     with Progress(pipe, plan, json=args.json, preview=paths[0] if args.preview else None) as progress:
@@ -89,7 +98,7 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
     if plan.request.cache is not None:
         reused = [record["engine"]["reused"] for record in result.metadata]
         say(f"cache: {', '.join(map(str, reused))} of {plan.calls} model calls were predicted")
-    code = 0
+    code, drawn = 0, perf_counter()
     for path, picture, metadata in zip(paths, result.images, result.metadata, strict=True):
         try:
             saved = _save(picture, path, None if args.no_metadata else metadata, args.quality, replace)
@@ -102,9 +111,21 @@ def _draw(pipe: "Pipeline", plan: "Plan", paths: list[Path], replace: bool, args
             event(event="saved", path=str(saved), seed=metadata["seed"], prompt=metadata["prompt"])
         else:
             tell(saved)
+    if args.verbose:
+        _tell_seconds({"start": start} | result.seconds | {"save": perf_counter() - drawn}, args.json)
     if args.preview and not args.json:
         show(result.images[0])
     return code
+
+
+def _tell_seconds(seconds: dict[str, float], as_json: bool) -> None:
+    """Say the seconds of every stage: for people, or as an event."""
+    if as_json:
+        event(event="seconds", **{name.replace(" ", "_"): round(value, 4) for name, value in seconds.items()})
+    else:
+        from s3dit.runtime.stopwatch import shown_seconds
+
+        say(f"seconds: {shown_seconds(seconds)}")
 
 
 def _outputs(args: argparse.Namespace, count: int) -> tuple[list[Path], bool]:

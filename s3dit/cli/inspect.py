@@ -1,8 +1,10 @@
 """`s3dit inspect`: say what is in a file or folder, what is missing to draw with it, and the command that does."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
+from s3dit.cli.importing import importing
 from s3dit.cli.source import check_source
 from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import event, say, tell
@@ -31,16 +33,22 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "look":
         say("look is called inspect now: s3dit inspect FILE")
     check_source(args.path)
-    from s3dit.cli.inspect_weights import absent, inspect_path
-    from s3dit.weights.hub import peek
+    from s3dit.cli.inspect_pictures import is_picture, picture
 
-    path, lacking = (FOLDERS[args.path], []) if args.path in FOLDERS else peek(args.path)
-    if lacking:
-        report: Any = absent(args.path, path, lacking)
-    else:
-        report = inspect_path(path, str(path) if lacking is None else args.path)
+    # A picture is read without torch.
+    report: Any = picture(path) if is_picture(path := Path(args.path)) else _weights(args.path)
     if args.json:
         event(**report.to_json())
     else:
         tell(report)
     return 0
+
+
+def _weights(name: str) -> Any:
+    """The report on anything but a picture."""
+    with importing():
+        from s3dit.cli.inspect_weights import absent, inspect_path
+        from s3dit.weights.hub import peek
+
+    path, lacking = (FOLDERS[name], []) if name in FOLDERS else peek(name)
+    return absent(name, path, lacking) if lacking else inspect_path(path, str(path) if lacking is None else name)

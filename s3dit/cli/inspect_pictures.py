@@ -43,6 +43,17 @@ COMFYUI = "a picture drawn by ComfyUI"
 MOST_NODES = 4096
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is there that begins as pictures do which carry what made them."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(4).startswith(PICTURES)
+    except OSError:
+        return False
+
+
 def picture(path: Path) -> Facts:
     """Describe what drew a picture, with the command that repeats it or the nearest; RequestError without metadata."""
     texts = read_texts(path)
@@ -120,7 +131,8 @@ def _comfyui(path: Path, texts: Mapping[str, str]) -> Facts:
         "sampler": first("sampler_name", what=str), "schedule": first("scheduler", what=str),
         "cfg": first("cfg"), "shift": first("shift"), "width": first("width", what=int),
         "height": first("height", what=int), "model": first("unet_name", "ckpt_name", "model_name", what=str),
-        "adapters": adapters[:16],
+        "adapters": adapters[:16], "dtype": first("weight_dtype", what=str),
+        "denoise": first("denoise", what=(int, float)),
     }  # fmt: skip
     return _foreign(path, COMFYUI, facts, facts["prompt"] or "")
 

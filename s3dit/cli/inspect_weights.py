@@ -15,10 +15,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from s3dit.cli.inspect_files import described, maker
-from s3dit.cli.inspect_pictures import PICTURES, picture
+from s3dit.cli.inspect_pictures import is_picture, picture
 from s3dit.cli.inspect_report import HOME, Facts, Part, Report, draw, size
 from s3dit.cli.record import PLACE
 from s3dit.configs import infer_config
@@ -26,6 +24,7 @@ from s3dit.configs.model_files import read_json
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
 from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
+from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import OpenedModel, missing, open_model
 from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
@@ -55,11 +54,8 @@ def inspect_path(path: Path, name: str | None = None) -> Report | Facts:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if path.is_file():
-        with path.open("rb") as file:
-            head = file.read(4)
-        if head.startswith(PICTURES):
-            return picture(path)
+    if is_picture(path):
+        return picture(path)
     if (small := described(path)) is None:
         return _weights(path, name or str(path))
     facts, home = small
@@ -164,7 +160,7 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
 def _shape_of(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
     """The shape of a layer's weight in the published model, () where it has no such layer."""
     if part not in known:
-        with torch.device("meta"):
+        with on_meta():
             known[part] = SPECS[part].module(SPECS[part].published).state_dict()
     tensor = known[part].get(f"{layer}.weight", known[part].get(layer))
     return () if tensor is None else tuple(tensor.shape)
@@ -279,7 +275,7 @@ def _kind(config: Any, opened: OpenedModel) -> str:
 
 def _lacks(part: str, config: Any, checkpoint: Checkpoint) -> Iterable[str]:
     """Layers that the model has and the file has not, or the other way round."""
-    with torch.device("meta"):
+    with on_meta():
         module = SPECS[part].module(config)
     # The embedding is not assigned, but read by rows.
     spare = [name for name in getattr(module, "unused", ()) if not fnmatchcase("model.embed_tokens.weight", name)]

@@ -13,14 +13,25 @@ from difflib import get_close_matches
 from typing import Any
 
 from s3dit import __version__
-from s3dit.cli import calibrate_cache, convert, generate, inspect, microscope, parity, plan, quantize
+from s3dit.cli import (
+    calibrate_cache,
+    compare,
+    convert,
+    export,
+    generate,
+    inspect,
+    microscope,
+    parity,
+    plan,
+    quantize,
+)
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, say, stoppable, streams
 
 # Module by the name of its command.
 COMMANDS: dict[str, Any] = {
-    "generate": generate, "plan": plan, "microscope": microscope, "inspect": inspect, "convert": convert,
-    "quantize": quantize, "calibrate-cache": calibrate_cache, "parity": parity,
+    "generate": generate, "plan": plan, "microscope": microscope, "inspect": inspect, "compare": compare,
+    "convert": convert, "quantize": quantize, "calibrate-cache": calibrate_cache, "export": export, "parity": parity,
 }  # fmt: skip
 # The names of before, for one release.
 RENAMED = {"look": "inspect"}

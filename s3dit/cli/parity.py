@@ -13,6 +13,7 @@ from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.errors import RequestError
 from s3dit.request import Request
+from s3dit.runtime.embedded import FOLDERS
 from s3dit.terminal import event, say, tell
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def _defaults(args: argparse.Namespace) -> argparse.Namespace:
     args.seed = 0 if args.seed is None else args.seed
     if args.num_inference_steps is None and args.sigmas is None:
         args.num_inference_steps = STEPS
-    if args.model not in (None, "embedded") and not (args.prompt or args.named_prompt or args.prompt_file):
+    if args.model not in (None, *FOLDERS) and not (args.prompt or args.named_prompt or args.prompt_file):
         args.named_prompt = PROMPT
     return args
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from s3dit import files
+from s3dit.cli.importing import importing
 from s3dit.cli.option_names import FIELDS, NAMES, speaking_of_options
 from s3dit.cli.options import check_format
 from s3dit.cli.replay import NOTHING, Replay, attach, changes, replayed
@@ -50,7 +51,8 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    from s3dit.pipeline import Pipeline
+    with importing():
+        from s3dit.pipeline import Pipeline
 
     with speaking_of_options():
         pipe = Pipeline.load(

@@ -17,7 +17,7 @@ from s3dit.configs.part_configs import (
     VisionInputConfig,
 )
 from s3dit.errors import CheckpointError
-from s3dit.weights import container
+from s3dit.weights import json_files
 
 # The dataclass of each part's config.json, by the folder that holds it.
 KINDS: dict[str, type[Any]] = {"transformer": TransformerConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
@@ -28,7 +28,7 @@ OWN = "s3dit.json"
 def read_json(path: Path) -> dict[str, Any]:
     """Parse a small JSON object from disk; raises CheckpointError when it is missing, huge or not an object."""
     try:
-        data = container.read_json(path)
+        data = json_files.read_json(path)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found; needed for a model in the official directory layout") from None
     if not isinstance(data, dict):

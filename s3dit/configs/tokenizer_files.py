@@ -9,6 +9,7 @@ for the metadata of GGUF.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from s3dit.configs import tokenizer_json
 from s3dit.configs.tokenizer_config import FILE, check_added
 from s3dit.configs.tokenizer_json import PIECES
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import parse_json, read_json, read_regular
 from s3dit.weights.gguf_file import GGUFFile
+from s3dit.weights.json_files import parse_json, read_json, read_regular
 
 # The special tokens of Qwen's chat template, which every tokenizer of this family knows.
 TURN = ("<|im_start|>", "<|im_end|>")
@@ -192,9 +193,14 @@ def _added(path: Path) -> dict[int, AddedToken]:
 
 def _sentencepiece(folder: Path) -> Tokenize:
     """Read a SentencePiece model; the library is imported here because few models have one."""
+    path = folder / "tokenizer.model"
+    if find_spec("sentencepiece") is None:
+        raise CheckpointError(
+            f"{path}: needs the package sentencepiece, which is not installed; pip install 's3dit[sentencepiece]', or "
+            "take a folder with tokenizer.json"
+        )
     import sentencepiece
 
-    path = folder / "tokenizer.model"
     processor = _sound(path, lambda: sentencepiece.SentencePieceProcessor(model_file=str(path)))
     # A user-defined piece is one that text can hold; a control piece of this name would be spelled out.
     absent = [token for token in TURN if token not in processor.encode(token, out_type=str)]

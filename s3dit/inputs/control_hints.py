@@ -80,14 +80,17 @@ def _opened(request: Request, pictures: Pictures) -> tuple[dict[str, Picture], .
             if (source := getattr(control, name)) is not None:
                 by_field[name] = pictures.open(source, f"control {name}")
         if "mask" in by_field:
-            _check_mask(by_field["mask"], by_field["inpaint"])
+            _check_mask(by_field["mask"], by_field["inpaint"], request.convention == "diffusers")
         opened.append(by_field)
     return tuple(opened)
 
 
-def _check_mask(mask: Picture, inpaint: Picture) -> None:
-    """Raise RequestError for a mask of another size than its picture, or one that leaves nothing to paint."""
-    if mask.size != inpaint.size:
+def _check_mask(mask: Picture, inpaint: Picture, scaled: bool) -> None:
+    """Raise RequestError for a mask of another size than its picture, or one that leaves nothing to paint.
+
+    scaled: another size is no fault, since both are scaled to what is drawn, as diffusers does.
+    """
+    if mask.size != inpaint.size and not scaled:
         (h, w), (height, width) = mask.size, inpaint.size
         raise RequestError(f"{mask.name} is {w}×{h} pixels; needed the size of {inpaint.name}, {width}×{height}")
     if not mask.mask().any():
@@ -152,7 +155,8 @@ def acting(
     active = []
     for control, net, tokens in zip(prepared, nets, inputs, strict=True):
         assert isinstance(net, ControlNet)
-        active.append(ActiveControlNet(net, tokens, control.control.strength or 0.0, control.control.rule))
+        given = control.control
+        active.append(ActiveControlNet(net, tokens, given.strength or 0.0, given.rule or "authors"))
 
     def controls(sigma: Tensor) -> Controls | None:
         i = int((sigmas[:-1] > sigma).sum())

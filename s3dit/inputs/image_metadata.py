@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from s3dit.errors import RequestError
 from s3dit.inputs.image_files import open_image
-from s3dit.weights.container import parse_json
+from s3dit.weights.json_files import parse_json
 
 # Longer metadata is an accident or an attack; the longest honest one is a prompt of a few thousand words.
 LARGEST_TEXT = 1 << 20

@@ -85,10 +85,20 @@ def draw(grids: Grids, given: Sequence[Source]) -> Tensor:
     return torch.cat([patchify(source((16, 2 * rows, 2 * columns)).cpu()) for (rows, columns), source in pairs])
 
 
+def given_state(request: Request) -> Tensor | None:
+    """Return latents that are the state to start from, (tokens, 64) fp32: what diffusers means beside a start image."""
+    theirs = request.latents is not None and request.image is not None and request.convention == "diffusers"
+    return _patches(request.latents or ()) if theirs else None
+
+
+def _patches(latents: Tensor | Sequence[Tensor]) -> Tensor:
+    return torch.cat([patchify(each.float().contiguous()) for each in latents])
+
+
 def starting_noise(request: Request, grids: Grids, given: Sequence[Source]) -> Tensor:
     """Return the noise (tokens, 64) fp32 that a request starts from: the latents that it gives, or drawn noise."""
-    if request.latents is not None:
-        return torch.cat([patchify(latents.float().contiguous()) for latents in request.latents])
+    if request.latents is not None and given_state(request) is None:
+        return _patches(request.latents)
     return draw(grids, given)
 
 

@@ -8,8 +8,9 @@ A picture of more than 1024 × 1024 pixels is scaled to an area (`Request.refere
 autoencoder its edges are then cut to multiples of 16, for the tower they are not. Pictures are read and checked before
 any weight (`read`).
 
-Source: diffusers' `ZImageOmniPipeline` and its `Flux2ImageProcessor` for sizes and limits. One thing is not taken over:
-it rounds the pixels to bf16 before the autoencoder, whatever that computes in; here fp32 stays fp32. Not here: where
+Source: diffusers' `ZImageOmniPipeline` and its `Flux2ImageProcessor` for sizes and limits. One thing is not taken over
+unless the convention is diffusers: it rounds the pixels to bf16 before the autoencoder, whatever that computes in; here
+fp32 stays fp32. Not here: where
 the tokens stand (model/layout.py), the tower (model/vision_encoder.py).
 """
 
@@ -42,7 +43,8 @@ class Reference:
     """A reference picture as autoencoder and vision tower read it.
 
     pixels (3, H, W) fp32 in [-1, 1], sides multiples of 16 · patches (n, 3 · 16²) fp32 on the grid `seen` · sha256 of
-    the picture as it was given · size (height, width) that it was scaled to · name: what messages call it.
+    the picture as it was given · size (height, width) that it was scaled to · name: what messages call it ·
+    rounded: whether its pixels are to bf16.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Reference:
     seen: Grid
     sha256: str
     size: tuple[int, int]
+    rounded: bool = False
 
     @property
     def grid(self) -> Grid:
@@ -63,9 +66,9 @@ class Reference:
         return self.grid, self.seen
 
     @property
-    def key(self) -> tuple[str, tuple[int, int]]:
-        """A key that is equal for pictures that are equal to the model: hash and scaled size."""
-        return self.sha256, self.size
+    def key(self) -> tuple[str, tuple[int, int], bool]:
+        """A key that is equal for pictures that are equal to the model: hash, scaled size, rounding."""
+        return self.sha256, self.size, self.rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,7 @@ def read(
             picture = pictures.open(source, f"reference {i}")
             keys.append((id(picture), area))
             if keys[-1] not in made:
-                made[keys[-1]] = _reference(picture, area, vision, notes)
+                made[keys[-1]] = _reference(picture, area, vision, notes, request.convention == "diffusers")
         references.append(tuple(made[key] for key in keys))
         settings = (config.settings.height, config.settings.width)
         last = tuple(PATCH * side for side in references[-1][-1].grid) if of_picture else settings
@@ -132,8 +135,11 @@ def _vision_input(config: ModelConfig, folder: Path) -> VisionInputConfig:
     return config.vision_input
 
 
-def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: list[str]) -> Reference:
-    """Scale and cut a picture for autoencoder and tower; adds a note where it is changed. Raises RequestError."""
+def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: list[str], rounded: bool) -> Reference:
+    """Scale and cut a picture for autoencoder and tower; adds a note where it is changed. Raises RequestError.
+
+    rounded: the autoencoder's pixels are rounded to bf16, as diffusers does.
+    """
     height, width = picture.size
     shape = f"{picture.name} is {width}×{height} pixels"
     if min(height, width) < SMALLEST_SIDE:
@@ -160,7 +166,8 @@ def _reference(picture: Picture, area: int, config: VisionInputConfig, notes: li
     image = content if isinstance(content, Image.Image) else to_pil(pixels[None])[0]
     top, left = (height - rows * PATCH) // 2, (width - columns * PATCH) // 2
     cut = pixels[:, top : top + rows * PATCH, left : left + columns * PATCH]
-    return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width))
+    cut = cut.bfloat16().float() if rounded else cut
+    return Reference(picture.name, cut, *patches_of(image, config), picture.sha256, (height, width), rounded)
 
 
 def joined(references: Sequence[ReferenceFeatures]) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ its community pipeline for differential img2img (thresholds). Not here: noise (n
 (sampling/solvers.py), files (images.py).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from s3dit.errors import RequestError
 from s3dit.inputs.images import Picture, Pictures
+from s3dit.inputs.noise import Source, given_state, starting_noise
 from s3dit.inputs.resize import resized
 from s3dit.model.config import SchedulerConfig
 from s3dit.model.layout import patchify
@@ -139,7 +140,7 @@ def _start_image(
     if mask is None:
         paint = torch.zeros(1, *inner, dtype=torch.float32)
     else:
-        if mask.size != picture.size:
+        if mask.size != picture.size and request.convention != "diffusers":
             (h, w), (height, width) = mask.size, picture.size
             raise RequestError(f"{mask.name} is {w}×{h} pixels; needed the size of {picture.name}, {width}×{height}")
         paint = mask.mask(inner, cut=request.mask_mode == "inpaint")
@@ -238,16 +239,36 @@ class InpaintBlend:
         return (1 - paint) * noised(self.image, self.noise, sigma) + paint * x
 
 
+def drawn(
+    start_images: Sequence[StartImage], request: Request, sources: Sequence[Source], encode: Callable[..., list[Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    """Draw a request's noise (tokens, 64) and encode its start images, (16, H/8, W/8) each.
+
+    sources: of the noise, whose generators posterior sample takes first; after the noise where that is only blended
+    with, as in diffusers · encode: as `Encoders.encode_images`.
+    """
+    grids = grids_of(request)
+    first = None if given_state(request) is None else starting_noise(request, grids, sources)
+    sampled = [source.generator for source in sources] if request.posterior == "sample" else None
+    latents = encode([image.pixels for image in start_images], sampled, shared=request.convention != "own")
+    return starting_noise(request, grids, sources) if first is None else first, latents
+
+
 def begin(
-    start_images: Sequence[StartImage], latents: Sequence[Tensor], noise: Tensor, sigmas: Tensor, differential: bool
+    start_images: Sequence[StartImage],
+    latents: Sequence[Tensor],
+    noise: Tensor,
+    sigmas: Tensor,
+    differential: bool,
+    state: Tensor | None = None,
 ) -> tuple[Tensor, InpaintBlend | None]:
     """Return the state to start from, and an InpaintBlend if any start image has a mask.
 
     latents: of the start images, one (16, H/8, W/8) fp32 each · noise (tokens, 64) on the device of the sampler ·
-    sigmas as from `remaining_sigmas`.
+    sigmas as from `remaining_sigmas` · state: to start from, where it is given.
     """
     image = torch.cat([patchify(of_image) for of_image in latents]).to(noise)
-    x = noised(image, noise, sigmas[0])
+    x = noised(image, noise, sigmas[0]) if state is None else state.to(noise)
     if all(start_image.mask is None for start_image in start_images):
         return x, None
     masks = [

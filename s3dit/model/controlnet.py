@@ -34,6 +34,7 @@ from s3dit.kernels.attention import Spans
 from s3dit.model.config import TransformerConfig
 from s3dit.model.layout import patchify
 from s3dit.model.linear import Linear
+from s3dit.model.meta import on_meta
 from s3dit.model.timestep import Modulation
 from s3dit.model.transformer import PATCH, Block, Context, Transformer
 from s3dit.weights.assign import verify
@@ -343,7 +344,7 @@ def open_controlnet(
     """
     checkpoint = open_checkpoint(path)
     config = ControlNetConfig.of(checkpoint, base, version, settings_of(path))
-    with torch.device("meta"):
+    with on_meta():
         verify(ControlNet(config, base), checkpoint, config.unused(checkpoint))
     return checkpoint, config
 

@@ -27,6 +27,7 @@ from s3dit.kernels.schemes import linear
 from s3dit.kernels.swiglu import swiglu
 from s3dit.kernels.swiglu_linear import FUSED, swiglu_linear
 from s3dit.model.hooks import hooked
+from s3dit.model.meta import on_meta
 
 # Rows of the weight upcast at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
 ROWS = 1024
@@ -46,7 +47,8 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         if self.weight.dtype == x.dtype:
             weight = self.weight
-            if x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
+            # A graph is of any number of rows, so it does not ask for theirs.
+            if not torch.compiler.is_compiling() and x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
                 x, weight = aligned(x), aligned(weight)
             return F.linear(x, weight, bias)
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
@@ -174,7 +176,7 @@ def swap(model: nn.Module, scheme: Scheme, where: Callable[[str], bool]) -> None
         if not layer.weight.is_meta:
             raise BackendError(f"{name} is filled already; needed a model without weights: swap first, then assign")
         try:
-            with torch.device("meta"):
+            with on_meta():
                 quantized = QuantLinear(scheme, layer.in_features, layer.out_features, layer.bias is not None)
         except ValueError as error:
             raise BackendError(f"{name}: {error}") from None

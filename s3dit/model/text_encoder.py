@@ -91,8 +91,8 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: Tensor, lengths: list[int]) -> Tensor:
-        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
+    def forward(self, x: Tensor, rope: Tensor, lengths: list[int] | int) -> Tensor:
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype; lengths: of each prompt, or of all."""
         mixed = self.self_attn(self.input_layernorm(x), rope, lengths)
         x, normed = self.post_attention_layernorm.of_sum(x, mixed)
         return x + self.mlp(normed)
@@ -115,22 +115,24 @@ class Attention(nn.Module):
         self.q_norm = unhookable(RMSNorm(config.head_dim, config.rms_norm_eps), FUSED)
         self.k_norm = unhookable(RMSNorm(config.head_dim, config.rms_norm_eps), FUSED)
 
-    def forward(self, x: Tensor, rope: Tensor, lengths: list[int]) -> Tensor:
-        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype."""
+    def forward(self, x: Tensor, rope: Tensor, lengths: list[int] | int) -> Tensor:
+        """Apply to x (n, hidden) of any float dtype -> (n, hidden), same dtype; lengths: of each prompt, or of all."""
         layers = self.q_proj, self.k_proj, self.v_proj
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in joint(x, layers))  # (n, H, D), (n, KV, D) twice
         turned = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, rope, self.q_norm.eps, "halves")
+        if not isinstance(lengths, list):
+            # A graph's number of prompts is an input: no loop over them.
+            return self.o_proj(_causal(*(y.unflatten(0, (-1, lengths)) for y in (*turned, v))).flatten(0, 1).flatten(1))
         pieces = (y.split(lengths) for y in (*turned, v))
-        prompts = [_causal(*prompt) for prompt in zip(*pieces, strict=True)]
+        prompts = [_causal(*(y[None] for y in prompt))[0] for prompt in zip(*pieces, strict=True)]
         mixed = prompts[0] if len(prompts) == 1 else torch.cat(prompts)
         return self.o_proj(mixed.flatten(1))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One prompt: q (n, H, D), k and v (n, KV, D) -> (n, H, D)."""
-    q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))  # (1, H, n, D)
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out.squeeze(0).transpose(0, 1)
+    """Prompts of one length: q (B, n, H, D), k and v (B, n, KV, D) -> (B, n, H, D)."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, H, n, D)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -152,11 +154,16 @@ class MLP(nn.Module):
 
 @kept(16)
 def rope_table(lengths: tuple[int, ...], dim: int, theta: float, device: torch.device) -> Tensor:
-    """Return (cos, sin) of every token's angles, each prompt counting from 0: (n, dim / 2, 2) fp32.
+    """Return the `rotations` of prompts of these lengths, each counting from 0, on a device: (n, dim / 2, 2) fp32."""
+    return rotations(torch.cat([torch.arange(length) for length in lengths]), dim, theta).to(device)
+
+
+def rotations(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Return (cos, sin) of the angles of tokens at positions (n,) integers: (n, dim / 2, 2) fp32.
 
     Qwen pairs element i with i + dim/2: the "halves" of `qk_norm_rope`.
     """
     # parity: angles in fp32, as the reference takes them; in float64 position 1000 parts from it by 3e-5.
     frequencies = 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
-    angles = torch.cat([torch.arange(length) for length in lengths]).float()[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin()), dim=-1).to(device)
+    angles = positions.float()[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)

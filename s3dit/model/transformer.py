@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         time, dim = self.embed_time(t, dtype), self.config.dim
         # Of a block that is alone the weights may be elsewhere, and nobody reads its rows.
         blocks = self._modulated
-        answers, norms = [time.new_zeros(len(t), 4 * dim)] * len(blocks), [time.new_zeros(4, dim)] * len(blocks)
+        answers, norms = [time.new_zeros(t.shape[0], 4 * dim)] * len(blocks), [time.new_zeros(4, dim)] * len(blocks)
         for i, block in enumerate(blocks):
             if not alone(block):
                 answers[i], norms[i] = block.adaLN_modulation(time), block.norms()
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
         main = slice(len(self.noise_refiner), None)
         tokens = self._through(main, tokens, context.joint_rope, joint, modulation, hints)
         scale = modulation.final
-        scale = scale if len(scale) == 1 else scale[joint.modulation_row[joint.token_index]]
+        scale = scale if scale.shape[0] == 1 else scale[joint.modulation_row[joint.token_index]]
         return final(tokens[joint.token_index], scale)
 
     def joined(

@@ -41,8 +41,11 @@ BIAS_APART = ("cuda",)
 def _in_strips(x: Tensor) -> bool:
     """Return whether x (B, C, H, W) is normalized by moments of the whole: in channels last, without gradients.
 
-    On a CPU only where there are many positions; elsewhere torch's GroupNorm is good enough there.
+    On a CPU only where there are many positions; elsewhere torch's GroupNorm is good enough there. Never in a graph,
+    which is of any size.
     """
+    if torch.compiler.is_compiling():
+        return False
     small = x.device.type == "cpu" and x.shape[2] * x.shape[3] <= SMALL_POSITIONS
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return last and not small and not torch.is_grad_enabled()
@@ -206,6 +209,8 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (B, width, H, W) -> (B, width, 2H, 2W), same dtype."""
+        if torch.compiler.is_compiling():
+            return self.conv(repeat_pixels(x))
         small = 4 * x.shape[2] * x.shape[3] <= SMALL_POSITIONS and x.dtype.itemsize > 2
         # A hook on the convolution is called once, and sees the rounding of one.
         simple = torch.is_grad_enabled() or small or watched((self.conv,))
@@ -415,7 +420,7 @@ def _check(x: Tensor, name: str, channels: int, factor: int) -> None:
         raise ValueError(
             f"{name} are {tuple(x.shape)} of {x.dtype}; needed (batch, {channels}, height, width) of a float dtype"
         )
-    if x.shape[0] == 0 or min(x.shape[2:]) < factor or x.shape[2] % factor or x.shape[3] % factor:
+    if x.shape[0] == 0 or any(side < factor or side % factor for side in x.shape[2:]):
         raise ValueError(
             f"{name} are {tuple(x.shape)}; needed at least one picture, with height and width multiples of {factor}"
         )

@@ -26,6 +26,7 @@ BF16 = 2e-2
 FORMATS = {"fp8": 0.06, "fp8-weights": 0.06, "int8": 0.03, "int8-weights": 0.03, "int4": 0.25}
 # Stages behind guidance, which makes what prompts are apart larger, and the rounding of either with it.
 GUIDED = re.compile(r"(velocity|latents|vae\.decoder|VAE decode|pixels).*|.*, step \d+")
+DECODED = re.compile(r"(vae\.decoder|VAE decode|pixels).*")
 # Stages that are numbers of their own, which no rounding moves.
 EXACT = ("token ids",)
 
@@ -57,7 +58,9 @@ class Bounds:
             # Of pos + s·(pos - neg), both with errors of their own.
             wider = math.hypot(1 + self.guidance, self.guidance) if self.coarse and GUIDED.fullmatch(name) else 1.0
             return self.tolerance * wider
-        return max(self.margin * self.errors.get(name, 0.0), ROUNDING)
+        # What is an edge in the picture may fall to either side of a cell.
+        wider = 2.0 if DECODED.fullmatch(name) else 1.0
+        return max(wider * self.margin * self.errors.get(name, 0.0), ROUNDING)
 
     def parts(self, row: Row) -> bool:
         """Whether a stage is beyond its bound; bytes of fp32 pictures may differ by one, a rounding of near values."""

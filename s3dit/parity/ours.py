@@ -168,7 +168,7 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
 
     Each distinct text was encoded once, by itself; here they are laid out as the pictures' prompts read them.
     """
-    count = plan.request.count
+    count = len(plan.owners)
     done = [] if taps is None else [by_name(seen) for seen in taps.text.done]
     for prefix, captions in (("", plan.captions[:count]), ("negative ", plan.captions[count:])):
         texts = [text for caption in captions for text in caption if isinstance(text, tuple)]

@@ -180,7 +180,11 @@ class ReferenceParts(ExitStack):
         if loaded:
             pipe = diffusers.ZImagePipeline(None, None, None, None, transformer)
             names = [f"adapter{i}" for i in range(len(loaded))]
-            for name, each in zip(names, loaded.values(), strict=True):
+            for name, each, said in zip(names, loaded.values(), self.pipe.lora.records(), strict=True):
+                if own := {"blocks", "steps"} & set(said):
+                    raise RequestError(
+                        f"{each.source} has {' and '.join(sorted(own))}, which diffusers' loader has not"
+                    )
                 if "text_encoder" in each.deltas:
                     raise RequestError(f"{each.source} changes the text encoder, which diffusers' loader does not do")
                 path = read_adapter(resolve_file(each.source)).path

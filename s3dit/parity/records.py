@@ -20,7 +20,7 @@ from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.request import IMAGES
 from s3dit.research.trace import ORDER
-from s3dit.weights.container import parse_json
+from s3dit.weights.json_files import parse_json
 
 # dtype -> its name in a header of safetensors
 DTYPES = {
@@ -125,7 +125,7 @@ def task_notes(pipe: Pipeline, plan: Plan) -> dict[str, str]:
         for given in plan.controls
     ]
     latents = [hashlib.sha256(each.numpy().tobytes()).hexdigest() for each in request.latents or ()]
-    adapters = [(each.get("sha256"), each.get("scale")) for each in pipe.lora.records()]
+    adapters = [{name: value for name, value in each.items() if name != "file"} for each in pipe.lora.records()]
     said |= {"seed": request.seeds(), "shift": request.shift}
     more: dict[str, Any] = {
         "images": hashes,

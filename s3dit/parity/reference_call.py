@@ -175,7 +175,7 @@ def refusals(plan: Plan, omni: bool) -> list[str]:
     rows = request.references()
     area = {*request.per_image("reference_area")} - {None, LARGE}
     sides = request.per_image("height")[0] * request.per_image("width")[0]
-    ours = ("guidance_interval", "guidance_method", "skip_layers", "variation")
+    ours = ("guidance_interval", "guidance_method", "skip_layers", "variation", "region", "target_timestep", "cache")
     reasons = {
         f"{', '.join(name for name in ours if getattr(request, name) is not None)} given, which diffusers has not": any(
             getattr(request, name) is not None for name in ours

@@ -35,7 +35,7 @@ from s3dit.errors import RequestError
 from s3dit.kernels.dispatch import Op
 from s3dit.model.hooks import why_not
 from s3dit.runtime.finite import output_tensors
-from s3dit.weights.container import parse_json
+from s3dit.weights.json_files import parse_json
 from s3dit.weights.safetensors_dir import write_safetensors
 
 Record = dict[str, Tensor]

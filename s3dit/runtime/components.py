@@ -9,10 +9,11 @@ merge, join or stream, attach, compile.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from s3dit.control import Control
 from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import JOINED_ON, swap
+from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.runtime import adapters, budget
@@ -29,12 +31,16 @@ from s3dit.runtime.block_streaming import Mode, repeated
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.runtime.joining import join
+from s3dit.runtime.read_ahead import ReadAhead
 from s3dit.runtime.residency import Component, Residency
 from s3dit.runtime.sources import VISION_TOWER, Sources
+from s3dit.runtime.stopwatch import Stopwatch
 from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
+
+LOG = getLogger(__name__)
 
 
 class Components(Residency):
@@ -59,15 +65,21 @@ class Components(Residency):
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         super().__init__(mode)
+        self.clock = Stopwatch()
         if mode == "streamed":
             self.kept = {"text_encoder": 0, "transformer": 0}
         self._on_read: Callable[[str, int], None] | None = None
+        # The order in which a plan needs the parts.
+        self.turns: Sequence[str] = ()
+        self._ahead = ReadAhead()
         self.adapters: dict[str, adapters.Loaded] = {}
         self.revisions: Counter[str] = Counter()
         # The number format that each part is in, "" for plain floats.
-        self.formats = {part: named(schemes(self.blank(part)[0])) for part in self.checkpoints}
+        self.formats: dict[str, str] = {}
         for part in self.checkpoints:
-            self.sizes(part)
+            module, unused = self.blank(part)
+            self.formats[part] = named(schemes(module))
+            self._weigh(part, module, unused)
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
@@ -89,7 +101,7 @@ class Components(Residency):
 
     def _module(self, part: str, controlnet: ControlNetConfig | None) -> nn.Module:
         """A part's module as its config says, on the meta device, every layer a plain one."""
-        with torch.device("meta"):
+        with on_meta():
             if controlnet is not None:
                 return ControlNet(controlnet, self.config.transformer)
             if part == VISION_TOWER:
@@ -102,7 +114,7 @@ class Components(Residency):
         checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
         module = self._module(part, controlnet)
         unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
-        with torch.device("meta"):
+        with on_meta():
             for name, kind in schemes_for(part, checkpoint, self._quantize.get(part)).items():
                 if not any(fnmatchcase(f"{name}.weight", pattern) for pattern in unused):
                     swap(module, kind, name.__eq__)
@@ -123,7 +135,8 @@ class Components(Residency):
         """Load a part's weights and apply number formats, adapters, streaming and compiling, in that order."""
         module, device, kept = component.module, self.placement.device, self.kept.get(name)
         dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
-        with own_settings(device):
+        self._ahead.read([self.checkpoints[part] for part in (name, *self._following(name))])
+        with own_settings(device), self.clock.stage(f"load {name}"):
             filled, unused = self.blank(name)
             if kept is None:
                 seen = None if self._on_read is None else partial(self._on_read, name)
@@ -142,6 +155,13 @@ class Components(Residency):
             if self.compiled and name not in ("text_encoder", "vae") and not _compiled(module):
                 compile_blocks(module)
             module.eval()
+        LOG.info("loaded %s on %s%s", name, device, "" if kept is None else f", of its blocks {kept} to stay")
+
+    def _following(self, name: str) -> list[str]:
+        """The part that is needed after this one and is not in memory, if a plan says so."""
+        turns = list(self.turns)
+        later = turns[turns.index(name) + 1 :] if name in turns else []
+        return [part for part in later if part not in self.held and part != name][:1]
 
     def unload(self, name: str, component: Component) -> None:
         """Undo `load`, with torch's settings those of the engine; see `Residency.unload`."""
@@ -161,15 +181,17 @@ class Components(Residency):
 
         Raises CheckpointError when names or shapes are not this model's.
         """
-        if part in self._weights:
-            read, fixed, blocks = self._weights[part]
-            return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
-        module, unused = self.blank(part)
+        if part not in self._weights:
+            self._weigh(part, *self.blank(part))
+        read, fixed, blocks = self._weights[part]
+        return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
+
+    def _weigh(self, part: str, module: nn.Module, unused: tuple[str, ...]) -> None:
+        """Keep the bytes of a part, by its module as `blank` makes it."""
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self._kept_in(part), unused)
         # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
         self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
-        return self._weights[part]
 
     def _kept_in(self, part: str) -> torch.dtype:
         """The dtype of a part's weights in memory."""

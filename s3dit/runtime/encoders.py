@@ -118,6 +118,18 @@ class Encoders:
         placement, cache = self.components.placement, self.prompts
         new = [ids for ids in dict.fromkeys(texts) if not isinstance(ids, PromptEmbeds) and ids not in cache]
         if new:
+            self._encode_new(new, cache)
+        features = [
+            text.features.to(placement.device, placement.compute) if isinstance(text, PromptEmbeds) else cache[text]
+            for text in texts
+        ]
+        cache.trim()
+        return features
+
+    def _encode_new(self, new: Sequence[tuple[int, ...]], cache: FeatureCache[Text, Tensor]) -> None:
+        """Put the features of prompts, each by its ids, into the cache."""
+        placement = self.components.placement
+        with self.components.clock.stage("text_encoder"):
             encoder = self.components["text_encoder"]
             flat = torch.tensor([token for ids in new for token in ids])
             stored = self.components.checkpoints["text_encoder"]
@@ -130,12 +142,6 @@ class Encoders:
                 run = partial(self._encode, encoder, embedded)
                 cache[ids] = run()
                 check_finite(cache[ids], "text features", run, (encoder, stored.path))
-        features = [
-            text.features.to(placement.device, placement.compute) if isinstance(text, PromptEmbeds) else cache[text]
-            for text in texts
-        ]
-        cache.trim()
-        return features
 
     def _encode(self, encoder: nn.Module, x: Tensor) -> Tensor:
         """Features of one prompt's embeddings x (n, hidden) -> (n, hidden)."""
@@ -153,14 +159,15 @@ class Encoders:
         placement, cache = self.components.placement, self.references
         new = list({picture.key: picture for picture in pictures if picture.key not in cache}.values())
         if new:
-            tower = self.components["siglip"]
             features = []
-            for picture in new:
-                patches = picture.patches.to(placement.device, placement.compute)
-                run = partial(tower, patches, [picture.seen])
-                features.append(run())
-                path = self.components.checkpoints["siglip"].path
-                check_finite(features[-1], "vision features", run, (tower, path))
+            with self.components.clock.stage("siglip"):
+                tower = self.components["siglip"]
+                for picture in new:
+                    patches = picture.patches.to(placement.device, placement.compute)
+                    run = partial(tower, patches, [picture.seen])
+                    features.append(run())
+                    path = self.components.checkpoints["siglip"].path
+                    check_finite(features[-1], "vision features", run, (tower, path))
             latents = self.encode_images([picture.pixels for picture in new], None, tile)
             for picture, of_picture, seen in zip(new, latents, features, strict=True):
                 cache[picture.key] = ReferenceFeatures.of(of_picture, seen)
@@ -190,8 +197,9 @@ class Encoders:
                 vae, path = self._autoencoder()
                 side = tile or self.tile_for(picture.shape[-2] // 8, picture.shape[-1] // 8)
                 run = partial(vae.encode, picture[None].to(self.components.placement.device), generator, side)
-                by_id[key] = run()[0]
-                check_finite(by_id[key], "encoded picture", run, (vae, path))
+                with self.components.clock.stage("vae encode"):
+                    by_id[key] = run()[0]
+                    check_finite(by_id[key], "encoded picture", run, (vae, path))
             latents.append(by_id[key])
         return latents
 
@@ -202,10 +210,11 @@ class Encoders:
         for of_picture in latents:
             side = tile or self.tile_for(of_picture.shape[-2], of_picture.shape[-1])
             run = partial(vae.decode, of_picture[None].to(self.components.placement.device), side)
-            picture = run()[0]
-            check_finite(picture, "decoded picture", run, (vae, path))
-            # In its own dtype, which may be half the bytes.
-            pictures.append(picture.cpu().float())
+            with self.components.clock.stage("vae decode"):
+                picture = run()[0]
+                check_finite(picture, "decoded picture", run, (vae, path))
+                # In its own dtype, which may be half the bytes.
+                pictures.append(picture.cpu().float())
         return pictures
 
     def _autoencoder(self) -> tuple[Autoencoder, Path]:

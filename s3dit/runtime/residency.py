@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from s3dit.runtime.block_streaming import BlockStreamer, Mode, TensorDict, strea
 from s3dit.runtime.graphs import Replay
 from s3dit.runtime.lora import Attachments
 
+LOG = getLogger(__name__)
 # By which an untouched tensor is recognized: itself, its version counter, its memory, whether it requires a gradient.
 Mark = tuple[weakref.ref[Tensor], int, int, bool] | None
 
@@ -286,6 +288,7 @@ class Residency:
     def _let_go(self, *names: str) -> None:
         """Free parts that are in memory."""
         for name in names:
+            LOG.debug("let go of %s", name)
             del self._held[name]
             self.unload(name, self._components[name])
         if names and torch.cuda.is_available():

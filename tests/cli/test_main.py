@@ -260,7 +260,8 @@ def test_help_names_the_environment(capsys):
     out = capsys.readouterr().out
     assert "S3DIT_BACKEND=auto|reference|torch|triton" in out
     assert all(
-        f"  s3dit {command} " in out for command in ("generate", "plan", "microscope", "inspect", "convert", "quantize")
+        f"  s3dit {command} " in out
+        for command in ("generate", "plan", "microscope", "inspect", "convert", "quantize", "export")
     )
 
 

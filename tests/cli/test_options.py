@@ -39,7 +39,7 @@ def help_of(capsys, *command):
 def test_a_spelling_is_needed_hidden_and_the_same_as_its_option(spelling, capsys):
     option = SPELLINGS[spelling]
     assert spelling not in own_options("generate") and option in own_options("generate")
-    for value in ("64", "euler", "beta"):
+    for value in ("64", "euler", "beta", "diffusers"):
         try:
             meant = parse(["generate", "x", option, value])
         except SystemExit:

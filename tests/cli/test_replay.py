@@ -164,7 +164,7 @@ REFUSED = [
     ({"solver": None}, "solver is None"),
     ({"mask_mode": {}}, "mask_mode is a dict"),
     ({"composite": 1}, "composite is 1"),
-    ({"composite": None}, "composite is None"),
+    ({"composite": "yes"}, "composite is 'yes'"),
     ({"upscale": "2"}, "upscale is '2'"),
     ({"mask_blur": None}, "mask_blur is None"),
     ({"extend": "16,0"}, "extend is '16,0'"),

@@ -41,6 +41,16 @@ def test_moments(backend, mean, device, kernel_of):
     assert ((got_variance.double() / true_variance - 1).abs() < 4e-6).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(3, 512), (5, 256)])
+def test_chunks_of_a_single_row(height, width):
+    """All of them, and the last one; of 32 channels in 2 groups a chunk has 8192 / 16 positions."""
+    run = next(each.function for each in group_moments.implementations if each.backend == "torch")
+    x = picture(32, height, width)
+    (got_mean, got_variance), (true_mean, true_variance) = run(x, 2), exact(x, 2)
+    assert ((got_mean.double() - true_mean).abs() < 3e-6).all()
+    assert ((got_variance.double() / true_variance - 1).abs() < 4e-6).all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_bias_that_is_still_missing(backend, device, kernel_of):
     """Moments with an offset normalize the picture as those of picture + offset normalize that."""

@@ -299,5 +299,5 @@ def test_every_name_of_the_transformer(tmp_path):
 
 
 def test_gather_says_where_parts_come_from(official_dir):
-    sources = open_sources(official_dir, {}, None, official_dir)
+    sources = open_sources(official_dir, {}, None)
     assert sources.mixed == () and sources.notes == () and not sources.guessed

@@ -12,8 +12,9 @@ from PIL import Image
 
 from s3dit.inputs.start_image import remaining_sigmas
 from s3dit.model.config import SchedulerConfig
+from s3dit.notes import without_effect
 from s3dit.request import Request
-from s3dit.resolve import resolve, without_effect
+from s3dit.resolve import resolve
 from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 from s3dit.sampling.solvers import solve

@@ -188,6 +188,10 @@ def test_the_rules_of_judgment():
     byte = torch.tensor([100], dtype=torch.uint8)
     assert [judge({"pixels": byte + n}, {"pixels": byte}, Bounds(0.0)).first is None for n in (1, 2)] == [True, False]
     assert judge({"x": torch.tensor([math.nan])}, {"x": torch.ones(1)}, Bounds(1.0)).first is not None
+    decoded = {"VAE decode": torch.tensor([1.03])}
+    errors = {"VAE decode": 0.01}
+    assert judge(decoded, {"VAE decode": torch.ones(1)}, Bounds(errors=errors)).first is None
+    assert judge(decoded, {"VAE decode": torch.ones(1)}, Bounds(margin=1.25, errors=errors)).first is not None
     wide = Bounds(0.1, coarse=True, guidance=4.0)
     assert (wide.of("layers.0"), wide.of("velocity, step 1")) == (0.1, pytest.approx(0.1 * 41**0.5))
     assert Bounds(0.1, guidance=4.0).of("velocity, step 1") == 0.1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from s3dit import Pipeline
 from s3dit.cli.main import main
-from s3dit.pipeline import EMBEDDED
+from s3dit.runtime.embedded import EMBEDDED
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weights"))
 import few_step_files  # noqa: E402

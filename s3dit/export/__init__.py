@@ -1,0 +1,1 @@
+"""A model as graphs of torch.export: files that draw without this package."""
