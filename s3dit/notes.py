@@ -64,7 +64,7 @@ def without_effect(request: Request, sources: Sources) -> Iterator[str]:
     masked = request.mask_image is not None or request.extend is not None
     if request.image is not None and request.strength == 1 and not masked:
         yield "image gives its size and nothing else: strength 1 redraws all of it; give less, such as 0.6"
-    if request.image is None and request.posterior != "mode":
+    if request.image is None and request.upscale is None and request.posterior != "mode":
         yield "posterior has no effect: there is no start image"
     if not request.composite and (not masked or request.output_type == "latent"):
         yield f"composite has no effect: there {'is no mask' if not masked else 'are latents and no pictures'}"

@@ -95,6 +95,12 @@ def check(request: Request) -> None:
                 f"{name} has several values, and convention {whose} draws the noise of the pictures of one seed at "
                 "once; needed one value for all of them; give a seed for each picture"
             )
+    if each > 1 and request.upscale is not None and request.posterior == "sample":
+        # What the second pass begins from is another picture each.
+        raise RequestError(
+            f"upscale is given with posterior sample, and convention {whose} draws the noise of the pictures of one "
+            "seed at once; needed posterior mode, or a seed for each picture"
+        )
 
 
 def notes(request: Request) -> Iterator[str]:

@@ -85,6 +85,7 @@ REFUSED = [
     ({"preset": "official", "generator": torch.Generator(), "batch_place": [0, 2]}, "and no generator"),
     ({"preset": "diffusers", "prompt": ["a", "b"], "height": [64, 80]}, "height has several values"),
     ({"preset": "official", "num_images_per_prompt": 3, "batch_place": [2, 4]}, "room for 2 of 3 pictures"),
+    ({"convention": "comfyui", "num_images_per_prompt": 2, "posterior": "sample", "upscale": 2}, "posterior mode"),
     (
         {"convention": "diffusers", "prompt": ["a", "b"], "image": ["a.png", "b.png"], "posterior": "sample"},
         "image has several values, and convention diffusers",
