@@ -73,8 +73,8 @@ def _integers(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor |
 
     Twice as fast as bf16 on a CPU with both. The prepacked form is no faster and would be a second copy of the model.
     """
-    if torch.compiler.is_compiling():
-        # Chunks are the compiler's own affair.
+    if torch.compiler.is_exporting():
+        # Chunks would fix the number of rows.
         return _int_mm(x, parts, bias)
     values, row_scale, _ = quantize_rows(x, DTYPE)
     codes, scale = parts["weight"], parts["scale"].T

@@ -1,5 +1,6 @@
 """The READMEs of the packages: their examples run, their tables name what there is, and their links lead somewhere."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -40,6 +41,10 @@ PAGES = ["s3dit/API.md", "s3dit/EMBED.md", "s3dit/RECIPES.md", "s3dit/DIFFERENCE
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)
+    # What an example says of logs is said for itself.
+    log = logging.getLogger("s3dit")
+    monkeypatch.setattr(log, "handlers", list(log.handlers))
+    monkeypatch.setattr(log, "level", log.level)
     examples = re.findall(r"```python\n(.*?)```", text(folder), re.S)
     assert len(examples) >= (1 if folder.endswith("DIFFERENCES.md") else 2)
     exec(compile("\n".join(examples), f"{folder}/README.md", "exec"), {})

@@ -51,8 +51,6 @@ ANSWERS = {
     "--metadata": "every picture carries its settings; --no-metadata leaves them out",
     "--clip-skip": "this text encoder has no layers to skip; leave it out",
     "--eta": "say --solver euler_ancestral for noise in each step",
-    "--verbose": "s3dit plan says what will be loaded and computed, s3dit generate --verbose how long it took",
-    "-v": "s3dit plan says what will be loaded and computed, s3dit generate --verbose how long it took",
     "--base-model": "say --model",
 }  # fmt: skip
 # What other programs call a solver, or a schedule, that there is here by another name.

@@ -48,7 +48,7 @@ class Linear(nn.Linear):
         if self.weight.dtype == x.dtype:
             weight = self.weight
             # A graph is of any number of rows, so it does not ask for theirs.
-            if not torch.compiler.is_compiling() and x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
+            if not torch.compiler.is_exporting() and x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
                 x, weight = aligned(x), aligned(weight)
             return F.linear(x, weight, bias)
         # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.

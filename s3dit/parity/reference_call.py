@@ -158,7 +158,7 @@ def call_of(plan: Plan, config: ModelConfig, notes: list[str]) -> Call:
         # All control images first, then what is painted into.
         firsts = _firsts([tuple(map(id, pictures.values())) for pictures in control.pictures])
         encoded = tuple(place for i in firsts for place in ((i, request.count + i) if inpaints else (i,)))
-        if control.control.rule == "authors" and control.config.version != "1.0":
+        if control.control.rule != "diffusers" and control.config.version != "1.0":
             notes.append(
                 "the authors' rule: the refiner's hints are added to diffusers' own stream, which leaves it out"
             )

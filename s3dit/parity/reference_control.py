@@ -32,7 +32,7 @@ class ControlTaps:
         ]
         if own is not None:
             hooks.append(getattr(net, own)[-1].register_forward_hook(self._refines))
-        if own is not None and control.rule == "authors":
+        if own is not None and control.rule != "diffusers":
             hooks += [base.register_forward_pre_hook(self._enters), base.register_forward_hook(self._leaves)]
             hooks += [block.register_forward_hook(self._adds(i)) for i, block in enumerate(base.noise_refiner)]
         for hook in hooks:
