@@ -171,6 +171,17 @@ def test_masks_second_passes_and_replay(twin):
     assert larger.then.sigmas == larger.sigmas[2:] and twin(larger).latents[0].shape == (16, 12, 16)
 
 
+@pytest.mark.filterwarnings("ignore:cache .* has no effect")
+@pytest.mark.parametrize("cache", ["first-block", "taylor"])
+def test_a_cache_goes_by_the_first_of_both_times(twin, cache):
+    """With threshold 0 every call is computed: the whole run's bits; above it some are spared and the way goes on."""
+    options = {"num_inference_steps": 8, "solver": "euler", "seed": 1, "height": 64, "width": 64}
+    whole, same = (twin("a star", **options, **more) for more in ({}, {"cache": f"{cache}:0"}))
+    assert torch.equal(whole.latents[0], same.latents[0])
+    spared = twin("a star", **options, cache="taylor:1")
+    assert spared.metadata[0]["engine"]["reused"] > 0 and torch.isfinite(spared.latents[0]).all()
+
+
 def test_a_pass_without_layers_aims_at_the_same_time(twin):
     seen, transformer = [], twin.transformer
     run = transformer.forward
