@@ -19,7 +19,7 @@ from s3dit.model.layout import patchify
 from s3dit.sampling.schedules import sigmas
 
 SLOW = pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="takes a minute; set S3DIT_SLOW=1 to run it")
-PAGE = Path(graphs.__file__).parents[1] / "EXPORT.md"
+PAGE = Path(__file__).resolve().parents[2] / "s3dit" / "EXPORT.md"
 PROMPTS = ["a red star above a blue ring", "a green square"]
 
 
