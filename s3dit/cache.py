@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -125,7 +126,7 @@ class Cache:
         if (pairs := self.magnitudes) is not None:
             right = isinstance(pairs, Sequence) and 2 <= len(pairs) <= MOST_NUMBERS
             right = right and all(_numbers(pair, 2) and len(pair) == 2 and pair[1] > 0 for pair in pairs)
-            if not right or not all(0 <= a[0] < b[0] <= 1 for a, b in zip(pairs, pairs[1:], strict=False)):
+            if not right or not all(0 <= a[0] < b[0] <= 1 for a, b in pairwise(pairs)):
                 raise ValueError(f"cache magnitudes are {shown(pairs)}; needed pairs (t, above 0), t rising in 0 to 1")
 
     def to_json(self) -> dict[str, Any]:

@@ -176,6 +176,7 @@ class Pipeline(LoadedModel):
                         pictures = self._pictures(last, latents)
             # Still inside: they are of the adapters that drew, whatever others attach meanwhile.
             metadata = self.records(plan)
+            # Of none where there is no cache.
             for record, reused in zip(metadata, step.reused, strict=False):
                 record["engine"]["reused"] = reused
         LOG.info("drew %d of %s; seconds: %s", plan.request.count, self.folder.name, shown_seconds(seconds))

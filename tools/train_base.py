@@ -13,6 +13,7 @@ Functions, seeds and the world are those of `train_tiny.py`.
 
 import argparse
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_score import find, judge, table
 from tiny_vae import CONFIG as VAE_CONFIG
-from tiny_vae import to_pixels
-from tiny_world import COLOURS, SHAPES, Scene, caption_of, draw_scene, fixed_prompts, render
+from tiny_world import COLOURS, SHAPES, Scene, caption_of, draw_scene, fixed_prompts
 from torch import Tensor
-from train_tiny import BATCH, Model, noisy, train
+from train_tiny import BATCH, Model, encoded, noisy, train
 
-from s3dit.model.layout import patchify
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.model.vae import Autoencoder
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCENES, FULL, LR = 8_000, 3, 1.2e-3
 # Shares of the captions that are empty, another picture's, one color, one thing without its background, and full but
 # for the colors of things; the others are full and right.
@@ -60,10 +60,7 @@ def make_data(work: Path, vae: Autoencoder, scale: float, shift: float) -> dict[
         scenes = [draw_scene(rng) for _ in range(50)]
         full += [[caption_of(scene, rng) for _ in range(FULL)] for scene in scenes]
         partial += [list(partial_captions(scene, rng)) for scene in scenes]
-        batch = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            mean = vae.encoder(to_pixels(batch)).chunk(2, dim=1)[0]
-        patches += [patchify(one.contiguous()) for one in mean]
+        patches += encoded(vae, scenes)
         if start % 2000 == 0:
             print(f"data {start}/{SCENES}", flush=True)
     data = {"patches": (torch.stack(patches) - shift) * scale, "full": full, "partial": partial}
@@ -139,6 +136,7 @@ def score(folder: Path) -> dict[str, Any]:
         "a color appears that the prompt leaves open": appearing(pipe, negative=False),
         "a color appears that is the negative prompt": appearing(pipe, negative=True),
         "placement": str(pipe.placement),
+        "transformer": sha256((folder / "transformer" / WEIGHTS).read_bytes()).hexdigest(),
     }
 
 

@@ -29,7 +29,7 @@ from tiny_score import judge, table
 from tiny_text import pretrain, read
 from tiny_vae import CONFIG as VAE_CONFIG
 from tiny_vae import gate, to_pixels, train_vae
-from tiny_world import caption_of, draw_scene, fixed_prompts, render
+from tiny_world import Scene, caption_of, draw_scene, fixed_prompts, render
 from torch import Tensor, nn
 
 from s3dit.model.config import TextEncoderConfig, TransformerConfig
@@ -93,6 +93,13 @@ class Model(nn.Module):
         return out
 
 
+@torch.no_grad()
+def encoded(vae: Autoencoder, scenes: list[Scene]) -> list[Tensor]:
+    """Render scenes and encode them to patches, (64, 64) each, as the autoencoder's mean gives them."""
+    batch = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
+    return [patchify(one.contiguous()) for one in vae.encoder(to_pixels(batch)).chunk(2, dim=1)[0]]
+
+
 def make_data(work: Path, vae: Autoencoder) -> dict[str, Any]:
     """Render, caption and encode the training set; latents are scaled to zero mean and unit deviation."""
     if (work / "data.pt").exists():
@@ -102,10 +109,7 @@ def make_data(work: Path, vae: Autoencoder) -> dict[str, Any]:
     for start in range(0, SCENES, 50):
         scenes = [draw_scene(rng) for _ in range(50)]
         captions += [[caption_of(scene, rng) for _ in range(CAPTIONS)] for scene in scenes]
-        batch = torch.from_numpy(np.stack([render(scene) for scene in scenes])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            mean = vae.encoder(to_pixels(batch)).chunk(2, dim=1)[0]
-        patches += [patchify(one.contiguous()) for one in mean]
+        patches += encoded(vae, scenes)
         if start % 2000 == 0:
             print(f"data {start}/{SCENES}", flush=True)
     flat = torch.stack(patches)

@@ -103,6 +103,7 @@ def program(module: Any, device: torch.device) -> ExportedProgram:
     with traceable(module, device):
         example, free = module.sizes()
         example = tuple(each.to(device) for each in example)
+        # Not by the bytecode: what the model keeps by size, and its choice of operations, are plain Python.
         graph = torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)
     check_operations(graph)
     return graph

@@ -177,7 +177,8 @@ def _texts(pipe: Pipeline, plan: Plan, out: Stages, taps: _Taps | None) -> None:
         out[f"{prefix}token ids"] = torch.tensor([token for text in texts for token in text])
         distinct = list(dict.fromkeys(texts))
         if done:
-            calls, done = dict(zip(distinct, done, strict=False)), done[len(distinct) :]
+            # An encoder that is looked at keeps nothing: negative prompts were encoded again if they are prompts, too.
+            calls, done = dict(zip(distinct, done[: len(distinct)], strict=True)), done[len(distinct) :]
             for name in calls[texts[0]]:
                 # The encoder itself, without a name, answers with the features.
                 stage = name.replace("model.", "text.", 1) or "text features"

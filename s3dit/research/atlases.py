@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -225,7 +226,7 @@ class StepAtlas:
 
     def changes(self) -> Table:
         """Return how far each site's tensor is from that of the step before, by site and step, from the second on."""
-        rows = [[self.change(site, now, before) for before, now in zip(self.steps, self.steps[1:], strict=False)]
+        rows = [[self.change(site, now, before) for before, now in pairwise(self.steps)]
                 for site in self.sites]  # fmt: skip
         title = "Relative change since the step before, by step"
         return Table.of(title, self.sites, self.steps[1:], rows)

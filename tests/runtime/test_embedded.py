@@ -1,6 +1,7 @@
 """The embedded models: what the base one has of its own and what it shares, by every door."""
 
 import json
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -79,6 +80,8 @@ def test_it_is_inspected_and_not_quantized_in_part(capsys, tmp_path):
 def test_the_stored_score():
     """What tools/train_base.py measured on 500 prompts; the pictures themselves are drawn by its --score."""
     score = json.loads((EMBEDDED_BASE / "score.json").read_text())
+    (weights,) = (EMBEDDED_BASE / "transformer").glob("*.safetensors")
+    assert score["transformer"] == sha256(weights.read_bytes()).hexdigest(), "measure these weights anew: --score"
     guided, plain = score["28 steps, guidance 4"], score["28 steps, no guidance"]
     assert guided["n"] == 500 and guided["everything"] >= 0.9
     # A share of 500 is known to 1.3 points (one standard deviation at 0.9).
