@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
     def add_spellings(self) -> None:
         """Register SPELLINGS of the options that this parser has, hidden from --help."""
         for spelling, option in SPELLINGS.items():
-            if (known := self.options.get(option)) is not None:
+            if (known := self.options.get(option)) is not None and spelling not in self.options:
                 self.add_argument(
                     spelling, action=type(known), dest=known.dest, type=known.type or str, choices=known.choices,
                     default=known.default, metavar=known.metavar, help=argparse.SUPPRESS,
