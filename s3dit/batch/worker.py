@@ -1,12 +1,13 @@
 """Draw rows of a batch: a Worker keeps one model, and gives back one result a row.
 
 A result is a dict of JSON values: `id`, `line` and `digest` of the row, then `files`, the SHA-256 of each file by its
-name, and `seconds`, or `error`. Beside them may stand `notes`, which a user should know. What is the row's fault, or
-its files', or memory's, is an error of that row; whatever else goes wrong ends the worker, as a bug should.
+name, or `error`, and `seconds` and `worker` (machine and process). `notes` may stand beside, for the user. What is the
+row's fault, or its files', or memory's, is an error of that row; whatever else goes wrong ends the worker.
 """
 
 import hashlib
 import os
+import socket
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,7 @@ class Worker:
         """
         self.job, self.store = job, open_store(job.output)
         self.notes: list[str] = []
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
         with importing():
             import torch
         if job.threads is not None:
@@ -85,7 +87,7 @@ class Worker:
             results = [{"error": str(error)}]
         seconds = round((time.perf_counter() - start) / len(rows), 4)
         for row, result in zip(rows, results, strict=True):
-            yield head(row) | result | {"seconds": seconds}
+            yield head(row) | result | {"seconds": seconds, "worker": self.name}
 
     def _request(self, row: Row) -> Request:
         if row.named and not self.here:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from s3dit import files
+from s3dit.batch.cluster import on_cluster
 from s3dit.batch.processes import in_processes
 from s3dit.batch.results import Results
 from s3dit.batch.rows import Row, read_rows
@@ -67,9 +68,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="rows with the same settings that are drawn in one pass (default: 1, for the bits of pictures "
         "drawn alone; in company they are equal within rounding)",
     )  # fmt: skip
-    group.add_argument(
-        "--ray", metavar="ADDRESS", help="draw on a Ray cluster: local, auto, HOST:PORT or ray://HOST:PORT"
-    )
+    group.add_argument("--ray", metavar="ADDRESS", help="draw on a Ray cluster: local, auto or HOST:PORT")
     group.add_argument(
         "--seed", type=int, default=0, metavar="N",
         help="from which, and from its id, a row that gives no seed has its own (default: 0)",
@@ -111,7 +110,9 @@ def _results(args: argparse.Namespace, rows: Sequence[Row]) -> Iterator[Result]:
         ending=f".{args.format}", quality=args.quality, metadata=not args.no_metadata, threads=args.threads,
         size=args.pass_size,
     )  # fmt: skip
-    if (args.workers or 1) == 1:
+    if args.ray is not None:
+        yield from on_cluster(job, right, args.ray, args.workers)
+    elif (args.workers or 1) == 1:
         yield from in_process(job, right)
     else:
         yield from in_processes(job, right, args.workers)
@@ -132,7 +133,9 @@ def _check(args: argparse.Namespace) -> None:
     files.check_models(models(args))
     if args.residency is None and args.vram is None:
         args.residency = "resident"
-    if args.threads is None and (args.workers or 1) > 1:
+    if args.ray is not None:
+        args.threads = args.threads or 1
+    elif args.threads is None and (args.workers or 1) > 1:
         args.threads = max(1, (os.cpu_count() or 1) // args.workers)
 
 
