@@ -31,7 +31,7 @@ from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
 from s3dit.weights.container import sniff
 from s3dit.weights.formats import producer
-from s3dit.weights.hub import ADAPTERS
+from s3dit.weights.hub_files import ADAPTERS
 from s3dit.weights.keymap import detect, official
 from s3dit.weights.split_checkpoint import PARTS
 
@@ -90,7 +90,8 @@ def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
         kind, options = "a file of weights", []
     note = "described without downloading it; drawing with it does"
     if not options:
-        words = shlex.join(["/".join(name.split("/")[:2]), *sorted(lacking)])
+        repository, _, revision = "/".join(name.split("/")[:2]).partition("@")
+        words = shlex.join([repository, *sorted(lacking), *(["--revision", revision] if revision else [])])
         note = f"only its weights say what it is; get them with `hf download {words}`, then inspect it again"
     return Facts(name, f"{kind} on the Hub", facts, draw(options) if options else "", (note,))
 
