@@ -56,16 +56,16 @@ def by_formula(form, parts, out, in_):
 
 
 FORMS = {
-    "rows": Form(torch.int8),
-    "cut last group": Form(E4M3, 48),
-    "e5m2": Form(torch.float8_e5m2),
-    "two levels": Form(torch.uint8, 16, E4M3, channel=True),
-    "rounded": Form(torch.uint8, 16, channel=True, offset=torch.float32, rounded=True, rotation=64),
-    "powers of two": Form(E4M3, 32, torch.float8_e8m0fnu),
-    "offset": Form(torch.uint8, 64, torch.bfloat16, offset=torch.bfloat16),
-    "turned": Form(torch.int8, rotation=16),
-    "turned, not by a power of four": Form(E4M3, rotation=32),
-    "everything": Form(torch.uint8, 64, channel=True, offset=torch.float32, rotation=32, column=True, rank=16),
+    "rows": Form("int8"),
+    "cut last group": Form("float8_e4m3fn", 48),
+    "e5m2": Form("float8_e5m2"),
+    "two levels": Form("uint8", 16, "float8_e4m3fn", channel=True),
+    "rounded": Form("uint8", 16, channel=True, offset="float32", rounded=True, rotation=64),
+    "powers of two": Form("float8_e4m3fn", 32, "float8_e8m0fnu"),
+    "offset": Form("uint8", 64, "bfloat16", offset="bfloat16"),
+    "turned": Form("int8", rotation=16),
+    "turned, not by a power of four": Form("float8_e4m3fn", rotation=32),
+    "everything": Form("uint8", 64, channel=True, offset="float32", rotation=32, column=True, rank=16),
 }
 
 
@@ -126,9 +126,9 @@ def test_a_rotation_undoes_itself(size):
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiple of 64, found 96"):
-        grouped("a", Form(torch.int8, rotation=64)).spec(4, 96)
+        grouped("a", Form("int8", rotation=64)).spec(4, 96)
     with pytest.raises(ValueError, match="multiple of 2, found 33"):
-        grouped("a", Form(torch.uint8)).spec(4, 33)
+        grouped("a", Form("uint8")).spec(4, 33)
     with pytest.raises(ValueError, match="power of two"):
         hadamard(48)
 

@@ -307,8 +307,8 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
 
     save_file({"a.weight": torch.ones(2, 16)}, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
-    scheme = grouped("nvfp4", Form(torch.uint8, 16))
-    assert isinstance(scheme, Scheme) and grouped("nvfp4", Form(torch.uint8, 16)) is scheme
+    scheme = grouped("nvfp4", Form("uint8", 16))
+    assert isinstance(scheme, Scheme) and grouped("nvfp4", Form("uint8", 16)) is scheme
     with pytest.raises(CheckpointError, match="a.weight is a plain float; nvfp4 is only read"):
         encode_weight(scheme, checkpoint.load("a.weight"), "a.weight", checkpoint)
 
