@@ -1,18 +1,14 @@
 """NumberFormat, a number format as the header of a file shows it; importing this module does not import torch.
 
-A quantized layer consists of several tensors, its parts: `layout` names them, with shapes and dtypes, and `scheme`
-returns the Scheme that encodes, decodes and multiplies them, which is the only thing here that imports torch. Own
-formats are in FORMATS; `gguf` and `grouped` return those of other producers. Dtypes are names, as in "bfloat16".
+A quantized layer consists of several tensors, its parts: `layout` names them, with shapes and dtypes, which are names
+as in "bfloat16". `schemes.scheme_of` returns the Scheme that encodes, decodes and multiplies them. The formats that
+this engine writes are in FORMATS; `gguf` and `grouped` return those of other producers.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from s3dit.kernels.scheme import Scheme
 
 # Name of a part -> its shape and the name of its dtype.
 Layout = dict[str, tuple[tuple[int, ...], str]]
@@ -29,73 +25,6 @@ BLOCK_SIZES = {
     "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210), "IQ4_NL": (32, 18),
     "IQ4_XS": (256, 136),
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class NumberFormat:
-    """A number format of linear weights, by header.
-
-    name: in files and options · layout(out, in) -> parts of a weight, raising ValueError for sizes that it cannot take
-    · scheme() -> the Scheme of that name, the same object at each call
-    """
-
-    name: str
-    layout: Callable[[int, int], Layout]
-    scheme: "Callable[[], Scheme]"
-
-
-def per_channel_layout(dtype: str, out: int, in_: int) -> Layout:
-    """Return the parts of a format with a scale for each output channel; dtype: of a code."""
-    return {"weight": ((out, in_), dtype), "scale": ((out, 1), "float32")}
-
-
-def int4_layout(out: int, in_: int) -> Layout:
-    """Return the parts of a weight (out, in): weight (out, in / 2) uint8, scale and zero (out, in / 64) bf16.
-
-    Raises ValueError where `in` is not a multiple of 64.
-    """
-    if in_ % INT4_GROUP:
-        raise ValueError(f"int4 needs an input width that is a multiple of {INT4_GROUP}, found {in_}; use int8 or fp8")
-    groups = ((out, in_ // INT4_GROUP), "bfloat16")
-    return {"weight": ((out, in_ // 2), "uint8"), "scale": groups, "zero": groups}
-
-
-def _own(name: str) -> "Scheme":
-    from s3dit.kernels.schemes import SCHEMES
-
-    return SCHEMES[name]
-
-
-_LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
-    "fp8": partial(per_channel_layout, "float8_e4m3fn"),
-    "fp8-weights": partial(per_channel_layout, "float8_e4m3fn"),
-    "int8": partial(per_channel_layout, "int8"),
-    "int8-weights": partial(per_channel_layout, "int8"),
-    "int4": int4_layout,
-}
-# The formats that this engine writes, as in `schemes.SCHEMES`.
-FORMATS = {name: NumberFormat(name, layout, partial(_own, name)) for name, layout in _LAYOUTS.items()}
-
-
-def block_layout(kind: str, out: int, in_: int) -> Layout:
-    """Return the part of a weight in GGUF's blocks, (out, bytes of a row) uint8; kind: a key of BLOCK_SIZES."""
-    elements, size = BLOCK_SIZES[kind]
-    if in_ % elements:
-        raise ValueError(
-            f"{kind} needs an input width that is a multiple of {elements}, found {in_}; take another file"
-        )
-    return {"weight": ((out, in_ // elements * size), "uint8")}
-
-
-def gguf(kind: str) -> NumberFormat:
-    """Return the format of one of GGUF's block types; kind: a key of BLOCK_SIZES."""
-
-    def scheme() -> "Scheme":
-        from s3dit.kernels.gguf import GGUF
-
-        return GGUF[kind]
-
-    return NumberFormat(kind, partial(block_layout, kind), scheme)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +49,64 @@ class Form:
     low: str = "bfloat16"
 
 
+@dataclass(frozen=True, slots=True)
+class NumberFormat:
+    """A number format of linear weights, by header.
+
+    name: in files and options · layout(out, in) -> parts of a weight, raising ValueError for sizes that it cannot take
+    · form: of formats in groups
+    """
+
+    name: str
+    layout: Callable[[int, int], Layout]
+    form: Form | None = None
+
+
+def per_channel_layout(dtype: str, out: int, in_: int) -> Layout:
+    """Return the parts of a format with a scale for each output channel; dtype: of a code."""
+    return {"weight": ((out, in_), dtype), "scale": ((out, 1), "float32")}
+
+
+def int4_layout(out: int, in_: int) -> Layout:
+    """Return the parts of a weight (out, in): weight (out, in / 2) uint8, scale and zero (out, in / 64) bf16.
+
+    Raises ValueError where `in` is not a multiple of 64.
+    """
+    if in_ % INT4_GROUP:
+        raise ValueError(f"int4 needs an input width that is a multiple of {INT4_GROUP}, found {in_}; use int8 or fp8")
+    groups = ((out, in_ // INT4_GROUP), "bfloat16")
+    return {"weight": ((out, in_ // 2), "uint8"), "scale": groups, "zero": groups}
+
+
+_LAYOUTS: dict[str, Callable[[int, int], Layout]] = {
+    "fp8": partial(per_channel_layout, "float8_e4m3fn"),
+    "fp8-weights": partial(per_channel_layout, "float8_e4m3fn"),
+    "int8": partial(per_channel_layout, "int8"),
+    "int8-weights": partial(per_channel_layout, "int8"),
+    "int4": int4_layout,
+}
+# The formats that this engine writes, as in `schemes.SCHEMES`.
+FORMATS = {name: NumberFormat(name, layout) for name, layout in _LAYOUTS.items()}
+
+
+def block_layout(kind: str, out: int, in_: int) -> Layout:
+    """Return the part of a weight in GGUF's blocks, (out, bytes of a row) uint8; kind: a key of BLOCK_SIZES."""
+    elements, size = BLOCK_SIZES[kind]
+    if in_ % elements:
+        raise ValueError(
+            f"{kind} needs an input width that is a multiple of {elements}, found {in_}; take another file"
+        )
+    return {"weight": ((out, in_ // elements * size), "uint8")}
+
+
+def gguf(kind: str) -> NumberFormat:
+    """Return the format of one of GGUF's block types; kind: a key of BLOCK_SIZES."""
+    return NumberFormat(kind, partial(block_layout, kind))
+
+
 def grouped(name: str, form: Form) -> NumberFormat:
     """Return the format of a form under the name that its producer gives it."""
-
-    def scheme() -> "Scheme":
-        from s3dit.kernels.grouped import grouped as make
-
-        return make(name, form)
-
-    return NumberFormat(name, partial(form_layout, name, form), scheme)
+    return NumberFormat(name, partial(form_layout, name, form), form)
 
 
 def form_layout(name: str, form: Form, out: int, in_: int) -> Layout:

@@ -235,8 +235,8 @@ def _cached(repository: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import errors, snapshot_download
 
     try:
-        asked = {"revision": revision, "allow_patterns": ["model_index.json"]}
-        return Path(snapshot_download(repository, **asked, local_files_only=True))
+        one = ["model_index.json"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=one, local_files_only=True))
     except errors.LocalEntryNotFoundError as error:
         path = getattr(error, "snapshot_path", None)
         return None if path is None else Path(path)

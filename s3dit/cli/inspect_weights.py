@@ -27,7 +27,7 @@ from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
 from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import OpenedModel, missing, open_model
-from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
+from s3dit.weights.adapter_info import CONFIG, AdapterInfo, describe
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
 from s3dit.weights.container import sniff
 from s3dit.weights.formats import producer

@@ -37,7 +37,7 @@ def fill(scheme, out, in_):
 def by_formula(form, parts, out, in_):
     """The definition, element by element where groups are concerned."""
     exact = {name: part.double() for name, part in parts.items() if part.dtype != torch.uint8}
-    if form.codes == torch.uint8:
+    if form.codes == "uint8":
         values = torch.empty(out, in_, dtype=torch.float64)
         values[:, 0::2] = exact["table"][0][(parts["weight"] % 16).long()]
         values[:, 1::2] = exact["table"][0][(parts["weight"] // 16).long()]
@@ -77,8 +77,8 @@ def test_against_the_formula(name, shape, monkeypatch):
     form = FORMS[name]
     scheme = grouped(name, form)
     parts = fill(scheme, 40, 128)
-    if form.scale == torch.float8_e8m0fnu:
-        parts["scale"] = torch.randint(120, 130, (40, 4), dtype=torch.uint8).view(form.scale)
+    if form.scale == "float8_e8m0fnu":
+        parts["scale"] = torch.randint(120, 130, (40, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
     exact = by_formula(form, parts, 40, 128)
     # fp32 with sums of a rotation's inputs
     assert relative(scheme.decode(parts), exact) < 1e-6
@@ -98,8 +98,8 @@ def test_kernel(name, width, device, dtype, poison):
     form = FORMS[name]
     scheme = grouped(name, form)
     parts = fill(scheme, 37, width)
-    if form.scale == torch.float8_e8m0fnu:
-        parts["scale"] = torch.randint(120, 130, (37, width // 32), dtype=torch.uint8).view(form.scale)
+    if form.scale == "float8_e8m0fnu":
+        parts["scale"] = torch.randint(120, 130, (37, width // 32), dtype=torch.uint8).view(torch.float8_e8m0fnu)
     exact = by_formula(form, parts, 37, width)
     parts = {key: part.to(device) for key, part in parts.items()}
     x, bias = torch.randn(3, 11, width, device=device).to(dtype), torch.randn(37, device=device)

@@ -59,7 +59,7 @@ class Header(Checkpoint):
         return list(self.shapes)
 
     def entry(self, name):
-        return Entry(self.shapes[name], torch.bfloat16, 0)
+        return Entry(self.shapes[name], "bfloat16", 0)
 
     def load(self, name):
         return torch.full((4, 4), self.value)
