@@ -2,20 +2,18 @@
 
 A ControlNet is a part as well, but one for each file, and the vision tower of Omni models takes no option of its own;
 both are handled where they are opened. Which tensors tell a part, and under which prefixes, is the files' affair
-(`weights.split_checkpoint`).
+(`weights.split_checkpoint`). Importing this module does not import torch, which `module` does.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from s3dit.configs import infer_config
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from s3dit.model.text_encoder import TextEncoder
-from s3dit.model.transformer import Transformer
-from s3dit.model.vae import Autoencoder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +29,35 @@ class PartSpec:
     config: type[Any]
     infer: Callable[..., Any]
     published: Any
-    module: Callable[[Any], nn.Module]
+    module: "Callable[[Any], nn.Module]"
     option: str
+
+
+def _transformer(config: TransformerConfig) -> "nn.Module":
+    from s3dit.model.transformer import Transformer
+
+    return Transformer(config)
+
+
+def _text_encoder(config: TextEncoderConfig) -> "nn.Module":
+    from s3dit.model.text_encoder import TextEncoder
+
+    return TextEncoder(config)
+
+
+def _vae(config: VAEConfig) -> "nn.Module":
+    from s3dit.model.vae import Autoencoder
+
+    return Autoencoder(config)
 
 
 # Keys are the names of its folders.
 SPECS: Mapping[str, PartSpec] = {
     "transformer": PartSpec(
-        TransformerConfig, infer_config.transformer, infer_config.TRANSFORMER, Transformer, "--transformer"
+        TransformerConfig, infer_config.transformer, infer_config.TRANSFORMER, _transformer, "--transformer"
     ),
     "text_encoder": PartSpec(
-        TextEncoderConfig, infer_config.text_encoder, infer_config.TEXT_ENCODER, TextEncoder, "--text-encoder"
+        TextEncoderConfig, infer_config.text_encoder, infer_config.TEXT_ENCODER, _text_encoder, "--text-encoder"
     ),
-    "vae": PartSpec(VAEConfig, infer_config.vae, infer_config.VAE, Autoencoder, "--vae"),
+    "vae": PartSpec(VAEConfig, infer_config.vae, infer_config.VAE, _vae, "--vae"),
 }

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from s3dit.control import Control
-from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.controlnet import ControlNet, open_controlnet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import JOINED_ON, swap
 from s3dit.model.meta import on_meta
