@@ -61,6 +61,9 @@ class Components(Residency):
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
         self.controlnets: dict[str, ControlNetConfig] = {}
+        # Modules on the meta device that were made already, plain and with number formats: the next that is asked for.
+        self._plain: dict[str, nn.Module] = {}
+        self._blanks: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
         for part, checkpoint in sources.checkpoints.items():
             self._open(part, checkpoint)
         self._quantize = quantize
@@ -81,12 +84,14 @@ class Components(Residency):
             module, unused = self.blank(part)
             self.formats[part] = named(schemes(module))
             self._weigh(part, module, unused)
+            self._blanks[part] = module, unused
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
         if self._disable_mmap:
             checkpoint.disable_mmap()
-        self.checkpoints[part] = fitted(checkpoint, self._module(part, config).state_dict())
+        self._plain[part] = self._module(part, config)
+        self.checkpoints[part] = fitted(checkpoint, self._plain[part].state_dict())
 
     @contextmanager
     def reading(self, callback: Callable[[str, int], None]) -> Iterator[None]:
@@ -113,7 +118,7 @@ class Components(Residency):
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """Make a part's module on the meta device; returns it and the patterns of names that are never read."""
         checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
-        module = self._module(part, controlnet)
+        module = self._plain.pop(part, None) or self._module(part, controlnet)
         unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
         with on_meta():
             for name, kind in schemes_for(part, checkpoint, self._quantize.get(part)).items():
@@ -123,7 +128,7 @@ class Components(Residency):
 
     def make(self, name: str) -> nn.Module:
         """Make a part's module on the meta device, in which modules that are never called refuse hooks."""
-        module, unused = self.blank(name)
+        module, unused = self._blanks.pop(name, None) or self.blank(name)
         for path, inner in module.named_modules():
             names = [f"{path}.{leaf}".removeprefix(".") for leaf in inner.state_dict()]
             if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
