@@ -154,12 +154,12 @@ for dim in (64, 96, 128):
         ),
     ],
 )
-def test_kernels_compile_for_gpus(kernels, capability, shared, tmp_path):
+def test_kernels_compile_for_gpus(kernels, capability, shared, triton_cache):
     """At the sizes of the model, and without a GPU: finds what the interpreter forgives.
 
     Such are names that Triton does not know, types, more KiB of shared memory than there are, tensor cores left idle.
     """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONWARNINGS": "ignore"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", COMPILER + kernels, str(capability), str(shared)],
