@@ -17,9 +17,8 @@ from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
 class PartSpec:
     """One part of a model.
 
-    config: the dataclass of its config.json · infer: reads that from tensors where there is no JSON,
-    `infer(checkpoint, known, notes)` · published: the configuration of the released models · made_by: file and class of
-    its module, whose `unused` are patterns of names that are not read · option: gives it on the command line.
+    config: the dataclass of its config.json · infer(checkpoint, known, notes): reads that from tensors · published: of
+    the released models · made_by: file and class of its module, whose `unused` are patterns of names that are not read
     """
 
     config: type[Any]

@@ -128,7 +128,7 @@ class Components(Residency):
 
     def make(self, name: str) -> nn.Module:
         """Make a part's module on the meta device, in which modules that are never called refuse hooks."""
-        module, unused = self._blanks.pop(name, None) or self.blank(name)
+        module, unused = self._blanks.pop(name) if name in self._blanks else self.blank(name)
         names = list(module.state_dict())
         read = [leaf for leaf in names if not any(fnmatchcase(leaf, pattern) for pattern in unused)]
         unread = _owners(names) - _owners(read)
@@ -145,7 +145,7 @@ class Components(Residency):
         dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
         self._ahead.read([self.checkpoints[part] for part in (name, *self._following(name))])
         with own_settings(device), self.clock.stage(f"load {name}"):
-            filled, unused = self._blanks.pop(name, None) or self.blank(name)
+            filled, unused = self._blanks.pop(name) if name in self._blanks else self.blank(name)
             places = list(tensors(filled))
             if kept is None:
                 seen = None if self._on_read is None else partial(self._on_read, name)
