@@ -31,7 +31,7 @@ FLOORS = (
     ("result", "dry_run", "loaded_model"),
     ("research.",),
     ("pipeline",),
-    ("export.",),
+    ("export.", "serve."),
     ("cli.", "parity."),
     ("__main__", "__init__"),
 )  # fmt: skip
