@@ -122,12 +122,12 @@ class Engine:
         steps = len(plan.sigmas) - 1 + (0 if plan.then is None else len(plan.then.sigmas) - 1)
         task = Task(job, pipe, tokens, _spread(partial_images, steps))
         task.turn = Turn(lambda: self._announce(task), lambda: self._passes.wear("transformer", task.strengths))
-        job.on_cancel(self._look)
+        job.on_cancel(lambda: self._cancelled(task))
         with self._changed:
             self._check_room()
             self._queue.append(task)
             job.tell(Queued(len(self._queue) - 1))
-            self._changed.notify_all()
+        self._begin()
         return job
 
     @property
@@ -180,16 +180,38 @@ class Engine:
             rounds = 1 + len(self._queue) // max(1, len(self._running))
             raise QueueFull(self.queue_limit, max(1.0, rounds * self.counts.latency()))
 
-    def _look(self) -> None:
-        """Let the engine's thread look at what has changed."""
+    def _cancelled(self, task: Task) -> None:
+        """Take a job that is cancelled out of the queue; one that has left it ends before its next step."""
         with self._changed:
-            self._changed.notify_all()
+            waits = task in self._queue
+            if waits:
+                self._queue.remove(task)
+        if waits and (why := task.why_stop()):
+            self._end(task, why)
 
     def _announce(self, task: Task) -> None:
         """A job waits for its turn; called in its thread."""
         with self._changed:
             self._ready.append(task)
             self._changed.notify_all()
+
+    def _begin(self) -> None:
+        """Let requests leave the queue, as many as may; called by any thread after something changed."""
+        begun = []
+        with self._changed:
+            while self._may_begin():
+                begun.append(self._queue.popleft())
+                self._running.append(begun[-1])
+            self._changed.notify_all()
+        for task in begun:
+            threading.Thread(target=self._draw, args=(task,), name=f"s3dit-job-{task.job.id}", daemon=True).start()
+
+    def _may_begin(self) -> bool:
+        """Whether the first in the queue may leave it, to be prepared."""
+        if not self._queue or len(self._running) >= MOST_RUNNING:
+            return False
+        prepared = len(self._running) - len(self._sampling)
+        return prepared < AHEAD if self.resident else not self._running
 
     # What follows runs in the engine's thread.
 
@@ -201,35 +223,25 @@ class Engine:
                 self._round()
         finally:
             if self._alive:
-                self._alive, self._stopping = False, True
-                died = BackendError("the engine's thread died; start the server again")
-                for task in [*self._queue, *self._running]:
-                    self._end(task, died)
+                with self._changed:
+                    self._alive, self._stopping = False, True
+                    left = [*self._queue, *self._running]
+                    self._queue.clear()
+                for task in left:
+                    self._end(task, BackendError("the engine's thread died; start the server again"))
 
     def _admit(self) -> None:
-        """Wait for something to do; begin requests, and give those that are prepared a place in the passes."""
+        """Wait for something to do, and give those that are prepared a place in the passes."""
         with self._changed:
-            if not self._sampling and not self._ready and not self._may_begin():
+            if not self._sampling and not self._ready:
                 self._changed.wait(LOOK if self._queue else None)
             over = [(task, why) for task in self._queue if (why := task.why_stop())]
             for task, _ in over:
                 self._queue.remove(task)
-            begun = []
-            while self._may_begin():
-                begun.append(self._queue.popleft())
-                self._running.append(begun[-1])
             self._sampling += self._fitting()
         for task, why in over:
             self._end(task, why)
-        for task in begun:
-            threading.Thread(target=self._draw, args=(task,), name=f"s3dit-job-{task.job.id}", daemon=True).start()
-
-    def _may_begin(self) -> bool:
-        """Whether the first in the queue may leave it, to be prepared."""
-        if not self._queue or len(self._running) >= MOST_RUNNING:
-            return False
-        prepared = len(self._running) - len(self._sampling)
-        return prepared < AHEAD if self.resident else not self._running
+        self._begin()
 
     def _fitting(self) -> list[Task]:
         """Those that wait for their turn and fit beside what is sampled; they are taken from the list."""
@@ -329,7 +341,7 @@ class Engine:
             self.counts.add(**{kinds.get(type(event.error), "failed"): 1})
         with self._changed:
             self._running = [other for other in self._running if other is not task]
-            self._changed.notify_all()
+        self._begin()
         job.tell(event)
 
 
