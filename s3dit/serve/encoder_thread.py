@@ -6,6 +6,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 class EncoderThread:
     """Does work in its order; on a CPU it comes before the passes, which would compute on the same cores.
@@ -13,9 +15,9 @@ class EncoderThread:
     So what is prepared together is sampled together, and what is done is not kept waiting.
     """
 
-    def __init__(self, shares_cores: bool) -> None:
-        """shares_cores: whether passes wait for it, and it for passes."""
-        self._thread = ThreadPoolExecutor(1, "s3dit-encoders")
+    def __init__(self, shares_cores: bool, threads: int) -> None:
+        """shares_cores: whether passes wait for it, and it for passes · threads: that torch may take for it."""
+        self._thread = ThreadPoolExecutor(1, "s3dit-encoders", torch.set_num_threads, (threads,))
         self._shares_cores, self._waiting = shares_cores, 0
         self._changed, self._computing = threading.Condition(), threading.Lock()
 

@@ -21,6 +21,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from s3dit import values
 from s3dit.errors import BackendError, RequestError
 from s3dit.pipeline import Pipeline
@@ -81,7 +83,9 @@ class Engine:
         self._sampling: list[Task] = []
         self._changed = threading.Condition()
         self._planning, self._submitted, self._stopping, self._alive = threading.Lock(), 0, False, True
-        self._encoders = EncoderThread(pipe.placement.device.type == "cpu")
+        # What `torch.set_num_threads` sets for MKL holds for the thread that called it.
+        self._threads = torch.get_num_threads()
+        self._encoders = EncoderThread(pipe.placement.device.type == "cpu", self._threads)
         self._passes = Passes(pipe, self.resident, self.max_batch_tokens, self._encoders, self.counts)
         self._thread = threading.Thread(target=self._work, name="s3dit-engine", daemon=True)
         self._thread.start()
@@ -217,6 +221,7 @@ class Engine:
 
     def _work(self) -> None:
         """Compute until the engine is stopped; when it dies, nobody waits for it in vain."""
+        torch.set_num_threads(self._threads)
         try:
             while self._alive:
                 self._admit()
@@ -277,6 +282,7 @@ class Engine:
         """Draw a job, in a thread of its own."""
         job, pipe, turn = task.job, task.pipe, task.turn
         outcome: Event
+        torch.set_num_threads(self._threads)
         try:
             began = job.seconds()
             job.tell(Started())
