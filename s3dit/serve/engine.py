@@ -85,7 +85,7 @@ class Engine:
         self._planning, self._submitted, self._stopping, self._alive = threading.Lock(), 0, False, True
         # What `torch.set_num_threads` sets for MKL holds for the thread that called it.
         self._threads = torch.get_num_threads()
-        self._encoders = EncoderThread(pipe.placement.device.type == "cpu", self._threads)
+        self._encoders = EncoderThread(pipe.placement.device.type == "cpu" or pipe.graphs, self._threads)
         self._passes = Passes(pipe, self.resident, self.max_batch_tokens, self._encoders, self.counts)
         self._thread = threading.Thread(target=self._work, name="s3dit-engine", daemon=True)
         self._thread.start()
@@ -268,7 +268,8 @@ class Engine:
         """Let every job that has a place go on to its next call, and compute these."""
         asking = []
         for task in self._sampling:
-            task.turn.run(task.why_stop())
+            with self._encoders.beside():
+                task.turn.run(task.why_stop())
             if task.turn.call is not None:
                 asking.append(task)
         self._sampling = [task for task in self._sampling if task.turn.held]
