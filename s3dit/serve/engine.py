@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from s3dit import values
+from s3dit.control import shown
 from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.pipeline import Pipeline
 from s3dit.request import Request
@@ -126,6 +127,8 @@ class Engine:
         """
         values.integer("partial_images", partial_images, 0, MOST_PARTIALS)
         timeout = self.timeout if timeout is None else _checked_timeout(timeout)
+        if on_event is not None and not callable(on_event):
+            raise RequestError(f"on_event is {shown(on_event)}; needed a function that takes an Event")
         # Before its pictures are read, and again when it is put in.
         self._check_room()
         with self._planning:

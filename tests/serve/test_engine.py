@@ -190,7 +190,14 @@ def test_wrong_requests_are_refused_at_once(engine):
     for wrong, words in [({"height": 72}, "height"), ({"reference": torch.zeros(3, 64, 64)}, "reference")]:
         with pytest.raises(RequestError, match=words):
             engine.submit(request(**wrong))
-    for options in ({"partial_images": -1}, {"timeout": 0}, {"timeout": "x"}, {"partial_images": 1.5}):
+    for options in (
+        {"adapters": [("style", 1)]},
+        {"on_event": 5},
+        {"partial_images": -1},
+        {"timeout": 0},
+        {"timeout": "x"},
+        {"partial_images": 1.5},
+    ):
         with pytest.raises(RequestError):
             engine.submit(request(), **options)
     assert engine.stats().queued == engine.stats().running == 0
