@@ -1,0 +1,1 @@
+"""`s3dit serve`: pictures over HTTP, by the contract of OpenAI's images API."""
