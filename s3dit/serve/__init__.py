@@ -1,1 +1,1 @@
-"""`s3dit serve`: pictures over HTTP, by the contract of OpenAI's images API."""
+"""Drawing for many at a time: the scheduler that requests share passes in, and what a server is made of."""
