@@ -29,13 +29,16 @@ class ApiError(Exception):
     code: str | None = None
     retry_after: float | None = None
 
+    @property
+    def code_name(self) -> str:
+        """Its code for programs: the one that it has, or that of its status."""
+        return self.code or CODES.get(self.status, "error")
+
     def body(self) -> dict[str, Any]:
         """The answer's JSON; paths of the server's files are left out of the message."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], self.message)
-        return {
-            "error": {"message": message, "type": kind, "param": self.param, "code": self.code or CODES[self.status]}
-        }
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code_name}}
 
     @property
     def headers(self) -> dict[str, str]:
