@@ -27,7 +27,7 @@ from s3dit.serve.job import Cancelled, Done, Event, Failed, Job, Partial, QueueF
 from s3dit.serve.limits import Limits
 from s3dit.serve.metrics import Metrics
 from s3dit.serve.pictures import public
-from s3dit.serve.wanted import Wanted, check_plan
+from s3dit.serve.wanted import Wanted, check_plan, check_texts
 
 LOG = getLogger(__name__)
 # Seconds after which a stream says that it is still there.
@@ -80,6 +80,7 @@ class Drawer:
     def _submit(self, asked: Wanted, tell: Any) -> Job:
         adapters = dict(self.scales) | dict(asked.loras) if self.loras or self.scales else None
         try:
+            check_texts(asked.request, self.pipe.tokenizer)
             job = self.engine.submit(
                 asked.request, adapters=adapters, partial_images=asked.partial_images, on_event=tell
             )
@@ -91,17 +92,20 @@ class Drawer:
         try:
             check_plan(job.plan, self.limits)
             self._check_file(job.plan, asked)
-        except RequestError as error:
+        except (RequestError, ApiError) as error:
             job.cancel()
-            raise asked.wrong(error) from None
+            raise (error if isinstance(error, ApiError) else asked.wrong(error)) from None
         return job
 
     def _check_file(self, plan: Plan, asked: Wanted) -> None:
-        """Raise RequestError before anything is drawn where the file has no room for the metadata or the size."""
+        """Raise ApiError before anything is drawn where the file has no room for the metadata or the size."""
         last = (plan if plan.then is None else plan.then).request
         size = last.per_image("width")[0], last.per_image("height")[0]
-        for record in self.pipe.records(plan):
-            carried(public(record), size, asked.form.upper())
+        try:
+            for record in self.pipe.records(plan):
+                carried(public(record), size, asked.form.upper())
+        except RequestError as error:
+            raise ApiError(400, str(error), "output_format") from None
 
     def why(self, error: BaseException, asked: Wanted) -> ApiError:
         """The answer to a request that was not drawn; what nobody expects goes to the log."""

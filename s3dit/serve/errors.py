@@ -12,8 +12,8 @@ CODES = {
     408: "body_timeout", 413: "too_large", 415: "unsupported_media_type", 429: "queue_full", 499: "client_closed",
     500: "server_error", 503: "stopping", 504: "timeout",
 }  # fmt: skip
-# An absolute path: a drive or a slash, and at least one more name behind it.
-PATH = re.compile(r"(?<![\w.:/])(?:[A-Za-z]:\\|/)[^\s'\":;,()]*[/\\][^\s'\":;,()]*")
+# An absolute path, of at least two names; those of this interface are none.
+PATH = re.compile(r"(?<![\w.:/])(?!/v1/)(?:[A-Za-z]:\\|/)[^\s'\":;,()]*[/\\][^\s'\":;,()]*")
 
 
 @dataclass

@@ -112,17 +112,21 @@ class Fields:
         """The message for a field that is not taken at a door."""
         if name in REFUSED:
             return f"{name} is not served: {REFUSED[name]}"
-        if name.removesuffix("[]") in FILES or name in self.table:
-            form = "as a file of the form" if name.removesuffix("[]") in FILES else f"by {self.table[name].doors[0]}"
-            return f"{name} is taken {form} alone" + ", in POST /v1/images/edits" * (door == "generations")
+        if (file := name.removesuffix("[]") in FILES) or name in self.table:
+            where = DOORS[1] if file else self.table[name].doors[0]
+            return f"{name} is taken {'as a file ' * file}in POST /v1/images/{where} alone"
         near = get_close_matches(name, self.of(door), 1)
         return f"there is no field {shown(name)}; " + (f"did you mean {near[0]}?" if near else "see /openapi.json")
 
 
 def _whole(value: Any, schema: Schema) -> Any:
     """A number as JSON means it: 8.0 is an integer, where one is needed."""
+    forms = schema.get("anyOf", [schema])
+    if isinstance(value, list):
+        items: Schema = next((form["items"] for form in forms if "items" in form), {})
+        return [_whole(each, items) for each in value]
     integral = isinstance(value, float) and value.is_integer()
-    return int(value) if integral and schema.get("type") == "integer" else value
+    return int(value) if integral and any(form.get("type") == "integer" for form in forms) else value
 
 
 def made(name: str, kind: Values, text: str, takes: str = "", doors: tuple[Door, ...] = DOORS) -> ApiField:
@@ -135,8 +139,8 @@ def _openai(server: Fields) -> Iterator[ApiField]:
     limits, generations = server.limits, DOORS[:1]
     exactness = {"exact": ("exact", "lossless"), "lossless": ("lossless",)}.get(server.numerics, ())
     yield made("prompt", values.text(limits.prompt), "what to draw", "prompt")
-    model, wrong = values.one_of((server.model,))
-    yield made("model", (model, wrong), "the model that this server draws with, and no other")
+    kind = values.one_of((server.model,), else_why="no other is served here")
+    yield made("model", kind, "the model that this server draws with, and no other")
     yield made("n", values.whole(1, limits.pictures), "pictures; seeds count up", "num_images_per_prompt")
     text = "WIDTHxHEIGHT in pixels, multiples of 16; auto is the model's own, in edits the picture's"
     yield made("size", values.size(limits.side), text)

@@ -16,7 +16,9 @@ from s3dit.serve.errors import ApiError
 from s3dit.serve.values import Schema
 from s3dit.weights.json_files import parse_json
 
-BOUNDARY = re.compile(r'multipart/form-data\s*;.*?\bboundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))', re.IGNORECASE | re.S)
+BOUNDARY = re.compile(
+    r'multipart/form-data\s*;.*?\bboundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', re.IGNORECASE | re.DOTALL
+)
 DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*;(.*)", re.IGNORECASE)
 PARAMETER = re.compile(
     rb'[ \t]*(name|filename|filename\*)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*(?:;|$)', re.IGNORECASE

@@ -73,13 +73,13 @@ def of_field(spec: "Field[Any]") -> Values:
     return made[kind](), check
 
 
-def one_of(choices: Sequence[str], why: Mapping[str, str] | None = None) -> Values:
-    """One of a few words; why: what the message says of others that somebody may send."""
+def one_of(choices: Sequence[str], why: Mapping[str, str] | None = None, else_why: str = "") -> Values:
+    """One of a few words; why, else_why: what the message says of others that somebody may send."""
 
     def check(name: str, value: Any) -> None:
         """Raise RequestError for any other value."""
         if not isinstance(value, str) or value not in choices:
-            reason = (why or {}).get(value, "") if isinstance(value, str) else ""
+            reason = (why or {}).get(value, else_why) if isinstance(value, str) else else_why
             raise RequestError(f"{name} is {shown(value)}; needed {' or '.join(choices)}" + (reason and f": {reason}"))
 
     return {"type": "string", "enum": list(choices)}, check

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from s3dit.errors import RequestError
+from s3dit.model.tokenizer import Tokenizer
 from s3dit.plan import Plan
 from s3dit.request import Request
 from s3dit.serve import values
@@ -13,6 +14,9 @@ from s3dit.serve.fields import Fields
 from s3dit.serve.forms import Part
 from s3dit.serve.limits import Limits
 from s3dit.serve.pictures import Form, Unpacker
+
+# Tokens of the template around a prompt, and more.
+ROOM = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +141,20 @@ def _check_pixels(request: Request, limits: Limits) -> None:
     area = sum((height or 0) * (width or 0) for height, width in sides) * (request.upscale or 1) ** 2
     if area > limits.pixels:
         raise RequestError(f"size gives {area:,.0f} pixels in all; needed at most {limits.pixels:,}; draw less at once")
+
+
+def check_texts(request: Request, tokenizer: Tokenizer) -> None:
+    """Refuse a prompt whose end would be cut off; raises RequestError."""
+    most, texts = request.max_sequence_length, {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    texts |= {f"region {i} prompt": region.prompt for i, region in enumerate(request.regions()[0], 1)}
+    for name, text in texts.items():
+        # No text has more tokens than bytes, so the short ones are not looked at.
+        if isinstance(text, str) and 4 * len(text) + ROOM > most:
+            references = len(request.references()[0])
+            count = max(map(len, tokenizer.segments(text, references, 4 * len(text) + ROOM)))
+            if count > most:
+                raise RequestError(f"{name} has {count} tokens; needed at most {most}; shorten it, or give "
+                                   f"max_sequence_length {count}")  # fmt: skip
 
 
 def check_plan(plan: Plan, limits: Limits) -> None:

@@ -5,9 +5,9 @@ import queue
 import threading
 import time
 
+from s3dit.inputs.images import to_pil
 from s3dit.serve.engine import Stats
 from s3dit.serve.job import Cancelled, Done, Failed, Job, Partial, Queued, QueueFull, Started, StepDone, Stopping
-from s3dit.inputs.images import to_pil
 
 
 class OneByOne:
@@ -63,7 +63,9 @@ class OneByOne:
             self.idle.set()
 
     def stats(self):
-        return Stats(queued=self.jobs.qsize(), done=self.counts.get("done", 0), batch_sizes={1: 3}, seconds={"vae": 1.0})
+        return Stats(
+            queued=self.jobs.qsize(), done=self.counts.get("done", 0), batch_sizes={1: 3}, seconds={"vae": 1.0}
+        )
 
     def warm_up(self, sizes):
         pass
