@@ -1,11 +1,11 @@
 """Load a server with clients that draw, leave in the middle and send what is no request, and measure it.
 
 `python tools/serve_load.py check` starts `s3dit serve` with the embedded model and asks for hundreds of pictures from
-ten clients: sizes, steps, solvers, guidance, counts, start images and streams are mixed, some clients leave after a
-while, some bodies are bad. Every picture is compared with the one drawn alone, every bad body must get its error, and
-at the end nothing may wait or run. `rate` compares the requests a second of clients at a time with those of one,
-with seconds to the answer and to the first partial picture; `stop` sends SIGTERM under load; `soak` is `check` with 10,000
-requests and the server's memory on the way. One JSON object a line; ends with 1 where something is lost or wrong.
+ten clients: sizes, steps, solvers, guidance, counts and streams are mixed, some clients leave after a while, some
+bodies are bad. Every picture is compared with the one drawn alone, every bad body must get its error, and at the end
+nothing may wait or run. `rate` compares the requests a second of several clients with those of one, with seconds to
+the answer and to the first partial picture; `stop` sends SIGTERM under load; `soak` is `check` with 10,000 requests and
+the server's memory on the way. One JSON object a line; ends with 1 where something is lost or wrong.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Client:
         try:
             self.link.request(method, path, body, headers)
             return self.link.getresponse()
-        except (http.client.RemoteDisconnected, BrokenPipeError, http.client.CannotSendRequest):
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, http.client.CannotSendRequest):
             self.link.close()
             self.link.request(method, path, body, headers)
             return self.link.getresponse()

@@ -43,7 +43,7 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """What stands beside the body."""
-        found = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        found = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Connection": "close"}}.get(self.status, {})
         return found if self.retry_after is None else found | {"Retry-After": f"{max(1, round(self.retry_after))}"}
 
 

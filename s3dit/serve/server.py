@@ -28,7 +28,7 @@ from s3dit.terminal import say
 
 # Connections at a time; more get 503 at once.
 MOST_CONNECTIONS = 1024
-# Seconds beside the grace in which answers that are made are still sent.
+# Seconds in which answers that are made are still sent at the end.
 SENDING = 10
 
 
@@ -92,7 +92,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 self._app(), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
                 server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=round(serving.grace) + SENDING,
+                timeout_graceful_shutdown=SENDING,
             )
         )  # fmt: skip
 
@@ -124,13 +124,19 @@ class Server(uvicorn.Server):
         say(f"{self.serving.name} at {url_of(self.sock)} (POST /v1/images/generations, page at /); Ctrl-C stops")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more connections, let the engine end, and send what it made."""
+        """Let the engine end, hand back what comes meanwhile, then close the door and send what was made.
+
+        The door is open until then: /health tells those who balance loads that the server stops, and no connection is
+        reset because it was not taken yet.
+        """
         say(f"stopping: what is drawn has {self.serving.grace:g} s to finish; a second signal ends at once")
         self.api.stopping.set()
         ending = asyncio.create_task(asyncio.to_thread(self.engine.stop, self.serving.grace))
-        await super().shutdown(sockets)
+        while not ending.done() and not self.force_exit:
+            await asyncio.wait([ending], timeout=0.1)
         if self.force_exit:
             await asyncio.to_thread(self.engine.stop, 0.0)
+        await super().shutdown(sockets)
         await ending
         say("stopped")
 
