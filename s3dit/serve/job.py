@@ -107,7 +107,7 @@ class Job:
         self.deadline = None if timeout is None else self.born + timeout
         self._on_event = on_event
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._over = threading.Event()
+        self._over, self._telling = threading.Event(), threading.RLock()
         self._last: Done | Failed | None = None
         self._wanted = threading.Event()
         self._wake: Callable[[], None] = lambda: None
@@ -159,20 +159,23 @@ class Job:
         """Call what was given for events; where it raises, nobody listens, and the request is given up."""
         try:
             on_event(event)
-        except BaseException:
+        except BaseException as error:
             LOG.exception("on_event of job %s failed; the job is cancelled", self.id)
             self.cancel()
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
 
     def tell(self, event: Event) -> bool:
         """Hand an event on; returns whether it was, which after the last one it is not."""
-        if self._over.is_set():
-            return False
-        if isinstance(event, Done | Failed):
-            self._last = event
-        if self._on_event is None:
-            self._events.put(event)
-        else:
-            self._called(self._on_event, event)
-        if self._last is not None:
-            self._over.set()
-        return True
+        with self._telling:
+            if self._over.is_set():
+                return False
+            if isinstance(event, Done | Failed):
+                self._last = event
+            if self._on_event is None:
+                self._events.put(event)
+            else:
+                self._called(self._on_event, event)
+            if self._last is not None:
+                self._over.set()
+            return True

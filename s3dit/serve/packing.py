@@ -44,13 +44,16 @@ class Call:
         return self.x.dtype, self.context.text.dtype, self.t.ndim, modulation.alone, modulation.tables.shape[0]
 
 
-def join(calls: Sequence[Call]) -> Call:
-    """One call for several of one kind; its answer is theirs end to end."""
+def join(calls: Sequence[Call], context: Context | None = None) -> Call:
+    """One call for several of one kind; its answer is theirs end to end.
+
+    context: of the same requests, from an earlier call.
+    """
     if len(calls) == 1:
         return calls[0]
     items = [call.items for call in calls]
     t = torch.cat([call.t.expand(n, *call.t.shape[1:]) for call, n in zip(calls, items, strict=True)])
-    context = _context([call.context for call in calls], items)
+    context = context or _context([call.context for call in calls], items)
     return Call(torch.cat([call.x for call in calls]), t, context, _modulation(calls, context.clean is not None))
 
 
