@@ -1,0 +1,112 @@
+// One control for each field of a request, made from the JSON schema that the server gives of it.
+// A field that is left empty is not sent: the model's own value holds, which the control shows in gray.
+
+import {h} from "./dom.js";
+
+const LABELS = {
+  num_inference_steps: "Steps", guidance_scale: "Guidance", width: "Width", height: "Height", shift: "Shift",
+  strength: "Strength", mask_blur: "Mask blur", mask_mode: "Mask mode", output_format: "File format",
+  output_compression: "Compression",
+};
+// Where a slider is of use: from, to, step. The box beside it takes whatever the schema allows.
+const SLIDERS = {
+  num_inference_steps: [1, 50, 1], guidance_scale: [0, 10, 0.1], strength: [0.05, 1, 0.05], mask_blur: [0, 64, 1],
+  output_compression: [0, 100, 1],
+};
+
+export const label = name => LABELS[name] ?? (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+const shown = value => value === true ? "yes" : value === false ? "no" : value ?? "";
+
+// Of a schema with several forms, the one that a control can hold.
+const simple = schema => (schema.anyOf ?? schema.oneOf ?? [schema]).find(one => "enum" in one ||
+  ["integer", "number", "boolean", "string"].includes(one.type) || ["integer", "number"].includes(one.items?.type));
+
+// -> {name, element, read, write, wrong, standard}, or null for what no simple control can hold, such as regions.
+// read() -> the value, undefined where it is empty; wrong() -> what the browser says of it, "" where it can be sent.
+export function field(name, schema, standard = schema.default) {
+  const form = simple(schema);
+  if (!form || "const" in form) return null;
+  const number = ["integer", "number"].includes(form.type), words = form.enum ?? (form.type === "boolean" ? [true, false] : null);
+  const list = form.type === "array";
+  const id = `field-${name}`, help = schema.description ?? "";
+  const input = words
+    ? h("select", {id}, h("option", {value: ""}, standard == null ? "default" : `${shown(standard)} (default)`),
+      ...words.filter(word => word !== standard).map(word => h("option", {value: JSON.stringify(word)}, shown(word))))
+    : h("input", {id, type: number ? "number" : "text", placeholder: standard ?? "", autocomplete: "off"});
+  if (number) {
+    input.step = form.multipleOf ?? (form.type === "integer" ? 1 : "any");
+    input.min = form.minimum ?? form.exclusiveMinimum ?? "";
+    input.max = form.maximum ?? form.exclusiveMaximum ?? "";
+  }
+  if (list) input.pattern = "\\s*-?[0-9.]+(\\s*,\\s*-?[0-9.]+)*\\s*";
+  const element = h("div", {className: "field", "data-field": name, title: help},
+    h("div", {className: "line"}, h("label", {htmlFor: id}, label(name)), input));
+  const follow = number && name in SLIDERS ? slider(name, input, standard) : () => {};
+  if (follow.element) element.append(follow.element);
+  const changed = () => { follow(); element.dispatchEvent(new Event("set", {bubbles: true})); };
+  input.addEventListener("input", changed);
+  return {
+    name, element, standard,
+    read: () => input.value === "" ? undefined : number ? Number(input.value) : words ? JSON.parse(input.value) :
+      list ? input.value.split(",").map(Number) : input.value,
+    wrong: () => input.checkValidity() ? "" : list ? "needed numbers with commas between them" : input.validationMessage,
+    write(value) {
+      const text = value === undefined || (words && value === standard) ? "" : words ? JSON.stringify(value) : String(value);
+      input.value = text;
+      changed();
+      // A select takes no word that it does not have, a number box no text.
+      return input.value === text;
+    },
+  };
+}
+
+// A slider that moves with a number box; returns the function that moves it after the box.
+function slider(name, input, standard) {
+  const [min, max, step] = SLIDERS[name];
+  const range = h("input", {type: "range", min, max, step, tabIndex: -1, "aria-hidden": "true"});
+  range.addEventListener("input", () => { input.value = range.value; input.dispatchEvent(new Event("input")); });
+  const follow = () => {
+    range.value = input.value === "" ? standard ?? min : input.value;
+    range.style.setProperty("--filled", `${100 * (range.value - min) / (max - min)}%`);
+  };
+  follow();
+  return Object.assign(follow, {element: range});
+}
+
+// Rows of LoRAs with a tick and a scale each; -> a field whose value is {name: scale}.
+export function loraField(loras) {
+  const rows = new Map(loras.map(({name, scale}) => {
+    const tick = h("input", {type: "checkbox"});
+    const input = h("input", {type: "number", step: "any", min: -10, max: 10, value: scale ?? 1, "aria-label": `scale of ${name}`});
+    const range = h("input", {type: "range", min: -2, max: 2, step: 0.05, value: scale ?? 1, tabIndex: -1, "aria-hidden": "true"});
+    const changed = () => {
+      range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
+      row.dispatchEvent(new Event("set", {bubbles: true}));
+    };
+    const on = () => { tick.checked = true; changed(); };
+    const row = h("div", {className: "lora"},
+      h("div", {className: "line"}, h("label", {className: "tick"}, tick, h("span", {}, name)), input), range);
+    tick.addEventListener("change", changed);
+    range.addEventListener("input", () => { input.value = range.value; on(); });
+    input.addEventListener("input", () => { range.value = input.value; on(); });
+    range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
+    return [name, {row, tick, input, range}];
+  }));
+  const ticked = () => [...rows].filter(([, {tick}]) => tick.checked);
+  return {
+    name: "lora", elements: [...rows.values()].map(({row}) => row),
+    read: () => ticked().length ? Object.fromEntries(ticked().map(([name, {input}]) => [name, Number(input.value)])) : undefined,
+    wrong: () => ticked().some(([, {input}]) => input.value === "") ? "needed a scale, such as 1" :
+      ticked().map(([, {input}]) => input.validationMessage).find(Boolean) ?? "",
+    // Returns whether this server has all that are asked for.
+    write(value = {}) {
+      for (const [name, {tick, input, range, row}] of rows) {
+        tick.checked = Object.hasOwn(value, name);
+        if (tick.checked) range.value = input.value = value[name];
+        range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
+        row.dispatchEvent(new Event("set", {bubbles: true}));
+      }
+      return Object.keys(value).every(name => rows.has(name));
+    },
+  };
+}

@@ -1,0 +1,130 @@
+// Pictures that are being drawn: a card for each, and at most a few asked for at once, so that the server can join them.
+
+import {draw, Refused} from "./api.js";
+import {$, announce, h} from "./dom.js";
+
+// A browser keeps six connections to a server open at most.
+const AT_ONCE = 5;
+const jobs = [];
+
+const sleep = (seconds, signal) => new Promise((resolve, reject) => {
+  const timer = setTimeout(resolve, 1000 * seconds);
+  signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, {once: true});
+});
+
+// Adds a picture to be drawn. job: {settings, inputs, width, height, done(file, seconds), failed(error)}.
+export function add(job) {
+  job.control = new AbortController();
+  job.bar = h("progress", {max: 1, value: 0, "aria-label": "steps"});
+  job.says = h("span", {className: "says"}, "waiting");
+  job.stop = h("button", {type: "button", "aria-label": `cancel: ${job.settings.prompt}`, onclick: () => cancel(job)}, "Cancel");
+  job.photo = h("div", {className: "photo waits"});
+  job.photo.style.aspectRatio = `${job.width} / ${job.height}`;
+  job.card = h("article", {className: "job"}, job.photo, h("div", {className: "line"}, job.says, job.stop), job.bar);
+  job.card.style.setProperty("--ratio", job.width / job.height);
+  job.state = "waiting";
+  jobs.push(job);
+  $("jobs").append(job.card);
+  count();
+  next();
+}
+
+// Takes the cards of what is finished off the stage; their pictures are in the gallery.
+export function tidy() {
+  for (const job of jobs.filter(job => job.state === "over")) job.card.remove();
+  jobs.splice(0, jobs.length, ...jobs.filter(job => job.state !== "over"));
+}
+
+export const busy = () => jobs.filter(job => job.state !== "over").length;
+
+export function cancel(job) {
+  job.control.abort();
+  if (job.state === "waiting") finish(job, "cancelled");
+}
+
+// Cancels the last picture that was asked for; -> whether there was one.
+export function cancelLast() {
+  const job = jobs.findLast(job => job.state !== "over");
+  if (job) cancel(job);
+  return !!job;
+}
+
+function next() {
+  const running = jobs.filter(job => job.state === "running").length;
+  for (const job of jobs.filter(job => job.state === "waiting").slice(0, AT_ONCE - running)) run(job);
+}
+
+async function run(job) {
+  job.state = "running";
+  const {signal} = job.control;
+  try {
+    for (;;) {
+      try {
+        const {file, seconds} = await draw(job.settings, job.inputs, event => hear(job, event), signal);
+        show(job, file);
+        finish(job, spent(seconds), "done");
+        job.done(file, seconds);
+        return;
+      } catch (error) {
+        // A full queue: the server says when to come again.
+        if (error.status !== 429) throw error;
+        say(job, `the server is busy; trying again in ${error.after ?? 5} s`);
+        await sleep(error.after ?? 5, signal);
+      }
+    }
+  } catch (error) {
+    if (signal.aborted) finish(job, "cancelled");
+    else {
+      finish(job, error.message, "bad");
+      job.failed(error instanceof Refused ? error : new Refused({message: String(error)}));
+    }
+  }
+}
+
+const spent = seconds => {
+  const whole = seconds?.total ?? Object.values(seconds ?? {}).reduce((sum, part) => sum + part, 0);
+  return whole ? `finished in ${whole.toFixed(1)} s` : "finished";
+};
+
+function hear(job, event) {
+  if (event.type === "queued") say(job, event.position > 0 ? `in the queue, ${event.position} ahead` : "next in the queue");
+  else if (event.type === "started") say(job, "reading the prompt");
+  else if (event.type === "partial") show(job, event.file);
+  else if (event.type === "step") {
+    [job.bar.max, job.bar.value] = [event.steps, event.step];
+    say(job, event.step < event.steps ? `step ${event.step} of ${event.steps}` : "finishing", false);
+    count();
+  }
+}
+
+function say(job, text, aloud = true) {
+  job.says.textContent = text;
+  if (aloud) announce(text);
+}
+
+// Lays a picture over the one before it, which goes when the new one is there.
+async function show(job, file) {
+  const image = h("img", {src: URL.createObjectURL(file), alt: `the picture forming: ${job.settings.prompt}`});
+  await image.decode().catch(() => {});
+  job.photo.classList.remove("waits");
+  job.photo.append(image);
+  const old = [...job.photo.querySelectorAll("img")].slice(0, -1);
+  setTimeout(() => old.forEach(each => { URL.revokeObjectURL(each.src); each.remove(); }), 400);
+}
+
+function finish(job, text, kind = "stopped") {
+  job.state = "over";
+  job.card.classList.add(kind);
+  job.stop.hidden = true;
+  job.photo.classList.remove("waits");
+  say(job, text);
+  count();
+  next();
+}
+
+// The window's title says how far it is.
+function count() {
+  const open = jobs.filter(job => job.state !== "over"), [first] = open;
+  $("empty").hidden = jobs.length > 0;
+  document.title = !first ? "s3dit" : first.bar.value > 0 ? `${first.bar.value}/${first.bar.max} · s3dit` : "… · s3dit";
+}
