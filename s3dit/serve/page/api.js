@@ -69,7 +69,7 @@ function form(fields, inputs) {
 }
 
 // Draws one picture: settings under the request's names, inputs {image, mask_image, reference: […]} as Blobs.
-// Calls on({type: "queued", position} | {type: "step", step, steps} | {type: "partial", file}); -> {file, seconds}.
+// Calls on({type: "queued", position} | {type: "step", step, steps} | {type: "partial", file}); -> the picture's file.
 export async function draw(settings, inputs, on, signal) {
   const {width, height, lora, ...rest} = settings;
   const fields = {...rest, n: 1, stream: true, partial_images: 3, progress: true};
@@ -83,7 +83,7 @@ export async function draw(settings, inputs, on, signal) {
   for await (const event of events(answer)) {
     if (event.error) throw new Refused(event.error, 500);
     if (event.type.endsWith(".partial_image")) on({type: "partial", file: picture(event)});
-    else if (event.type.endsWith(".completed")) return {file: picture(event), seconds: event.seconds};
+    else if (event.type.endsWith(".completed")) return picture(event);
     else on({...event, type: event.type.replace("s3dit.", "")});
   }
   throw new Refused({message: "The connection ended before the picture was there; draw it again."});

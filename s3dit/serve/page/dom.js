@@ -19,10 +19,18 @@ let timer;
 export function toast(text, ...buttons) {
   const actions = buttons.map(([label, action]) =>
     h("button", {type: "button", onclick: () => { $("toast").hidden = true; action(); }}, label));
-  $("toast").replaceChildren(h("span", {}, text), ...actions);
+  const hide = () => { $("toast").hidden = true; };
+  const shut = h("button", {type: "button", className: "shut", "aria-label": "close this message", onclick: hide}, "×");
+  $("toast").replaceChildren(h("span", {}, text), ...actions, shut);
   $("toast").hidden = false;
   clearTimeout(timer);
-  timer = setTimeout(() => { $("toast").hidden = true; }, buttons.length ? 12000 : 6000);
+  timer = setTimeout(hide, buttons.length ? 12000 : 6000);
+}
+
+// Moves a slider, and the color of its track with it.
+export function slide(range, value) {
+  range.value = value;
+  range.style.setProperty("--filled", `${100 * (range.value - range.min) / (range.max - range.min)}%`);
 }
 
 // Tells those who listen to the page instead of looking at it.

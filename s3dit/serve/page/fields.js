@@ -1,12 +1,12 @@
 // One control for each field of a request, made from the JSON schema that the server gives of it.
 // A field that is left empty is not sent: the model's own value holds, which the control shows in gray.
 
-import {h} from "./dom.js";
+import {h, slide} from "./dom.js";
 
 const LABELS = {
   num_inference_steps: "Steps", guidance_scale: "Guidance", width: "Width", height: "Height", shift: "Shift",
   strength: "Strength", mask_blur: "Mask blur", mask_mode: "Mask mode", output_format: "File format",
-  output_compression: "Compression",
+  output_compression: "Compression", cfg_normalization: "CFG normalization", cfg_truncation: "CFG truncation",
 };
 // Where a slider is of use: from, to, step. The box beside it takes whatever the schema allows.
 const SLIDERS = {
@@ -22,8 +22,9 @@ const simple = schema => (schema.anyOf ?? schema.oneOf ?? [schema]).find(one => 
   ["integer", "number", "boolean", "string"].includes(one.type) || ["integer", "number"].includes(one.items?.type));
 
 // -> {name, element, read, write, wrong, standard}, or null for what no simple control can hold, such as regions.
+// standard: the value that holds where it is empty · helped: whether the schema's description stands below.
 // read() -> the value, undefined where it is empty; wrong() -> what the browser says of it, "" where it can be sent.
-export function field(name, schema, standard = schema.default) {
+export function field(name, schema, standard, helped = false) {
   const form = simple(schema);
   if (!form || "const" in form) return null;
   const number = ["integer", "number"].includes(form.type), words = form.enum ?? (form.type === "boolean" ? [true, false] : null);
@@ -39,14 +40,17 @@ export function field(name, schema, standard = schema.default) {
     input.max = form.maximum ?? form.exclusiveMaximum ?? "";
   }
   if (list) input.pattern = "\\s*-?[0-9.]+(\\s*,\\s*-?[0-9.]+)*\\s*";
-  const element = h("div", {className: "field", "data-field": name, title: help},
+  const element = h("div", {className: "field", "data-field": name, title: helped ? "" : help},
     h("div", {className: "line"}, h("label", {htmlFor: id}, label(name)), input));
-  const follow = number && name in SLIDERS ? slider(name, input, standard) : () => {};
+  const follow = number && name in SLIDERS ? slider(name, input) : () => {};
   if (follow.element) element.append(follow.element);
+  if (helped) element.append(h("p", {className: "help"}, help));
   const changed = () => { follow(); element.dispatchEvent(new Event("set", {bubbles: true})); };
   input.addEventListener("input", changed);
   return {
     name, element, standard,
+    // Another value than the model's holds where it is empty.
+    suggest: value => { input.placeholder = value; follow(); },
     read: () => input.value === "" ? undefined : number ? Number(input.value) : words ? JSON.parse(input.value) :
       list ? input.value.split(",").map(Number) : input.value,
     wrong: () => input.checkValidity() ? "" : list ? "needed numbers with commas between them" : input.validationMessage,
@@ -61,14 +65,11 @@ export function field(name, schema, standard = schema.default) {
 }
 
 // A slider that moves with a number box; returns the function that moves it after the box.
-function slider(name, input, standard) {
+function slider(name, input) {
   const [min, max, step] = SLIDERS[name];
   const range = h("input", {type: "range", min, max, step, tabIndex: -1, "aria-hidden": "true"});
   range.addEventListener("input", () => { input.value = range.value; input.dispatchEvent(new Event("input")); });
-  const follow = () => {
-    range.value = input.value === "" ? standard ?? min : input.value;
-    range.style.setProperty("--filled", `${100 * (range.value - min) / (max - min)}%`);
-  };
+  const follow = () => slide(range, input.value || input.placeholder || min);
   follow();
   return Object.assign(follow, {element: range});
 }
@@ -79,17 +80,14 @@ export function loraField(loras) {
     const tick = h("input", {type: "checkbox"});
     const input = h("input", {type: "number", step: "any", min: -10, max: 10, value: scale ?? 1, "aria-label": `scale of ${name}`});
     const range = h("input", {type: "range", min: -2, max: 2, step: 0.05, value: scale ?? 1, tabIndex: -1, "aria-hidden": "true"});
-    const changed = () => {
-      range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
-      row.dispatchEvent(new Event("set", {bubbles: true}));
-    };
-    const on = () => { tick.checked = true; changed(); };
+    const changed = () => row.dispatchEvent(new Event("set", {bubbles: true}));
+    const on = value => { slide(range, value); tick.checked = true; changed(); };
     const row = h("div", {className: "lora"},
       h("div", {className: "line"}, h("label", {className: "tick"}, tick, h("span", {}, name)), input), range);
     tick.addEventListener("change", changed);
-    range.addEventListener("input", () => { input.value = range.value; on(); });
-    input.addEventListener("input", () => { range.value = input.value; on(); });
-    range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
+    range.addEventListener("input", () => { input.value = range.value; on(range.value); });
+    input.addEventListener("input", () => on(input.value));
+    slide(range, range.value);
     return [name, {row, tick, input, range}];
   }));
   const ticked = () => [...rows].filter(([, {tick}]) => tick.checked);
@@ -102,8 +100,7 @@ export function loraField(loras) {
     write(value = {}) {
       for (const [name, {tick, input, range, row}] of rows) {
         tick.checked = Object.hasOwn(value, name);
-        if (tick.checked) range.value = input.value = value[name];
-        range.style.setProperty("--filled", `${25 * (Number(range.value) + 2)}%`);
+        if (tick.checked) slide(range, input.value = value[name]);
         row.dispatchEvent(new Event("set", {bubbles: true}));
       }
       return Object.keys(value).every(name => rows.has(name));

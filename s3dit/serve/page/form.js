@@ -40,19 +40,19 @@ export function build(options) {
   const standards = {...options.defaults, width, height};
   ({multiple = 16} = options.limits);
   const side = {type: "integer", minimum: multiple, maximum: options.limits.side, multipleOf: multiple};
-  const add = (place, names, given = schemas) => place.append(...names.filter(name => given[name]).flatMap(name => {
-    const made = field(name, given[name], standards[name]);
+  const add = (place, names, helped = false, given = schemas) => place.append(...names.filter(name => given[name]).flatMap(name => {
+    const made = field(name, given[name], standards[name], helped);
     if (made) fields.set(name, made);
     return made ? [made.element] : [];
   }));
   textField("prompt", $("prompt"), () => $("prompt").value.trim() ? "" : "needed a prompt: what to draw");
   textField("negative_prompt", $("negative_prompt"));
   textField("seed", $("seed"), () => $("seed").checkValidity() ? "" : "needed a whole number, or nothing for a random one");
-  add($("sides"), ["width", "height"], {width: side, height: side});
+  add($("sides"), ["width", "height"], false, {width: side, height: side});
   $("sides").insertBefore($("swap"), $("sides").lastChild);
   add($("main-fields"), MAIN);
-  add($("more-fields"), MORE);
-  for (const [id, names] of [["start-fields", START], ["mask-fields", MASK], ["reference-fields", REFERENCE]]) add($(id), names);
+  add($("more-fields"), MORE, true);
+  for (const [id, names] of [["start-fields", START], ["mask-fields", MASK], ["reference-fields", REFERENCE]]) add($(id), names, true);
   const loras = loraField(options.loras);
   if (options.loras.length) fields.set("lora", loras);
   $("loras").append(...loras.elements);
@@ -82,10 +82,10 @@ export function build(options) {
 // A button of a size, with its outline.
 function shape(width, height) {
   const outline = h("span", {className: "outline"}), longest = Math.max(width, height);
-  outline.style.width = `${18 * width / longest}px`;
-  outline.style.height = `${18 * height / longest}px`;
+  outline.style.width = `${16 * width / longest}px`;
+  outline.style.height = `${16 * height / longest}px`;
   return h("button", {type: "button", "data-size": `${width}x${height}`, onclick: () => resize(width, height)},
-    h("span", {className: "frame"}, outline), `${width} × ${height}`);
+    h("span", {className: "frame"}, outline), `${width}×${height}`);
 }
 
 // Values as they hold: what is given, else the model's own.
@@ -100,6 +100,9 @@ export function resize(width, height) {
   clear("size");
   keep();
 }
+
+// What an empty field stands for, where that depends on other things than the model.
+export const suggest = (name, value) => fields.get(name)?.suggest(value);
 
 export const size = () => now("width", "height");
 export const count = () => Math.max(1, Math.min(Number($("count").value) || 1, Number($("count").max)));

@@ -1,7 +1,7 @@
 // Pictures that are given: the start image with its mask, and references.
 
 import {$, dropped, h, toast} from "./dom.js";
-import {resize} from "./form.js";
+import {resize, suggest} from "./form.js";
 import {paint} from "./mask.js";
 
 let image = null, mask = null, references = [], most = 0, limits = {};
@@ -42,6 +42,7 @@ async function showImage(bitmap) {
   $("mask-remove").hidden = !mask;
   $("paint").textContent = mask ? "Change the mask" : "Paint a mask";
   $("start-badge").textContent = image ? mask ? "with a mask" : "on" : "";
+  suggest("strength", mask ? 1 : 0.6);
   $("form").dispatchEvent(new Event("set"));
   if (!image) return;
   $("start-group").open = true;
@@ -114,8 +115,7 @@ export function listen(options, arrived) {
     $("paint").focus();
   });
   $("paint").addEventListener("click", async () => {
-    const painted = await paint(image, mask);
-    if (painted !== undefined) await setImage(image, painted, false);
+    await paint(image, mask, painted => setImage(image, painted, false));
     $("paint").focus();
   });
 }

@@ -12,7 +12,8 @@ const sleep = (seconds, signal) => new Promise((resolve, reject) => {
   signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, {once: true});
 });
 
-// Adds a picture to be drawn. job: {settings, inputs, width, height, done(file, seconds), failed(error)}.
+// Adds a picture to be drawn. job: {settings, inputs, width, height, done, failed}; done(file, seconds) -> what opens it,
+// failed(error) -> whether it is said elsewhere, so that the card can go.
 export function add(job) {
   job.control = new AbortController();
   job.bar = h("progress", {max: 1, value: 0, "aria-label": "steps"});
@@ -29,10 +30,11 @@ export function add(job) {
   next();
 }
 
-// Takes the cards of what is finished off the stage; their pictures are in the gallery.
-export function tidy() {
-  for (const job of jobs.filter(job => job.state === "over")) job.card.remove();
-  jobs.splice(0, jobs.length, ...jobs.filter(job => job.state !== "over"));
+// Takes cards off the stage: of all that is finished, whose pictures are in the gallery, or of some.
+export function tidy(gone = jobs.filter(job => job.state === "over")) {
+  for (const job of gone) job.card.remove();
+  jobs.splice(0, jobs.length, ...jobs.filter(job => !gone.includes(job)));
+  count();
 }
 
 export const busy = () => jobs.filter(job => job.state !== "over").length;
@@ -56,14 +58,17 @@ function next() {
 
 async function run(job) {
   job.state = "running";
+  job.began = performance.now();
   const {signal} = job.control;
   try {
     for (;;) {
       try {
-        const {file, seconds} = await draw(job.settings, job.inputs, event => hear(job, event), signal);
+        const file = await draw(job.settings, job.inputs, event => hear(job, event), signal);
         show(job, file);
-        finish(job, spent(seconds), "done");
-        job.done(file, seconds);
+        const seconds = (performance.now() - job.began) / 1000;
+        finish(job, `finished in ${seconds.toFixed(1)} s`, "done");
+        const open = await job.done(file, seconds);
+        job.photo.append(h("button", {type: "button", className: "cover", "aria-label": `open: ${job.settings.prompt}`, onclick: open}));
         return;
       } catch (error) {
         // A full queue: the server says when to come again.
@@ -76,20 +81,17 @@ async function run(job) {
     if (signal.aborted) finish(job, "cancelled");
     else {
       finish(job, error.message, "bad");
-      job.failed(error instanceof Refused ? error : new Refused({message: String(error)}));
+      if (job.failed(error instanceof Refused ? error : new Refused({message: String(error)}))) tidy([job]);
     }
   }
 }
 
-const spent = seconds => {
-  const whole = seconds?.total ?? Object.values(seconds ?? {}).reduce((sum, part) => sum + part, 0);
-  return whole ? `finished in ${whole.toFixed(1)} s` : "finished";
-};
-
 function hear(job, event) {
   if (event.type === "queued") say(job, event.position > 0 ? `in the queue, ${event.position} ahead` : "next in the queue");
-  else if (event.type === "started") say(job, "reading the prompt");
-  else if (event.type === "partial") show(job, event.file);
+  else if (event.type === "started") {
+    job.began = performance.now();
+    say(job, "reading the prompt");
+  } else if (event.type === "partial") show(job, event.file);
   else if (event.type === "step") {
     [job.bar.max, job.bar.value] = [event.steps, event.step];
     say(job, event.step < event.steps ? `step ${event.step} of ${event.steps}` : "finishing", false);

@@ -23,7 +23,7 @@ function drawAll() {
   jobs.tidy();
   for (let i = 0; i < form.count(); i++) {
     const job = {settings: {...settings, width, height, seed: String(first + BigInt(i))}, inputs: given.inputs(), width, height};
-    jobs.add({...job, done: (file, seconds) => finished(job, file, seconds), failed: error => failed(job, error)});
+    jobs.add({...job, done: (file, seconds) => finished(job, file, seconds), failed});
   }
   const box = $("stage").getBoundingClientRect();
   if (box.top > innerHeight - 200 || box.bottom < 100) $("stage").scrollIntoView({block: "start"});
@@ -34,12 +34,15 @@ async function finished(job, file, seconds) {
   $("seed-keep").disabled = false;
   const metadata = await metadataOf(file), created = Date.now();
   const id = `${created}-${randomSeed()}`;
-  await gallery.add({...job, id, created, file, metadata, seconds});
+  const entry = {...job, id, created, file, metadata, seconds};
+  await gallery.add(entry);
+  return () => viewer.view(entry);
 }
 
-function failed(job, error) {
+function failed(error) {
   if (error.status === 401) askKey("The server does not take this key.");
   else if (!form.show(error.param, error.message)) trouble(error.message);
+  return error.status >= 400 && error.status < 500;
 }
 
 function trouble(text, again) {

@@ -1,14 +1,14 @@
 // Painting a mask over a picture, by pointer or keys; white is drawn anew, black is kept.
 
-import {$} from "./dom.js";
+import {$, slide} from "./dom.js";
 
 // Pixels along the longer side of the canvas that is painted on; the mask is then scaled to the picture's own size.
 const LARGEST = 2048;
 const canvas = $("mask"), context = canvas.getContext("2d"), ring = $("ring");
 let base = null, deeds = [], erasing = false, stroke = null, at = {x: 0, y: 0}, settle = () => {};
 
-// Opens the painter; -> the mask as a PNG of the picture's size, null where nothing is painted, undefined on cancel.
-export async function paint(image, mask) {
+// Opens the painter; take(mask) gets a PNG of the picture's size, null where nothing is painted, before it closes.
+export async function paint(image, mask, take) {
   const bitmap = await createImageBitmap(image), scale = Math.min(1, LARGEST / Math.max(bitmap.width, bitmap.height));
   for (const each of [canvas, $("under")])
     [each.width, each.height] = [bitmap.width, bitmap.height].map(length => Math.max(1, Math.round(length * scale)));
@@ -18,13 +18,13 @@ export async function paint(image, mask) {
   base = mask && await loaded(mask);
   [deeds, stroke, at] = [[], null, {x: canvas.width / 2, y: canvas.height / 2}];
   choose(false);
+  slide($("brush"), $("brush").value);
   redraw();
   $("painter").showModal();
   canvas.focus();
   place();
-  const done = await new Promise(resolve => { settle = resolve; });
+  if (await new Promise(resolve => { settle = resolve; })) await take(await saved(bitmap.width, bitmap.height));
   $("painter").close();
-  return done ? saved(bitmap.width, bitmap.height) : undefined;
 }
 
 // White of a mask as opaque pixels, the form in which it is painted.
@@ -58,7 +58,8 @@ function carry(deed) {
   [context.lineCap, context.lineJoin, context.lineWidth] = ["round", "round", deed.width];
   context.beginPath();
   for (const {x, y} of deed.points) context.lineTo(x, y);
-  if (deed.points.length === 1) context.lineTo(deed.points[0].x + 0.01, deed.points[0].y);
+  // A line of no length is not drawn, not even its round ends.
+  context.lineTo(deed.points.at(-1).x + 0.01, deed.points.at(-1).y);
   context.stroke();
 }
 
@@ -121,7 +122,7 @@ function choose(eraser) {
   ring.classList.toggle("erasing", eraser);
 }
 
-const resized = by => { $("brush").value = Number($("brush").value) + by; place(); };
+const resized = to => { slide($("brush"), to); place(); };
 const pointed = event => {
   const box = canvas.getBoundingClientRect();
   return {x: (event.clientX - box.left) * canvas.width / box.width, y: (event.clientY - box.top) * canvas.height / box.height};
@@ -152,7 +153,7 @@ canvas.addEventListener("keyup", event => event.key === " " && end());
 canvas.addEventListener("blur", end);
 
 const KEYS = {
-  b: () => choose(false), e: () => choose(true), i: () => act("invert"), "[": () => resized(-5), "]": () => resized(5),
+  b: () => choose(false), e: () => choose(true), i: () => act("invert"), "[": () => resized(Number($("brush").value) - 5), "]": () => resized(Number($("brush").value) + 5),
 };
 $("painter").addEventListener("keydown", event => {
   const key = event.key.toLowerCase();
@@ -171,5 +172,5 @@ $("tool-eraser").addEventListener("click", () => choose(true));
 $("tool-undo").addEventListener("click", undo);
 $("tool-invert").addEventListener("click", () => act("invert"));
 $("tool-clear").addEventListener("click", () => act("clear"));
-$("brush").addEventListener("input", place);
+$("brush").addEventListener("input", () => resized($("brush").value));
 window.addEventListener("resize", () => $("painter").open && place());

@@ -32,7 +32,7 @@ export function view(entry) {
   $("photo").replaceChildren(h("img", {src: gallery.url(entry), alt: entry.settings.prompt, width: entry.width, height: entry.height}));
   $("view-prompt").textContent = entry.metadata?.prompt ?? entry.settings.prompt;
   const made = new Date(entry.created).toLocaleString();
-  $("view-facts").replaceChildren(...[...facts(entry), ["Drawn", made]].flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]));
+  $("view-facts").replaceChildren(...[...facts(entry), ["Drawn", `${made}, in ${entry.seconds.toFixed(1)} s`]].flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]));
   $("view-all").textContent = entry.metadata ? text(entry.metadata) : "The file carries none.";
   $("view-save").href = gallery.url(entry);
   $("view-save").download = name(entry);
