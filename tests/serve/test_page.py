@@ -408,7 +408,9 @@ def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_pat
     browser.click("#seed-keep")
     assert browser.value("#seed") == "2"
     browser.click("[data-size='64x64']")
-    browser.click(".place:nth-child(2) .tile")
+    browser.click(".cover")
+    assert browser.text("#view-prompt") == "a blue ring"
+    browser.press(RIGHT)
     assert browser.text("#view-prompt") == EVIL and "Seed" in browser.text("#view-facts")
     assert json.loads(browser.run("return document.getElementById('view-all').textContent"))["seed"] == 1
     assert browser.run("return document.getElementById('view-save').download").startswith("s3dit-1-")
@@ -442,12 +444,19 @@ def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_pat
 
 
 def test_a_picture_from_elsewhere_brings_its_settings(browser):
-    data = base64.b64decode(picture({"prompt": "from elsewhere", "size": "64x96", "seed": 5}))
-    give(browser, "#image-file", data)
-    browser.until("document.querySelector('#toast button')?.innerText === 'Use its settings'")
-    browser.click("#toast button")
-    browser.until("document.getElementById('prompt').value === 'from elsewhere'")
-    assert (browser.value("#field-width"), browser.value("#field-height"), browser.value("#seed")) == ("64", "96", "5")
+    metadata = {"prompt": "from elsewhere", "width": 64, "height": 96, "seed": 2**63 - 1, "shift": 3.0, "sigmas": [1, 0.5],
+                "region": [{}], "engine": {}, "solver": "heun"}  # fmt: skip
+    for form in ("PNG", "JPEG", "WEBP"):
+        out = io.BytesIO()
+        Image.new("RGB", (64, 96)).save(out, form, **carried(metadata | {"prompt": form}, (64, 96), form))
+        give(browser, "#image-file", out.getvalue(), form)
+        browser.until("document.querySelector('#toast button')?.innerText === 'Use its settings'")
+        browser.click("#toast button")
+        browser.until("document.getElementById('prompt').value === arguments[0]", form)
+        found = [browser.value(f"#{name}") for name in ("field-width", "field-height", "seed", "field-sigmas", "field-shift")]
+        assert found == ["64", "96", str(2**63 - 1), "1,0.5", ""] and browser.value("#field-solver") == '"heun"'
+        # What the form has no place for is said.
+        assert browser.text("#toast span").endswith("does not draw with: Region.")
     give(browser, "#image-file", b"no picture")
     browser.until("document.getElementById('toast').innerText.includes('cannot be read')")
 
@@ -469,6 +478,10 @@ def test_what_is_wrong_is_said_where_it_is(browser, server):
     browser.type("#prompt", "break")
     browser.click("#draw")
     browser.until("document.getElementById('trouble').innerText.includes('NaN')")
+    browser.type("#count", "99")
+    browser.click("#draw")
+    assert "64" in browser.text("[data-field=count] .wrong")
+    browser.type("#count", "1")
     # A full queue is waited for.
     server.full = 1
     browser.type("#prompt", "a ring")

@@ -35,12 +35,17 @@ export const parsed = text => JSON.parse(text, (_, value, at) =>
 
 export const options = async () => parsed(await (await call("v1/options")).text());
 
+function broken(error) {
+  if (error?.name === "AbortError") throw error;
+  throw new Refused({message: "The connection ended before the picture was there; draw it again."});
+}
+
 // The events of an answer: the JSON of each `data:` line.
 async function* events(answer) {
   let rest = "";
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (;;) {
-    const {value, done} = await reader.read();
+    const {value, done} = await reader.read().catch(broken);
     if (done) return;
     const blocks = (rest + value).split(/\r?\n\r?\n/);
     rest = blocks.pop();
@@ -86,5 +91,5 @@ export async function draw(settings, inputs, on, signal) {
     else if (event.type.endsWith(".completed")) return picture(event);
     else on({...event, type: event.type.replace("s3dit.", "")});
   }
-  throw new Refused({message: "The connection ended before the picture was there; draw it again."});
+  return broken();
 }

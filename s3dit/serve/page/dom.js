@@ -38,14 +38,21 @@ export const announce = text => { $("live").textContent = text; };
 
 // Takes the files that are dropped on an element, with a mark on it while they hover.
 export function dropped(element, take) {
-  const mark = on => event => { event.preventDefault(); element.classList.toggle("over", on); };
+  const files = event => event.dataTransfer.types.includes("Files");
+  const mark = on => event => {
+    if (!files(event)) return;
+    event.preventDefault();
+    element.classList.toggle("over", on);
+  };
   element.addEventListener("dragover", mark(true));
   element.addEventListener("dragleave", mark(false));
   element.addEventListener("drop", event => {
     mark(false)(event);
+    // Text that is dragged into a field is the field's.
+    if (!files(event)) return;
     event.stopPropagation();
-    const files = [...event.dataTransfer.files].filter(file => file.type.startsWith("image/"));
-    if (files.length) take(files);
+    const pictures = [...event.dataTransfer.files].filter(file => file.type.startsWith("image/"));
+    if (pictures.length) take(pictures);
     else toast("What was dropped is no picture; needed a PNG, JPEG or WebP file.");
   });
 }

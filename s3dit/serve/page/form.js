@@ -21,7 +21,7 @@ let sizes = [], multiple = 16;
 function textField(name, element, wrong = () => "") {
   fields.set(name, {
     name, wrong, standard: undefined,
-    read: () => element.value.trim() === "" ? undefined : element.value.trim(),
+    read: () => element.value.trim() === "" ? undefined : element.value,
     write: value => { element.value = value ?? ""; grow(element); return true; },
   });
 }
@@ -47,6 +47,7 @@ export function build(options) {
   }));
   textField("prompt", $("prompt"), () => $("prompt").value.trim() ? "" : "needed a prompt: what to draw");
   textField("negative_prompt", $("negative_prompt"));
+  textField("count", $("count"), () => $("count").checkValidity() ? "" : $("count").validationMessage);
   textField("seed", $("seed"), () => $("seed").checkValidity() ? "" : "needed a whole number, or nothing for a random one");
   add($("sides"), ["width", "height"], false, {width: side, height: side});
   $("sides").insertBefore($("swap"), $("sides").lastChild);
@@ -60,7 +61,6 @@ export function build(options) {
   $("reference-group").hidden = !options.references;
   sizes = options.sizes.map(size => size.split("x").map(Number));
   $("shapes").append(...sizes.map(([w, h]) => shape(w, h)));
-  $("count").max = options.limits.n;
   $("form").addEventListener("set", follow);
   $("form").addEventListener("input", event => {
     clear(event.target.closest("[data-field]")?.dataset.field);
@@ -76,7 +76,7 @@ export function build(options) {
     toast("Everything but the prompt is the model's own again.", ["Undo", () => write(old)]);
   });
   $("form").hidden = false;
-  write(JSON.parse(localStorage.getItem(KEPT) ?? "{}"));
+  write(kept());
 }
 
 // A button of a size, with its outline.
@@ -105,7 +105,6 @@ export function resize(width, height) {
 export const suggest = (name, value) => fields.get(name)?.suggest(value);
 
 export const size = () => now("width", "height");
-export const count = () => Math.max(1, Math.min(Number($("count").value) || 1, Number($("count").max)));
 
 // Shows what follows from the values: the pressed size, the negative prompt, how many settings are not the model's.
 function follow() {
@@ -164,7 +163,16 @@ const DEFAULTS = {
 };
 const isDefault = (name, value) => DEFAULTS[name] === value;
 
-const keep = () => localStorage.setItem(KEPT, JSON.stringify(read()));
+// Settings outlive the page where the browser lets it keep something.
+const keep = () => { try { localStorage.setItem(KEPT, JSON.stringify(read())); } catch { /* then they do not */ } };
+
+function kept() {
+  try {
+    return Object(JSON.parse(localStorage.getItem(KEPT)));
+  } catch {
+    return {};
+  }
+}
 
 // What is wrong before anything is sent: [name, message].
 export const faults = () => [...fields.values()].filter(one => !off(one)).map(one => [one.name, one.wrong()]).filter(([, says]) => says);

@@ -92,7 +92,12 @@ function showReferences() {
 export function listen(options, arrived) {
   [most, limits] = [options.references, options.limits];
   const chosen = (id, take) => $(id).addEventListener("change", () => { take([...$(id).files]); $(id).value = ""; });
-  const start = async files => { await setImage(files[0]); await arrived(files[0]); };
+  const start = async files => {
+    const old = [image, mask];
+    await setImage(files[0]);
+    if (old[1] && image !== old[0]) toast("The mask was of the picture before and went with it.", ["Undo", () => setImage(...old, false)]);
+    await arrived(files[0]);
+  };
   chosen("image-file", start);
   chosen("reference-file", addReferences);
   dropped($("start-group"), start);

@@ -32,7 +32,10 @@ export function add(job) {
 
 // Takes cards off the stage: of all that is finished, whose pictures are in the gallery, or of some.
 export function tidy(gone = jobs.filter(job => job.state === "over")) {
-  for (const job of gone) job.card.remove();
+  for (const job of gone) {
+    job.card.querySelectorAll("img").forEach(forget);
+    job.card.remove();
+  }
   jobs.splice(0, jobs.length, ...jobs.filter(job => !gone.includes(job)));
   count();
 }
@@ -43,6 +46,8 @@ export function cancel(job) {
   job.control.abort();
   if (job.state === "waiting") finish(job, "cancelled");
 }
+
+$("stop-all").addEventListener("click", () => { for (const job of [...jobs]) if (job.state !== "over") cancel(job); });
 
 // Cancels the last picture that was asked for; -> whether there was one.
 export function cancelLast() {
@@ -68,6 +73,7 @@ async function run(job) {
         const seconds = (performance.now() - job.began) / 1000;
         finish(job, `finished in ${seconds.toFixed(1)} s`, "done");
         const open = await job.done(file, seconds);
+        await job.shown;
         job.photo.append(h("button", {type: "button", className: "cover", "aria-label": `open: ${job.settings.prompt}`, onclick: open}));
         return;
       } catch (error) {
@@ -104,14 +110,20 @@ function say(job, text, aloud = true) {
   if (aloud) announce(text);
 }
 
-// Lays a picture over the one before it, which goes when the new one is there.
-async function show(job, file) {
-  const image = h("img", {src: URL.createObjectURL(file), alt: `the picture forming: ${job.settings.prompt}`});
-  await image.decode().catch(() => {});
-  job.photo.classList.remove("waits");
-  job.photo.append(image);
-  const old = [...job.photo.querySelectorAll("img")].slice(0, -1);
-  setTimeout(() => old.forEach(each => { URL.revokeObjectURL(each.src); each.remove(); }), 400);
+// Lays a picture over the one before it, in the order in which they came; the old one goes when the new one is there.
+function show(job, file) {
+  const image = h("img", {src: URL.createObjectURL(file), alt: job.settings.prompt});
+  job.shown = Promise.all([job.shown, image.decode().catch(() => {})]).then(() => {
+    const old = [...job.photo.querySelectorAll("img")];
+    job.photo.classList.remove("waits");
+    job.photo.append(image);
+    setTimeout(() => old.forEach(forget), 400);
+  });
+}
+
+function forget(image) {
+  URL.revokeObjectURL(image.src);
+  image.remove();
 }
 
 function finish(job, text, kind = "stopped") {
@@ -128,5 +140,6 @@ function finish(job, text, kind = "stopped") {
 function count() {
   const open = jobs.filter(job => job.state !== "over"), [first] = open;
   $("empty").hidden = jobs.length > 0;
+  $("stop-all").hidden = open.length < 2;
   document.title = !first ? "s3dit" : first.bar.value > 0 ? `${first.bar.value}/${first.bar.max} · s3dit` : "… · s3dit";
 }

@@ -19,9 +19,9 @@ function drawAll() {
   const wrong = form.faults();
   // The last message shown has the focus, so the first fault comes last.
   if (wrong.length) return wrong.reverse().forEach(([name, message]) => form.show(name, message));
-  const settings = form.read(), [width, height] = form.size(), first = BigInt(settings.seed ?? randomSeed());
+  const {count = 1, ...settings} = form.read(), [width, height] = form.size(), first = BigInt(settings.seed ?? randomSeed());
   jobs.tidy();
-  for (let i = 0; i < form.count(); i++) {
+  for (let i = 0; i < count; i++) {
     const job = {settings: {...settings, width, height, seed: String(first + BigInt(i))}, inputs: given.inputs(), width, height};
     jobs.add({...job, done: (file, seconds) => finished(job, file, seconds), failed});
   }
