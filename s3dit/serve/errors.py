@@ -12,8 +12,8 @@ CODES = {
     408: "body_timeout", 413: "too_large", 415: "unsupported_media_type", 429: "queue_full", 499: "client_closed",
     500: "server_error", 503: "stopping", 504: "timeout",
 }  # fmt: skip
-# An absolute path: a drive or a slash, and at least one more name behind it.
-PATH = re.compile(r"(?<![\w.:/])(?:[A-Za-z]:\\|/)[^\s'\":;,()]*[/\\][^\s'\":;,()]*")
+# An absolute path, of at least two names; those of this interface are none.
+PATH = re.compile(r"(?<![\w.:/])(?!/v1/)(?:[A-Za-z]:\\|/)[^\s'\":;,()]*[/\\][^\s'\":;,()]*")
 
 
 @dataclass
@@ -29,13 +29,16 @@ class ApiError(Exception):
     code: str | None = None
     retry_after: float | None = None
 
+    @property
+    def code_name(self) -> str:
+        """Its code for programs: the one that it has, or that of its status."""
+        return self.code or CODES.get(self.status, "error")
+
     def body(self) -> dict[str, Any]:
         """The answer's JSON; paths of the server's files are left out of the message."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], self.message)
-        return {
-            "error": {"message": message, "type": kind, "param": self.param, "code": self.code or CODES[self.status]}
-        }
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code_name}}
 
     @property
     def headers(self) -> dict[str, str]:
