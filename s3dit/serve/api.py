@@ -9,8 +9,8 @@
     POST /v1/images/generations   application/json
     POST /v1/images/edits         multipart/form-data: image (or image[]), mask, reference (or reference[]), and fields
 
-With a key, all but the page and /health want `Authorization: Bearer KEY`. Every answer has an X-Request-Id, the client's own
-where it sends one. Where a client closes its connection, what it asked for is cancelled between two steps.
+With a key, all but the page and /health want `Authorization: Bearer KEY`. Every answer has an X-Request-Id, the
+client's own where it sends one. Where a client closes its connection, what it asked for is cancelled between two steps.
 
 A field that is unknown or has no effect is an error. Errors have OpenAI's form, with `param` the field that is wrong:
     {"error": {"message": "...", "type": "invalid_request_error", "param": "size", "code": "invalid_value"}}

@@ -73,12 +73,17 @@ function form(fields, inputs) {
   return body;
 }
 
+// How much of a start image is redrawn where nobody says it: all of what a mask or margins ask for.
+export const usualStrength = (mask, extend) => mask || extend ? 1 : 0.6;
+
 // Draws one picture: settings under the request's names, inputs {image, mask_image, reference: […]} as Blobs.
 // Calls on({type: "queued", position} | {type: "step", step, steps} | {type: "partial", file}); -> the picture's file.
 export async function draw(settings, inputs, on, signal) {
   const {width, height, lora, ...rest} = settings;
   const fields = {...rest, n: 1, stream: true, partial_images: 3, progress: true};
   if (width) fields.size = `${width}x${height}`;
+  // Said always: without it a model that looks at references takes the start image for one.
+  if (inputs.image) fields.strength ??= usualStrength(inputs.mask_image, fields.extend);
   if (lora) fields.lora = Object.entries(lora).map(([name, scale]) => ({name, scale}));
   const edit = Object.keys(inputs).length > 0;
   const answer = await call(`v1/images/${edit ? "edits" : "generations"}`, {

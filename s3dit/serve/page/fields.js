@@ -74,36 +74,43 @@ function slider(name, input) {
   return Object.assign(follow, {element: range});
 }
 
-// Rows of LoRAs with a tick and a scale each; -> a field whose value is {name: scale}.
+// Rows of LoRAs with a tick and a scale each; -> a field whose value is {name: scale} of what is not as it is by itself.
+// loras: [{name, scale, on}], on those that the server draws with where it is asked for none.
 export function loraField(loras) {
-  const rows = new Map(loras.map(({name, scale}) => {
+  const rows = loras.map(({name, scale, on = false}) => {
     const tick = h("input", {type: "checkbox"});
-    const input = h("input", {type: "number", step: "any", min: -10, max: 10, value: scale ?? 1, "aria-label": `scale of ${name}`});
-    const range = h("input", {type: "range", min: -2, max: 2, step: 0.05, value: scale ?? 1, tabIndex: -1, "aria-hidden": "true"});
-    const changed = () => row.dispatchEvent(new Event("set", {bubbles: true}));
-    const on = value => { slide(range, value); tick.checked = true; changed(); };
-    const row = h("div", {className: "lora"},
+    const input = h("input", {type: "number", step: "any", min: -10, max: 10, required: true, "aria-label": `scale of ${name}`});
+    const range = h("input", {type: "range", min: -2, max: 2, step: 0.05, tabIndex: -1, "aria-hidden": "true"});
+    const element = h("div", {className: "lora"},
       h("div", {className: "line"}, h("label", {className: "tick"}, tick, h("span", {}, name)), input), range);
+    const changed = () => element.dispatchEvent(new Event("set", {bubbles: true}));
+    const move = value => { slide(range, value); tick.checked = true; changed(); };
     tick.addEventListener("change", changed);
-    range.addEventListener("input", () => { input.value = range.value; on(range.value); });
-    input.addEventListener("input", () => on(input.value));
-    slide(range, range.value);
-    return [name, {row, tick, input, range}];
-  }));
-  const ticked = () => [...rows].filter(([, {tick}]) => tick.checked);
+    range.addEventListener("input", () => { input.value = range.value; move(range.value); });
+    input.addEventListener("input", () => move(input.value));
+    return {
+      name, element, standard: on ? scale : 0,
+      read: () => tick.checked ? Number(input.value) : 0,
+      wrong: () => tick.checked ? input.validationMessage : "",
+      write(value) {
+        tick.checked = value !== 0;
+        slide(range, input.value = value || scale);
+        changed();
+      },
+    };
+  });
   return {
-    name: "lora", elements: [...rows.values()].map(({row}) => row),
-    read: () => ticked().length ? Object.fromEntries(ticked().map(([name, {input}]) => [name, Number(input.value)])) : undefined,
-    wrong: () => ticked().some(([, {input}]) => input.value === "") ? "needed a scale, such as 1" :
-      ticked().map(([, {input}]) => input.validationMessage).find(Boolean) ?? "",
+    name: "lora", elements: rows.map(row => row.element),
+    read() {
+      const own = rows.filter(row => row.read() !== row.standard).map(row => [row.name, row.read()]);
+      return own.length ? Object.fromEntries(own) : undefined;
+    },
+    wrong: () => rows.map(row => row.wrong()).find(Boolean) ?? "",
+    count: () => rows.filter(row => row.read() !== 0).length,
     // Returns whether this server has all that are asked for.
     write(value = {}) {
-      for (const [name, {tick, input, range, row}] of rows) {
-        tick.checked = Object.hasOwn(value, name);
-        if (tick.checked) slide(range, input.value = value[name]);
-        row.dispatchEvent(new Event("set", {bubbles: true}));
-      }
-      return Object.keys(value).every(name => rows.has(name));
+      for (const row of rows) row.write(Object.hasOwn(value, row.name) ? value[row.name] : row.standard);
+      return Object.keys(value).every(name => rows.some(row => row.name === name));
     },
   };
 }

@@ -116,7 +116,7 @@ function follow() {
   if (guided) grow($("negative_prompt"));
   const given = names => names.filter(name => fields.get(name)?.read() !== undefined).length || "";
   $("more-badge").textContent = given(MORE);
-  $("lora-badge").textContent = Object.keys(fields.get("lora")?.read() ?? {}).length || "";
+  $("lora-badge").textContent = fields.get("lora")?.count() || "";
 }
 
 // A field in a group that is switched off, such as strength without a start image, is not part of what is asked for.

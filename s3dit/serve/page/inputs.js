@@ -1,5 +1,6 @@
 // Pictures that are given: the start image with its mask, and references.
 
+import {usualStrength} from "./api.js";
 import {$, dropped, h, toast} from "./dom.js";
 import {resize, suggest} from "./form.js";
 import {paint} from "./mask.js";
@@ -42,7 +43,7 @@ async function showImage(bitmap) {
   $("mask-remove").hidden = !mask;
   $("paint").textContent = mask ? "Change the mask" : "Paint a mask";
   $("start-badge").textContent = image ? mask ? "with a mask" : "on" : "";
-  suggest("strength", mask ? 1 : 0.6);
+  suggest("strength", usualStrength(mask));
   $("form").dispatchEvent(new Event("set"));
   if (!image) return;
   $("start-group").open = true;
