@@ -16,7 +16,7 @@ from s3dit.cli.replay import attach
 from s3dit.errors import RequestError
 from s3dit.runtime.embedded import FOLDERS
 from s3dit.runtime.embedded import NAMES as EMBEDDED_NAMES
-from s3dit.serve.limits import Limits
+from s3dit.serve.bounds import Limits
 from s3dit.terminal import say
 
 if TYPE_CHECKING:

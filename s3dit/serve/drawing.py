@@ -5,6 +5,7 @@ Where its client leaves before that, it is cancelled.
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from logging import getLogger
@@ -20,11 +21,11 @@ from s3dit.inputs.image_metadata import carried
 from s3dit.pipeline import Pipeline
 from s3dit.plan import Plan
 from s3dit.serve.answers import Answers, error_event
+from s3dit.serve.bounds import Limits
 from s3dit.serve.door import Visit
 from s3dit.serve.engine import Engine
 from s3dit.serve.errors import ApiError
 from s3dit.serve.job import Cancelled, Done, Event, Failed, Job, Partial, QueueFull, Stopping, TimedOut
-from s3dit.serve.limits import Limits
 from s3dit.serve.metrics import Metrics
 from s3dit.serve.pictures import public
 from s3dit.serve.wanted import Wanted, check_plan, check_texts
@@ -32,6 +33,8 @@ from s3dit.serve.wanted import Wanted, check_plan, check_texts
 LOG = getLogger(__name__)
 # Seconds after which a stream says that it is still there.
 QUIET = 15.0
+# Threads that plan.
+PLANNERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,8 @@ class Drawer:
     """What draws the requests of a server.
 
     scales: of the adapters that act unless a request says otherwise · loras: names of those that it may ask for ·
-    grace: seconds after which a client that finds the server stopping may try again.
+    grace: seconds after which a client that finds the server stopping may try again · planners: threads in which plans
+    are made, which may wait for the model, and so have none in common with what packs and sends pictures.
     """
 
     engine: Engine
@@ -49,6 +53,7 @@ class Drawer:
     loras: tuple[str, ...] = ()
     scales: Mapping[str, float] = field(default_factory=dict)
     grace: float = 30.0
+    planners: Executor = field(default_factory=lambda: ThreadPoolExecutor(PLANNERS, "s3dit-plan"))
 
     @asynccontextmanager
     async def drawing(self, asked: Wanted, kind: str, visit: Visit) -> AsyncIterator["Drawing"]:
@@ -70,7 +75,7 @@ class Drawer:
 
     async def _submitted(self, asked: Wanted, tell: Any) -> Job:
         """The job of a request, checked as far as a plan can be; also where its client leaves meanwhile."""
-        task = asyncio.create_task(asyncio.to_thread(self._submit, asked, tell))
+        task = asyncio.get_running_loop().run_in_executor(self.planners, self._submit, asked, tell)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -183,9 +188,9 @@ class Drawing:
                 yield made
 
 
-def _given_up(submitted: "asyncio.Task[Job]") -> None:
+def _given_up(submitted: "asyncio.Future[Job]") -> None:
     """Cancel a job whose client left before it had one."""
-    if submitted.exception() is None:
+    if not submitted.cancelled() and submitted.exception() is None:
         submitted.result().cancel()
 
 

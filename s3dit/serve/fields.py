@@ -17,8 +17,8 @@ from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.request import Request
 from s3dit.serve import values
+from s3dit.serve.bounds import Limits
 from s3dit.serve.errors import ApiError
-from s3dit.serve.limits import Limits
 from s3dit.serve.values import Check, Schema, Values
 
 Door = Literal["generations", "edits"]

@@ -1,7 +1,7 @@
 """A Job: one request on its way through an engine, and the Events that tell of it.
 
-Events come in this order: Queued (again whenever the place in the queue changes), Started, then StepDone and Partial,
-at last one of Done and Failed. After that there are none.
+Events come in this order: Queued, Started, then StepDone and Partial, at last one of Done and Failed; after that there
+are none.
 """
 
 import queue
@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from logging import getLogger
 from typing import Any
 
 from s3dit.plan import Plan
 from s3dit.result import Result
+
+LOG = getLogger(__name__)
 
 
 class QueueFull(RuntimeError):
@@ -37,7 +40,7 @@ class Cancelled(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """The request waits; position: how many come before it."""
+    """The request waits; position: how many came before it and wait, too."""
 
     position: int
 
@@ -71,8 +74,8 @@ class Partial:
 class Done:
     """The pictures are drawn.
 
-    seconds: by stage, those of `Result.seconds` and "queue"; "transformer" are those from the first step to the last,
-    which are shared with the requests beside it.
+    seconds: by stage, those of `Result.seconds` and "queue"; "transformer" are those from its start to its last step
+    without what other stages took, in company with the requests beside it.
     """
 
     result: Result
@@ -92,7 +95,7 @@ Event = Queued | Started | StepDone | Partial | Done | Failed
 class Job:
     """A request in an engine; made by `Engine.submit`, and safe to use from any thread.
 
-    id: such as "7" , unique in its engine · plan: what is drawn, with its notes and the resolved request.
+    id: such as "7", unique in its engine · plan: what is drawn, with its notes and the resolved request.
     """
 
     def __init__(
@@ -108,6 +111,14 @@ class Job:
         self._last: Done | Failed | None = None
         self._wanted = threading.Event()
         self._wake: Callable[[], None] = lambda: None
+
+    def seconds(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self.born
+
+    def on_cancel(self, wake: Callable[[], None]) -> None:
+        """Set what is called when it is cancelled."""
+        self._wake = wake
 
     def events(self) -> Iterator[Event]:
         """Wait for the events, in their order; ends after Done or Failed. For one reader, without `on_event`."""
@@ -144,6 +155,14 @@ class Job:
             return TimedOut(f"job {self.id} was not done within {self.deadline - self.born:g} s")
         return None
 
+    def _called(self, on_event: Callable[[Event], None], event: Event) -> None:
+        """Call what was given for events; where it raises, nobody listens, and the request is given up."""
+        try:
+            on_event(event)
+        except BaseException:
+            LOG.exception("on_event of job %s failed; the job is cancelled", self.id)
+            self.cancel()
+
     def tell(self, event: Event) -> bool:
         """Hand an event on; returns whether it was, which after the last one it is not."""
         if self._over.is_set():
@@ -153,7 +172,7 @@ class Job:
         if self._on_event is None:
             self._events.put(event)
         else:
-            self._on_event(event)
+            self._called(self._on_event, event)
         if self._last is not None:
             self._over.set()
         return True

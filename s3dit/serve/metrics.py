@@ -6,12 +6,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from s3dit.serve.engine import Stats
+from s3dit.serve.stats import Stats
 
 # Upper bounds in seconds: of the embedded model a picture takes a fraction of a second, of a large one minutes.
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 # Ways in which a request may end, as `Stats` counts them.
-ENDS = ("done", "failed", "cancelled", "timed_out", "refused")
+ENDS = ("done", "failed", "cancelled", "timed_out", "handed_back", "refused")
 
 
 class EngineCollector(Collector):

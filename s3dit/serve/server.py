@@ -18,11 +18,11 @@ from starlette.middleware.cors import CORSMiddleware
 from s3dit.errors import RequestError
 from s3dit.pipeline import Pipeline
 from s3dit.serve.api import Api
+from s3dit.serve.bounds import Limits
 from s3dit.serve.door import LOOPBACK, Door
 from s3dit.serve.drawing import Drawer
 from s3dit.serve.engine import Engine
 from s3dit.serve.fields import Fields
-from s3dit.serve.limits import Limits
 from s3dit.serve.metrics import Metrics
 from s3dit.terminal import say
 

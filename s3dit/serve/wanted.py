@@ -9,10 +9,10 @@ from s3dit.model.tokenizer import Tokenizer
 from s3dit.plan import Plan
 from s3dit.request import Request
 from s3dit.serve import values
+from s3dit.serve.bounds import Limits
 from s3dit.serve.errors import ApiError, of_request
 from s3dit.serve.fields import Fields
 from s3dit.serve.forms import Part
-from s3dit.serve.limits import Limits
 from s3dit.serve.pictures import Form, Unpacker
 
 # Tokens of the template around a prompt, and more.

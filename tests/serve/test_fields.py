@@ -6,9 +6,9 @@ import pytest
 
 from s3dit.request import Request
 from s3dit.serve import values
+from s3dit.serve.bounds import Limits
 from s3dit.serve.errors import ApiError
 from s3dit.serve.fields import ALIASES, APART, DOORS, FILES, REFUSED, Fields
-from s3dit.serve.limits import Limits
 from s3dit.serve.wanted import wanted
 
 TABLE = Fields("tiny", Limits(), ("style", "ink"))

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from s3dit.errors import RequestError
+from s3dit.serve.bounds import Limits
 from s3dit.serve.errors import ApiError
 from s3dit.serve.fields import Fields
 from s3dit.serve.forms import Part
-from s3dit.serve.limits import Limits
 from s3dit.serve.pictures import Unpacker, file_of, public, zipped
 from s3dit.serve.wanted import wanted
 
