@@ -11,10 +11,10 @@ from PIL import Image
 
 from s3dit.inputs.image_metadata import carried
 from s3dit.serve import page
+from s3dit.serve.bounds import Limits
 from s3dit.serve.fields import Fields
-from s3dit.serve.limits import Limits
 
-EVIL = "<img src=x onerror=alert(1)><b>style</b>"
+EVIL = "<img src=x onerror=alert(1)><b>style"
 OPTIONS = {
     "model": "embedded", "variant": "tiny", "version": "0", "sizes": ["128x128", "64x64", "160x96", "96x160"],
     "defaults": {"size": "128x128", "num_inference_steps": 8, "guidance_scale": 0.0, "solver": "euler", "shift": 3.0},
@@ -33,6 +33,10 @@ def picture(fields, color=None):
     image = Image.new("RGB", (width, height), color or (seed * 40 % 256, 90, 160))
     metadata = {"prompt": fields["prompt"], "width": width, "height": height, "seed": seed, "solver": "euler"}
     metadata |= {"num_inference_steps": int(fields.get("num_inference_steps", 8)), "guidance_scale": 0.0}
+    loras = {EVIL: 0.5} | {each["name"]: each["scale"] for each in fields.get("lora", ())}
+    metadata["adapters"] = [
+        {"file": f"{name}.safetensors", "scale": scale} for name, scale in loras.items() if scale
+    ]  # fmt: skip
     out = io.BytesIO()
     image.save(out, "PNG", **carried(metadata, image.size, "PNG"))
     return base64.b64encode(out.getvalue()).decode()
@@ -98,6 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.refused():
             return
         fields, files = self.body()
+        if isinstance(fields.get("lora"), str):
+            fields["lora"] = json.loads(fields["lora"])
         if self.server.full:
             self.server.full -= 1
             self.reply(429, {"error": {"message": "the queue is full", "param": None}}, headers={"Retry-After": "1"})

@@ -15,8 +15,17 @@ from s3dit.inputs.image_metadata import carried
 from s3dit.serve import page
 
 sys.path.append(str(Path(__file__).parent))
+from conftest import running  # noqa: E402
 from page_server import EVIL, Server  # noqa: E402
 from webdriver import CONTROL, DELETE, ENTER, ESCAPE, NAMES, RIGHT, TAB, programs, started  # noqa: E402
+
+# What the pictures of the gallery show, as texts.
+PIXELS = """return [...document.querySelectorAll("#tiles img")].map(image => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  return canvas.toDataURL();
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +188,7 @@ def test_loras_references_and_guidance(browser, server):
     browser.press(CONTROL, ENTER)
     browser.tiles(2)
     path, fields, files = server.asked[-1]
-    assert path.endswith("edits") and len(files["reference"]) == 2 and json.loads(fields["lora"])[1]["name"] == "ink"
+    assert path.endswith("edits") and len(files["reference"]) == 2 and fields["lora"][1]["name"] == "ink"
 
 
 def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_path):
@@ -230,7 +239,8 @@ def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_pat
 
 def test_a_picture_from_elsewhere_brings_its_settings(browser):
     metadata = {"prompt": "from elsewhere", "width": 64, "height": 96, "seed": 2**63 - 1, "shift": 3.0,
-                "sigmas": [1, 0.5], "region": [{}], "engine": {}, "solver": "heun"}  # fmt: skip
+                "sigmas": [1, 0.5], "region": [{}], "engine": {}, "solver": "heun",
+                "adapters": [{"file": "/elsewhere/other.safetensors", "scale": 1}]}  # fmt: skip
     places = ("field-width", "field-height", "seed", "field-sigmas", "field-shift")
     for form in ("PNG", "JPEG", "WEBP"):
         out = io.BytesIO()
@@ -241,8 +251,9 @@ def test_a_picture_from_elsewhere_brings_its_settings(browser):
         browser.until("document.getElementById('prompt').value === arguments[0]", form)
         found = [browser.value(f"#{name}") for name in places]
         assert found == ["64", "96", str(2**63 - 1), "1,0.5", ""] and browser.value("#field-solver") == '"heun"'
-        # What the form has no place for is said.
-        assert browser.text("#toast span").endswith("does not draw with: Region.")
+        # What the form has no place for is said; the LoRA that acts by itself was not there.
+        assert browser.text("#toast span").endswith("does not draw with: Region, LoRA.")
+        assert browser.text("#lora-badge") == ""
     give(browser, "#image-file", b"no picture")
     browser.until("document.getElementById('toast').innerText.includes('cannot be read')")
 
@@ -328,12 +339,42 @@ def test_a_narrow_screen_light_and_dark(browser, server, tmp_path, scheme):
     assert browser.run("return document.documentElement.scrollWidth") == 360
     for opener, window in (("#paint", "#painter"), (".tile", "#viewer")):
         browser.click(opener)
+        browser.until("document.querySelector(arguments[0]).open", window)
         box = browser.box(window)
         assert box["left"] >= 0 and box["right"] <= 360
         browser.press(ESCAPE)
     browser.run("scrollTo(0, 0)")
     paper = browser.shot(tmp_path / "shot.png").getpixel((3, 300))
     assert max(paper) < 64 if scheme == "dark" else min(paper) > 230
+
+
+def test_with_the_server_itself(chrome, pipe):
+    """The embedded model draws, redraws what a mask marks, refuses, and a picture is drawn again the same."""
+    with running(pipe) as real:
+        chrome.call("POST", "/url", url=real.url)
+        chrome.until("!document.getElementById('form').hidden")
+        chrome.click("#example")
+        for name, value in (("width", "64"), ("height", "64"), ("num_inference_steps", "3")):
+            chrome.type(f"#field-{name}", value)
+        chrome.press(CONTROL, ENTER)
+        chrome.tiles(1)
+        chrome.click(".tile")
+        chrome.click("#view-use")
+        chrome.press(CONTROL, ENTER)
+        chrome.tiles(2)
+        one, other = chrome.run(PIXELS)
+        assert one == other
+        chrome.click(".cover")
+        chrome.click("#view-start")
+        chrome.click("#paint")
+        chrome.drag("#mask", (0.3, 0.3), (0.7, 0.7))
+        chrome.click("#paint-done")
+        chrome.until("!document.getElementById('painter').open")
+        chrome.press(CONTROL, ENTER)
+        chrome.tiles(3)
+        chrome.type("#field-strength", "0")
+        chrome.press(CONTROL, ENTER)
+        chrome.until("document.querySelector('[data-field=strength] .wrong')")
 
 
 def test_the_page_asks_nothing_of_others():

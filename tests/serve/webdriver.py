@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# Seconds that a machine with other work may take for what takes less than one.
+PATIENCE = 30
 # WebDriver's names of keys.
 CONTROL, ENTER, ESCAPE, RIGHT, DELETE, TAB = "\ue009", "\ue007", "\ue00c", "\ue014", "\ue017", "\ue004"
 
@@ -48,6 +50,8 @@ class Browser:
         return next(iter(found.values()))
 
     def click(self, selector):
+        """Click on an element, when it is there to be clicked."""
+        self.until("document.querySelector(arguments[0])?.checkVisibility()", selector)
         self.call("POST", f"/element/{self.find(selector)}/click")
 
     def type(self, selector, text):
@@ -63,6 +67,7 @@ class Browser:
 
     def drag(self, selector, *points, kind="mouse"):
         """Move a pointer, pressed, through points: parts of the element's sides, from 0 to 1."""
+        self.until("document.querySelector(arguments[0]).checkVisibility()", selector)
         box = self.box(selector)
         places = [(round(box["x"] + x * box["width"]), round(box["y"] + y * box["height"])) for x, y in points]
         moves = [{"type": "pointerMove", "duration": 10, "x": x, "y": y} for x, y in places]
@@ -86,9 +91,9 @@ class Browser:
 
     def until(self, script, *given):
         """Wait until a script's value is true, and return it."""
-        end = time.monotonic() + 15
+        end = time.monotonic() + PATIENCE
         while not (found := self.run(f"return {script}", *given)):
-            assert time.monotonic() < end, f"not within 15 s: {script}"
+            assert time.monotonic() < end, f"not within {PATIENCE} s: {script} {given}"
             time.sleep(0.03)
         return found
 

@@ -7,12 +7,20 @@ const LABELS = {
   num_inference_steps: "Steps", guidance_scale: "Guidance", width: "Width", height: "Height", shift: "Shift",
   strength: "Strength", mask_blur: "Mask blur", mask_mode: "Mask mode", output_format: "File format",
   output_compression: "Compression", cfg_normalization: "CFG normalization", cfg_truncation: "CFG truncation",
+  lora: "LoRA", adapters: "LoRAs",
 };
 // Where a slider is of use: from, to, step. The box beside it takes whatever the schema allows.
 const SLIDERS = {
   num_inference_steps: [1, 50, 1], guidance_scale: [0, 10, 0.1], strength: [0.05, 1, 0.05], mask_blur: [0, 64, 1],
   output_compression: [0, 100, 1],
 };
+
+// What the metadata of every picture say where nobody asks for something else.
+const USUAL = {
+  cfg_normalization: false, cfg_truncation: 1, mask_mode: "inpaint", mask_blur: 0, composite: true, posterior: "mode",
+  reference_positions: "released", base_weight: 0, convention: "own", max_sequence_length: 512, num_images_per_prompt: 1,
+};
+export const usual = (name, value) => USUAL[name] === value;
 
 export const label = name => LABELS[name] ?? (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
 const shown = value => value === true ? "yes" : value === false ? "no" : value ?? "";
@@ -101,6 +109,7 @@ export function loraField(loras) {
   });
   return {
     name: "lora", elements: rows.map(row => row.element),
+    resting: Object.fromEntries(rows.filter(row => row.standard !== 0).map(row => [row.name, 0])),
     read() {
       const own = rows.filter(row => row.read() !== row.standard).map(row => [row.name, row.read()]);
       return own.length ? Object.fromEntries(own) : undefined;
@@ -110,7 +119,7 @@ export function loraField(loras) {
     // Returns whether this server has all that are asked for.
     write(value = {}) {
       for (const row of rows) row.write(Object.hasOwn(value, row.name) ? value[row.name] : row.standard);
-      return Object.keys(value).every(name => rows.some(row => row.name === name));
+      return Object.keys(value).every(name => rows.some(row => row.name === name && row.read() === value[name]));
     },
   };
 }

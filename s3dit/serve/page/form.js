@@ -1,7 +1,7 @@
 // The form: what is asked for, under the names of a request's fields, and what is wrong with it.
 
 import {$, h, toast} from "./dom.js";
-import {field, label, loraField} from "./fields.js";
+import {field, label, loraField, usual} from "./fields.js";
 
 const MAIN = ["num_inference_steps", "guidance_scale"];
 const MORE = [
@@ -146,22 +146,24 @@ export function write(settings) {
   return left.map(([name]) => name);
 }
 
-// The metadata of a picture as settings: what differs from what this model does by itself.
-export function settingsOf(metadata) {
-  const quiet = ["engine", "model", "num_images_per_prompt", "image", "mask_image", "reference"];
-  return Object.fromEntries(Object.entries(metadata).flatMap(([name, value]) => {
-    const known = fields.get(name);
-    if (quiet.includes(name) || value == null || (known ? value === known.standard : isDefault(name, value))) return [];
-    return [[name, typeof value === "bigint" || name === "seed" ? String(value) : value]];
-  }));
+// The LoRAs of a picture by its metadata, by the names that servers give them: those of their files.
+export function lorasOf(metadata) {
+  const given = Array.isArray(metadata?.adapters) ? metadata.adapters : [];
+  const named = given.map(one => [String(one?.file).split(/[\\/]/).pop().replace(/\.safetensors$/, ""), one?.scale]);
+  const lora = {...fields.get("lora")?.resting, ...Object.fromEntries(named)};
+  return Object.keys(lora).length ? lora : undefined;
 }
 
-// Fields that every picture's metadata has, as they are where nobody asks for something else.
-const DEFAULTS = {
-  cfg_normalization: false, cfg_truncation: 1, mask_mode: "inpaint", mask_blur: 0, composite: true, posterior: "mode",
-  reference_positions: "released", base_weight: 0, convention: "own", max_sequence_length: 512,
-};
-const isDefault = (name, value) => DEFAULTS[name] === value;
+// The metadata of a picture as settings: what differs from what this model does by itself.
+export function settingsOf(metadata) {
+  const quiet = ["engine", "model", "image", "mask_image", "reference", "adapters"];
+  const found = Object.fromEntries(Object.entries(metadata).flatMap(([name, value]) => {
+    const known = fields.get(name);
+    if (quiet.includes(name) || value == null || value === known?.standard || usual(name, value)) return [];
+    return [[name, typeof value === "bigint" || name === "seed" ? String(value) : value]];
+  }));
+  return {...found, lora: lorasOf(metadata)};
+}
 
 // Settings outlive the page where the browser lets it keep something.
 const keep = () => { try { localStorage.setItem(KEPT, JSON.stringify(read())); } catch { /* then they do not */ } };

@@ -62,7 +62,9 @@ function askKey(wrong = "") {
 
 // Brings a picture's settings and the pictures that it was drawn from back into the form.
 async function use(entry) {
-  const left = form.write(entry.settings);
+  // LoRAs that act by themselves may be others now than then: the metadata says which there were.
+  const settings = entry.metadata ? {...entry.settings, lora: form.lorasOf(entry.metadata)} : entry.settings;
+  const left = form.write(settings);
   await given.setInputs(entry.inputs);
   $("draw").focus();
   toast(left.length ? `Taken over, but for what this server does not draw with: ${left.map(form.label).join(", ")}.` :

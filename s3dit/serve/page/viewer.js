@@ -2,12 +2,12 @@
 
 import {$, h} from "./dom.js";
 import * as gallery from "./gallery.js";
-import {label} from "./fields.js";
+import {label, usual} from "./fields.js";
 
 // Shown in this order where the metadata has them, before the rest.
 const FIRST = ["seed", "num_inference_steps", "guidance_scale", "negative_prompt", "solver", "schedule", "shift", "strength"];
 // Said elsewhere, or of the machine and not of the picture.
-const REST = ["prompt", "width", "height", "engine", "num_images_per_prompt", "convention"];
+const REST = ["prompt", "width", "height", "engine"];
 let shown = null, actions = {};
 
 const text = value => typeof value === "string" ? value : JSON.stringify(value, (_, each) => typeof each === "bigint" ? String(each) : each, 1);
@@ -17,7 +17,7 @@ const name = entry => `s3dit-${entry.settings.seed}-${entry.id.split("-")[0]}.${
 function facts(entry) {
   const data = entry.metadata ?? entry.settings, names = [...FIRST.filter(each => each in data), ...Object.keys(data).filter(each => !FIRST.includes(each))];
   return new Map([["Size", `${entry.width} × ${entry.height}`],
-    ...names.filter(each => !REST.includes(each) && data[each] != null && data[each] !== "").map(each => [label(each), text(data[each])])]);
+    ...names.filter(each => !REST.includes(each) && !usual(each, data[each]) && data[each] != null && data[each] !== "").map(each => [label(each), text(data[each])])]);
 }
 
 // wanted: {use(entry), start(entry), reference(entry) or null}, which the buttons of the viewer do.
