@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
     folder = _adapters(args.lora_dir)
     with importing():
         from s3dit.serve.engine import Engine
-        from s3dit.serve.server import Server, Serving, bound, url_of
+        from s3dit.serve.server import Server, Serving, bound
 
     # Before a model is read, which takes long: a port that is taken is said at once.
     sock = bound(args.host, args.port)
@@ -155,9 +155,7 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(pipe, queue_limit=args.queue, max_batch_tokens=args.batch_tokens, timeout=args.timeout)
     try:
         engine.warm_up(args.warm_up)
-        server = Server(pipe, engine, serving, sock)
-        say(f"{name} at {url_of(sock)} (POST /v1/images/generations, page at /); Ctrl-C stops")
-        server.serve_forever()
+        Server(pipe, engine, serving, sock).serve_forever()
     finally:
         engine.stop()
     return 0

@@ -118,6 +118,11 @@ class Server(uvicorn.Server):
         with logged():
             self.run(sockets=[self.sock])
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say where."""
+        await super().startup(sockets)
+        say(f"{self.serving.name} at {url_of(self.sock)} (POST /v1/images/generations, page at /); Ctrl-C stops")
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more connections, let the engine end, and send what it made."""
         say(f"stopping: what is drawn has {self.serving.grace:g} s to finish; a second signal ends at once")

@@ -1,69 +1,19 @@
-"""A server of the embedded model on a free port, in a thread."""
+"""What the tests of the server share; without its packages they are skipped."""
 
-import http.client
-import json
-import threading
-from contextlib import contextmanager
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 pytest.importorskip("prometheus_client")
+sys.path.insert(0, str(Path(__file__).parent))
 
-from s3dit.pipeline import Pipeline  # noqa: E402
-from s3dit.serve.engine import Engine  # noqa: E402
-from s3dit.serve.server import Server, Serving, bound, url_of  # noqa: E402
-
-SMALL = {"size": "64x64", "num_inference_steps": 2, "seed": 7}
-
-
-class Running:
-    """A server that runs: its `url`, engine and pipeline, and requests by hand."""
-
-    def __init__(self, server):
-        self.server, self.engine, self.pipe = server, server.engine, server.api.drawer.pipe
-        self.url, self.port = url_of(server.sock), server.sock.getsockname()[1]
-
-    def ask(self, method, path, body=None, **headers):
-        """Status, headers and bytes of an answer; a dict is sent as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        headers = {name.replace("_", "-"): value for name, value in headers.items()}
-        if isinstance(body, dict):
-            body, headers = json.dumps(body), {"Content-Type": "application/json"} | headers
-        connection.request(method, path, body, headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
-        return answer.status, answer.headers, content
-
-    def draw(self, **fields):
-        """The JSON and status of a request that draws."""
-        status, _, content = self.ask("POST", "/v1/images/generations", {"prompt": "a red star"} | SMALL | fields)
-        return status, json.loads(content)
-
-
-@contextmanager
-def running(pipe, serving=None, **options):
-    """Serve while inside."""
-    server = Server(pipe, Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        while not server.started:
-            thread.join(0.01)
-        yield Running(server)
-    finally:
-        server.should_exit = True
-        thread.join()
+from running import running  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def pipe():
-    return Pipeline.load(device="cpu", residency="resident")
-
-
-@pytest.fixture(scope="session")
-def served(pipe):
-    with running(pipe) as server:
+def served():
+    with running() as server:
         yield server

@@ -9,8 +9,8 @@ import time
 import zipfile
 
 import pytest
-from conftest import SMALL, running
 from PIL import Image
+from running import SMALL, running
 
 from s3dit.inputs.image_metadata import read_metadata
 from s3dit.serve.bounds import Limits
@@ -175,10 +175,10 @@ def test_bad_forms(served):
     assert served.ask("POST", "/v1/images/edits", {"prompt": "x"})[0] == 415
 
 
-def test_bounds_of_a_body(pipe):
+def test_bounds_of_a_body():
     """By what it says of itself, and by what comes, whatever it said; and in time."""
     limits = Limits(body=2000, body_seconds=0.3)
-    with running(pipe, serving=Serving(name="tiny", limits=limits)) as server:
+    with running(serving=Serving(name="tiny", limits=limits)) as server:
         assert server.draw(prompt="a" * 3000)[0] == 413
         head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -211,8 +211,8 @@ def test_a_client_that_leaves_is_not_drawn_for(served):
         assert served.engine.stats().cancelled == before + 1 and not served.engine.stats().running
 
 
-def test_a_full_queue_and_a_request_that_takes_long(pipe):
-    with running(pipe, queue_limit=1, timeout=1.0) as server:
+def test_a_full_queue_and_a_request_that_takes_long():
+    with running(queue_limit=1, timeout=1.0) as server:
         answers = []
         long = {"num_inference_steps": 200}
         threads = [threading.Thread(target=lambda: answers.append(server.draw(**long))) for _ in range(12)]
@@ -226,12 +226,12 @@ def test_a_full_queue_and_a_request_that_takes_long(pipe):
         assert server.draw()[0] == 200
 
 
-def test_a_stop_under_load(pipe):
+def test_a_stop_under_load():
     """What is drawn is finished, what waits is handed back, nobody new comes in."""
-    with running(pipe, serving=Serving(name="tiny", grace=30.0)) as server:
+    with running(serving=Serving(name="tiny", grace=30.0)) as server:
         answers = []
         threads = [
-            threading.Thread(target=lambda: answers.append(server.draw(num_inference_steps=30))) for _ in range(6)
+            threading.Thread(target=lambda: answers.append(server.draw(num_inference_steps=12))) for _ in range(6)
         ]
         for thread in threads:
             thread.start()
