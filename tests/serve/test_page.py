@@ -4,20 +4,15 @@ import base64
 import io
 import json
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from page_server import EVIL, Server
 from PIL import Image
+from webdriver import CONTROL, DELETE, ENTER, ESCAPE, NAMES, RIGHT, TAB, programs, started
 
 from s3dit.inputs.image_metadata import carried
-from s3dit.serve import page
-
-sys.path.append(str(Path(__file__).parent))
-from conftest import running  # noqa: E402
-from page_server import EVIL, Server  # noqa: E402
-from webdriver import CONTROL, DELETE, ENTER, ESCAPE, NAMES, RIGHT, TAB, programs, started  # noqa: E402
+from s3dit.serve import door, page
 
 # What the pictures of the gallery show, as texts.
 PIXELS = """return [...document.querySelectorAll("#tiles img")].map(image => {
@@ -348,33 +343,32 @@ def test_a_narrow_screen_light_and_dark(browser, server, tmp_path, scheme):
     assert max(paper) < 64 if scheme == "dark" else min(paper) > 230
 
 
-def test_with_the_server_itself(chrome, pipe):
+def test_with_the_server_itself(chrome, served):
     """The embedded model draws, redraws what a mask marks, refuses, and a picture is drawn again the same."""
-    with running(pipe) as real:
-        chrome.call("POST", "/url", url=real.url)
-        chrome.until("!document.getElementById('form').hidden")
-        chrome.click("#example")
-        for name, value in (("width", "64"), ("height", "64"), ("num_inference_steps", "3")):
-            chrome.type(f"#field-{name}", value)
-        chrome.press(CONTROL, ENTER)
-        chrome.tiles(1)
-        chrome.click(".tile")
-        chrome.click("#view-use")
-        chrome.press(CONTROL, ENTER)
-        chrome.tiles(2)
-        one, other = chrome.run(PIXELS)
-        assert one == other
-        chrome.click(".cover")
-        chrome.click("#view-start")
-        chrome.click("#paint")
-        chrome.drag("#mask", (0.3, 0.3), (0.7, 0.7))
-        chrome.click("#paint-done")
-        chrome.until("!document.getElementById('painter').open")
-        chrome.press(CONTROL, ENTER)
-        chrome.tiles(3)
-        chrome.type("#field-strength", "0")
-        chrome.press(CONTROL, ENTER)
-        chrome.until("document.querySelector('[data-field=strength] .wrong')")
+    chrome.call("POST", "/url", url=served.url)
+    chrome.until("!document.getElementById('form').hidden")
+    chrome.click("#example")
+    for name, value in (("width", "64"), ("height", "64"), ("num_inference_steps", "3")):
+        chrome.type(f"#field-{name}", value)
+    chrome.press(CONTROL, ENTER)
+    chrome.tiles(1)
+    chrome.click(".tile")
+    chrome.click("#view-use")
+    chrome.press(CONTROL, ENTER)
+    chrome.tiles(2)
+    one, other = chrome.run(PIXELS)
+    assert one == other
+    chrome.click(".cover")
+    chrome.click("#view-start")
+    chrome.click("#paint")
+    chrome.drag("#mask", (0.3, 0.3), (0.7, 0.7))
+    chrome.click("#paint-done")
+    chrome.until("!document.getElementById('painter').open")
+    chrome.press(CONTROL, ENTER)
+    chrome.tiles(3)
+    chrome.type("#field-strength", "0")
+    chrome.press(CONTROL, ENTER)
+    chrome.until("document.querySelector('[data-field=strength] .wrong')")
 
 
 def test_the_page_asks_nothing_of_others():
@@ -385,3 +379,12 @@ def test_the_page_asks_nothing_of_others():
         text = data.decode().replace("http://www.w3.org/2000/svg", "")
         assert not re.search(r"https?://|\binnerHTML|outerHTML|insertAdjacentHTML|\beval\(|document\.write", text), name
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", files["/"][0].decode())
+
+
+def test_the_server_gives_the_files(served):
+    """Without a key, which the page asks for itself, and under a policy that lets nothing else run."""
+    for path, (content, kind) in page.files().items():
+        status, headers, body = served.ask("GET", path)
+        assert (status, body) == (200, content) and headers["Content-Type"].startswith(kind)
+        assert "script-src 'self'; style-src 'self';" in headers["Content-Security-Policy"]
+    assert set(page.files()) <= set(door.OPEN)
