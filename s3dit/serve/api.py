@@ -1,6 +1,6 @@
 """The HTTP interface: routes, what they take and what they answer.
 
-    GET  /                        page.html, with a Content-Security-Policy that allows its own inline script and style
+    GET  /, /main.js, ...         the web page, whose policy lets nothing else run (page.py)
     GET  /health                  200 {"status": "ok"}; 503 {"status": "dead" | "stopping"}; needs no key
     GET  /metrics                 Prometheus text
     GET  /openapi.json            this interface as an OpenAPI 3.1 document, made of the same table of fields
@@ -9,8 +9,8 @@
     POST /v1/images/generations   application/json
     POST /v1/images/edits         multipart/form-data: image (or image[]), mask, reference (or reference[]), and fields
 
-With a key, all but / and /health want `Authorization: Bearer KEY`. Every answer has an X-Request-Id, the client's own
-where it sends one. Where a client closes its connection, what it asked for is cancelled between two steps.
+With a key, all but the page and /health want `Authorization: Bearer KEY`. Every answer has an X-Request-Id, the
+client's own where it sends one. Where a client closes its connection, what it asked for is cancelled between two steps.
 
 A field that is unknown or has no effect is an error. Errors have OpenAI's form, with `param` the field that is wrong:
     {"error": {"message": "...", "type": "invalid_request_error", "param": "size", "code": "invalid_value"}}
@@ -79,7 +79,7 @@ from s3dit.serve.fields import FILES, Door, Fields
 from s3dit.serve.forms import Part, fields_of, parts_of
 from s3dit.serve.openapi import document
 from s3dit.serve.options import options, sees
-from s3dit.serve.page import page
+from s3dit.serve.page import HEADERS, files
 from s3dit.serve.wanted import Wanted, wanted
 from s3dit.weights.json_files import parse_json
 
@@ -87,7 +87,7 @@ from s3dit.weights.json_files import parse_json
 READERS = 16
 # Where the handlers of `Api` are found, in their order.
 PATHS = (
-    "/", "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/options",
+    "/health", "/metrics", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/options",
     "/v1/images/generations", "/v1/images/edits",
 )  # fmt: skip
 # What events are called, by the door of their request.
@@ -107,9 +107,9 @@ class Api:
     def app(self) -> Starlette:
         """The routes."""
         handlers = dict(zip(PATHS, (
-            self.page, self.health, self.metrics, self.openapi, self.models, self.model, self.options,
-            self.generations, self.edits,
-        ), strict=True))  # fmt: skip
+            self.health, self.metrics, self.openapi, self.models, self.model, self.options, self.generations,
+            self.edits,
+        ), strict=True)) | dict.fromkeys(files(), self.page)  # fmt: skip
         routes = [
             Route(path, handler, methods=["POST" if path.startswith("/v1/images") else "GET"])
             for path, handler in handlers.items()
@@ -119,16 +119,14 @@ class Api:
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
         """Count an answer, under paths and methods that there are, lest what strangers try piles up."""
-        known = path if path in PATHS else PATHS[5] if path.startswith("/v1/models/") else "other"
+        served = path in PATHS or path in files()
+        known = path if served else "/v1/models/{name:path}" if path.startswith("/v1/models/") else "other"
         self.drawer.metrics.answered(method if method in ("GET", "POST") else "other", known, status, seconds)
 
     async def page(self, request: Request) -> Response:
-        """The web page."""
-        try:
-            text, policy = page()
-        except FileNotFoundError:
-            raise ApiError(404, "this server has no page; POST /v1/images/generations draws") from None
-        return Response(text, media_type="text/html", headers={"Content-Security-Policy": policy})
+        """A file of the web page."""
+        content, kind = files()[request.url.path]
+        return Response(content, media_type=kind, headers=HEADERS)
 
     async def health(self, request: Request) -> Response:
         """Whether requests are drawn."""

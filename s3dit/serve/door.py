@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from s3dit.control import shown
 from s3dit.serve.errors import ApiError
+from s3dit.serve.page import files
 from s3dit.terminal import line
 
 LOG = getLogger(__name__)
@@ -27,7 +28,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # What needs no key: the page asks for one, and who balances loads has none.
-OPEN = ("/", "/health")
+OPEN = ("/health", *files())
 IDENTIFIER = re.compile(r"[A-Za-z0-9._-]{1,64}")
 # Headers of every answer: nothing of it is to be guessed at, framed or kept.
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY",

@@ -1,30 +1,24 @@
-"""The web page: one file that needs nothing beside it, sent with a policy that lets nothing else run."""
+"""The web page: the files that a browser asks for, and the policy that binds them.
 
-import base64
-import hashlib
-import re
+It is plain HTML, CSS and JavaScript, in page/ beside this file. It loads nothing but these files, and talks to nothing
+but the server that they come from, by the same calls as any other client (api.py).
+"""
+
 from functools import cache
 from pathlib import Path
 
-FILE = Path(__file__).with_name("page.html")
-INLINE = {name: re.compile(rf"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("script", "style")}
+FOLDER = Path(__file__).with_name("page")
+KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# Scripts, styles and calls from this server and to it alone, none written into the page; pictures also from its memory.
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
 
 
 @cache
-def page() -> tuple[bytes, str]:
-    """The page, and its Content-Security-Policy: its own inline scripts and styles by hash, its pictures, this server.
-
-    Raises FileNotFoundError where there is none.
-    """
-    text = FILE.read_text(encoding="utf-8")
-    sources = {name: " ".join(map(_hash, form.findall(text))) or "'none'" for name, form in INLINE.items()}
-    policy = (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return text.encode("utf-8"), policy
-
-
-def _hash(content: str) -> str:
-    """How a policy names an inline script or style: by the hash of what stands in it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode('utf-8')).digest()).decode()}'"
+def files() -> dict[str, tuple[bytes, str]]:
+    """The files of the page: path of the URL ("/", "/main.js", ...) -> bytes, media type."""
+    found = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in sorted(FOLDER.iterdir())}
+    return {"/": found.pop("/index.html")} | found
