@@ -20,5 +20,7 @@ HEADERS = {
 @cache
 def files() -> dict[str, tuple[bytes, str]]:
     """The files of the page: path of the URL ("/", "/main.js", ...) -> bytes, media type."""
-    found = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in sorted(FOLDER.iterdir())}
+    # What an editor leaves beside them is none of these.
+    paths = [path for path in sorted(FOLDER.iterdir()) if path.suffix in KINDS]
+    found = {f"/{path.name}": (path.read_bytes(), KINDS[path.suffix]) for path in paths}
     return {"/": found.pop("/index.html")} | found
