@@ -6,17 +6,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 class EncoderThread:
     """Does work in its order; on a CPU it comes before the passes, which would compute on the same cores.
 
-    So what is prepared together is sampled together, and what is done is not kept waiting.
+    So what is prepared together is sampled together, and what is done is not kept waiting. Where passes are recorded it
+    does, too: nothing else may run on the device while a CUDA graph is captured.
     """
 
-    def __init__(self, shares_cores: bool) -> None:
-        """shares_cores: whether passes wait for it, and it for passes."""
-        self._thread = ThreadPoolExecutor(1, "s3dit-encoders")
-        self._shares_cores, self._waiting = shares_cores, 0
+    def __init__(self, takes_turns: bool, threads: int) -> None:
+        """takes_turns: whether passes wait for it, and it for passes · threads: that torch may take for it."""
+        self._thread = ThreadPoolExecutor(1, "s3dit-encoders", torch.set_num_threads, (threads,))
+        self._takes_turns, self._waiting = takes_turns, 0
         self._changed, self._computing = threading.Condition(), threading.Lock()
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
@@ -36,8 +39,8 @@ class EncoderThread:
 
     @contextmanager
     def beside(self) -> Iterator[None]:
-        """Compute a pass inside the `with`, once nothing waits for this thread where both share their cores."""
-        if self._shares_cores:
+        """Compute a pass inside the `with`, where they take turns once nothing waits for this thread."""
+        if self._takes_turns:
             with self._changed:
                 self._changed.wait_for(lambda: not self._waiting)
         with self._alone():
@@ -45,7 +48,7 @@ class EncoderThread:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        if not self._shares_cores:
+        if not self._takes_turns:
             yield
             return
         with self._computing:

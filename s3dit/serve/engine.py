@@ -19,23 +19,41 @@ first served; a request that does not fit may be overtaken OVERTAKES times. An e
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from logging import getLogger
 from typing import Any
 
+import torch
+
 from s3dit import values
-from s3dit.errors import BackendError, RequestError
+from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.pipeline import Pipeline
 from s3dit.request import Request
 from s3dit.sampling.step import Step
 from s3dit.serve import limits
 from s3dit.serve.encoder_thread import EncoderThread
-from s3dit.serve.job import Cancelled, Done, Event, Failed, Job, Partial, Queued, QueueFull, Started, StepDone, Stopping
-from s3dit.serve.job import TimedOut as TimedOut
+from s3dit.serve.job import (
+    Cancelled,
+    Done,
+    Event,
+    Failed,
+    Job,
+    Partial,
+    Queued,
+    QueueFull,
+    Started,
+    StepDone,
+    Stopping,
+    TimedOut,
+)
 from s3dit.serve.job_pipeline import JobPipeline
 from s3dit.serve.passes import Passes, Task
 from s3dit.serve.stats import Counts
 from s3dit.serve.stats import Stats as Stats
 from s3dit.serve.turn import Turn
 
+LOG = getLogger(__name__)
+# Errors that say all themselves.
+EXPECTED = (RequestError, CheckpointError, BackendError, Cancelled, Stopping, TimedOut)
 # How often a request may be overtaken by others that fit where it does not.
 OVERTAKES = 8
 # Requests that are prepared ahead of their place in the passes, and most that have one.
@@ -81,7 +99,9 @@ class Engine:
         self._sampling: list[Task] = []
         self._changed = threading.Condition()
         self._planning, self._submitted, self._stopping, self._alive = threading.Lock(), 0, False, True
-        self._encoders = EncoderThread(pipe.placement.device.type == "cpu")
+        # What `torch.set_num_threads` sets for MKL holds for the thread that called it.
+        self._threads = torch.get_num_threads()
+        self._encoders = EncoderThread(pipe.placement.device.type == "cpu" or pipe.graphs, self._threads)
         self._passes = Passes(pipe, self.resident, self.max_batch_tokens, self._encoders, self.counts)
         self._thread = threading.Thread(target=self._work, name="s3dit-engine", daemon=True)
         self._thread.start()
@@ -217,6 +237,7 @@ class Engine:
 
     def _work(self) -> None:
         """Compute until the engine is stopped; when it dies, nobody waits for it in vain."""
+        torch.set_num_threads(self._threads)
         try:
             while self._alive:
                 self._admit()
@@ -263,7 +284,8 @@ class Engine:
         """Let every job that has a place go on to its next call, and compute these."""
         asking = []
         for task in self._sampling:
-            task.turn.run(task.why_stop())
+            with self._encoders.beside():
+                task.turn.run(task.why_stop())
             if task.turn.call is not None:
                 asking.append(task)
         self._sampling = [task for task in self._sampling if task.turn.held]
@@ -277,6 +299,7 @@ class Engine:
         """Draw a job, in a thread of its own."""
         job, pipe, turn = task.job, task.pipe, task.turn
         outcome: Event
+        torch.set_num_threads(self._threads)
         try:
             began = job.seconds()
             job.tell(Started())
@@ -286,6 +309,8 @@ class Engine:
                 raise why
             outcome = Done(result, {"queue": began, **result.seconds})
         except BaseException as error:
+            if not isinstance(error, EXPECTED):
+                LOG.error("job %s failed", job.id, exc_info=error)
             # Without the frames, which hold tensors.
             error.__context__ = error.__cause__ = None
             outcome = Failed(error.with_traceback(None))
@@ -337,7 +362,11 @@ class Engine:
             sizes = [latent.shape[-1] * latent.shape[-2] * 64 for latent in event.result.latents]
             self.counts.done(job.seconds(), sum(sizes), event.seconds)
         elif isinstance(event, Failed):
-            kinds = {Cancelled: "cancelled", TimedOut: "timed_out", Stopping: "handed_back"}
+            kinds: dict[type[BaseException], str] = {
+                Cancelled: "cancelled",
+                TimedOut: "timed_out",
+                Stopping: "handed_back",
+            }
             self.counts.add(**{kinds.get(type(event.error), "failed"): 1})
         with self._changed:
             self._running = [other for other in self._running if other is not task]

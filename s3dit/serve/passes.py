@@ -96,14 +96,17 @@ class Passes:
     def compute(self, tasks: Sequence[Task]) -> None:
         """Answer the calls of some jobs, together where they are of one kind and of equal adapters."""
         groups: dict[Any, list[Task]] = {}
-        # Where others would change a call's bits, or somebody looks on.
-        separate = self._pipe.numerics == "exact" or overridden() or self._pipe.parts.watched("transformer")
+        separate = len(tasks) > 1 and self._separate()
         for task in tasks:
             key = task if separate else (task.call.kind, *task.strengths.items())
             groups.setdefault(key, []).append(task)
         for group in groups.values():
             for batch in self._batches(group):
                 self._pass(batch)
+
+    def _separate(self) -> bool:
+        """Whether every call has a pass of its own: others might change its bits, or somebody looks on."""
+        return self._pipe.numerics == "exact" or overridden() or self._pipe.parts.watched("transformer")
 
     def _batches(self, group: Sequence[Task]) -> list[list[Task]]:
         """Calls that are computed together, in their order, of as many tokens as a pass may have."""

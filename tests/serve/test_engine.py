@@ -104,9 +104,7 @@ def test_exact_numerics_take_passes_of_their_own():
     assert all(relative(result, exact(each)) == 0 for each, result in zip(wanted, got, strict=True))
 
 
-@pytest.mark.parametrize(
-    "kind", [{}, {"residency": "streamed"}, {"vram": "12MiB"}, {"vram": "2GiB"}, {"dtype": "bf16"}]
-)
+@pytest.mark.parametrize("kind", [{}, {"vram": "12MiB"}, {"vram": "2GiB"}, {"dtype": "bf16"}])
 def test_other_residencies(kind):
     """Parts that take turns draw one request after another; a budget that holds all is as good as resident.
 
