@@ -51,7 +51,8 @@ def browser(chrome, server):
     yield chrome
     # A page that draws asks whether it may be left.
     server.go.set()
-    chrome.run("document.querySelectorAll('.job button').forEach(e => e.click())")
+    chrome.run("document.querySelectorAll('.job .line button').forEach(e => e.click())")
+    assert not chrome.complaints()
 
 
 def png(image):

@@ -26,8 +26,8 @@ class Browser:
         self.base = base
         switches = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                     "--hide-scrollbars", "--window-size=1280,900"]  # fmt: skip
-        options = {"binary": chromium, "args": switches}
-        made = self.call("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})
+        wanted = {"goog:chromeOptions": {"binary": chromium, "args": switches}, "goog:loggingPrefs": {"browser": "ALL"}}
+        made = self.call("POST", "/session", capabilities={"alwaysMatch": wanted})
         self.base += f"/session/{made['sessionId']}"
 
     def call(self, method, path, **body):
@@ -44,6 +44,11 @@ class Browser:
 
     def devtools(self, command, **params):
         return self.call("POST", "/goog/cdp/execute", cmd=command, params=params)
+
+    def complaints(self):
+        """What the browser complained of since this was asked last, answers of the server that are errors left out."""
+        entries = self.call("POST", "/se/log", type="browser")
+        return [each["message"] for each in entries if each["level"] == "SEVERE" and each["source"] != "network"]
 
     def find(self, selector):
         found = self.call("POST", "/element", using="css selector", value=selector)

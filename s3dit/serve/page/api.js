@@ -57,7 +57,8 @@ async function* events(answer) {
 }
 
 function picture(event) {
-  const bytes = Uint8Array.from(atob(event.b64_json), character => character.charCodeAt(0));
+  const text = atob(event.b64_json), bytes = new Uint8Array(text.length);
+  for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
   return new Blob([bytes], {type: `image/${event.output_format}`});
 }
 

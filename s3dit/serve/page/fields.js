@@ -22,7 +22,7 @@ const USUAL = {
 };
 export const usual = (name, value) => USUAL[name] === value;
 
-export const label = name => LABELS[name] ?? (name[0].toUpperCase() + name.slice(1)).replaceAll("_", " ");
+export const label = name => Object.hasOwn(LABELS, name) ? LABELS[name] : (name.charAt(0).toUpperCase() + name.slice(1)).replaceAll("_", " ");
 const shown = value => value === true ? "yes" : value === false ? "no" : value ?? "";
 
 // Of a schema with several forms, the one that a control can hold.
@@ -62,12 +62,15 @@ export function field(name, schema, standard, helped = false) {
     read: () => input.value === "" ? undefined : number ? Number(input.value) : words ? JSON.parse(input.value) :
       list ? input.value.split(",").map(Number) : input.value,
     wrong: () => input.checkValidity() ? "" : list ? "needed numbers with commas between them" : input.validationMessage,
+    // Returns whether the control can hold the value; where not, it is empty.
     write(value) {
-      const text = value === undefined || (words && value === standard) ? "" : words ? JSON.stringify(value) : String(value);
+      const fits = value === undefined || typeof value !== "object" || (list && Array.isArray(value));
+      const empty = !fits || value === undefined || (words && value === standard);
+      const text = empty ? "" : words ? JSON.stringify(value) : String(value);
       input.value = text;
       changed();
       // A select takes no word that it does not have, a number box no text.
-      return input.value === text;
+      return fits && input.value === text;
     },
   };
 }

@@ -22,7 +22,11 @@ function textField(name, element, wrong = () => "") {
   fields.set(name, {
     name, wrong, standard: undefined,
     read: () => element.value.trim() === "" ? undefined : element.value,
-    write: value => { element.value = value ?? ""; grow(element); return true; },
+    write(value) {
+      element.value = typeof value === "string" ? value : "";
+      grow(element);
+      return value === undefined || typeof value === "string";
+    },
   });
 }
 
@@ -160,7 +164,7 @@ export function settingsOf(metadata) {
   const found = Object.fromEntries(Object.entries(metadata).flatMap(([name, value]) => {
     const known = fields.get(name);
     if (quiet.includes(name) || value == null || value === known?.standard || usual(name, value)) return [];
-    return [[name, typeof value === "bigint" || name === "seed" ? String(value) : value]];
+    return [[name, ["bigint", "number"].includes(typeof value) && name === "seed" ? String(value) : value]];
   }));
   return {...found, lora: lorasOf(metadata)};
 }

@@ -21,7 +21,7 @@ function drawAll() {
   if (wrong.length) return wrong.reverse().forEach(([name, message]) => form.show(name, message));
   const {count = 1, ...settings} = form.read(), [width, height] = form.size(), first = BigInt(settings.seed ?? randomSeed());
   jobs.tidy();
-  for (let i = 0; i < count; i++) {
+  for (let i = 0; i < Number(count); i++) {
     const job = {settings: {...settings, width, height, seed: String(first + BigInt(i))}, inputs: given.inputs(), width, height};
     jobs.add({...job, done: (file, seconds) => finished(job, file, seconds), failed});
   }
