@@ -139,11 +139,14 @@ def run(args: argparse.Namespace) -> int:
     _check_packages()
     folder = _adapters(args.lora_dir)
     with importing():
+        from s3dit.serve.door import LOOPBACK
         from s3dit.serve.engine import Engine
         from s3dit.serve.server import Server, Serving, bound
 
     # Before a model is read, which takes long: a port that is taken is said at once.
     sock = bound(args.host, args.port)
+    if key is None and sock.getsockname()[0] not in LOOPBACK:
+        say(f"whoever reaches {args.host} may draw here; --api-key-file asks for a key")
     pipe = load_pipeline(args)
     scales = _attach(pipe, args, folder)
     say(f"{pipe.folder.name} on {pipe.placement}" + f"; adapters: {', '.join(pipe.lora.names)}" * bool(pipe.lora.names))
