@@ -16,6 +16,7 @@ A further thread encodes prompts and pictures and decodes, on a GPU beside the p
 first served; a request that does not fit may be overtaken OVERTAKES times. An error ends its own job only.
 """
 
+import atexit
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,8 @@ class Engine:
         self._passes = Passes(pipe, self.resident, self.max_batch_tokens, self._encoders, self.counts)
         self._thread = threading.Thread(target=self._work, name="s3dit-engine", daemon=True)
         self._thread.start()
+        # Threads that compute when the interpreter ends would abort the process.
+        atexit.register(self.stop)
 
     def submit(
         self,
@@ -193,6 +196,7 @@ class Engine:
         self._thread.join()
         self._encoders.close()
         self._passes.undress()
+        atexit.unregister(self.stop)
 
     def _check_room(self) -> None:
         """Raise QueueFull or Stopping where no request can be taken in."""
