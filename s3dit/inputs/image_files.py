@@ -52,11 +52,18 @@ def open_image(path: str | os.PathLike[str], needed: str, formats: Sequence[str]
     needed: what the message asks for · formats: Pillow's names of those that are accepted. Raises RequestError, also
     for whatever goes wrong inside the `with`.
     """
-    Image.init()
     # Pillow gets the file, not its name: it would map it, and a file cut short then ends the process.
-    with opened(path, needed, LARGEST_FILE) as file, image_errors(str(path), needed):
-        _check_chunks(file, str(path))
-        with Image.open(file, formats=[name for name in formats if name in Image.OPEN]) as image:
+    with opened(path, needed, LARGEST_FILE) as file, image_in(file, str(path), needed, formats) as image:
+        yield image
+
+
+@contextmanager
+def image_in(file: BinaryIO, name: str, needed: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Do as `open_image` with an opened file, or bytes in memory, which messages call `name`."""
+    Image.init()
+    with image_errors(name, needed):
+        _check_chunks(file, name)
+        with Image.open(file, formats=[known for known in formats if known in Image.OPEN]) as image:
             yield image
 
 
