@@ -56,7 +56,7 @@ def nets(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
+    return Pipeline.load(device="cpu", dtype="fp32", residency="resident")
 
 
 @pytest.fixture(scope="module")
