@@ -38,19 +38,8 @@ from s3dit.sampling.step import Step
 from s3dit.serve import limits
 from s3dit.serve.encoder_thread import EncoderThread
 from s3dit.serve.job import (
-    Cancelled,
-    Done,
-    Event,
-    Failed,
-    Job,
-    Partial,
-    Queued,
-    QueueFull,
-    Started,
-    StepDone,
-    Stopping,
-    TimedOut,
-)
+    Cancelled, Done, Event, Failed, Job, Partial, Queued, QueueFull, Started, StepDone, Stopping, TimedOut,
+)  # fmt: skip
 from s3dit.serve.job_pipeline import JobPipeline
 from s3dit.serve.passes import Passes, Task
 from s3dit.serve.stats import Counts
@@ -257,10 +246,13 @@ class Engine:
             if self._alive:
                 with self._changed:
                     self._alive, self._stopping = False, True
-                    left = [*self._queue, *self._running]
+                    left, waiting = [*self._queue, *self._running], [*self._ready, *self._sampling]
                     self._queue.clear()
+                died = BackendError("the engine's thread died; start the server again")
                 for task in left:
-                    self._end(task, BackendError("the engine's thread died; start the server again"))
+                    self._end(task, died)
+                for task in waiting:
+                    task.turn.refuse(died)
 
     def _admit(self) -> None:
         """Wait for something to do, and give those that are prepared a place in the passes."""
