@@ -274,7 +274,8 @@ def timed(pid: int, address: tuple[str, int], fields: dict[str, Any], requests: 
     return {
         "clients": clients, "requests_a_second": round(len(latencies) / seconds, 2),
         "p50_s": round(statistics.median(latencies), 3), "p99_s": round(_p99(latencies), 3),
-        "cpu_s": round(spent / len(latencies), 4), "first_partial_p50_s": round(statistics.median(firsts), 3), "batch": round(_batch(passes), 2),
+        "cpu_s": round(spent / len(latencies), 4), "batch": round(_batch(passes), 2),
+        "first_partial_p50_s": round(statistics.median(firsts), 3),
     }  # fmt: skip
 
 
