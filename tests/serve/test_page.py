@@ -331,6 +331,7 @@ def test_a_narrow_screen_light_and_dark(browser, server, tmp_path, scheme):
     browser.type("#prompt", "a ring")
     browser.click("#draw")
     browser.tiles(1)
+    assert server.asked[-1][1]["strength"] == "0.6"
     browser.run("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert browser.run("return document.documentElement.scrollWidth") == 360
     for opener, window in (("#paint", "#painter"), (".tile", "#viewer")):
