@@ -124,7 +124,11 @@ def scaled_layer(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Deri
     layer.ignore(*unused)
     dtype = layer.checkpoint.entry(layer.key("weight")).dtype
     scheme = fp8_weights if dtype == E4M3 else int8_weights if dtype == torch.int8 else e5m2
-    return layer.derive(scheme, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer(scale), out)})
+
+    def make() -> dict[str, Tensor]:
+        return {"weight": layer("weight"), "scale": row_scales(layer(scale), out)}
+
+    return layer.derive(scheme, out, in_, make, ["weight"])
 
 
 e5m2 = grouped("fp8-e5m2", Form(E5M2))
@@ -148,6 +152,7 @@ def _int8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
         out,
         in_,
         lambda: {"weight": layer("weight"), "scale": row_scales(layer("weight_scale"), out), "rotation": rotation},
+        ["weight"],
     )
 
 
@@ -201,8 +206,9 @@ def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
 def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, in_ = layer.matrix("weight", (E4M3,))
     scale = _block_scales(layer, out, in_, 32, E8M0)
+    form = Form(E4M3, 32, E8M0)
     return layer.derive(
-        grouped("mxfp8", Form(E4M3, 32, E8M0)), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}
+        grouped("mxfp8", form), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}, ["weight"]
     )
 
 

@@ -60,6 +60,10 @@ class Checkpoint(ABC):
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether `load` is sure to return a view of a mapped file, which takes no memory of its own."""
+        return False
+
     def check(self) -> None:  # noqa: B027
         """Raise CheckpointError where a file is gone or was replaced since it was opened; then use no tensor of it."""
 

@@ -111,6 +111,10 @@ class GGUFFile(StoredCheckpoint):
                 self.ggml_types[name] = block
                 self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of the file: every one, while it is mapped."""
+        return self._file.mapped and name in self
+
     def load(self, name: str) -> Tensor:
         """Return a tensor as stored (blocks as uint8), on the CPU: a view of the mapped file."""
         entry = self.entry(name)

@@ -94,8 +94,9 @@ def _eight_bits(layer: Layer) -> DerivedTensors:
     layer.require("SCB", (torch.float32,), (out,))
     layer.ignore("weight_format")
     return layer.derive(
-        int8_weights, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer("SCB") / 127, out)}
-    )
+        int8_weights, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer("SCB") / 127, out)},
+        ["weight"],
+    )  # fmt: skip
 
 
 def _block_fp8(layer: Layer) -> DerivedTensors:

@@ -18,6 +18,7 @@ from torch import Tensor
 from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
 from s3dit.weights.container import Checkpoint, Entry, View, dtype_name
+from s3dit.weights.mapped_file import give_back
 
 # Of formats that ComfyUI pads with zeros: to which multiple rows and columns are, and how many columns a number holds.
 PADDED_FORMATS = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
@@ -30,7 +31,8 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-    full name, raising CheckpointError · layer, scheme: where they are the parts of a layer.
+    full name, raising CheckpointError · layer, scheme: where they are the parts of a layer · views: those that are
+    stored under the same name and need no copy.
     """
 
     entries: dict[str, Entry]
@@ -38,6 +40,7 @@ class DerivedTensors:
     make: Callable[[], dict[str, Tensor]]
     layer: str = ""
     scheme: Scheme | None = None
+    views: tuple[str, ...] = ()
 
 
 class Layer:
@@ -94,10 +97,13 @@ class Layer:
         """Hide tensors that are not read, where they are there."""
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
-    def derive(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> DerivedTensors:
+    def derive(
+        self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]], views: Sequence[str] = ()
+    ) -> DerivedTensors:
         """Return the parts of a scheme that `make` will return, for a weight (out, in).
 
-        Raises CheckpointError for widths that the scheme refuses; loading raises it for NaN and infinity.
+        views: parts that are the stored tensors of these names as they are. Raises CheckpointError for widths that the
+        scheme refuses; loading raises it for NaN and infinity.
         """
         try:
             spec = scheme.spec(out, in_)
@@ -112,6 +118,7 @@ class Layer:
             for part, tensor in parts.items():
                 if part not in good:
                     self.check_finite(part, tensor)
+                    give_back(tensor)
                 good.add(part)
             return {self.key(part): tensor.contiguous() for part, tensor in parts.items()}
 
@@ -119,7 +126,8 @@ class Layer:
             self.key(part): Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
             for part, (shape, dtype) in spec.items()
         }
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
+        sources = tuple(self.key(leaf) for leaf in self._taken)
+        return DerivedTensors(entries, sources, checked, self.name, scheme, tuple(map(self.key, views)))
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -206,6 +214,11 @@ class RepackedView(View):
         if name not in self._names:
             raise CheckpointError(f"{self.path}: no tensor {name!r} among {len(self)}; the files are of another model")
         return self._checkpoint.entry(name)
+
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor, stored or derived, is loaded as a view of its file."""
+        made = self._made.get(name)
+        return (made is None or name in made.views) and self._checkpoint.is_mapped(name)
 
     def load(self, name: str) -> Tensor:
         """Return a tensor on the CPU, to be treated as read-only; raises CheckpointError where it cannot be made."""

@@ -81,6 +81,11 @@ class SafetensorsFiles(StoredCheckpoint):
         """Return the name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of its file."""
+        entry, (file, start) = self.entry(name), self._home[name]
+        return file.mapped and isinstance(entry.dtype, torch.dtype) and start % entry.dtype.itemsize == 0
+
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, a copy where misaligned."""
         entry = self.entry(name)

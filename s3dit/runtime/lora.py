@@ -26,6 +26,7 @@ from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.hooks import HOOK_DICTS
 from s3dit.model.linear import Linear, QuantLinear
 from s3dit.runtime.block_streaming import BlockStreamer, TensorDict
+from s3dit.runtime.file_streaming import FileStreamer
 from s3dit.weights.delta import Delta, norms
 
 
@@ -149,7 +150,7 @@ def weight_of(layer: Linear | QuantLinear) -> Tensor:
 class Attachments:
     """The adapters that are attached to one model; a part of a pipeline owns them beside its module."""
 
-    def __init__(self, model: nn.Module, streamer: BlockStreamer | None = None) -> None:
+    def __init__(self, model: nn.Module, streamer: BlockStreamer | FileStreamer | None = None) -> None:
         """streamer: that of the model's blocks, if they are streamed."""
         self._model, self._streamer = model, streamer
         self._attached: dict[str, Attached] = {}
