@@ -94,13 +94,12 @@ def stages_of(components: Components, work: Work, kept: Mapping[str, int]) -> tu
 
 def stage_of(components: Components, part: str, work: str, kept: Mapping[str, int]) -> Stage:
     """A part's turn; kept: how many blocks of each streamed part stay on the device."""
-    read, fixed, blocks = components.sizes(part)
-    whole = fixed + sum(blocks)
-    streamed = fixed + kept[part] * max(blocks) + components.need(part, ()).slots if part in kept else whole
+    read, need = components.sizes(part)[0], components.need(part, ())
+    if part not in kept:
+        return Stage(part, read, need.weights, work)
     # What streams on a CPU streams from its file.
-    passing = len(blocks) - kept.get(part, len(blocks)) if components.placement.device.type == "cpu" else 0
-    again = round(read * passing * max(blocks) / whole) if passing else 0
-    return Stage(part, read, min(whole, streamed), work, again=again)
+    again = sum(need.streamed(kept[part])) / need.weights if components.placement.device.type == "cpu" else 0
+    return Stage(part, read, need.held(kept[part]), work, again=round(again * read))
 
 
 def memory_plan(components: Components, limit: budget.Budget, work: Work, tokens: int) -> budget.MemoryPlan:

@@ -130,8 +130,12 @@ def _random_parts(spec: "Spec") -> dict[str, Any]:
 
 
 def watched(command: list[str]) -> dict[str, Any]:
-    """Run a program: seconds to its first step and in all, and its peaks of anonymous and resident memory."""
-    start, peak = time.perf_counter(), {"RssAnon": 0, "VmHWM": 0}
+    """Run a program: seconds to its first line, in all and between its events of steps, and its peaks of memory.
+
+    Of memory: anonymous, of mapped files, and all that is resident. step_s: by the clock, step_cpu_s: of the processor.
+    """
+    start, peak = time.perf_counter(), {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
+    steps: list[tuple[float, float]] = []
     with tempfile.TemporaryFile("w+") as out:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment)
@@ -144,14 +148,29 @@ def watched(command: list[str]) -> dict[str, Any]:
                     peak[key] = max(peak[key], int(value.split()[0]))
             if first is None and os.fstat(out.fileno()).st_size:
                 first = time.perf_counter() - start
+            if len(steps) < os.pread(out.fileno(), 1 << 20, 0).count(b'"event": "step"'):
+                steps.append((time.perf_counter(), _processor_seconds(process.pid)))
             time.sleep(0.1)
         errors = process.stderr.read() if process.stderr else ""
     result: dict[str, Any] = {"seconds": round(time.perf_counter() - start, 1), "exit": process.returncode}
     if first is not None:
         result["first_step_s"] = round(first, 1)
+    if len(steps) > 1:
+        took = (round((last - one) / (len(steps) - 1), 1) for one, last in zip(steps[0], steps[-1], strict=True))
+        result |= dict(zip(("step_s", "step_cpu_s"), took, strict=True))
     if process.returncode:
         result["error"] = errors.strip().splitlines()[-1:] or "killed"
     return result | {
-        "peak_anonymous_gb": round(peak["RssAnon"] / 1e6, 2),
-        "peak_resident_gb": round(peak["VmHWM"] / 1e6, 2),
+        "peak_anonymous_gb": round(peak["RssAnon"] * 1024 / 1e9, 2),
+        "peak_mapped_gb": round(peak["RssFile"] * 1024 / 1e9, 2),
+        "peak_resident_gb": round(peak["VmHWM"] * 1024 / 1e9, 2),
     }
+
+
+def _processor_seconds(pid: int) -> float:
+    """Seconds of the processor that a process has taken, in all its threads; 0 for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

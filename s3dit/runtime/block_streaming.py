@@ -56,7 +56,7 @@ def move(model: nn.Module, device: torch.device, kept: int, dtype: torch.dtype |
         raise BackendError(f"{name} has no repeated blocks to stream; use residency staged")
     if any(isinstance(hook, Own) for block in blocks for hook in block._forward_pre_hooks.values()):
         raise BackendError(f"{name} is streamed already; stream a model once")
-    moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
+    moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not stays(i, kept, len(blocks))]
     for owner, leaf, tensor in tensors(model, without=moving):
         if not tensor.is_meta:
             moved = tensor.to(device, cast_dtype(tensor, dtype))
@@ -66,8 +66,8 @@ def move(model: nn.Module, device: torch.device, kept: int, dtype: torch.dtype |
     return moving
 
 
-def _stays(i: int, kept: int, count: int) -> bool:
-    """Whether block i is kept: those are spread evenly, so that a copy may take as long as several blocks compute."""
+def stays(i: int, kept: int, count: int) -> bool:
+    """Return whether block i is kept: those are spread evenly, so that a copy may take as long as several blocks compute."""
     return (i + 1) * kept // count > i * kept // count
 
 

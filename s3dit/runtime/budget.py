@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from s3dit.errors import BackendError, RequestError
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from s3dit.runtime.block_streaming import repeated
+from s3dit.runtime.block_streaming import repeated, stays
 from s3dit.weights.mapped_file import PAGEMAP
 
 # Bytes that a device takes besides tensors: its context, the libraries' workspaces, gaps between allocations.
@@ -118,8 +118,19 @@ class Need:
 
     @property
     def slots(self) -> int:
-        """Bytes that streamed blocks take."""
-        return self.passing * max(self.blocks, default=0) + self.stays
+        """Bytes of weights besides the fixed ones while all blocks are streamed."""
+        return self.held(0) - self.fixed
+
+    def held(self, kept: int) -> int:
+        """Bytes of weights in memory while all blocks but `kept` are streamed."""
+        streamed = self.streamed(kept)
+        whole = self.weights - sum(streamed)
+        return min(self.weights, whole + self.passing * max(streamed, default=0) + self.stays)
+
+    def streamed(self, kept: int) -> list[int]:
+        """Bytes of each block that is streamed while `kept` stay."""
+        count = len(self.blocks)
+        return [size for i, size in enumerate(self.blocks) if not stays(i, kept, count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +201,7 @@ def plan_memory_beside(
 def _smallest(need: Need) -> int:
     """The fewest bytes that a part can run in."""
     least = min(size for _, size in need.work)
-    return min(need.weights, need.fixed + need.slots) + least if need.blocks else need.weights + least
+    return need.held(0) + least
 
 
 def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
@@ -199,10 +210,8 @@ def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
         if need.weights + work <= room:
             return None, tile, need.weights + work
     tile, work = need.work[-1]
-    bare = need.fixed + need.slots + work
-    largest = max(need.blocks)
-    k = (room - bare) // largest
-    return k, tile, bare + k * largest
+    k = next(k for k in reversed(range(len(need.blocks))) if need.held(k) + work <= room)
+    return k, tile, need.held(k) + work
 
 
 def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> tuple[int, tuple[int, ...]]:

@@ -205,9 +205,11 @@ class Components(Residency):
         checkpoint = self.checkpoints[part]
 
         def views(name: str, tensor: Tensor) -> bool:
+            if name not in checkpoint:
+                return False
             # What is cast is so while its block computes; what is encoded, once and for all.
-            stored = name in checkpoint and checkpoint.entry(name).dtype
-            return checkpoint.is_mapped(name) and (isinstance(tensor, nn.Parameter) or stored == tensor.dtype)
+            as_it_is = isinstance(tensor, nn.Parameter) or checkpoint.entry(name).dtype == tensor.dtype
+            return as_it_is and checkpoint.is_mapped(name)
 
         self._staying[part] = budget.staying(module, unused, views)
 
