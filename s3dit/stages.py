@@ -94,7 +94,7 @@ def stages_of(components: Components, work: Work, kept: Mapping[str, int]) -> tu
 
 def stage_of(components: Components, part: str, work: str, kept: Mapping[str, int]) -> Stage:
     """A part's turn; kept: how many blocks of each streamed part stay on the device."""
-    read, need = components.sizes(part)[0], components.need(part, ())
+    read, need = components.sizes(part)[0], components.need(part)
     if part not in kept:
         return Stage(part, read, need.weights, work)
     # What streams on a CPU streams from its file.
@@ -126,7 +126,7 @@ def memory_plan(components: Components, limit: budget.Budget, work: Work, tokens
         patches = sum(len(reference.patches) for reference in pictures)
         activations["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
     parts = tuple(dict.fromkeys(part for part, _ in work.turns()))
-    needs = {part: components.need(part, activations.get(part, [(None, 0)])) for part in parts}
+    needs = {part: components.need(part, activations.get(part, [(None, 0)]), limit.process) for part in parts}
     guests = {part: needs.pop(part) for part in parts if part in components.controlnets}
     return budget.plan_memory_beside(limit.size, needs, "transformer", guests, limit.reserve)
 

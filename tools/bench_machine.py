@@ -88,7 +88,8 @@ def write_checkpoint(folder: Path, scheme: str | None = None) -> None:
         quantized = quantizable_layers(part, layers, SCHEMES[scheme]) if scheme is not None else {}
         metadata = {"format": "pt"} | ({"scheme": str(scheme)} if quantized else {})
         shards: list[dict[str, Any]] = [{}]
-        weight_map, size, total = {}, 0, 0
+        weight_map: dict[str, str] = {}
+        size, total = 0, 0
         stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         for name, shape in shapes.items():
             count = shape.numel()

@@ -60,6 +60,8 @@ def assign(
             _set_tensor(model, name, tensor)
             if tensor is not stored:
                 give_back(stored)
+        # None is held while the next is read.
+        del stored
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
     checkpoint.release()

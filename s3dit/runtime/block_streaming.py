@@ -67,7 +67,7 @@ def move(model: nn.Module, device: torch.device, kept: int, dtype: torch.dtype |
 
 
 def stays(i: int, kept: int, count: int) -> bool:
-    """Return whether block i is kept: those are spread evenly, so that a copy may take as long as several blocks compute."""
+    """Return whether block i is kept: spread evenly, so that a copy may take as long as several blocks compute."""
     return (i + 1) * kept // count > i * kept // count
 
 

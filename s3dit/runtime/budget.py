@@ -6,10 +6,10 @@ allocated. `plan_memory` then tries, from fast to slow: everything resident; par
 as many blocks as fit while the others are streamed (`block_streaming`); the autoencoder by smaller and smaller tiles.
 
 `vram` is a budget of the device's memory: on a GPU with RESERVE set aside for what the allocator does not see; on a CPU
-of weights in use and arithmetic alone. `ram` is of all that a process which computes on the CPU has resident, as the
-system counts it: Python, torch and whatever else there is, weights in mapped files too. Streamed blocks are then in
-memory one at a time (`file_streaming`), and those that are no views of their file always. Pictures looked at while they
-form (previews) come on top.
+of weights in use and arithmetic alone, and not of streamed blocks that are no views of their file. `ram` is of all that
+a process which computes on the CPU has resident, as the system counts it: Python, torch and whatever else there is,
+weights in mapped files too. Streamed blocks are then in memory one at a time (`file_streaming`), and those that are no
+views of their file always. Pictures looked at while they form (previews) come on top.
 """
 
 import math
@@ -47,11 +47,11 @@ TILES = (None, 96, 64, 48, 32)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be in use, and those of them that are set aside; device: the kind that computes."""
+    """Bytes that may be in use, and those of them that are set aside; process: whether all that is resident counts."""
 
     size: int
     reserve: int
-    device: str
+    process: bool = False
 
 
 def budget_of(vram: str | int | None, ram: str | int | None, residency: str | None, device: str) -> Budget | None:
@@ -68,12 +68,12 @@ def budget_of(vram: str | int | None, ram: str | int | None, residency: str | No
         raise RequestError(f"both {name} and residency {residency} are given; {name} chooses the residency by itself")
     size = parse_size(given[name], name)
     if name == "vram":
-        return Budget(size, RESERVE[device], device)
+        return Budget(size, RESERVE[device])
     if device != "cpu":
         raise BackendError(f"ram is a budget for computing on a CPU, and this is {device}; give vram, or device cpu")
     if not PAGEMAP.exists():
         raise BackendError(f"ram needs {PAGEMAP}, by which Linux says whose pages are whose; leave ram out")
-    return Budget(size, max(PROCESS, -(-resident() // PROCESS_STEP) * PROCESS_STEP + PROCESS_ROOM), device)
+    return Budget(size, max(PROCESS, -(-resident() // PROCESS_STEP) * PROCESS_STEP + PROCESS_ROOM), True)
 
 
 def resident() -> int:

@@ -187,14 +187,18 @@ class Components(Residency):
         read, fixed, blocks = self._weights[part]
         return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
 
-    def need(self, part: str, work: Sequence[tuple[int | None, int]]) -> budget.Need:
-        """Return the memory of a part beside its arithmetic, `work` as in `budget.Need`; raises as `sizes` does."""
+    def need(self, part: str, work: Sequence[tuple[int | None, int]] = (), staying: bool = True) -> budget.Need:
+        """Return the memory of a part, with its arithmetic, `work` as in `budget.Need`; raises as `sizes` does.
+
+        staying: on a CPU, count what is no view of its file.
+        """
         _, fixed, blocks = self.sizes(part)
         if self.placement.device.type != "cpu":
             return budget.Need(fixed, blocks, tuple(work))
         # What is merged is no view of a file any more.
         merged = any(each.merged and part in each.deltas for each in self.adapters.values())
-        return budget.Need(fixed, blocks, tuple(work), 1, sum(blocks) if merged else self._staying[part])
+        stays = sum(blocks) if merged else self._staying[part]
+        return budget.Need(fixed, blocks, tuple(work), 1, stays if staying else 0)
 
     def _weigh(self, part: str, module: nn.Module, unused: tuple[str, ...]) -> None:
         """Keep the bytes of a part, by its module as `blank` makes it."""

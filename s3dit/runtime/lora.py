@@ -25,9 +25,10 @@ from s3dit.kernels.aligned import aligned
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.hooks import HOOK_DICTS
 from s3dit.model.linear import Linear, QuantLinear
-from s3dit.runtime.block_streaming import BlockStreamer, TensorDict
+from s3dit.runtime.block_streaming import BlockStreamer, TensorDict, tensors
 from s3dit.runtime.file_streaming import FileStreamer
 from s3dit.weights.delta import Delta, norms
+from s3dit.weights.mapped_file import give_back
 
 
 class Branch:
@@ -54,6 +55,8 @@ class Branch:
             # In fp32: near -1, where the change is far larger than the weight, a rounded gain leaves mostly its error.
             gain = gain.to(strength.device).contiguous()
             self.rows, self.columns = (gain, None) if delta.by_rows() else (None, gain)
+            # All of the weight was read.
+            give_back(*(tensor for *_, tensor in tensors(layer)))
 
     def __call__(self, y: Tensor, x: Tensor, output: Tensor) -> Tensor:
         """Add the adapter's change to y (…, out), for the layer's input x (…, in) and its own output (…, out)."""

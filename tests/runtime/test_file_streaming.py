@@ -122,10 +122,10 @@ def test_what_is_encoded_while_it_is_loaded_stays(tmp_path):
 
     quantize(EMBEDDED, tmp_path / "int8", {"transformer": SCHEMES["int8"]}, version="test")
     made, stored = (Pipeline.load(m, device="cpu", quantize=q) for m, q in ((None, "int8"), (tmp_path / "int8", None)))
-    stays, none = (pipe.parts.need("transformer", ()).stays for pipe in (made, stored))
+    stays, none = (pipe.parts.need("transformer").stays for pipe in (made, stored))
     codes = sum(t.nbytes for *_, t in tensors(made.parts["transformer"].layers) if t.dtype == torch.int8)
     assert none == 0 and stays >= codes
-    assert Pipeline.load(device="cpu", disable_mmap=True).parts.need("transformer", ()).stays > codes
+    assert Pipeline.load(device="cpu", disable_mmap=True).parts.need("transformer").stays > codes
 
 
 @pytest.mark.parametrize(
