@@ -15,29 +15,33 @@ memory of its own. It holds for tensors only: the header of a GGUF file, and the
 a map even then (`gguf_file`), which is released right after; a safetensors header is never mapped.
 """
 
+from __future__ import annotations
+
 import mmap
 import os
 import stat
 import sys
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, sniff
 from s3dit.weights.json_files import OPEN_FLAGS
+from s3dit.weights.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Bytes that are asked for at once: short enough to be left off soon, long enough for a disk.
 AHEAD = 1 << 25
 # Where Linux says of each page of this process whether it is a file's or was written to.
 PAGEMAP = Path("/proc/self/pagemap")
 # The maps that are alive, by the address of their first byte.
-_maps: "weakref.WeakValueDictionary[int, mmap.mmap]" = weakref.WeakValueDictionary()
+_maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -73,8 +77,6 @@ class MappedFile:
             with self._open() as file:
                 mapped = _map_file(file, self.path)
             self._map = weakref.ref(mapped)
-            if len(mapped):
-                _maps[torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr()] = mapped
         return mapped
 
     def read(self, start: int, count: int) -> Tensor:
@@ -84,13 +86,24 @@ class MappedFile:
         """
         if self.mapped:
             self._held = self._held or self.map()
-            return torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
+            view = torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
+            _maps[view.data_ptr() - start] = self._held
+            return view
         buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
         with self._open() as file:
             file.seek(start)
             if file.readinto(buffer.numpy()) < count:  # type: ignore[attr-defined]
                 raise CheckpointError(f"{self.path}: cut short while it was read; needed {start + count:,} bytes")
         return buffer
+
+    def read_bytes(self, start: int, count: int) -> bytes:
+        """Return bytes of the file without mapping it; raises CheckpointError as `read` does."""
+        with self._open() as file:
+            file.seek(start)
+            data = file.read(count)
+        if len(data) < count:
+            raise CheckpointError(f"{self.path}: cut short while it was read; needed {start + count:,} bytes")
+        return data
 
     def read_ahead(self) -> Iterator[None]:
         """Ask the system to read the file into its cache, AHEAD bytes at every `next`; nothing where it cannot."""
@@ -131,6 +144,16 @@ class StoredCheckpoint(Checkpoint):
 
     _entries: dict[str, Entry]
     _files: list[MappedFile]
+
+    @abstractmethod
+    def place(self, name: str) -> tuple[MappedFile, int]:
+        """Return the file of a tensor, and where its bytes begin in it."""
+
+    def raw(self, name: str) -> bytes:
+        """Return the bytes of a tensor as stored; does not import torch."""
+        count = self.entry(name).nbytes
+        file, start = self.place(name)
+        return file.read_bytes(start, count)
 
     def check(self) -> None:
         """Raise CheckpointError where a file is not what it was when it was opened."""
