@@ -77,6 +77,10 @@ class Checkpoint(ABC):
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether `load` is sure to return a view of a mapped file, which takes no memory of its own."""
+        return False
+
     def raw(self, name: str) -> bytes:
         """Return the bytes of a tensor as `load` gives it, of a stored one without importing torch."""
         return bytes(self.load(name).contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -22,6 +22,7 @@ from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json
 from s3dit.weights.lazy_torch import torch
+from s3dit.weights.mapped_file import give_back
 from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, upcast_tensor
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER_SCHEMES = {"int4": "int8-weights"}
+# Bytes of a weight whose scales are looked at before its pages are given back.
+CHECKED_BYTES = 1 << 24
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 MLX = (
     "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
@@ -186,7 +189,7 @@ def _unscaled_fp8(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTe
             continue
         layer.require("weight", FP8)
         number_format = FORMATS["fp8-weights"] if dtype == FP8[0] else comfy.e5m2
-        yield layer.derive(number_format, *shape, make=_with_unit_scale(layer, shape[0]))
+        yield layer.derive(number_format, *shape, make=_with_unit_scale(layer, shape[0]), views=["weight"])
 
 
 def _with_unit_scale(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
@@ -222,7 +225,7 @@ def _gguf_layers(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
         shape, layer = checkpoint.shapes[name], Layer(checkpoint, name.removesuffix(".weight"))
         if name.endswith(".weight") and len(shape) == 2 and 0 not in shape:
             layer.require("weight", ("uint8",))
-            yield layer.derive(gguf(kind), *shape, make=_checked_blocks(layer, kind))
+            yield layer.derive(gguf(kind), *shape, make=_checked_blocks(layer, kind), views=["weight"])
         else:
             entry = Entry(shape, "float32", 4 * math.prod(shape))
             yield DerivedTensors({name: entry}, (name,), _decoded_tensor(checkpoint, name, kind))
@@ -239,7 +242,10 @@ def _checked_blocks(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
         nonlocal checked
         weight = layer("weight")
         if not checked:
-            layer.check_finite("weight", block_scales(kind, weight))
+            # A vocabulary is large: it is not in memory as a whole, here neither.
+            for rows in weight.split(max(1, CHECKED_BYTES // weight.shape[1])):
+                layer.check_finite("weight", block_scales(kind, rows))
+                give_back(rows)
         checked = True
         return {"weight": weight}
 

@@ -84,6 +84,11 @@ class SafetensorsFiles(StoredCheckpoint):
         """Return the name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of its file."""
+        entry, (file, start) = self.entry(name), self._home[name]
+        return file.mapped and is_dtype(entry.dtype) and start % ITEM_BYTES[entry.dtype] == 0
+
     def place(self, name: str) -> tuple[MappedFile, int]:
         """Return the file of a tensor, and where its bytes begin in it."""
         return self._home[name]
