@@ -3,7 +3,7 @@
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
 by the file's name, and returns the checkpoint with its `schemes`. Where a producer stores other tensors than the
 Scheme has, a view (`repack.RepackedView`) derives the Scheme's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
@@ -21,7 +21,7 @@ from s3dit.kernels.fp8 import fp8_weights
 from s3dit.kernels.gguf import GGUF, block_scales
 from s3dit.kernels.scheme import Scheme
 from s3dit.kernels.schemes import SCHEMES
-from s3dit.weights import comfy, libraries, nunchaku, sdnq
+from s3dit.weights import comfy, dfloat11, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json
@@ -72,7 +72,6 @@ UNREAD_FORMATS = (
     ("ModelOpt", r"\._?(?:input|weight)_quantizer\."),
     # Before DFloat11, which is one of its methods.
     ("EntroPack", r"\.weight\._entropack\."),
-    ("DFloat11", r"\.encoded_exponent$|\.sign_mantissa$"),
     ("quanto", r"\.weight\._(?:data|scale)$"),
     ("HQQ", r"\.W_q$"),
     ("AQLM", r"\.codebooks$"),
@@ -112,6 +111,7 @@ PRODUCER_MARKS = (
     ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
     ("ComfyUI (scaled fp8)", r"\.scale_weight$|(?:^|\.)scaled_fp8$"),
     ("nunchaku", r"\.wscales$"),
+    ("DFloat11", r"\.encoded_exponent$"),
     ("SDNQ", r"\.(?:svd_up|zero_point)$"),
     ("vLLM or SGLang (fp8 in blocks)", r"\.weight_scale_inv$"),
     ("a quantizer that keeps a scale a row", r"\.weight_scale$"),
@@ -155,6 +155,7 @@ def _marked_layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     yield from comfy.layers(checkpoint)
     yield from libraries.layers(checkpoint)
     yield from nunchaku.layers(checkpoint)
+    yield from dfloat11.layers(checkpoint)
     config = _quantization_config(checkpoint)
     if config.get("quant_method") in ("sdnq", "sdnq_training"):
         yield from sdnq.layers(checkpoint, config)

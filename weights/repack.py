@@ -10,7 +10,7 @@ Values are checked when they are made: a scale that is NaN or infinite would spo
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,14 +30,13 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-    full name, raising CheckpointError · layer, scheme: where they are the parts of a layer.
+    full name, raising CheckpointError · schemes: of the layers, by name, that they are the parts of.
     """
 
     entries: dict[str, Entry]
     sources: tuple[str, ...]
     make: Callable[[], dict[str, Tensor]]
-    layer: str = ""
-    scheme: Scheme | None = None
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
 
 
 class Layer:
@@ -119,7 +118,7 @@ class Layer:
             self.key(part): Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
             for part, (shape, dtype) in spec.items()
         }
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
+        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, {self.name: scheme})
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -176,8 +175,7 @@ class RepackedView(View):
             hidden.update(derived.sources)
             first[min(derived.sources, key=place.__getitem__)] = derived
             self._made |= dict.fromkeys(derived.entries, derived)
-            if derived.scheme is not None:
-                self.schemes[derived.layer] = derived.scheme
+            self.schemes |= derived.schemes
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:
