@@ -196,7 +196,7 @@ def _layers_in(group: Layer, name: str, first: int, last: int) -> dict[str, tupl
     if (last - first) % width:
         raise group.error(f"{name or 'it'} has {last - first:,} numbers; needed a multiple of {width:,}")
     out, in_ = (width, rest) if name in INWARD or group.has(f"{name}.bias".removeprefix(".")) else (rest, width)
-    pieces = [piece for piece in FUSED_LAYERS.get(name, ("",))]
+    pieces = FUSED_LAYERS.get(name, ("",))
     if out % len(pieces):
         raise group.error(f"{name} has {out:,} rows; needed a multiple of {len(pieces)}")
     rows = out // len(pieces)

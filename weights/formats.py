@@ -3,7 +3,8 @@
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
 by the file's name, and returns the checkpoint with its `schemes`. Where a producer stores other tensors than the
 Scheme has, a view (`repack.RepackedView`) derives the Scheme's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are here.
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are
+here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """

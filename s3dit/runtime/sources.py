@@ -20,6 +20,7 @@ from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
 from s3dit.runtime.model_config import compose
+from s3dit.weights import dfloat11
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import MODEL_FOLDERS as REPOSITORY_PARTS
@@ -230,6 +231,9 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     data = read_json(path)
+    # DFloat11 writes its own settings over a config.json that it cannot add them to.
+    if set(data) == {dfloat11.CONFIG}:
+        return {}
     notes += SPECS[part].config.note_unknown(data, path)
     return {part: SPECS[part].config.from_json(data, path)}
 

@@ -5,6 +5,7 @@ import torch
 
 from s3dit import Pipeline
 from s3dit.errors import BackendError
+from s3dit.kernels.float_linear import ROWS
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.kernels.swiglu import swiglu

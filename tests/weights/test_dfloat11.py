@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 from s3dit import Pipeline
 from s3dit.cli.convert_model import convert
 from s3dit.errors import CheckpointError
-from s3dit.kernels.dispatch import INTERPRETED
 from s3dit.kernels.dfloat11 import decode_exponents, launch_decode
+from s3dit.kernels.dispatch import INTERPRETED
 from s3dit.runtime.sources import open_model
 from s3dit.weights.checkpoint import open_checkpoint, open_stored
 from s3dit.weights.formats import producer
-from s3dit.weights.keymap import official
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dfloat11_files import compress, compress_with_dfloat11  # noqa: E402
@@ -53,7 +52,7 @@ def decoded(checkpoint, layer):
 def block(weights, encoder=compress, group="layers.0", norm="attention.norm_q"):
     """The tensors of a block of a file, of its weights {layer: weight}."""
     tensors = {f"{group}.{leaf}": tensor for leaf, tensor in encoder(list(weights.values())).items()}
-    tensors[f"{group}.attention_norm1.weight"] = tensors[f"{group}.{norm}.weight"] = torch.ones(32).bfloat16()
+    tensors |= {f"{group}.{name}.weight": torch.ones(32).bfloat16() for name in ("attention_norm1", norm)}
     if "adaLN_modulation.0" in weights:
         tensors[f"{group}.adaLN_modulation.0.bias"] = torch.zeros(128).bfloat16()
     return tensors
@@ -66,7 +65,6 @@ def seed():
 
 def test_a_block_of_its_own_encoder(tmp_path):
     """Zeros of both signs, subnormals and the largest that has a code are among the weights."""
-    pytest.importorskip("dfloat11", reason="needs DFloat11's encoder: pip install 's3dit[test]'")
     weights = {name: drawn(*shape) for name, shape in BLOCK.items()}
     weights["attention.to_k"].view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-40, -9e-41, 2.0**112, -1e-30])
     tensors = block(weights, compress_with_dfloat11)
@@ -106,3 +104,140 @@ def test_many_blocks_of_codes_and_long_codes(tmp_path):
             ids = torch.tensor([3, 0, 299, 3])
             assert same(checkpoint.rows(f"time.{i}.weight", ids), weight[ids])
         assert checkpoint.rows("time.1.weight", ids[:0]).shape == (0, shapes[1][1])
+
+
+EMBEDDED = Path(__file__).parents[2] / "weights" / "tiny"
+QWEN = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+QWEN += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+PATTERNS = {r"model.layers\.[0-9]+": QWEN, r"model\.embed_tokens": []}
+
+
+def embedded(part):
+    (file,) = (EMBEDDED / part).glob("*.safetensors")
+    return load_file(file)
+
+
+def grouped(tensors, groups):
+    """Tensors of a model whose layers in `groups` {group: names} are compressed; "" is the group itself."""
+    left, made = dict(tensors), {}
+    for group, names in groups.items():
+        weights = [left.pop(f"{group}.{name}.weight".replace("..", ".")) for name in names]
+        made |= {f"{group}.{leaf}": tensor for leaf, tensor in compress(weights).items()}
+    return made | left
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """Files of the embedded transformer in both spellings, without a config, and its text encoder as a folder."""
+    folder = tmp_path_factory.mktemp("df11")
+    plain = embedded("transformer")
+    stems = sorted({key.removesuffix(".attention_norm1.weight") for key in plain if "attention_norm1" in key})
+    groups = {stem: [name for name in BLOCK if f"{stem}.{name}.weight" in plain] for stem in stems}
+    save_file(grouped(plain, groups), folder / "diffusers.safetensors")
+    comfy = {}
+    for key, tensor in plain.items():
+        key = key.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
+        key = key.replace("attention.to_out.0", "attention.out")
+        key = key.replace("attention.norm_q", "attention.q_norm").replace("attention.norm_k", "attention.k_norm")
+        comfy[key] = tensor
+    for stem in stems:
+        rows = [comfy.pop(f"{stem}.attention.to_{letter}.weight") for letter in "qkv"]
+        comfy[f"{stem}.attention.qkv.weight"] = torch.cat(rows)
+    names = ["attention.qkv", "attention.out", *list(BLOCK)[4:]]
+    groups = {stem: [name for name in names if f"{stem}.{name}.weight" in comfy] for stem in stems}
+    save_file(grouped(comfy, groups), folder / "comfy.safetensors")
+    text = embedded("text_encoder")
+    layers = {f"model.layers.{i}": QWEN for i in range(64) if f"model.layers.{i}.input_layernorm.weight" in text}
+    made = grouped(text, {"model.embed_tokens": [""], **layers})
+    encoder = folder / "text"
+    encoder.mkdir()
+    for group in layers:
+        save_file({k: made.pop(k) for k in list(made) if k.startswith(f"{group}.")}, encoder / f"{group}.safetensors")
+    save_file(made, encoder / "model.safetensors")
+    config = {"version": "0.5.0", "threads_per_block": [512], "bytes_per_thread": 8, "pattern_dict": PATTERNS}
+    (encoder / "config.json").write_text(json.dumps({"dfloat11_config": config}))
+    return folder
+
+
+def picture(**parts):
+    return Pipeline.load("embedded", device="cpu", **parts)(**DRAW, output_type="latent").latents[0]
+
+
+def test_a_picture_has_the_bits_of_the_plain_model(compressed):
+    """In both dtypes of computing; fp32 with weights that are kept in bf16 is what a CPU without bf16 does."""
+    files = ({"transformer": compressed / "comfy.safetensors"}, {"transformer": compressed / "diffusers.safetensors"})
+    files[1]["text_encoder"] = compressed / "text"
+    expected = picture()
+    for parts in files:
+        assert torch.equal(picture(**parts), expected)
+
+
+def test_convert_gives_the_weights_back(compressed, tmp_path):
+    for name in ("comfy.safetensors", "diffusers.safetensors"):
+        convert(compressed / name, tmp_path / name, version="0")
+        (part,) = open_model(tmp_path / name).parts.values()
+        for key, tensor in embedded("transformer").items():
+            assert part.entry(key).dtype == torch.bfloat16 and same(part.load(key), tensor), key
+    convert(compressed / "text", tmp_path / "text", version="0")
+    plain = open_model(tmp_path / "text").parts["text_encoder"]
+    assert all(same(plain.load(key), tensor) for key, tensor in embedded("text_encoder").items())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+def test_the_kernel_decodes_the_same(compressed):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = open_checkpoint(compressed / "comfy.safetensors")
+    layer = "layers.1.attention.to_k"
+    parts = [parts_of(checkpoint, layer)[name] for name in ("weight", "codes", "gaps", "positions", "luts")]
+    given = [part.to(device) for part in parts]
+    assert parts[3][0] < 0, "the layer begins inside a block"
+    assert same(launch_decode(*given).cpu(), decode_exponents(*parts))
+    assert same(decode_exponents(*parts), embedded("transformer")[f"{layer}.weight"])
+
+
+HARM = {
+    "no gaps": (lambda t: t.pop("gaps"), "no gaps"),
+    "a byte of gaps less": (lambda t: t.update(gaps=t["gaps"][:-1]), "bytes of gaps"),
+    "codes cut": (lambda t: t.update(encoded_exponent=t["encoded_exponent"][:-40]), "another number of codes"),
+    "codes changed": (lambda t: t["encoded_exponent"].fill_(255), "another number of codes"),
+    "a table that is none": (lambda t: t["luts"][0].fill_(240), "luts name a table 16"),
+    "a code too long": (lambda t: t["luts"][-1].fill_(200), "a code of 200 bits"),
+    "flat luts": (lambda t: t.update(luts=t["luts"].flatten()), "rows of 256"),
+    "positions": (lambda t: t["output_positions"].fill_(7), "output_positions are not in order"),
+    "positions short": (lambda t: t.update(output_positions=t["output_positions"][:4]), "output_positions"),
+    "positions odd": (lambda t: t.update(output_positions=t["output_positions"][:7]), "bytes of gaps"),
+    "splits": (lambda t: t["split_positions"].fill_(9), "not in order"),
+    "a split less": (lambda t: t.update(split_positions=t["split_positions"][1:]), "needed 8"),
+    "splits at odd places": (lambda t: t["split_positions"].add_(1), "needed a multiple of 32"),
+    "int8": (lambda t: t.update(sign_mantissa=t["sign_mantissa"].view(torch.int8)), "sign_mantissa is int8"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_what_is_damaged_is_said(harm, tmp_path):
+    weights = {name: drawn(*shape) for name, shape in BLOCK.items()}
+    tensors = block(weights)
+    six = {leaf: tensors.pop(f"layers.0.{leaf}") for leaf in compress(list(weights.values()))}
+    HARM[harm][0](six)
+    save_file(tensors | {f"layers.0.{leaf}": t.contiguous() for leaf, t in six.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=HARM[harm][1]):
+        checkpoint = open_checkpoint(tmp_path / "a.safetensors")
+        assert "another number" in HARM[harm][1], "only codes may be looked at so late"
+        for layer in checkpoint.schemes:
+            decoded(checkpoint, layer)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"threads_per_block": [256]}, r"needed \[512\] and 8"),
+        ({"pattern_dict": [1]}, "no object of lists"),
+        ({"pattern_dict": {"(a+)+": []}}, r"no pattern of dfloat11_config names layers\.#"),
+    ],
+)
+def test_a_config_that_does_not_fit(config, words, tmp_path):
+    save_file(block({name: drawn(*shape) for name, shape in BLOCK.items()}), tmp_path / "a.safetensors")
+    config = {"threads_per_block": [512], "bytes_per_thread": 8, "pattern_dict": {}} | config
+    (tmp_path / "config.json").write_text(json.dumps({"dfloat11_config": config}))
+    with pytest.raises(CheckpointError, match=words):
+        open_checkpoint(tmp_path / "a.safetensors")
