@@ -28,6 +28,7 @@ from s3dit.kernels.dispatch import kernel, op, tl
 from s3dit.kernels.float_linear import float_linear
 from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows
 
+DFLOAT11 = "dfloat11"
 RUN_BYTES, RUNS = 8, 512
 BLOCK_BYTES = RUN_BYTES * RUNS
 GAP_BYTES = RUNS * 5 // 8
@@ -53,7 +54,7 @@ def dfloat11(codes: int, blocks: int, luts: int) -> Scheme:
             "luts": ((luts, 256), torch.uint8),
         }
 
-    return Scheme("dfloat11", None, spec, None, _decode, dfloat11_linear, _rows)
+    return Scheme(DFLOAT11, None, spec, None, _decode, dfloat11_linear, _rows)
 
 
 @op

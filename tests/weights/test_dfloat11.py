@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from s3dit import Pipeline
 from s3dit.cli.convert_model import convert
-from s3dit.errors import CheckpointError
+from s3dit.errors import BackendError, CheckpointError, RequestError
+from s3dit.export import graphs
 from s3dit.kernels.dfloat11 import decode_exponents, launch_decode
 from s3dit.kernels.dispatch import INTERPRETED
 from s3dit.runtime.sources import open_model
@@ -25,7 +26,7 @@ BLOCK = {
     "feed_forward.w1": (96, 32), "feed_forward.w2": (32, 96), "feed_forward.w3": (96, 32),
     "adaLN_modulation.0": (128, 16),
 }  # fmt: skip
-DRAW = {"prompt": "a red star above a blue ring", "seed": 3, "height": 64, "width": 64, "num_inference_steps": 2}
+DRAW = {"prompt": "a red star above a blue ring", "seed": 3, "height": 64, "width": 64, "num_inference_steps": 1}
 
 
 def drawn(out, in_, scale=0.02):
@@ -170,6 +171,18 @@ def test_a_picture_has_the_bits_of_the_plain_model(compressed):
     expected = picture()
     for parts in files:
         assert torch.equal(picture(**parts), expected)
+
+
+def test_what_it_cannot_do_is_said(compressed):
+    """A graph takes sizes of weights for constants, so that every layer of this format is a graph of its own."""
+    with pytest.raises(BackendError, match="without compile, or `s3dit convert` it"):
+        Pipeline.load("embedded", device="cpu", transformer=compressed / "comfy.safetensors", compile=True)
+    pipe = Pipeline.load("embedded", device="cpu", dtype="fp32", transformer=compressed / "comfy.safetensors")
+    layer = pipe.transformer.layers[0].attention.to_k
+    with graphs.traceable(layer, torch.device("cpu")):
+        graph = torch.export.export(layer, (torch.zeros(5, 192),), strict=False)
+    with pytest.raises(RequestError, match=r"s3dit.decode_exponents.default.*of DFloat11.*s3dit convert"):
+        graphs.check_operations(graph)
 
 
 def test_convert_gives_the_weights_back(compressed, tmp_path):
