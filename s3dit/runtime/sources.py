@@ -16,6 +16,7 @@ from typing import Any
 from s3dit.configs import infer_config, tokenizer_config
 from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
+from s3dit.kernels.dfloat11 import DFLOAT11
 from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
@@ -25,6 +26,7 @@ from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import MODEL_FOLDERS as REPOSITORY_PARTS
 from s3dit.weights.hub import resolve
+from s3dit.weights.quantize import named
 from s3dit.weights.split_checkpoint import PARTS, split
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
@@ -43,6 +45,10 @@ VARIANT_NOTE = (
     "the files do not say whether this is Turbo or Z-Image itself (their shifts are 3 and 6): what is not given is "
     'Turbo\'s, 8 steps without guidance; for Z-Image use --steps 28 --guidance 4, or write {"variant": "base"} into '
     "s3dit.json in its folder"
+)
+DFLOAT11_NOTE = (
+    "the {} is in DFloat11, a third smaller than its bf16 and decoded to its very bits whenever it is computed with: on "
+    "a CPU that takes longer than computing; where memory allows, `s3dit convert` writes it as bf16 once and for all"
 )
 VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.3611 and 0.1159 are used"
 
@@ -110,6 +116,7 @@ def open_sources(
     if base is not None and VISION_TOWER in configs:
         checkpoints[VISION_TOWER] = open_checkpoint(base.path / VISION_TOWER)
     notes += _assumed(base, origins["vae"], configs["transformer"])
+    notes += [DFLOAT11_NOTE.format(part) for part, stored in checkpoints.items() if named(stored.schemes) == DFLOAT11]
     scheduler, own = (None, {}) if base is None else (base.scheduler, base.own)
     return Sources(
         path=opened[0].path,

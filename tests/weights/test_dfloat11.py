@@ -17,6 +17,7 @@ from s3dit.kernels.dispatch import INTERPRETED
 from s3dit.runtime.sources import open_model
 from s3dit.weights.checkpoint import open_checkpoint, open_stored
 from s3dit.weights.formats import producer
+from s3dit.weights.hub import wanted
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dfloat11_files import compress, compress_with_dfloat11  # noqa: E402
@@ -161,7 +162,10 @@ def compressed(tmp_path_factory):
 
 
 def picture(**parts):
-    return Pipeline.load("embedded", device="cpu", **parts)(**DRAW, output_type="latent").latents[0]
+    pipe = Pipeline.load("embedded", device="cpu", **parts)
+    said = [note.split()[1] for note in pipe.sources.notes if "DFloat11" in note]
+    assert set(said) == set(parts)
+    return pipe(**DRAW, output_type="latent").latents[0]
 
 
 def test_a_picture_has_the_bits_of_the_plain_model(compressed):
@@ -206,6 +210,11 @@ def test_the_kernel_decodes_the_same(compressed):
     assert parts[3][0] < 0, "the layer begins inside a block"
     assert same(launch_decode(*given).cpu(), decode_exponents(*parts))
     assert same(decode_exponents(*parts), embedded("transformer")[f"{layer}.weight"])
+
+
+def test_all_files_of_its_folder_are_downloaded():
+    files = ["config.json", "model.safetensors", *(f"model_layers_{i}.safetensors" for i in range(3)), "README.md"]
+    assert wanted(files, ["text_encoder"], "org/name") == files[:-1]
 
 
 HARM = {
