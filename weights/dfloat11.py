@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,41 +84,41 @@ def _patterns(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
     }
 
 
+class Span(NamedTuple):
+    """The numbers of a stream that are a layer (out, in)."""
+
+    first: int
+    last: int
+    out: int
+    in_: int
+
+
 def _group(group: Layer, patterns: dict[str, tuple[str, ...]]) -> DerivedTensors:
     """Return the layers of a group, checked against one another; reads what says where codes are."""
     for leaf in BYTES:
         if len(shape := group.require(leaf, (torch.uint8,))) != 1:
             raise group.error(f"{leaf} is {list(shape)}; needed a vector")
     sizes = {leaf: group.checkpoint.entry(group.key(leaf)).nbytes for leaf in BYTES}
-    luts, starts = _checked_luts(group), _starts(group, sizes)
-    bounds = [0, *_splits(group), sizes["sign_mantissa"]]
-    if any(a >= b for a, b in pairwise(bounds)):
-        raise group.error(f"split_positions are not in order between 0 and {bounds[-1]:,}")
-    names = _names(group, patterns)
-    if len(names) != len(bounds) - 1:
-        raise group.error(f"{len(bounds) - 1} layers by its split_positions; needed {len(names)} ({', '.join(names)})")
-    spans: dict[str, tuple[int, int, int, int]] = {}
-    for name, (first, last) in zip(names, pairwise(bounds), strict=True):
-        spans |= _layers_in(group, name, first, last)
+    luts, starts, spans = _checked_luts(group), _starts(group, sizes), _spans(group, patterns, sizes["sign_mantissa"])
     schemes: dict[str, Scheme] = {}
     entries: dict[str, Entry] = {}
-    for name, (first, last, out, in_) in spans.items():
-        run = _blocks(starts, first, last)
+    for name, span in spans.items():
+        run = _blocks(starts, span)
         end = min(BLOCK_BYTES * run.stop + RUN_BYTES, sizes[CODES])
         schemes[name] = dfloat11(end - BLOCK_BYTES * run.start, len(run), len(luts))
-        for part, (shape, dtype) in schemes[name].spec(out, in_).items():
+        for part, (shape, dtype) in schemes[name].spec(span.out, span.in_).items():
             entries[f"{name}.{part}"] = Entry(shape, dtype, torch.Size(shape).numel() * dtype.itemsize)
 
     def make() -> dict[str, Tensor]:
-        stored = {leaf: group(leaf) for leaf in BYTES[:3]}
+        signs, codes, gaps = (group(leaf) for leaf in BYTES[:3])
         made: dict[str, Tensor] = {}
-        for name, (first, last, out, in_) in spans.items():
-            run = _blocks(starts, first, last)
+        for name, span in spans.items():
+            run = _blocks(starts, span)
             parts = {
-                "weight": stored["sign_mantissa"][first:last].view(out, in_),
-                "codes": stored[CODES][BLOCK_BYTES * run.start : BLOCK_BYTES * run.stop + RUN_BYTES],
-                "gaps": stored["gaps"][GAP_BYTES * run.start : GAP_BYTES * run.stop],
-                "positions": torch.tensor(starts[run.start : run.stop + 1], device="cpu") - first,
+                "weight": signs[span.first : span.last].view(span.out, span.in_),
+                "codes": codes[BLOCK_BYTES * run.start : BLOCK_BYTES * run.stop + RUN_BYTES],
+                "gaps": gaps[GAP_BYTES * run.start : GAP_BYTES * run.stop],
+                "positions": torch.tensor(starts[run.start : run.stop + 1], device="cpu") - span.first,
                 "luts": luts,
             }
             made |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
@@ -128,9 +128,23 @@ def _group(group: Layer, patterns: dict[str, tuple[str, ...]]) -> DerivedTensors
     return DerivedTensors(entries, tuple(map(group.key, taken)), make, schemes)
 
 
-def _blocks(starts: list[int], first: int, last: int) -> range:
-    """Return the blocks of codes that hold the numbers `first` to before `last`."""
-    return range(bisect_right(starts, first) - 1, bisect_left(starts, last))
+def _spans(group: Layer, patterns: dict[str, tuple[str, ...]], count: int) -> dict[str, Span]:
+    """Return the layers of a group of so many numbers, by full name."""
+    bounds = [0, *_splits(group), count]
+    if any(a >= b for a, b in pairwise(bounds)):
+        raise group.error(f"split_positions are not in order between 0 and {count:,}")
+    names = _names(group, patterns)
+    if len(names) != len(bounds) - 1:
+        raise group.error(f"{len(bounds) - 1} layers by its split_positions; needed {len(names)} ({', '.join(names)})")
+    spans: dict[str, Span] = {}
+    for name, (first, last) in zip(names, pairwise(bounds), strict=True):
+        spans |= _layers_in(group, name, first, last)
+    return spans
+
+
+def _blocks(starts: list[int], span: Span) -> range:
+    """Return the blocks of codes that hold the numbers of a span."""
+    return range(bisect_right(starts, span.first) - 1, bisect_left(starts, span.last))
 
 
 def _checked_luts(group: Layer) -> Tensor:
@@ -188,21 +202,22 @@ def _names(group: Layer, patterns: dict[str, tuple[str, ...]]) -> tuple[str, ...
     return names if group.has(f"{names[-1]}.bias") or "mlp.down_proj" in names else names[:-1]
 
 
-def _layers_in(group: Layer, name: str, first: int, last: int) -> dict[str, tuple[int, int, int, int]]:
-    """Return the layer of a span of numbers, or the layers fused in it, with their spans, rows and columns."""
-    full = f"{group.name}.{name}".removesuffix(".")
+def _layers_in(group: Layer, name: str, first: int, last: int) -> dict[str, Span]:
+    """Return the layer that some numbers of a group are, or the layers that are fused in it, by full name."""
     width = _width(group, name)
     rest = (last - first) // width
     if (last - first) % width:
         raise group.error(f"{name or 'it'} has {last - first:,} numbers; needed a multiple of {width:,}")
-    out, in_ = (width, rest) if name in INWARD or group.has(f"{name}.bias".removeprefix(".")) else (rest, width)
-    pieces = FUSED_LAYERS.get(name, ("",))
+    has_bias = group.has(f"{name}.bias".removeprefix("."))
+    out, in_ = (width, rest) if name in INWARD or has_bias else (rest, width)
+    pieces = FUSED_LAYERS.get(name, (name,))
     if out % len(pieces):
         raise group.error(f"{name} has {out:,} rows; needed a multiple of {len(pieces)}")
     rows = out // len(pieces)
+    starts = range(first, last, rows * in_)
     return {
-        (f"{group.name}.{piece}" if piece else full): (at := first + i * rows * in_, at + rows * in_, rows, in_)
-        for i, piece in enumerate(pieces)
+        f"{group.name}.{piece}".removesuffix("."): Span(start, start + rows * in_, rows, in_)
+        for piece, start in zip(pieces, starts, strict=True)
     }
 
 

@@ -47,8 +47,8 @@ VARIANT_NOTE = (
     "s3dit.json in its folder"
 )
 DFLOAT11_NOTE = (
-    "the {} is in DFloat11, a third smaller than its bf16 and decoded to its very bits whenever it is computed with: on "
-    "a CPU that takes longer than computing; where memory allows, `s3dit convert` writes it as bf16 once and for all"
+    "the {} is in DFloat11, a third smaller than bf16 and decoded to its very bits whenever it is computed with: on a "
+    "CPU that takes longer than computing; where memory allows, `s3dit convert` writes it as bf16 once and for all"
 )
 VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.3611 and 0.1159 are used"
 
