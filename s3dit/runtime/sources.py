@@ -116,7 +116,6 @@ def open_sources(
     if base is not None and VISION_TOWER in configs:
         checkpoints[VISION_TOWER] = open_checkpoint(base.path / VISION_TOWER)
     notes += _assumed(base, origins["vae"], configs["transformer"])
-    notes += [DFLOAT11_NOTE.format(part) for part, stored in checkpoints.items() if named(stored.schemes) == DFLOAT11]
     scheduler, own = (None, {}) if base is None else (base.scheduler, base.own)
     return Sources(
         path=opened[0].path,
@@ -154,6 +153,7 @@ def _configs(
         part: origins[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
         for part in PARTS
     }
+    notes += [DFLOAT11_NOTE.format(part) for part in PARTS if named(checkpoints[part].schemes) == DFLOAT11]
     if base is not None and configs["transformer"].siglip_feat_dim is not None:
         configs |= read_vision(base.path, notes)
     return configs

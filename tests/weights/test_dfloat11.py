@@ -65,6 +65,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_block_of_its_own_encoder(tmp_path):
     """Zeros of both signs, subnormals and the largest that has a code are among the weights."""
     weights = {name: drawn(*shape) for name, shape in BLOCK.items()}
