@@ -17,7 +17,9 @@ Exponents from 240 on (magnitudes above 10^34, infinity, NaN) have no code in th
 Source: the format as DFloat11 0.5 writes it; the tests compare with its own encoder.
 """
 
+import functools
 from bisect import bisect_right
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,14 +28,11 @@ from torch import Tensor
 from s3dit.errors import CheckpointError
 from s3dit.kernels.dispatch import kernel, op, tl
 from s3dit.kernels.float_linear import float_linear
-from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, Spec, dequantize_rows
+from s3dit.kernels.number_format import BLOCK_BYTES, DFLOAT11, FIRST_POINTER, GAP_BYTES, RUN_BYTES, RUNS, Layout
+from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme, dequantize_rows, spec_of
 
-DFLOAT11 = "dfloat11"
-RUN_BYTES, RUNS = 8, 512
-BLOCK_BYTES = RUN_BYTES * RUNS
-GAP_BYTES = RUNS * 5 // 8
-# Entries of a table from which on they name another table; what the longest code takes.
-FIRST_POINTER, LEVELS = 240, 4
+# Tables that the longest code leads through.
+LEVELS = 4
 # Bits that the table of steps is indexed by, and codes of a step.
 WINDOW, STEP = 16, 4
 # Blocks that are decoded at a time: half a million to two million numbers.
@@ -42,19 +41,10 @@ BLOCKS_AT_ONCE = 128
 BEYOND = 1 << 40
 
 
-def dfloat11(codes: int, blocks: int, luts: int) -> Scheme:
-    """Return the Scheme of a layer with so many bytes of codes, blocks and rows of luts."""
-
-    def spec(out: int, in_: int) -> Spec:
-        return {
-            "weight": ((out, in_), torch.uint8),
-            "codes": ((codes,), torch.uint8),
-            "gaps": ((GAP_BYTES * blocks,), torch.uint8),
-            "positions": ((blocks + 1,), torch.int64),
-            "luts": ((luts, 256), torch.uint8),
-        }
-
-    return Scheme(DFLOAT11, None, spec, None, _decode, dfloat11_linear, _rows)
+@functools.cache
+def dfloat11(layout: Callable[[int, int], Layout]) -> Scheme:
+    """Return the Scheme of a layer whose parts its NumberFormat's `layout` names."""
+    return Scheme(DFLOAT11, None, spec_of(layout), None, _decode, dfloat11_linear, _rows)
 
 
 @op

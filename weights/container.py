@@ -159,7 +159,7 @@ class Checkpoint(ABC):
             for key in self
             if key.rpartition(".")[0] == layer and not key.endswith(".bias")
         }
-        if (own := self.schemes[layer].rows) is not None:
+        if (own := self.scheme(layer).rows) is not None:
             return own(parts, ids)
         # What is not of as many rows as the weight is shared by all of them.
         cut = {

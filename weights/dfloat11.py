@@ -11,22 +11,34 @@ Shapes are not stored. One side of a layer is its bias, or the width of the mode
 Source: `compress_model` of DFloat11 0.5, the `pattern_dict` of published Z-Image, ComfyUI and Qwen3 files.
 """
 
+from __future__ import annotations
+
+import math
 import re
+import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from s3dit.kernels.dfloat11 import BLOCK_BYTES, FIRST_POINTER, GAP_BYTES, RUN_BYTES, dfloat11
-from s3dit.kernels.scheme import Scheme
+from s3dit.kernels.number_format import (
+    BLOCK_BYTES,
+    FIRST_POINTER,
+    GAP_BYTES,
+    ITEM_BYTES,
+    RUN_BYTES,
+    NumberFormat,
+    dfloat11,
+)
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.dialects import FUSED_LAYERS
 from s3dit.weights.json_files import read_json
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CODES, CONFIG = "encoded_exponent", "dfloat11_config"
 BYTES = ("sign_mantissa", CODES, "gaps", "output_positions")
@@ -96,21 +108,22 @@ class Span(NamedTuple):
 def _group(group: Layer, patterns: dict[str, tuple[str, ...]]) -> DerivedTensors:
     """Return the layers of a group, checked against one another; reads what says where codes are."""
     for leaf in BYTES:
-        if len(shape := group.require(leaf, (torch.uint8,))) != 1:
+        if len(shape := group.require(leaf, ("uint8",))) != 1:
             raise group.error(f"{leaf} is {list(shape)}; needed a vector")
     sizes = {leaf: group.checkpoint.entry(group.key(leaf)).nbytes for leaf in BYTES}
-    luts, starts, spans = _checked_luts(group), _starts(group, sizes), _spans(group, patterns, sizes["sign_mantissa"])
-    schemes: dict[str, Scheme] = {}
+    tables, starts, spans = _checked_luts(group), _starts(group, sizes), _spans(group, patterns, sizes["sign_mantissa"])
+    formats: dict[str, NumberFormat] = {}
     entries: dict[str, Entry] = {}
     for name, span in spans.items():
         run = _blocks(starts, span)
         end = min(BLOCK_BYTES * run.stop + RUN_BYTES, sizes[CODES])
-        schemes[name] = dfloat11(end - BLOCK_BYTES * run.start, len(run), len(luts))
-        for part, (shape, dtype) in schemes[name].spec(span.out, span.in_).items():
-            entries[f"{name}.{part}"] = Entry(shape, dtype, torch.Size(shape).numel() * dtype.itemsize)
+        formats[name] = dfloat11(end - BLOCK_BYTES * run.start, len(run), tables)
+        for part, (shape, dtype) in formats[name].layout(span.out, span.in_).items():
+            entries[f"{name}.{part}"] = Entry(shape, dtype, math.prod(shape) * ITEM_BYTES[dtype])
 
     def make() -> dict[str, Tensor]:
         signs, codes, gaps = (group(leaf) for leaf in BYTES[:3])
+        luts = group("luts").clone()
         made: dict[str, Tensor] = {}
         for name, span in spans.items():
             run = _blocks(starts, span)
@@ -125,7 +138,7 @@ def _group(group: Layer, patterns: dict[str, tuple[str, ...]]) -> DerivedTensors
         return made
 
     taken = [*BYTES, "luts", *(["split_positions"] if group.has("split_positions") else [])]
-    return DerivedTensors(entries, tuple(map(group.key, taken)), make, schemes)
+    return DerivedTensors(entries, tuple(map(group.key, taken)), make, formats)
 
 
 def _spans(group: Layer, patterns: dict[str, tuple[str, ...]], count: int) -> dict[str, Span]:
@@ -147,20 +160,19 @@ def _blocks(starts: list[int], span: Span) -> range:
     return range(bisect_right(starts, span.first) - 1, bisect_left(starts, span.last))
 
 
-def _checked_luts(group: Layer) -> Tensor:
-    """Return the tables of a group, of which a damaged one would send a decoder anywhere."""
-    shape = group.require("luts", (torch.uint8,))
+def _checked_luts(group: Layer) -> int:
+    """Return the rows of luts of a group, checked: a damaged table would send a decoder anywhere."""
+    shape = group.require("luts", ("uint8",))
     most = 256 - FIRST_POINTER + 2
     if len(shape) != 2 or shape[1] != 256 or not 2 <= shape[0] <= most:
         raise group.error(f"luts are {list(shape)}; needed 2 to {most} rows of 256")
-    luts = group("luts").clone()
-    tables, lengths = luts[:-1], luts[-1]
-    pointers = 256 - tables[tables >= FIRST_POINTER].long()
-    if pointers.numel() and int(pointers.max()) > len(tables) - 1:
-        raise group.error(f"luts name a table {int(pointers.max())}; needed one below {len(tables)}")
-    if int(lengths.max()) > 32:
-        raise group.error(f"luts hold a code of {int(lengths.max())} bits; needed 32 at most")
-    return luts
+    luts = group.checkpoint.raw(group.key("luts"))
+    tables, lengths = luts[:-256], luts[-256:]
+    if (pointed := max((256 - value for value in tables if value >= FIRST_POINTER), default=0)) > shape[0] - 2:
+        raise group.error(f"luts name a table {pointed}; needed one below {shape[0] - 1}")
+    if max(lengths) > 32:
+        raise group.error(f"luts hold a code of {max(lengths)} bits; needed 32 at most")
+    return shape[0]
 
 
 def _starts(group: Layer, sizes: dict[str, int]) -> list[int]:
@@ -169,7 +181,8 @@ def _starts(group: Layer, sizes: dict[str, int]) -> list[int]:
     blocks = -(-sizes[CODES] // BLOCK_BYTES)
     if sizes["output_positions"] % 4 or sizes["gaps"] != GAP_BYTES * blocks or not count:
         raise group.error(f"{sizes['gaps']:,} bytes of gaps for {blocks:,} blocks of codes and {count:,} numbers")
-    starts: list[int] = group("output_positions").clone().view(torch.uint32).tolist()
+    raw = group.checkpoint.raw(group.key("output_positions"))
+    starts = list(struct.unpack(f"<{len(raw) // 4}I", raw))
     # The last block may hold but the end of the stream.
     if len(starts) - 1 not in (blocks, blocks - 1) or len(starts) < 2:
         raise group.error(f"{len(starts):,} output_positions; needed {blocks + 1:,}")
@@ -182,9 +195,10 @@ def _splits(group: Layer) -> list[int]:
     """Return where each layer of a group but the first begins."""
     if not group.has("split_positions"):
         return []
-    if len(group.require("split_positions", (torch.int64,))) != 1:
+    if len(group.require("split_positions", ("int64",))) != 1:
         raise group.error("split_positions are no vector")
-    return group("split_positions").tolist()
+    raw = group.checkpoint.raw(group.key("split_positions"))
+    return list(struct.unpack(f"<{len(raw) // 8}q", raw))
 
 
 def _names(group: Layer, patterns: dict[str, tuple[str, ...]]) -> tuple[str, ...]:

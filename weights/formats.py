@@ -1,16 +1,10 @@
 """Number formats as files store them: which layers of a checkpoint are quantized, by which Scheme.
 
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
-<<<<<<< HEAD
-by the file's name, and returns the checkpoint with its `schemes`. Where a producer stores other tensors than the
-Scheme has, a view (`repack.RepackedView`) derives the Scheme's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are
-here.
-=======
 by the file's name, and returns the checkpoint with its `formats`. Where a producer stores other tensors than the
 format has, a view (`repack.RepackedView`) derives the format's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
->>>>>>> main
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are
+here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
@@ -23,16 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
-<<<<<<< HEAD
-from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.gguf import GGUF, block_scales
-from s3dit.kernels.scheme import Scheme
-from s3dit.kernels.schemes import SCHEMES
-from s3dit.weights import comfy, dfloat11, libraries, nunchaku, sdnq
-=======
 from s3dit.kernels.number_format import BLOCK_SIZES, FORMATS, NumberFormat, gguf
-from s3dit.weights import comfy, libraries, nunchaku, sdnq
->>>>>>> main
+from s3dit.weights import comfy, dfloat11, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json

@@ -12,15 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-<<<<<<< HEAD
 from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
-=======
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
->>>>>>> main
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.number_format import ITEM_BYTES, NumberFormat
@@ -41,22 +34,13 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-<<<<<<< HEAD
-    full name, raising CheckpointError · schemes: of the layers, by name, that they are the parts of.
-=======
-    full name, raising CheckpointError · layer, format: where they are the parts of a layer.
->>>>>>> main
+    full name, raising CheckpointError · formats: of the layers, by name, that they are the parts of.
     """
 
     entries: dict[str, Entry]
     sources: tuple[str, ...]
     make: Callable[[], dict[str, Tensor]]
-<<<<<<< HEAD
-    schemes: Mapping[str, Scheme] = field(default_factory=dict)
-=======
-    layer: str = ""
-    format: NumberFormat | None = None
->>>>>>> main
+    formats: Mapping[str, NumberFormat] = field(default_factory=dict)
 
 
 class Layer:
@@ -140,11 +124,9 @@ class Layer:
             self.key(part): Entry(shape, dtype, math.prod(shape) * ITEM_BYTES[dtype])
             for part, (shape, dtype) in layout.items()
         }
-<<<<<<< HEAD
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, {self.name: scheme})
-=======
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, number_format)
->>>>>>> main
+        return DerivedTensors(
+            entries, tuple(self.key(leaf) for leaf in self._taken), checked, {self.name: number_format}
+        )
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -201,12 +183,7 @@ class RepackedView(View):
             hidden.update(derived.sources)
             first[min(derived.sources, key=place.__getitem__)] = derived
             self._made |= dict.fromkeys(derived.entries, derived)
-<<<<<<< HEAD
-            self.schemes |= derived.schemes
-=======
-            if derived.format is not None:
-                self.formats[derived.layer] = derived.format
->>>>>>> main
+            self.formats |= derived.formats
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:

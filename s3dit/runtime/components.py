@@ -20,14 +20,10 @@ import torch
 from torch import nn
 
 from s3dit.control import Control
-<<<<<<< HEAD
 from s3dit.errors import BackendError
-from s3dit.kernels.dfloat11 import DFLOAT11
-from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
-=======
+from s3dit.kernels.number_format import DFLOAT11
 from s3dit.model.controlnet import ControlNet, open_controlnet
 from s3dit.model.controlnet_config import ControlNetConfig
->>>>>>> main
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import JOINED_ON, swap
 from s3dit.model.meta import on_meta

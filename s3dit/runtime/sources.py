@@ -16,7 +16,7 @@ from typing import Any
 from s3dit.configs import infer_config, tokenizer_config
 from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
-from s3dit.kernels.dfloat11 import DFLOAT11
+from s3dit.kernels.number_format import DFLOAT11
 from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
@@ -25,11 +25,7 @@ from s3dit.weights import dfloat11
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import resolve
-<<<<<<< HEAD
-from s3dit.weights.quantize import named
-=======
 from s3dit.weights.hub_files import MODEL_FOLDERS as REPOSITORY_PARTS
->>>>>>> main
 from s3dit.weights.split_checkpoint import PARTS, split
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
@@ -156,7 +152,8 @@ def _configs(
         part: origins[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
         for part in PARTS
     }
-    notes += [DFLOAT11_NOTE.format(part) for part in PARTS if named(checkpoints[part].schemes) == DFLOAT11]
+    stored = {part: {kind.name for kind in checkpoints[part].formats.values()} for part in PARTS}
+    notes += [DFLOAT11_NOTE.format(part) for part in PARTS if DFLOAT11 in stored[part]]
     if base is not None and configs["transformer"].siglip_feat_dim is not None:
         configs |= read_vision(base.path, notes)
     return configs
