@@ -192,8 +192,7 @@ def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: str) -> C
 
 def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
     """Return a layer without the padding that `orig_shape` states, as a float weight."""
-    assert made.format is not None
-    number_format, key = made.format, layer.key("weight")
+    number_format, key = made.formats[layer.name], layer.key("weight")
     stored = layer.checkpoint.entry(key).shape
     stored = (stored[0], stored[1] * (1 if number_format.name == "mxfp8" else 2))
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)

@@ -163,6 +163,8 @@ class Checkpoint(ABC):
             for key in self
             if key.rpartition(".")[0] == layer and not key.endswith(".bias")
         }
+        if (own := self.scheme(layer).rows) is not None:
+            return own(parts, ids)
         # What is not of as many rows as the weight is shared by all of them.
         cut = {
             leaf: part.index_select(0, ids) if part.dim() and len(part) == shape[0] else part

@@ -3,7 +3,8 @@
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
 by the file's name, and returns the checkpoint with its `formats`. Where a producer stores other tensors than the
 format has, a view (`repack.RepackedView`) derives the format's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are
+here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.number_format import BLOCK_SIZES, FORMATS, NumberFormat, gguf
-from s3dit.weights import comfy, libraries, nunchaku, sdnq
+from s3dit.weights import comfy, dfloat11, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json
@@ -75,7 +76,6 @@ UNREAD_FORMATS = (
     ("ModelOpt", r"\._?(?:input|weight)_quantizer\."),
     # Before DFloat11, which is one of its methods.
     ("EntroPack", r"\.weight\._entropack\."),
-    ("DFloat11", r"\.encoded_exponent$|\.sign_mantissa$"),
     ("quanto", r"\.weight\._(?:data|scale)$"),
     ("HQQ", r"\.W_q$"),
     ("AQLM", r"\.codebooks$"),
@@ -115,6 +115,7 @@ PRODUCER_MARKS = (
     ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
     ("ComfyUI (scaled fp8)", r"\.scale_weight$|(?:^|\.)scaled_fp8$"),
     ("nunchaku", r"\.wscales$"),
+    ("DFloat11", r"\.encoded_exponent$"),
     ("SDNQ", r"\.(?:svd_up|zero_point)$"),
     ("vLLM or SGLang (fp8 in blocks)", r"\.weight_scale_inv$"),
     ("a quantizer that keeps a scale a row", r"\.weight_scale$"),
@@ -158,6 +159,7 @@ def _marked_layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     yield from comfy.layers(checkpoint)
     yield from libraries.layers(checkpoint)
     yield from nunchaku.layers(checkpoint)
+    yield from dfloat11.layers(checkpoint)
     config = _quantization_config(checkpoint)
     if config.get("quant_method") in ("sdnq", "sdnq_training"):
         yield from sdnq.layers(checkpoint, config)

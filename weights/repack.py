@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
@@ -35,15 +35,14 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-    full name, raising CheckpointError · layer, format: where they are the parts of a layer · views: those that are
-    stored under the same name and need no copy.
+    full name, raising CheckpointError · formats: of the layers, by name, that they are the parts of · views: those that
+    are stored under the same name and need no copy.
     """
 
     entries: dict[str, Entry]
     sources: tuple[str, ...]
     make: Callable[[], dict[str, Tensor]]
-    layer: str = ""
-    format: NumberFormat | None = None
+    formats: Mapping[str, NumberFormat] = field(default_factory=dict)
     views: tuple[str, ...] = ()
 
 
@@ -132,7 +131,8 @@ class Layer:
             for part, (shape, dtype) in layout.items()
         }
         sources = tuple(self.key(leaf) for leaf in self._taken)
-        return DerivedTensors(entries, sources, checked, self.name, number_format, tuple(map(self.key, views)))
+        formats = {self.name: number_format}
+        return DerivedTensors(entries, sources, checked, formats, tuple(map(self.key, views)))
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -189,8 +189,7 @@ class RepackedView(View):
             hidden.update(derived.sources)
             first[min(derived.sources, key=place.__getitem__)] = derived
             self._made |= dict.fromkeys(derived.entries, derived)
-            if derived.format is not None:
-                self.formats[derived.layer] = derived.format
+            self.formats |= derived.formats
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:

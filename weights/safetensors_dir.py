@@ -181,6 +181,11 @@ def open_file(path: Path) -> Checkpoint:
     return SafetensorsFiles(path, [path])
 
 
+def open_files(folder: Path, names: list[str]) -> Checkpoint:
+    """Open files of a folder as one checkpoint, without an index; raises CheckpointError."""
+    return SafetensorsFiles(folder, [shard_path(folder, name) for name in names])
+
+
 def open_index(index: Path) -> Checkpoint:
     """Open the shards that an index names, and check the index against their content; raises CheckpointError."""
     home = read_index(index)

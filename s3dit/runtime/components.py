@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from s3dit.control import Control
+from s3dit.errors import BackendError
+from s3dit.kernels.number_format import DFLOAT11
 from s3dit.model.controlnet import ControlNet, open_controlnet
 from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.hooks import unhookable, why_not
@@ -85,6 +87,11 @@ class Components(Residency):
         for part in self.checkpoints:
             module, unused = self.blank(part)
             self.formats[part] = named(schemes(module))
+            if compiled and part == "transformer" and self.formats[part] == DFLOAT11:
+                raise BackendError(
+                    f"{sources.path}: the transformer is in {DFLOAT11}, whose layers are each of another size, so that "
+                    "every block would be compiled by itself; load it without compile, or `s3dit convert` it to bf16"
+                )
             self._weigh(part, module, unused)
             self._blanks[part] = module, unused
 
