@@ -87,13 +87,17 @@ class Components(Residency):
         for part in self.checkpoints:
             module, unused = self.blank(part)
             self.formats[part] = named(schemes(module))
-            if compiled and part == "transformer" and self.formats[part] == DFLOAT11:
-                raise BackendError(
-                    f"{sources.path}: the transformer is in {DFLOAT11}, whose layers are each of another size, so that "
-                    "every block would be compiled by itself; load it without compile, or `s3dit convert` it to bf16"
-                )
             self._weigh(part, module, unused)
             self._blanks[part] = module, unused
+        self._check_compiled()
+
+    def _check_compiled(self) -> None:
+        """Raise BackendError where every block of the transformer would be compiled by itself."""
+        if self.compiled and self.formats["transformer"] == DFLOAT11:
+            raise BackendError(
+                f"{self.checkpoints['transformer'].path}: is in {DFLOAT11}, whose layers are each of another size, so "
+                "that every block would be compiled by itself; load it without compile, or `s3dit convert` it to bf16"
+            )
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
