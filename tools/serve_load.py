@@ -13,6 +13,7 @@ import base64
 import http.client
 import io
 import json
+import os
 import random
 import re
 import signal
@@ -24,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from bench_machine import ROOT, machine
@@ -234,16 +236,26 @@ def rate(requests: int, clients: int) -> Iterator[dict[str, Any]]:
     """Requests a second, of one client and of several, for two sizes, with latencies and times to a first partial."""
     for size in ("64x64", "128x128"):
         fields = {"prompt": "a red star above a blue ring", "size": size, "num_inference_steps": 8}
-        with server() as (_, address, _):
+        with server() as (process, address, _):
             Client(address).draw(fields)
-            one, several = (timed(address, fields, requests, count) for count in (1, clients))
+            one, several = (timed(process.pid, address, fields, requests, count) for count in (1, clients))
         ratio = round(several["requests_a_second"] / one["requests_a_second"], 2)
+        ratio_cpu = round(one["cpu_s"] / several["cpu_s"], 2)
         yield {"stage": "rate", "size": size, "steps": 8, "requests": requests, "one_by_one": one,
-               "together": several, "ratio": ratio}  # fmt: skip
+               "together": several, "ratio": ratio, "ratio_cpu": ratio_cpu}  # fmt: skip
 
 
-def timed(address: tuple[str, int], fields: dict[str, Any], requests: int, clients: int) -> dict[str, Any]:
-    """What so many clients get, who together ask so often, one picture after another."""
+def processor(pid: int) -> float:
+    """Seconds of the processor that a process has taken."""
+    numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def timed(pid: int, address: tuple[str, int], fields: dict[str, Any], requests: int, clients: int) -> dict[str, Any]:
+    """What so many clients get, who together ask so often, one picture after another.
+
+    cpu_s: seconds of the processor a request, of the server alone; where the machine is shared, those to believe.
+    """
     before, latencies, firsts = Client(address).metrics(), list[float](), list[float]()
 
     def work(client: Client, chance: random.Random) -> None:
@@ -254,15 +266,16 @@ def timed(address: tuple[str, int], fields: dict[str, Any], requests: int, clien
             assert status == 200, status
             latencies.append(time.perf_counter() - begin)
 
-    start = time.perf_counter()
+    start, spent = time.perf_counter(), processor(pid)
     at_once(clients, work, address)
-    seconds, now = time.perf_counter() - start, Client(address).metrics()
+    seconds, spent, now = time.perf_counter() - start, processor(pid) - spent, Client(address).metrics()
     at_once(clients, lambda client, chance: firsts.append(client.first_partial(fields)), address)
     passes = {name: now[name] - before[name] for name in ("batch_size_sum", "batch_size_count")}
     return {
         "clients": clients, "requests_a_second": round(len(latencies) / seconds, 2),
         "p50_s": round(statistics.median(latencies), 3), "p99_s": round(_p99(latencies), 3),
-        "first_partial_p50_s": round(statistics.median(firsts), 3), "batch": round(_batch(passes), 2),
+        "cpu_s": round(spent / len(latencies), 4), "batch": round(_batch(passes), 2),
+        "first_partial_p50_s": round(statistics.median(firsts), 3),
     }  # fmt: skip
 
 
@@ -323,7 +336,8 @@ def main() -> int:
         else:
             rows = rate(count, args.clients) if stage == "rate" else [stop(args.clients)]
         for row in rows:
-            print(json.dumps(row | machine()), flush=True)
+            # Of all that runs on the machine: beside more than its cores no seconds of the wall mean anything.
+            print(json.dumps(row | machine() | {"load": round(os.getloadavg()[0], 1)}), flush=True)
             code |= not row.get("right", True)
     return code
 

@@ -140,10 +140,12 @@ def run(args: argparse.Namespace) -> int:
     folder = _adapters(args.lora_dir)
     with importing():
         from s3dit.serve.engine import Engine
-        from s3dit.serve.server import Server, Serving, bound
+        from s3dit.serve.server import Server, Serving, bound, is_local
 
     # Before a model is read, which takes long: a port that is taken is said at once.
     sock = bound(args.host, args.port)
+    if key is None and not is_local(sock):
+        say(f"whoever reaches {args.host} may draw here; --api-key-file asks for a key")
     pipe = load_pipeline(args)
     scales = _attach(pipe, args, folder)
     say(f"{pipe.folder.name} on {pipe.placement}" + f"; adapters: {', '.join(pipe.lora.names)}" * bool(pipe.lora.names))

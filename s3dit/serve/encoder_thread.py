@@ -25,8 +25,9 @@ class EncoderThread:
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Let the thread do some work."""
         with self._changed:
+            future = self._thread.submit(self._run, work)
             self._waiting += 1
-        return self._thread.submit(self._run, work)
+            return future
 
     def _run(self, work: Callable[[], Any]) -> Any:
         try:

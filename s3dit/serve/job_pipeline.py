@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s3dit.control import shown
 from s3dit.errors import RequestError
 from s3dit.inputs import images
 from s3dit.kernels.dispatch import use_backend, use_numerics
@@ -53,6 +54,8 @@ class JobComponents(Components):
 
     def _set(self, wanted: Strengths) -> None:
         """Take the strengths that a job wants; raises RequestError."""
+        if not isinstance(wanted, Mapping):
+            raise RequestError(f"adapters are {shown(wanted)}; needed strengths by name, such as {{'style': 0.8}}")
         for name, scale in wanted.items():
             if name not in self.adapters:
                 raise RequestError(f"no adapter {name!r}; there is {', '.join(self.adapters) or 'none'}")

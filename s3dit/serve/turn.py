@@ -96,7 +96,7 @@ class SharedTransformer(Transformer):
     def of(
         cls, transformer: Transformer, turn: Turn, modulated_at: Callable[[Tensor, Context], Modulation]
     ) -> "SharedTransformer":
-        """modulated_at: the modulation of a call that brings none."""
+        """See a transformer as a job does; modulated_at: the modulation of a call that brings none."""
         shared = object.__new__(cls)
         for name, value in {
             "__dict__": vars(transformer),

@@ -110,7 +110,12 @@ def test_every_example_is_a_command_of_its_own(name, line, capsys):
     assert f"  {line}" in help_of(capsys, name)
 
 
-@pytest.mark.parametrize("line", [line for _, line in examples() if "embedded" in line or "64x64" in line])
+def quick_examples():
+    """Of the embedded model; a server runs until somebody stops it, in tests/serve/test_command.py."""
+    return [line for name, line in examples() if ("embedded" in line or "64x64" in line) and name != "serve"]
+
+
+@pytest.mark.parametrize("line", quick_examples())
 def test_examples_of_the_embedded_model_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0

@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -190,7 +192,14 @@ def test_wrong_requests_are_refused_at_once(engine):
     for wrong, words in [({"height": 72}, "height"), ({"reference": torch.zeros(3, 64, 64)}, "reference")]:
         with pytest.raises(RequestError, match=words):
             engine.submit(request(**wrong))
-    for options in ({"partial_images": -1}, {"timeout": 0}, {"timeout": "x"}, {"partial_images": 1.5}):
+    for options in (
+        {"adapters": [("style", 1)]},
+        {"on_event": 5},
+        {"partial_images": -1},
+        {"timeout": 0},
+        {"timeout": "x"},
+        {"partial_images": 1.5},
+    ):
         with pytest.raises(RequestError):
             engine.submit(request(), **options)
     assert engine.stats().queued == engine.stats().running == 0
@@ -341,6 +350,21 @@ def test_a_stop_without_grace(pipe):
     with pytest.raises(Stopping):
         job.result(1)
     assert {*threading.enumerate()} <= before
+
+
+LEAVES = """
+from s3dit import Pipeline, Request
+from s3dit.serve.engine import Engine
+engine = Engine(Pipeline.load("embedded", device="cpu", dtype="fp32", residency="resident"))
+job = engine.submit(Request(prompt="a", height=64, width=64, num_inference_steps=900))
+next(event for event in job.events() if type(event).__name__ == "StepDone")
+"""
+
+
+def test_a_program_may_end_without_a_stop():
+    """Threads that are in the middle of a pass when the interpreter goes would abort the process."""
+    ended = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_a_dead_engine_says_so(pipe, monkeypatch):
