@@ -13,14 +13,18 @@ with `model.`) and 5.x (`Qwen3Model`: without), whose `Siglip2VisionModel` lost 
 have spellings of their own, see `dialects`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # In an official name: one stored tensor is several, cut into equal runs of rows.
 FUSED_PATTERN = re.compile(r"\{(.*)\}")
@@ -163,9 +167,9 @@ class RenamedView(View):
                         "file from its official place"
                     )
                 self._stored[name] = (key, i, len(names))
-        self.schemes = {
-            name.removesuffix(".weight"): scheme
-            for layer, scheme in checkpoint.schemes.items()
+        self.formats = {
+            name.removesuffix(".weight"): number_format
+            for layer, number_format in checkpoint.formats.items()
             for name in spelling.to_official(f"{layer}.weight", keys)
         }
 
@@ -188,6 +192,10 @@ class RenamedView(View):
         if rows is not None:
             return Entry((rows.stop - rows.start, *entry.shape[1:]), entry.dtype, entry.nbytes // self._stored[name][2])
         return entry if shape is None else Entry(shape, entry.dtype, entry.nbytes)
+
+    def is_mapped(self, name: str) -> bool:
+        """Return whether the stored tensor is loaded as a view of its file."""
+        return self._checkpoint.is_mapped(self._key(name))
 
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, a view of the tensor of the checkpoint below."""

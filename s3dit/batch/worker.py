@@ -18,7 +18,7 @@ from typing import Any
 from s3dit.batch.rows import Row, joined
 from s3dit.batch.stores import open_store
 from s3dit.cli.importing import importing
-from s3dit.cli.prepare import load_pipeline
+from s3dit.cli.prepare import load_with_adapters
 from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.files import ENDINGS
 from s3dit.request import Request
@@ -67,7 +67,7 @@ class Worker:
             options.device = f"cuda:{number % torch.cuda.device_count()}"
         if job.start.is_dir():
             os.chdir(job.start)
-        self.pipe = load_pipeline(options, report=self.notes.append)
+        self.pipe = load_with_adapters(options, report=self.notes.append)
         self.here = job.folder.is_dir()
         if self.here:
             os.chdir(job.folder)

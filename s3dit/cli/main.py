@@ -25,6 +25,7 @@ from s3dit.cli import (
     parity,
     plan,
     quantize,
+    serve,
 )
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, say, stoppable, streams
@@ -33,7 +34,7 @@ from s3dit.terminal import finish, say, stoppable, streams
 COMMANDS: dict[str, Any] = {
     "generate": generate, "batch": batch, "plan": plan, "microscope": microscope, "inspect": inspect,
     "compare": compare, "convert": convert, "quantize": quantize, "calibrate-cache": calibrate_cache, "export": export,
-    "parity": parity,
+    "parity": parity, "serve": serve,
 }  # fmt: skip
 # The names of before, for one release.
 RENAMED = {"look": "inspect"}

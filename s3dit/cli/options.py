@@ -98,7 +98,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="MODEL",
-        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub name",
+        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub "
+        "name (org/name@main asks for a newer revision than the one in the cache)",
     )  # fmt: skip
     for part in ("transformer", "text encoder", "vae"):
         group.add_argument(
@@ -134,7 +135,12 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--vram", metavar="SIZE",
-        help="stay within 4GiB, 4GB, 4096MiB, …: chooses residency and tiles (on a CPU: of RAM)",
+        help="stay within 4GiB, 4GB, 4096MiB, … of the device's memory: chooses residency and tiles (on a CPU only "
+        "weights in use and arithmetic count)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ram", metavar="SIZE",
+        help="on a CPU: the same for all memory that the process has resident, Python and torch too",
     )  # fmt: skip
     group.add_argument(
         "--disable-mmap", action="store_true",

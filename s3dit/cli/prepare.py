@@ -51,7 +51,7 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    pipe = load_pipeline(args, replay)
+    pipe = load_with_adapters(args, replay)
     with speaking_of_options():
         plan = pipe.plan(request)
     if request.prompt is None and not request.region:
@@ -59,29 +59,35 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
     return pipe, plan
 
 
-def load_pipeline(
+def load_with_adapters(
     args: argparse.Namespace, replay: Replay = NOTHING, report: Callable[[str], object] = say
 ) -> "Pipeline":
     """Load the model that the options name, and attach its adapters; raises as `load` does.
 
     report: called with what differs from what drew a replayed picture, and what became of each adapter.
     """
-    with importing():
-        from s3dit.pipeline import Pipeline
-
+    pipe = load_pipeline(args)
     with speaking_of_options():
-        pipe = Pipeline.load(
-            args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
-            tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
-            device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
-            numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
-            disable_mmap=args.disable_mmap,
-        )  # fmt: skip
         for change in changes(pipe, replay.engine):
             report(f"{args.replay} was drawn {change}: not the same to the bit")
         for attached in attach(pipe, args, replay.adapters):
             report(f"adapter {attached}")
     return pipe
+
+
+def load_pipeline(args: argparse.Namespace) -> "Pipeline":
+    """Open the model that the options name; raises RequestError, BackendError, CheckpointError."""
+    with importing():
+        from s3dit.pipeline import Pipeline
+
+    with speaking_of_options():
+        return Pipeline.load(
+            args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
+            tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
+            device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
+            numerics=args.numerics, vram=args.vram, ram=args.ram, compile=args.compile, graphs=args.graphs,
+            disable_mmap=args.disable_mmap,
+        )  # fmt: skip
 
 
 def _prompt(args: argparse.Namespace) -> Any:

@@ -30,7 +30,7 @@ from s3dit.kernels.rows import launch_quantize_rows
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
-names |= {torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
+names |= {torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int16: "i16"}
 assembly = []
 
 def launch(kernel, grid):
@@ -61,6 +61,7 @@ triton.JITFunction.__getitem__ = launch
 """
 
 ROW_KERNELS = """
+from s3dit.kernels.dfloat11 import launch_decode
 from s3dit.kernels.group_norm import launch_moments, launch_normalize
 from s3dit.kernels.norm_kernels import launch_norm, launch_norm_rope, launch_residual_norm
 from s3dit.kernels.pictures import launch_add, launch_repeat
@@ -87,6 +88,8 @@ for channels, side in ((128, 64), (512, 64), (128, 1)):
     moments = launch_moments(picture, 32, weight[:channels] if side > 1 else None)
     launch_normalize(picture, *moments, weight[:channels], weight[:channels], 1e-6, True)
     launch_repeat(launch_add(picture, picture, weight[:channels]))
+parts = [torch.zeros(count, dtype=torch.uint8) for count in (8192, 640)]
+launch_decode(torch.zeros(64, 64, dtype=torch.uint8), *parts, torch.zeros(3, dtype=torch.int64), parts[0].view(32, 256))
 found = "".join(assembly)
 # Pairs of numbers are converted by one instruction.
 words = ["cvt.rn.bf16x2.f32"] + ["cvt.rn.satfinite.e4m3x2.f32"] * (capability >= 90)
@@ -102,8 +105,8 @@ from s3dit.kernels.schemes import SCHEMES
 matmul.describable = lambda *tensors: capability >= 90
 matmul.program_count = mixed_matmul.program_count = lambda device: 132
 grouped.F = gguf_matmul.F = mixed_matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
-form = grouped.Form(torch.uint8, 16, torch.bfloat16, True, torch.bfloat16, rounded=True)
-packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form(torch.float8_e4m3fn, 128)))
+form = grouped.Form("uint8", 16, "bfloat16", True, "bfloat16", rounded=True)
+packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form("float8_e4m3fn", 128)))
 for rows in (64, 4224):
     for scheme in (*SCHEMES.values(), GGUF["Q8_0"], GGUF["Q5_K"], GGUF["Q6_K"], *packed):
         parts = {part: torch.zeros(shape, dtype=dtype) for part, (shape, dtype) in scheme.spec(3840, 10240).items()}
@@ -154,12 +157,12 @@ for dim in (64, 96, 128):
         ),
     ],
 )
-def test_kernels_compile_for_gpus(kernels, capability, shared, tmp_path):
+def test_kernels_compile_for_gpus(kernels, capability, shared, triton_cache):
     """At the sizes of the model, and without a GPU: finds what the interpreter forgives.
 
     Such are names that Triton does not know, types, more KiB of shared memory than there are, tensor cores left idle.
     """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONWARNINGS": "ignore"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", COMPILER + kernels, str(capability), str(shared)],
