@@ -185,7 +185,7 @@ def _checked(args: argparse.Namespace) -> Limits:
     for name, value in limits.items():
         if value is not None and value < 1:
             raise RequestError(f"--max-{name.replace('_', '-')} is {value}; needed 1 or more")
-    if args.residency is None and args.vram is None:
+    if args.residency is None and args.vram is None and args.ram is None:
         # Parts that took turns would be read again for every request.
         args.residency = "resident"
     return replace(Limits(), **{name: value for name, value in limits.items() if value is not None})

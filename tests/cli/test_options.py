@@ -133,7 +133,7 @@ def test_help_shows_an_example_of_each_command_and_a_metavar_of_each_option(caps
     runtime = rest.partition("\noutput:\n")[0]
     for option in ("--model", "--transformer", "--tokenizer", "--lora", "--quantize", "--quantize-text"):
         assert f"  {option} " in model
-    for option in ("--device", "--dtype", "--residency", "--vram", "--disable-mmap", "--compile", "--graphs"):
+    for option in ("--device", "--dtype", "--residency", "--vram", "--ram", "--disable-mmap", "--compile", "--graphs"):
         assert f"  {option} " in runtime
     assert "  --backend NAME" in runtime
 
@@ -224,6 +224,7 @@ def test_a_value_of_another_program_is_answered_with_the_one_here(words, answer,
         (["--reference", "a.png"], "--reference images are given to a tiny model"),
         (["--upscale", "8", "--size", "2048x2048"], "--upscale 8 makes a side of 16384 pixels"),
         (["--vram", "8GiB", "--residency", "streamed"], "both --vram and --residency streamed are given"),
+        (["--ram", "8GiB", "--residency", "streamed"], "both --ram and --residency streamed are given"),
         (["--graphs", "--device", "cpu"], "--graphs need a CUDA device, found cpu; load the model without --graphs"),
         (["--device", "gpu"], "--device is 'gpu'; needed cpu, cuda or mps"),
     ],
