@@ -1,17 +1,18 @@
 """`s3dit generate`: draw what the options ask for, and write each picture into a file."""
 
 import argparse
+import os
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from s3dit import files
 from s3dit.cli.option_names import in_options, speaking_of_options
-from s3dit.cli.options import add_model, add_request, add_runtime
+from s3dit.cli.options import add_model, add_parallel, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.cli.show import Progress, show
 from s3dit.errors import RequestError
-from s3dit.terminal import event, say, tell
+from s3dit.terminal import event, follows, say, tell
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
@@ -45,6 +46,10 @@ EXAMPLES = (
         '--control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7',
         "steered by a pose in the first 70 % of the steps",
     ),
+    (
+        'torchrun --nproc-per-node 2 -m s3dit generate "a fox" --model path/to/Z-Image --parallel 2',
+        "two GPUs, one picture",
+    ),
     ('s3dit generate "the fox, in oil" --model path/to/Z-Image-Edit --reference fox.png', "edit a picture"),
 )  # fmt: skip
 
@@ -54,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_request(parser)
     add_model(parser)
     add_runtime(parser)
+    add_parallel(parser)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="FILE",
@@ -78,10 +84,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw what the options ask for; returns the exit code."""
     started = perf_counter()
+    _check_parallel(args)
     request, replay = read_request(args)
+    if args.parallel is not None and follows():
+        # Rank 0 writes, and says what there is to say.
+        pipe, plan = load(args, request, replay, str(args.parallel))
+        pipe(plan)
+        return 0
     paths, replace = _outputs(args, request.count)
-    pipe, plan = load(args, request, replay)
+    pipe, plan = load(args, request, replay, args.parallel and str(args.parallel))
     return _draw(pipe, plan, paths, replace, args, perf_counter() - started)
+
+
+def _check_parallel(args: argparse.Namespace) -> None:
+    """Raise RequestError where one of several processes would write what all do, or decode by itself."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if args.parallel is None and "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+        raise RequestError(f"torchrun started {count} processes that would draw the same; give --parallel {count}")
+    if args.parallel is not None and args.preview:
+        raise RequestError("both --parallel and --preview are given; all would decode it; leave one of them out")
 
 
 def _draw(

@@ -16,6 +16,7 @@ from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.option_names import flag
 from s3dit.control import FORM as CONTROL_FORM
 from s3dit.errors import RequestError
+from s3dit.parallel.placement import Form
 from s3dit.region import FORM as REGION_FORM
 from s3dit.request import Request
 
@@ -144,6 +145,23 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         help="how near they are to the references: exact (the same bits), lossless (sums in another order; default), "
         "approximate (also with a stated error; none at present)",
     )  # fmt: skip
+
+
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """Add the option of several processes."""
+    parser.add_argument(
+        "--parallel", type=_parallel, metavar="N",
+        help="draw with N processes, a GPU each: torchrun --nproc-per-node N -m s3dit generate … --parallel N; or GxT: "
+        "pictures and negative prompts in at most G groups, T processes a group (see PARALLEL.md)",
+    )  # fmt: skip
+
+
+def _parallel(text: str) -> Form:
+    """The value of --parallel."""
+    try:
+        return Form.of(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error).partition("; ")[2]) from None
 
 
 def check_format(option: str, name: str | None) -> None:

@@ -45,9 +45,12 @@ def read_request(args: argparse.Namespace) -> tuple[Request, Replay]:
     return request, replay
 
 
-def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[Pipeline, Plan]":
+def load(
+    args: argparse.Namespace, request: Request, replay: Replay, parallel: str | None = None
+) -> "tuple[Pipeline, Plan]":
     """Load the model that the options name, attach its adapters, and plan the request.
 
+    parallel: as of `Pipeline.load`.
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
@@ -60,7 +63,7 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
             tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
             device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
             numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
-            disable_mmap=args.disable_mmap,
+            disable_mmap=args.disable_mmap, parallel=parallel,
         )  # fmt: skip
         for change in changes(pipe, replay.engine):
             say(f"{args.replay} was drawn {change}: not the same to the bit")
