@@ -133,13 +133,14 @@ class Pipeline(LoadedModel):
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
-        checked = Request.of(request, **fields)
+        return self.parts.ranks.agreed(lambda: self._prepared(Request.of(request, **fields)))
+
+    def _prepared(self, checked: Request) -> Plan:
         if self.graphs and (name := "control" if checked.controls else "cache" if checked.cache else ""):
             raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
         with self._turn():
             kept = self.encoders.prompts, self.encoders.references
-            known = self.sources, self.tokenizer, self.parts, self.vram, *kept
-            return self.parts.ranks.agreed(lambda: make_plan(checked, *known))
+            return make_plan(checked, self.sources, self.tokenizer, self.parts, self.vram, *kept)
 
     def dry_run(self, plan: Plan) -> None:
         """Run one model call of a plan, text included, on torch's fake tensors: no memory, no arithmetic.

@@ -1,7 +1,8 @@
 """Several ranks draw what one does: five processes on the CPU (gloo), which draw together by 2, 3, 4 and 5.
 
 Sums are taken in another order where keys of several ranks meet and where products have fewer rows: a few roundings of
-fp32 (1.2e-7) over 10 blocks and 2 steps. What is wrong in any token, row or picture is 1e-2 and more.
+fp32 (6e-8) in 10 blocks; 7e-7 were seen, and twice as much where weights are random or passes are subtracted. What is
+wrong in any token, row or picture is 1e-2 and more.
 """
 
 import json
@@ -30,21 +31,24 @@ from s3dit.runtime.model_config import read_model
 HERE = Path(__file__).parent
 
 WORLDS = [2, 3, 4, 5]
-BOUND = 2e-6
-SHORT = {"seed": 3, "num_inference_steps": 2, "output_type": "latent"}
-PLAIN, GUIDED = {"dtype": "fp32"}, {"guidance_scale": 2.0, "negative_prompt": "red"}
+BOUND = 1e-6
+SHORT = {"seed": 3, "num_inference_steps": 1, "output_type": "latent"}
+PLAIN, GUIDED = {"dtype": "fp32"}, {"guidance_scale": 0.5}
 # 35 and 24 patches: padding, and ranks that have nothing but padding of it.
 SIZES = {"prompt": ["a red star above a blue ring", "a green square"], "height": [80, 64], "width": [112, 96]}
+WIDE = {"prompt": "a red star", "height": 64, "width": 96}
 CASES = {
-    "text": {"fields": {"prompt": "a red star", "height": 80, "width": 112, "output_type": "tensor"}},
-    "guided": {"fields": {"prompt": "a red star", "height": 64, "width": 64, **GUIDED}, "counted": True},
+    "text": {"fields": {**WIDE, "num_inference_steps": 2, "output_type": "tensor"}},
     "ragged": {"fields": {**SIZES, **GUIDED}, "counted": True},
-    "control": {"fields": {"prompt": "a red star", "height": 64, "width": 96, "control": "net.safetensors:a.png:0.8", **GUIDED}},
-    "reference": {"load": {"model": "omni"}, "fields": {"prompt": "a red star", "height": 64, "width": 64, "reference": "a.png", **GUIDED}},
-    "image": {"fields": {"prompt": "a star", "image": "b.png", "strength": 0.9, "output_type": "tensor"}, "worlds": [3]},
+    "control": {"fields": {**WIDE, "control": ("net.safetensors", "a.png", 0.8), **GUIDED}},
+    "reference": {"load": {"model": "omni"}, "fields": {**WIDE, "reference": "a.png", **GUIDED}, "bound": 3e-6},
+    "image": {
+        "fields": {"prompt": "x", "image": "b.png", "strength": 0.9, "num_inference_steps": 2},
+        "worlds": [3], "bound": 3e-6,
+    },
     "layers": {
         "load": {"quantize": "int8-weights", "residency": "streamed", "lora": "style.safetensors"},
-        "fields": {"prompt": "a red star", "height": 64, "width": 64, "skip_layers": "2:1.5"}, "worlds": [3],
+        "fields": {**WIDE, "skip_layers": "2:1.5"}, "worlds": [3], "bound": 3e-6,
     },
 }  # fmt: skip
 
@@ -101,18 +105,9 @@ def folder(tmp_path_factory):
     }
     (folder / "cases.json").write_text(json.dumps(cases))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, HERE / "worker.py", str(rank), folder], env=environment, text=True, stderr=subprocess.PIPE
-        )
-        for rank in range(5)
-    ]
-    try:
-        errors = [process.communicate(timeout=300)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert not any(process.returncode for process in processes), "\n".join(errors)
+    command = [sys.executable, HERE / "worker.py", folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -124,7 +119,7 @@ def relative(got, expected):
 def test_ranks_draw_what_one_draws(folder, name, world):
     got, expected = (load_file(folder / f"{name} {count}.safetensors") for count in (world, 1))
     errors = {key: relative(got[key], expected[key]) for key in expected}
-    assert got.keys() == expected.keys() and max(errors.values()) < BOUND, errors
+    assert got.keys() == expected.keys() and max(errors.values()) < CASES[name].get("bound", BOUND), errors
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -132,9 +127,8 @@ def test_bytes_are_those_of_the_formula(folder, world):
     """Of every rank; guidance is 2 groups on an even number of ranks, where two items exchange nothing."""
     for rank in range(world):
         notes = json.loads((folder / f"notes{rank}.json").read_text())
-        for name in ("guided", "ragged"):
-            counted, formula, groups = notes[f"{name} {world}"]
-            assert counted == formula and groups == (1 if world % 2 else 4 if (name, world) == ("ragged", 4) else 2)
+        counted, formula, groups = notes[f"ragged {world}"]
+        assert counted == formula and groups == 2 - world % 2
 
 
 def test_all_ranks_are_told_the_same(folder):
@@ -166,8 +160,8 @@ def test_shares_are_even():
 
 @pytest.mark.parametrize(
     ("form", "lengths", "groups"),
-    [(4, (1, 1), 2), (4, (1,) * 4, 4), (4, (1,) * 3, 1), (8, (1, 1), 2), (5, (1, 1), 1), (6, (1,) * 4, 2), ("1x4", (1, 1), 1),
-     ("2x2", (1,) * 4, 2), (2, (9, 2), 1), (4, (9, 2, 2, 9), 2)],
+    [(4, (1, 1), 2), (4, (1,) * 4, 4), (4, (1,) * 3, 1), (8, (1, 1), 2), (5, (1, 1), 1), (6, (1,) * 4, 2),
+     ("1x4", (1, 1), 1), ("2x2", (1,) * 4, 2), (2, (9, 2), 1), (4, (9, 2, 2, 9), 2)],
 )  # fmt: skip
 def test_items_come_first_where_they_divide(form, lengths, groups):
     assert groups_of(Form.of(form), lengths) == groups

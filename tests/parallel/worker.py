@@ -1,13 +1,16 @@
-"""One of several processes that draw the same requests on 1, 2, 3, 4 and 5 ranks, one world after another.
+"""Five processes that draw the same requests on 1, 2, 3, 4 and 5 ranks, one world after another.
 
-    python worker.py RANK FOLDER
+    python worker.py FOLDER
 
 FOLDER holds what the test wrote: cases.json, models, and where the worlds meet. Rank 0 writes the results of every case
 and world there, and every rank notes what it sent and what it was told.
 """
 
 import json
+import os
+import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from s3dit import Pipeline
+from s3dit.control import Control
 from s3dit.errors import RequestError
 from s3dit.parallel.passes import Places
 
@@ -49,12 +53,13 @@ def pipelines(folder, cases, **more):
 
 def drawn(folder, case):
     """Latents and pictures of a case, by name."""
-    fields = {k: v for k, v in case["fields"].items()}
+    fields = dict(case["fields"])
     for name in ("image", "reference"):
         if name in fields:
             fields[name] = str(folder / fields[name])
     if "control" in fields:
-        fields["control"] = f"{folder}/{fields['control']}"
+        file, image, strength = fields["control"]
+        fields["control"] = Control(folder / file, image=str(folder / image), strength=strength)
     result = case["pipe"](**fields)
     named = {f"latents {i}": latents for i, latents in enumerate(result.latents)}
     return named | {f"picture {i}": picture for i, picture in enumerate(result.images)}
@@ -111,5 +116,28 @@ def main(rank, folder):
     (folder / f"notes{rank}.json").write_text(json.dumps(notes))
 
 
+def forked(run, count):
+    """Run a function of a rank in as many processes -> 0 if all of them ended well; the first that fails ends all."""
+    children = {}
+    for rank in range(count):
+        if not (child := os.fork()):
+            try:
+                run(rank)
+                os._exit(0)
+            finally:
+                traceback.print_exc()
+                os._exit(1)
+        children[child] = rank
+    while children:
+        child, status = os.wait()
+        del children[child]
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    # What is imported is imported once: that is most of the work.
+    sys.exit(forked(lambda rank: main(rank, Path(sys.argv[1])), 5))
