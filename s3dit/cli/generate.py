@@ -103,6 +103,9 @@ def _check_parallel(args: argparse.Namespace) -> None:
         raise RequestError(f"torchrun started {count} processes that would draw the same; give --parallel {count}")
     if args.parallel is not None and args.preview:
         raise RequestError("both --parallel and --preview are given; all would decode it; leave one of them out")
+    if args.parallel is not None:
+        # Before torch is imported, which else writes pages about every connection to a rank that ended.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _draw(

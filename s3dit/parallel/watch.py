@@ -144,12 +144,12 @@ class Watch:
         for rank, seen in present.items():
             if rank != self.rank and now - seen.at > SILENT:
                 self._judge(rank, f"does not answer for {SILENT:g} s: its process ended, stands still, or is cut off")
-        late = {
-            rank: int(seen.progress.split()[0]) for rank, seen in present.items()
-            if seen.progress.endswith(" 1") and now - seen.since > HANGING
-        }  # fmt: skip
-        if late:
-            self._judge(min(late, key=late.__getitem__), f"hangs: no progress for {HANGING:g} s amid a model call")
+        inside = [(seen.since, rank) for rank, seen in present.items() if seen.progress.endswith(" 1")]
+        if inside and now - min(inside)[0] > HANGING:
+            # All stand still by now, those that wait for another one exchange further than it.
+            still = [rank for since, rank in inside if now - since > HANGING - 3 * BEAT]
+            least = min(still, key=lambda rank: int(present[rank].progress.split()[0]))
+            self._judge(least, f"hangs: no progress for {HANGING:g} s amid a model call")
 
     def _judge(self, rank: int, text: str) -> None:
         """Let this be the verdict of all, unless there is one."""
