@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from s3dit import files
 from s3dit.cli.option_names import in_options, speaking_of_options
-from s3dit.cli.options import add_model, add_parallel, add_request, add_runtime
+from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.cli.show import Progress, show
 from s3dit.errors import RequestError
@@ -46,10 +46,6 @@ EXAMPLES = (
         '--control path/to/Union-2.1.safetensors:pose.png:0.8:0-0.7',
         "steered by a pose in the first 70 % of the steps",
     ),
-    (
-        'torchrun --nproc-per-node 2 -m s3dit generate "a fox" --model path/to/Z-Image --parallel 2',
-        "two GPUs, one picture",
-    ),
     ('s3dit generate "the fox, in oil" --model path/to/Z-Image-Edit --reference fox.png', "edit a picture"),
 )  # fmt: skip
 
@@ -58,8 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command to its parser."""
     add_request(parser)
     add_model(parser)
-    add_runtime(parser)
-    add_parallel(parser)
+    add_runtime(parser, parallel=True)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="FILE",

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from s3dit.cli.options import add_model, add_parallel, add_request, add_runtime
+from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.cli.show import describe, explain, kernels_text, to_json
 from s3dit.terminal import event, tell
@@ -27,8 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command to its parser."""
     add_request(parser)
     add_model(parser)
-    add_runtime(parser)
-    add_parallel(parser)
+    add_runtime(parser, parallel=True)
     group = parser.add_argument_group("output")
     group.add_argument(
         "--kernels", action="store_true", help="also print which implementation runs each operation, and why"

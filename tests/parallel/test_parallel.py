@@ -8,6 +8,7 @@ wrong in any token, row or picture is 1e-2 and more.
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from s3dit.cli.main import main
 from s3dit.errors import BackendError, RequestError
+from s3dit.inputs.image_metadata import read_metadata
 from s3dit.model.controlnet import ControlNet, ControlNetConfig
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
@@ -104,6 +107,9 @@ def folder(tmp_path_factory):
         for name, case in CASES.items()
     }
     (folder / "cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (folder / "port").write_text(str(free.getsockname()[1]))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, HERE / "worker.py", folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -138,6 +144,36 @@ def test_all_ranks_are_told_the_same(folder):
         assert all(other == first for other in others)
         assert first["wrong"].startswith(f"rank 0 of {world}: height is 7") and isinstance(first["seed"], int)
         assert first["differs"].startswith(f"rank 1 of {world} was asked for something else than rank 0")
+
+
+def test_the_first_rank_writes_and_speaks(folder):
+    (code, out, err), other = (json.loads((folder / f"notes{rank}.json").read_text())["command"] for rank in (0, 1))
+    assert code == 0 and out == f"{folder / 'drawn.png'}\n" and "seed" in err and other == [0, "", ""]
+    assert read_metadata(folder / "drawn.png")["engine"]["parallel"] == "2" and not (folder / "drawn-2.png").exists()
+
+
+def test_the_plan_says_what_is_sent(capsys):
+    """Two items of 4 × 4 patches and less than 32 tokens: 64 rows of the image streams, 128 of the joint one, by 4."""
+    words = ["plan", "a red star", "--model", "embedded-base", "--size", "64x64", "--device", "cpu", "--parallel"]
+    assert main([*words, "4"]) == 0
+    assert "2 items of a model call in 2 group(s) of 2 rank(s); each sends" in capsys.readouterr().out
+    assert main([*words, "1x4", "--dtype", "fp32", "--json"]) == 0
+    said, config = json.loads(capsys.readouterr().out)["parallel"], read_model(EMBEDDED).transformer
+    rows = config.n_refiner_layers * 16 + config.n_layers * 32
+    assert said["groups"] == 1 and said["bytes"] == (2 * config.dim * 3 * rows + 3 * 32 * config.patch_dim // 4 * 4) * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--parallel", "2"], "--parallel is 2, processes: 1; needed 2; start them with torchrun"),
+        (["--parallel", "2", "--preview"], "both --parallel and --preview are given"),
+        (["--parallel", "2", "--compile"], "both --parallel and --compile are given"),
+    ],
+)
+def test_the_command_line_refuses(words, answer, capsys, tmp_path):
+    assert main(["generate", "a", "--device", "cpu", *words, "-o", str(tmp_path / "a.png")]) == 2
+    assert answer in capsys.readouterr().err
 
 
 def test_forms():

@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from s3dit import Pipeline
+from s3dit.cli.main import main as command
 from s3dit.control import Control
 from s3dit.errors import RequestError
 from s3dit.parallel.passes import Places
@@ -87,6 +90,16 @@ def told(pipe, rank):
     return notes
 
 
+def commanded(rank, folder):
+    """Draw by the command line as torchrun would start it -> exit code, standard output and errors."""
+    port = (folder / "port").read_text()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    words = ["generate", "a red star", "--size", "64x64", "--steps", "1", "--device", "cpu", "--parallel", "2"]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        code = command([*words, "-o", str(folder / "drawn.png")])
+    return [code, out.getvalue(), err.getvalue()]
+
+
 def main(rank, folder):
     """Draw every case in every world."""
     torch.set_num_threads(1)
@@ -113,6 +126,8 @@ def main(rank, folder):
             for each in made.values():
                 each.parts.ranks.close()
             dist.destroy_process_group()
+    if rank < 2:
+        notes["command"] = commanded(rank, folder)
     (folder / f"notes{rank}.json").write_text(json.dumps(notes))
 
 
