@@ -148,8 +148,8 @@ def add_runtime(parser: argparse.ArgumentParser, parallel: bool = False) -> None
     if parallel:
         group.add_argument(
             "--parallel", type=_parallel, metavar="N",
-            help="draw with N processes, a GPU each: torchrun --nproc-per-node N --no-python s3dit generate … --parallel "
-            "N; or GxT: pictures and negative prompts in at most G groups, T processes a group (see PARALLEL.md)",
+            help="draw with N processes, a GPU each: torchrun --nproc-per-node N --no-python s3dit generate … "
+            "--parallel N; or GxT: pictures and negative prompts in at most G groups, T processes each (PARALLEL.md)",
         )  # fmt: skip
 
 

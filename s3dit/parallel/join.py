@@ -102,6 +102,6 @@ def _meet(form: Form, device: torch.device) -> Joined:
     port = torch.tensor([0 if store is None else store.port], dtype=torch.int64, device=over)
     DIST.broadcast(port, 0)
     ours, watched = (DIST.TCPStore(host, int(port), None, False, wait) for _ in range(2))
-    ranks = Joined(form, device, Watch(watched, rank, form.size), (ours, store))
+    ranks = Joined(form, device, Watch(watched, rank, form.size, device.type == "cpu"), (ours, store))
     atexit.register(ranks.close)
     return ranks

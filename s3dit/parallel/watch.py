@@ -5,7 +5,8 @@ far it came: the number of exchanges that it began. It looks at what the others 
 
   failed        raised an error, an exhausted memory say; known within a second,
   is silent     for SILENT seconds: its process ended, is frozen, or its machine is cut off,
-  hangs         in the midst of a model call, and came no further for HANGING seconds, the least far of all.
+  hangs         in the midst of a model call, and came no further for HANGING seconds, the least far of all; on a CPU,
+                whose blocks may take longer, it also took no time of the processor.
 
 What is named first holds for all (`verdict`). Whoever waits for others then raises it as a BackendError; a rank that
 does not come to that within GRACE seconds, because it hangs in a library, is ended with the line on standard error.
@@ -38,10 +39,13 @@ class _Seen:
 
 
 class Watch:
-    """One rank's look at the others. store: a connection that nobody else uses · rank, size: its own, and how many."""
+    """One rank's look at the others.
 
-    def __init__(self, store: Any, rank: int, size: int) -> None:
-        self.rank, self.size, self._store = rank, size, store
+    store: a connection that nobody else uses · rank, size: its own, and how many · on_cpu: whether ranks compute there.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int, on_cpu: bool) -> None:
+        self.rank, self.size, self._store, self._on_cpu = rank, size, store, on_cpu
         self.verdict: tuple[int, str] | None = None
         # Exchanges begun, whether in the midst of a model call, and in how many nested `with` others count on this one.
         self.count, self.inside, self.engaged = 0, False, 0
@@ -118,7 +122,9 @@ class Watch:
 
     def _tell(self) -> None:
         self._beats += 1
-        self._store.set(self._key(self.rank), f"{self._beats} {self.count} {int(self.inside)}")
+        # In half seconds, of which this thread takes one in some minutes.
+        busy = int(2 * time.process_time()) if self._on_cpu else 0
+        self._store.set(self._key(self.rank), f"{self._beats} {self.count} {busy} {int(self.inside)}")
 
     def _look(self) -> None:
         """Read what all have told, and judge."""

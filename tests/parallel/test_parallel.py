@@ -153,14 +153,17 @@ def test_the_first_rank_writes_and_speaks(folder):
 
 
 def test_the_plan_says_what_is_sent(capsys):
-    """Two items of 4 × 4 patches and less than 32 tokens: 64 rows of the image streams, 128 of the joint one, by 4."""
+    """Two items of 4 × 4 patches and less than 32 tokens: 64 rows of the image stream, 128 of the joint one, by 4.
+
+    Half of the image rows are padding, so two of the ranks have 8 patches of each picture, to give to three others.
+    """
     words = ["plan", "a red star", "--model", "embedded-base", "--size", "64x64", "--device", "cpu", "--parallel"]
     assert main([*words, "4"]) == 0
     assert "2 items of a model call in 2 group(s) of 2 rank(s); each sends" in capsys.readouterr().out
     assert main([*words, "1x4", "--dtype", "fp32", "--json"]) == 0
     said, config = json.loads(capsys.readouterr().out)["parallel"], read_model(EMBEDDED).transformer
     rows = config.n_refiner_layers * 16 + config.n_layers * 32
-    assert said["groups"] == 1 and said["bytes"] == (2 * config.dim * 3 * rows + 3 * 32 * config.patch_dim // 4 * 4) * 4
+    assert said["groups"] == 1 and said["bytes"] == 3 * 4 * (2 * config.dim * rows + 16 * config.patch_dim)
 
 
 @pytest.mark.parametrize(
