@@ -69,6 +69,7 @@ def milliseconds(run: Callable[[], Tensor], repeat: int, device: torch.device) -
     """Median time of a call after one to warm up, the device's work included -> it, and the answer."""
 
     def timed() -> tuple[float, Tensor]:
+        """One call: milliseconds, and the answer."""
         start = time.perf_counter()
         answer = run()
         if device.type == "cuda":
