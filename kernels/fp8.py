@@ -15,16 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from s3dit.kernels.dispatch import launcher, op, why_unsupported
 from s3dit.kernels.matmul import scaled_matmul
 from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.number_format import FORMATS
 from s3dit.kernels.rows import FLOAT_DTYPES, quantize_activations
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
+    channel_encoder,
     channels_linear,
     decode_channels,
     dequantize_rows,
-    per_channel,
     quantize_rows,
+    spec_of,
     upcast,
 )
 
@@ -154,6 +156,6 @@ fp8_linear.on("cuda", "torch")(_dequantized)
 fp8_weights_linear.on("cuda", "torch")(channels_linear)
 
 
-_spec, _encode = per_channel(DTYPE)
+_spec, _encode = spec_of(FORMATS["fp8"].layout), channel_encoder(DTYPE)
 fp8 = Scheme("fp8", DTYPE, _spec, _encode, decode_channels, fp8_linear)
 fp8_weights = Scheme("fp8-weights", None, _spec, _encode, decode_channels, fp8_weights_linear)

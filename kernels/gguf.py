@@ -10,6 +10,7 @@ Source: ggml's block structures (ggml-common.h), checked against gguf-py's `dequ
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.gguf_matmul import KERNELS, gguf_matmul
+from s3dit.kernels.number_format import BLOCK_SIZES, block_layout
 from s3dit.kernels.rows import FLOAT_DTYPES
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
-    Spec,
     dequantize_rows,
     linear_by_runs,
+    spec_of,
     upcast,
 )
 
@@ -186,18 +188,18 @@ def _iq4_xs(b: Tensor) -> Tensor:
 
 
 BLOCKS = {
-    "Q4_0": Block(32, 18, (0,), _q4_0),
-    "Q4_1": Block(32, 20, (0, 2), _q4_1),
-    "Q5_0": Block(32, 22, (0,), _q5_0),
-    "Q5_1": Block(32, 24, (0, 2), _q5_1),
-    "Q8_0": Block(32, 34, (0,), _q8_0),
-    "Q2_K": Block(256, 84, (80, 82), _q2_k),
-    "Q3_K": Block(256, 110, (108,), _q3_k),
-    "Q4_K": Block(256, 144, (0, 2), _q4_k),
-    "Q5_K": Block(256, 176, (0, 2), _q5_k),
-    "Q6_K": Block(256, 210, (208,), _q6_k),
-    "IQ4_NL": Block(32, 18, (0,), _iq4_nl),
-    "IQ4_XS": Block(256, 136, (0,), _iq4_xs),
+    "Q4_0": Block(*BLOCK_SIZES["Q4_0"], (0,), _q4_0),
+    "Q4_1": Block(*BLOCK_SIZES["Q4_1"], (0, 2), _q4_1),
+    "Q5_0": Block(*BLOCK_SIZES["Q5_0"], (0,), _q5_0),
+    "Q5_1": Block(*BLOCK_SIZES["Q5_1"], (0, 2), _q5_1),
+    "Q8_0": Block(*BLOCK_SIZES["Q8_0"], (0,), _q8_0),
+    "Q2_K": Block(*BLOCK_SIZES["Q2_K"], (80, 82), _q2_k),
+    "Q3_K": Block(*BLOCK_SIZES["Q3_K"], (108,), _q3_k),
+    "Q4_K": Block(*BLOCK_SIZES["Q4_K"], (0, 2), _q4_k),
+    "Q5_K": Block(*BLOCK_SIZES["Q5_K"], (0, 2), _q5_k),
+    "Q6_K": Block(*BLOCK_SIZES["Q6_K"], (208,), _q6_k),
+    "IQ4_NL": Block(*BLOCK_SIZES["IQ4_NL"], (0,), _iq4_nl),
+    "IQ4_XS": Block(*BLOCK_SIZES["IQ4_XS"], (0,), _iq4_xs),
 }
 
 
@@ -213,13 +215,6 @@ def block_scales(kind: str, weight: Tensor) -> Tensor:
 
 def _scheme(kind: str) -> Scheme:
     block = BLOCKS[kind]
-
-    def spec(out: int, in_: int) -> Spec:
-        if in_ % block.elements:
-            raise ValueError(
-                f"{kind} needs an input width that is a multiple of {block.elements}, found {in_}; take another file"
-            )
-        return {"weight": ((out, in_ // block.elements * block.bytes), torch.uint8)}
 
     def decode(parts: QuantizedTensors) -> Tensor:
         rows = parts["weight"]
@@ -242,7 +237,7 @@ def _scheme(kind: str) -> Scheme:
         gguf_linear.on("cuda", "triton", when=lambda x, *rest: why_unsupported(x, FLOAT_DTYPES) or True)(in_kernel)
     for device in ("cpu", "cuda"):
         gguf_linear.on(device, "torch")(in_chunks)
-    return Scheme(kind, None, spec, None, decode, gguf_linear)
+    return Scheme(kind, None, spec_of(partial(block_layout, kind)), None, decode, gguf_linear)
 
 
 # By ggml's names.

@@ -20,8 +20,6 @@ Dim 0 of a part is the output channel, or 1 where all channels share the part. S
 """
 
 import functools
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,50 +29,26 @@ from torch import Tensor
 from s3dit.kernels.aligned import aligned
 from s3dit.kernels.dispatch import kernel, launcher, op, tl, why_unsupported
 from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.number_format import Form, check_rotation, form_layout, rotation_dtype
 from s3dit.kernels.rows import FLOAT_DTYPES
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
-    Spec,
     cast_codes,
     dequantize_rows,
     linear_by_runs,
+    spec_of,
     upcast,
 )
 
 # What mixed_matmul dequantizes.
-MIXED_DTYPES = (torch.int8, torch.float8_e4m3fn)
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The parts of a format; see the module's docstring.
-
-    codes: uint8 for half bytes that index a table, else the dtype of a code · group: inputs that share a scale, 0 for
-    the whole row · scale, offset, low (up and down): dtypes · rotation: inputs rotated together, 0 for none · column:
-    whether there are factors of inputs · rank: of the branch, 0 for none · rounded: value · scale is rounded to an int8
-    number before channel is applied.
-    """
-
-    codes: torch.dtype
-    group: int = 0
-    scale: torch.dtype = torch.float32
-    channel: bool = False
-    offset: torch.dtype | None = None
-    rounded: bool = False
-    rotation: int = 0
-    column: bool = False
-    rank: int = 0
-    low: torch.dtype = torch.bfloat16
+MIXED_DTYPES = ("int8", "float8_e4m3fn")
 
 
 @functools.cache
 def grouped(name: str, form: Form) -> Scheme:
     """Return the Scheme of a form under the name that its producer gives it; the same object for equal arguments."""
-
-    def spec(out: int, in_: int) -> Spec:
-        return _spec(name, form, out, in_)
 
     def decode(parts: QuantizedTensors) -> Tensor:
         return _decode(form, parts)
@@ -92,38 +66,13 @@ def grouped(name: str, form: Form) -> Scheme:
 
     def able(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> bool | str:
         # e5m2 needs the same GPUs as e4m3.
-        needed = None if form.codes in (torch.uint8, torch.int8) else torch.float8_e4m3fn
+        needed = None if form.codes in ("uint8", "int8") else torch.float8_e4m3fn
         return why_unsupported(x, FLOAT_DTYPES, needed) or True
 
     grouped_linear.on("cuda", "triton", when=able)(in_kernel)
     for device in ("cpu", "cuda"):
         grouped_linear.on(device, "torch")(in_chunks)
-    return Scheme(name, None, spec, None, decode, grouped_linear)
-
-
-def _spec(name: str, form: Form, out: int, in_: int) -> Spec:
-    """Return the parts in the order in which they act; raises ValueError for widths that do not fit."""
-    unit = math.lcm(form.rotation or 1, 2 if form.codes == torch.uint8 else 1)
-    if in_ % unit:
-        raise ValueError(f"{name} needs an input width that is a multiple of {unit}, found {in_}; take another file")
-    groups = -(-in_ // form.group) if form.group else 1
-    half = form.codes == torch.uint8
-    parts: Spec = {"weight": ((out, in_ // 2 if half else in_), form.codes)}
-    if half:
-        parts["table"] = (1, 16), torch.float32
-    parts["scale"] = (out, groups), form.scale
-    if form.channel:
-        parts["channel"] = (out, 1), torch.float32
-    if form.offset is not None:
-        parts["offset"] = (out, groups), form.offset
-    if form.rotation:
-        parts["rotation"] = (1, form.rotation, form.rotation), rotation_dtype(form.rotation)
-    if form.column:
-        parts["column"] = (1, in_), torch.float32
-    if form.rank:
-        parts["up"] = (out, form.rank), form.low
-        parts["down"] = (1, form.rank, in_), form.low
-    return parts
+    return Scheme(name, None, spec_of(functools.partial(form_layout, name, form)), None, decode, grouped_linear)
 
 
 def hadamard(size: int) -> Tensor:
@@ -132,20 +81,14 @@ def hadamard(size: int) -> Tensor:
     A Kronecker power of the 4 x 4 matrix with -1 on the anti-diagonal where size is a power of four, else of
     Sylvester's 2 x 2; dtype as `rotation_dtype`. Raises ValueError where size is not a power of two.
     """
-    if size < 2 or size & (size - 1):
-        raise ValueError(f"a rotation of {size} inputs at a time; needed a power of two")
+    check_rotation(size)
     four = size.bit_length() % 2 == 1
     sylvester = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float32, device="cpu")
     small = 1 - 2 * torch.eye(4, dtype=torch.float32, device="cpu").flip(0) if four else sylvester
     matrix = small
     while len(matrix) < size:
         matrix = torch.kron(matrix, small)
-    return (matrix / size**0.5).to(rotation_dtype(size))[None]
-
-
-def rotation_dtype(size: int) -> torch.dtype:
-    """Return the dtype of a rotation: bf16 for powers of four, whose entries are exact in it, else fp32."""
-    return torch.bfloat16 if size.bit_length() % 2 == 1 else torch.float32
+    return (matrix / size**0.5).to(getattr(torch, rotation_dtype(size)))[None]
 
 
 def _decode(form: Form, parts: QuantizedTensors) -> Tensor:
@@ -179,7 +122,7 @@ def _dequantize_core(form: Form, parts: QuantizedTensors, dtype: torch.dtype) ->
 def _code_values(form: Form, parts: QuantizedTensors) -> Tensor:
     """Return the values of the codes, (out, in) fp32, in memory of their own."""
     codes = parts["weight"]
-    if form.codes != torch.uint8:
+    if form.codes != "uint8":
         return cast_codes(codes, torch.float32)
     # Two entries at a time: a table of 256 pairs halves the look-ups.
     table = parts["table"][0]

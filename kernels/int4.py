@@ -13,19 +13,20 @@ from torch import Tensor
 
 from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.number_format import INT4_GROUP, int4_layout
 from s3dit.kernels.rows import FLOAT_DTYPES
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
-    Spec,
     checked_finite,
     dequantize_rows,
     linear_by_runs,
+    spec_of,
     upcast,
 )
 
-GROUP_SIZE = 64
+GROUP_SIZE = INT4_GROUP
 MAX_INT4_CODE = 15
 # Fractions of a group's range that are tried at either end. With all of it a decoded group encodes to itself; where
 # some is clipped, the codes 0 and 15 are in use.
@@ -37,19 +38,11 @@ ENCODE_CHUNK = 1 << 18
 CPU_DTYPES = (torch.bfloat16, torch.float32)
 
 
-def spec(out: int, in_: int) -> Spec:
-    """Return the parts of a weight (out, in): weight (out, in / 2) uint8, scale and zero (out, in / 64) bf16.
-
-    Raises ValueError where `in` is not a multiple of 64.
-    """
-    if in_ % GROUP_SIZE:
-        raise ValueError(f"int4 needs an input width that is a multiple of {GROUP_SIZE}, found {in_}; use int8 or fp8")
-    groups = ((out, in_ // GROUP_SIZE), torch.bfloat16)
-    return {"weight": ((out, in_ // 2), torch.uint8), "scale": groups, "zero": groups}
+spec = spec_of(int4_layout)
 
 
 def encode(weight: Tensor) -> dict[str, Tensor]:
-    """Round a weight (out, in) of any float dtype to the parts of `spec`.
+    """Round a weight (out, in) of any float dtype to the parts of `int4_layout`.
 
     Raises ValueError where `in` is not a multiple of 64, and for NaN and infinity.
     """
@@ -97,7 +90,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def decode(parts: QuantizedTensors) -> Tensor:
-    """Dequantize the parts of `spec`: (code - zero) · scale, (out, in) fp32."""
+    """Dequantize the parts of `int4_layout`: (code - zero) · scale, (out, in) fp32."""
     scale, zero = (parts[name].float()[..., None] for name in ("scale", "zero"))
     groups = unpack(parts["weight"]).float().unflatten(-1, (-1, GROUP_SIZE))
     return ((groups - zero) * scale).flatten(-2)
@@ -105,7 +98,7 @@ def decode(parts: QuantizedTensors) -> Tensor:
 
 @op
 def int4_linear(x: Tensor | QuantizedRows, parts: QuantizedTensors, bias: Tensor | None) -> Tensor:
-    """Multiply a float x (…, in) by a weight in int4 (parts of `spec`); bias (out,) or None -> (…, out), dtype of x."""
+    """Multiply a float x (…, in) by a weight in int4; bias (out,) or None -> (…, out), dtype of x."""
     return F.linear(upcast(x), decode(parts), None if bias is None else bias.float()).to(x.dtype)
 
 

@@ -11,16 +11,18 @@ from torch import Tensor
 from s3dit.kernels.dispatch import op, why_unsupported
 from s3dit.kernels.matmul import scaled_matmul
 from s3dit.kernels.mixed_matmul import mixed_matmul
+from s3dit.kernels.number_format import FORMATS
 from s3dit.kernels.rows import FLOAT_DTYPES, quantize_activations
 from s3dit.kernels.scheme import (
     QuantizedRows,
     QuantizedTensors,
     Scheme,
+    channel_encoder,
     channels_linear,
     decode_channels,
     dequantize_rows,
-    per_channel,
     quantize_rows,
+    spec_of,
     upcast,
 )
 
@@ -133,6 +135,6 @@ int8_linear.on("cuda", "torch")(_dequantized)
 int8_weights_linear.on("cuda", "torch")(channels_linear)
 
 
-_spec, _encode = per_channel(DTYPE)
+_spec, _encode = spec_of(FORMATS["int8"].layout), channel_encoder(DTYPE)
 int8 = Scheme("int8", DTYPE, _spec, _encode, decode_channels, int8_linear)
 int8_weights = Scheme("int8-weights", None, _spec, _encode, decode_channels, int8_weights_linear)

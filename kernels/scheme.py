@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.kernels.dispatch import Op
+from s3dit.kernels.number_format import Layout
 
 QuantizedTensors = Mapping[str, Tensor]
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -137,15 +138,21 @@ def checked_finite(weight: Tensor) -> Tensor:
     return weight
 
 
-def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callable[[Tensor], dict[str, Tensor]]]:
-    """Return `spec` and `encode` of a format with a scale for each output channel.
-
-    dtype: int8 or e4m3. Its parts are weight (out, in) in dtype and scale (out, 1) fp32, bf16 numbers; `encode` raises
-    ValueError for NaN and infinity.
-    """
+def spec_of(layout: Callable[[int, int], Layout]) -> Callable[[int, int], Spec]:
+    """Return the `spec` of a Scheme whose parts a NumberFormat's `layout` names."""
 
     def spec(out: int, in_: int) -> Spec:
-        return {"weight": ((out, in_), dtype), "scale": ((out, 1), torch.float32)}
+        return {part: (shape, getattr(torch, dtype)) for part, (shape, dtype) in layout(out, in_).items()}
+
+    return spec
+
+
+def channel_encoder(dtype: torch.dtype) -> Callable[[Tensor], dict[str, Tensor]]:
+    """Return `encode` of a format with a scale for each output channel; dtype: int8 or e4m3.
+
+    Its parts are those of `number_format.per_channel_layout`; scales are bf16 numbers. It raises ValueError for NaN and
+    infinity.
+    """
 
     def encode(weight: Tensor) -> dict[str, Tensor]:
         weight, largest = checked_finite(weight), MAX_CODES[dtype]
@@ -154,7 +161,7 @@ def per_channel(dtype: torch.dtype) -> tuple[Callable[[int, int], Spec], Callabl
         codes = (weight / scale.masked_fill(scale == 0, 1.0)).clamp_(-largest, largest)
         return {"weight": (codes.round_() if dtype == torch.int8 else codes).to(dtype), "scale": scale}
 
-    return spec, encode
+    return encode
 
 
 def decode_channels(parts: QuantizedTensors) -> Tensor:

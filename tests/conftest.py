@@ -7,6 +7,7 @@ sixth of the whole run) than it saves, and figures do not depend on a machine's 
 import importlib.util
 import os
 
+import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -41,3 +42,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
         interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+@pytest.fixture(scope="session")
+def triton_cache(pytestconfig, tmp_path_factory):
+    """Where Triton keeps what it compiles for GPUs, from run to run: by source, target, options and its own version."""
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp("triton") if cache is None else cache.mkdir("triton")

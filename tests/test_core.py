@@ -29,8 +29,8 @@ BORDER = {
 # Files of model/ and sampling/ that only some requests need, or those who look on; and how modules are made to be read
 # into (meta), which computes nothing.
 OPTIONAL = {
-    "caches", "comfyui", "controlnet", "corrected", "edit_layout", "guidance_methods", "hooks", "meta", "multistep",
-    "regions", "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
+    "caches", "comfyui", "controlnet", "controlnet_config", "corrected", "edit_layout", "guidance_methods", "hooks",
+    "meta", "multistep", "regions", "skip_layers", "spacings", "target_time", "tiles", "vision_encoder",
 }  # fmt: skip
 EMPTY = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

@@ -32,6 +32,7 @@ FLOORS = (
     ("research.",),
     ("pipeline",),
     ("export.",),
+    ("serve.",),
     ("cli.", "parity."),
     ("__main__", "__init__"),
 )  # fmt: skip
@@ -41,7 +42,11 @@ INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "h
 # What a reference is drawn with (the last two: the official repository), inside functions of this room alone.
 REFERENCE, PARITY = {"diffusers", "transformers", "zimage", "utils"}, "s3dit.parity."
 # What a room may import besides, where it is written for it.
-RUNS_WITH = {"s3dit.export.runner": {"onnxruntime"}}
+RUNS_WITH = {
+    "s3dit.export.runner": {"onnxruntime"},
+    "s3dit.serve.api": {"starlette"}, "s3dit.serve.drawing": {"starlette"},
+    "s3dit.serve.server": {"starlette", "uvicorn"}, "s3dit.serve.metrics": {"prometheus_client"},
+}  # fmt: skip
 # Functions that import what they are given.
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}
 ATTICS = {"utils", "util", "common", "helpers", "types", "constants", "base", "registry"}
@@ -172,7 +177,7 @@ def test_tools_run_in_no_circle():
         ("sampling.solvers", "from s3dit.runtime.residency import Residency", "floor 6 imports floor 8"),
         ("runtime.lora", "from s3dit.plan import Plan", "floor 8 imports floor 9"),
         ("research.trace", "from s3dit.pipeline import Pipeline", "floor 11 imports floor 12"),
-        ("pipeline", "from s3dit.cli.main import main", "floor 12 imports floor 14"),
+        ("pipeline", "from s3dit.cli.main import main", "floor 12 imports floor 15"),
         ("pipeline", "from s3dit import Pipeline", "the door"),
         ("pipeline", "from s3dit.weights import Checkpoint", "the door"),
         ("pipeline", "from .vae import Autoencoder", "relative"),
@@ -210,7 +215,7 @@ def test_a_cycle_is_seen():
 
 def test_doors_hold_a_docstring_only():
     doors = [path for module, path in sources().items() if module.endswith(".__init__") and module.count(".") == 2]
-    assert len(doors) == 12
+    assert len(doors) == 13
     for path in doors:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1 and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)

@@ -17,6 +17,7 @@ READMES = [
     ROOT / "s3dit" / "EXPORT.md",
     ROOT / "s3dit" / "PARALLEL.md",
     ROOT / "s3dit" / "cli" / "README.md",
+    ROOT / "s3dit" / "serve" / "README.md",
     ROOT / "s3dit" / "research" / "README.md",
     ROOT / "tools" / "recipes" / "README.md",
     ROOT / "README.md",

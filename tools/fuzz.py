@@ -30,7 +30,8 @@ from s3dit.cli import generate
 from s3dit.cli import main as command_line
 from s3dit.errors import BackendError, CheckpointError, RequestError
 from s3dit.inputs.images import Picture
-from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.controlnet import ControlNet, open_controlnet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.pipeline import Pipeline
 from s3dit.runtime.embedded import EMBEDDED

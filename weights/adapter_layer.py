@@ -6,39 +6,17 @@ weight. The strength alpha / rank is folded into the first factor.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
+from s3dit.weights.adapter_info import KIND_ROLES, has_no_rank, kinds_of
 from s3dit.weights.adapter_settings import Settings
 from s3dit.weights.checkpoint import Checkpoint
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, Term, scale_exactly
 
 # The largest alpha / rank that is no accident.
 MAX_STRENGTH = 1e4
-
-
-def has_no_rank(roles: Mapping[str, Any]) -> bool:
-    """Return whether a layer with these roles has no rank; its alpha, which may be infinite, then has no meaning."""
-    return not kinds_of(roles) or "diff" in roles or "set" in roles or {"lokr_w1", "lokr_w2"} <= set(roles)
-
-
-# Of each kind: what must be there; "a|b" is either.
-KIND_ROLES = {
-    "lora": ("down", "up"),
-    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    "lokr": ("lokr_w1|lokr_w1_a", "lokr_w1|lokr_w1_b", "lokr_w2|lokr_w2_a", "lokr_w2|lokr_w2_b"),
-    "diff": ("diff",),
-    "set": ("set",),
-}
-
-
-def kinds_of(tensors: Mapping[str, Any]) -> list[str]:
-    """Return the kinds of which a layer with these roles has a tensor, in the order of KIND_ROLES."""
-    return [
-        kind for kind, roles in KIND_ROLES.items() if any(name in tensors for role in roles for name in role.split("|"))
-    ]
 
 
 def check_complete(checkpoint: Checkpoint, layer: str, tensors: Mapping[str, Tensor]) -> None:

@@ -109,7 +109,7 @@ def schemes(model: nn.Module) -> dict[str, Scheme]:
 def _needs(model: nn.Module, parameters: dict[str, Tensor], stored: dict[str, Entry]) -> dict[str, Entry]:
     """Return what the model needs of a file, by name: a quantized layer its parts, or a float weight if stored.
 
-    The dtype is a torch.dtype where it must be that one, else "float"; bytes are not known.
+    The dtype is "float" where any of FLOATS will do; bytes are not known.
     """
     formats = schemes(model)
     needs = {}
@@ -119,7 +119,7 @@ def _needs(model: nn.Module, parameters: dict[str, Tensor], stored: dict[str, En
         if layer not in formats or leaf == "bias":
             needs[name] = Entry(tuple(parameter.shape), "float", 0)
         elif weight is None or weight.dtype not in FLOATS:
-            needs[name] = Entry(tuple(parameter.shape), parameter.dtype, 0)
+            needs[name] = Entry(tuple(parameter.shape), dtype_name(parameter.dtype), 0)
         elif leaf == "weight":
             module = model.get_submodule(layer)
             needs[name] = Entry((module.out_features, module.in_features), "float", 0)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def _check(
     """Check a checkpoint in official spelling against a model's names, shapes and dtypes; raises CheckpointError."""
     stored = {name: checkpoint.entry(name) for name in checkpoint}
     # What is never read is needed in no format, and may be in any: a quantized embedding, say, is read by rows.
-    left = {layer for layer in checkpoint.schemes if _matches(f"{layer}.weight", unused)}
+    left = {layer for layer in checkpoint.formats if _matches(f"{layer}.weight", unused)}
     needs = {
         name: need for name, need in _needs(model, parameters, stored).items() if name.rpartition(".")[0] not in left
     }
@@ -145,11 +145,9 @@ def _check(
         for name, entry, need in pairs
         if entry.shape != need.shape
     ]
-    floats = [
-        f"{name} {dtype_name(e.dtype)}" for name, e, need in pairs if need.dtype == "float" and e.dtype not in FLOATS
-    ]
+    floats = [f"{name} {e.dtype}" for name, e, need in pairs if need.dtype == "float" and e.dtype not in FLOATS]
     codes = [
-        f"{name} {dtype_name(entry.dtype)}, needed {dtype_name(need.dtype)}"
+        f"{name} {entry.dtype}, needed {need.dtype}"
         for name, entry, need in pairs
         if need.dtype not in ("float", entry.dtype)
     ]

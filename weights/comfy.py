@@ -7,21 +7,22 @@ serve only to round activations (`input_scale`) are ignored: activations are not
 Source: ComfyUI's quant_ops.py and ops.py, and the layouts of comfy-kitchen, which the tests write files with.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
-from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.grouped import Form, grouped, hadamard
-from s3dit.kernels.int8 import int8_weights
+from s3dit.kernels.number_format import FORMATS, Form, check_rotation, grouped
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.json_files import parse_json
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer, row_scale_shapes, row_scales, swap_nibbles
 
-E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3, E5M2, E8M0 = "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu"
 QUANTIZATION_METADATA = "_quantization_metadata"
 # What only the rounding of activations needs.
 ACTIVATIONS = ("input_scale", "scale_input")
@@ -74,13 +75,8 @@ def _configs(checkpoint: Checkpoint) -> dict[str, dict[str, Any]]:
             name = key.removesuffix(".comfy_quant")
             if checkpoint.entry(key).nbytes > 1 << 16:
                 raise CheckpointError(f"{checkpoint.path}: {key} is no line of JSON; download the file again")
-            configs[name] = _json(checkpoint, key, tensor_bytes(checkpoint, key))
+            configs[name] = _json(checkpoint, key, checkpoint.raw(key))
     return {name: config | _or_empty(config.get("params")) for name, config in configs.items()}
-
-
-def tensor_bytes(checkpoint: Checkpoint, key: str) -> bytes:
-    """Return the bytes of a small tensor, whatever its shape and dtype."""
-    return bytes(checkpoint.load(key).contiguous().reshape(-1).view(torch.uint8).tolist())
 
 
 def _or_empty(value: Any) -> dict[str, Any]:
@@ -106,12 +102,21 @@ def _number(layer: Layer, config: dict[str, Any], key: str, default: int) -> int
     return value
 
 
-def _rotation(layer: Layer, config: dict[str, Any]) -> Tensor:
-    """Return the matrix that the inputs of a layer were rotated by; raises CheckpointError."""
+def _rotated(layer: Layer, config: dict[str, Any]) -> int:
+    """Return how many inputs of a layer were rotated together; raises CheckpointError."""
+    size = _number(layer, config, "convrot_groupsize", 256)
     try:
-        return hadamard(_number(layer, config, "convrot_groupsize", 256))
+        check_rotation(size)
     except ValueError as error:
         raise layer.error(str(error)) from None
+    return size
+
+
+def rotation_part(size: int) -> Tensor:
+    """Return the part `rotation` of so many inputs, (1, size, size)."""
+    from s3dit.kernels.grouped import hadamard
+
+    return hadamard(size)
 
 
 def scaled_layer(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> DerivedTensors:
@@ -119,12 +124,14 @@ def scaled_layer(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Deri
 
     unused: tensors of the layer to ignore. Raises CheckpointError where shapes or dtypes do not fit.
     """
-    out, in_ = layer.matrix("weight", (E4M3, E5M2, torch.int8))
+    out, in_ = layer.matrix("weight", (E4M3, E5M2, "int8"))
     layer.require(scale, FLOATS, *row_scale_shapes(out))
     layer.ignore(*unused)
     dtype = layer.checkpoint.entry(layer.key("weight")).dtype
-    scheme = fp8_weights if dtype == E4M3 else int8_weights if dtype == torch.int8 else e5m2
-    return layer.derive(scheme, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer(scale), out)})
+    number_format = {E4M3: FORMATS["fp8-weights"], "int8": FORMATS["int8-weights"]}.get(dtype, e5m2)
+    return layer.derive(
+        number_format, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer(scale), out)}
+    )
 
 
 e5m2 = grouped("fp8-e5m2", Form(E5M2))
@@ -138,16 +145,20 @@ def _float8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
 
 def _int8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     if not config.get("convrot"):
-        layer.matrix("weight", (torch.int8,))
+        layer.matrix("weight", ("int8",))
         return scaled_layer(layer, "weight_scale")
-    out, in_ = layer.matrix("weight", (torch.int8,))
+    out, in_ = layer.matrix("weight", ("int8",))
     layer.require("weight_scale", FLOATS, *row_scale_shapes(out))
-    rotation = _rotation(layer, config)
+    rotation = _rotated(layer, config)
     return layer.derive(
-        grouped("int8-convrot", Form(torch.int8, rotation=rotation.shape[1])),
+        grouped("int8-convrot", Form("int8", rotation=rotation)),
         out,
         in_,
-        lambda: {"weight": layer("weight"), "scale": row_scales(layer("weight_scale"), out), "rotation": rotation},
+        lambda: {
+            "weight": layer("weight"),
+            "scale": row_scales(layer("weight_scale"), out),
+            "rotation": rotation_part(rotation),
+        },
     )
 
 
@@ -157,7 +168,7 @@ def unswizzle(scale: Tensor, out: int, groups: int) -> Tensor:
     return tiles.permute(0, 3, 2, 1, 4).reshape(-1, 4 * -(-groups // 4))[:out, :groups]
 
 
-def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: str) -> Callable[[], Tensor]:
     """Return how to load scales of blocks, in tiles or, where the shape shows it, in rows -> (out, in / group).
 
     Where both have one shape, as in all of Z-Image, ComfyUI's are tiles.
@@ -166,24 +177,24 @@ def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: torch.dty
         raise layer.error(f"weight has {in_} columns; needed a multiple of {group}")
     groups = in_ // group
     tiled, flat = (-(-out // 128) * 128, -(-groups // 4) * 4), (out, groups)
-    shape = layer.require("weight_scale", (dtype, torch.uint8), tiled, flat)
+    shape = layer.require("weight_scale", (dtype, "uint8"), tiled, flat)
 
     def make() -> Tensor:
-        scale = layer("weight_scale").view(dtype)
+        scale = layer("weight_scale")
         bits = scale.contiguous().view(torch.uint8)
-        return (unswizzle(bits, out, groups).contiguous() if shape == tiled else bits).view(dtype)
+        return (unswizzle(bits, out, groups).contiguous() if shape == tiled else bits).view(getattr(torch, dtype))
 
     return make
 
 
 def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
     """Return a layer without the padding that `orig_shape` states, as a float weight."""
-    assert made.scheme is not None
-    scheme, key = made.scheme, layer.key("weight")
+    assert made.format is not None
+    number_format, key = made.format, layer.key("weight")
     stored = layer.checkpoint.entry(key).shape
-    stored = (stored[0], stored[1] * (1 if scheme.name == "mxfp8" else 2))
+    stored = (stored[0], stored[1] * (1 if number_format.name == "mxfp8" else 2))
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
-    if scheme.name not in ("mxfp8", "nvfp4"):
+    if number_format.name not in ("mxfp8", "nvfp4"):
         return made
     if not is_shape or not all(0 <= full - size < 128 and size > 0 for size, full in zip(shape, stored, strict=True)):
         raise layer.error(f"orig_shape is {str(shape)[:40]} and the weight {list(stored)}; needed one a little smaller")
@@ -192,10 +203,12 @@ def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
         return made
 
     def make() -> dict[str, Tensor]:
-        parts = {name.removeprefix(f"{layer.name}."): part for name, part in made.make().items()}
-        return {key: scheme.decode(parts)[:out, :in_].contiguous()}
+        from s3dit.kernels.schemes import scheme_of
 
-    return DerivedTensors({key: Entry((out, in_), torch.float32, 4 * out * in_)}, made.sources, make)
+        parts = {name.removeprefix(f"{layer.name}."): part for name, part in made.make().items()}
+        return {key: scheme_of(number_format).decode(parts)[:out, :in_].contiguous()}
+
+    return DerivedTensors({key: Entry((out, in_), "float32", 4 * out * in_)}, made.sources, make)
 
 
 def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
@@ -207,7 +220,7 @@ def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
 
 
 def _nvfp4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
-    out, half = layer.matrix("weight", (torch.uint8,))
+    out, half = layer.matrix("weight", ("uint8",))
     scale = _block_scales(layer, out, 2 * half, 16, E4M3)
     layer.require("weight_scale_2", FLOATS, (), (1,))
     column = layer.optional("pre_quant_scale", FLOATS, (2 * half,))
@@ -221,39 +234,38 @@ def _nvfp4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
         }
         return parts | ({"column": layer("pre_quant_scale").float()[None]} if column else {})
 
-    form = Form(torch.uint8, 16, E4M3, channel=True, column=column)
+    form = Form("uint8", 16, E4M3, channel=True, column=column)
     return layer.derive(grouped("nvfp4", form), out, 2 * half, make)
 
 
 def _convrot4(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
-    out, half = layer.matrix("weight", (torch.int8,))
+    out, half = layer.matrix("weight", ("int8",))
     layer.require("weight_scale", FLOATS, (out,), (out, 1))
-    rotation = _rotation(layer, config)
+    rotation = _rotated(layer, config)
 
     def make() -> dict[str, Tensor]:
         packed, scale = layer("weight").view(torch.uint8), row_scales(layer("weight_scale"), out)
-        return {"weight": packed, "table": table_part(SIGNED), "scale": scale, "rotation": rotation}
+        return {"weight": packed, "table": table_part(SIGNED), "scale": scale, "rotation": rotation_part(rotation)}
 
-    form = Form(torch.uint8, rotation=rotation.shape[1])
+    form = Form("uint8", rotation=rotation)
     return layer.derive(grouped("convrot-w4a4", form), out, 2 * half, make)
 
 
 def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     """Return a layer of 4-bit codes that become int8 numbers before a row's scale is applied."""
-    out, half = layer.matrix("weight", (torch.int8,))
-    groups = layer.require("weight_s_rel", (E4M3, torch.float32))[-1]
+    out, half = layer.matrix("weight", ("int8",))
+    groups = layer.require("weight_s_rel", (E4M3, "float32"))[-1]
     group = _number(layer, config, "group_size", 16)
     if 2 * half != group * groups:
         raise layer.error(
             f"weight holds {2 * half} columns of 4 bits, weight_s_rel says {group * groups}; needed 4 bits"
         )
-    layer.require("weight_s_rel", (E4M3, torch.float32), (out, groups))
+    layer.require("weight_s_rel", (E4M3, "float32"), (out, groups))
     layer.require("weight_s_channel", FLOATS, (out,), (out, 1))
     codebook = layer.optional("weight_codebook", FLOATS, (16,))
     offset = layer.optional("weight_correction", FLOATS, (groups, out))
-    rotation = _rotation(layer, config)
+    rotation = _rotated(layer, config)
     scale_dtype = layer.checkpoint.entry(layer.key("weight_s_rel")).dtype
-    assert isinstance(scale_dtype, torch.dtype)
 
     def make() -> dict[str, Tensor]:
         parts = {
@@ -264,25 +276,24 @@ def _asymmetric(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
         }
         if offset:
             parts["offset"] = layer("weight_correction").float().T.contiguous()
-        return parts | {"rotation": rotation}
+        return parts | {"rotation": rotation_part(rotation)}
 
     form = Form(
-        torch.uint8, group, scale_dtype, channel=True, offset=torch.float32 if offset else None, rounded=True,
-        rotation=rotation.shape[1],
+        "uint8", group, scale_dtype, channel=True, offset="float32" if offset else None, rounded=True,
+        rotation=rotation,
     )  # fmt: skip
     return layer.derive(grouped("asym-w4a8", form), out, 2 * half, make)
 
 
 def _awq(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
-    out, half = layer.matrix("weight", (torch.int8, torch.uint8))
+    out, half = layer.matrix("weight", ("int8", "uint8"))
     group = _number(layer, config, "group_size", 64)
     if 2 * half % group:
         raise layer.error(f"weight has {2 * half} columns; needed a multiple of {group}")
     shape = (2 * half // group, out)
     layer.require("weight_scale", FLOATS, shape)
     layer.require("weight_zeros", FLOATS, shape)
-    stored = (layer.checkpoint.entry(layer.key(leaf)).dtype for leaf in ("weight_scale", "weight_zeros"))
-    scale, zeros = (dtype for dtype in stored if isinstance(dtype, torch.dtype))
+    scale, zeros = (layer.checkpoint.entry(layer.key(leaf)).dtype for leaf in ("weight_scale", "weight_zeros"))
 
     def make() -> dict[str, Tensor]:
         return {
@@ -292,7 +303,7 @@ def _awq(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
             "offset": layer("weight_zeros").T.contiguous(),
         }
 
-    return layer.derive(grouped("awq-w4a16", Form(torch.uint8, group, scale, offset=zeros)), out, 2 * half, make)
+    return layer.derive(grouped("awq-w4a16", Form("uint8", group, scale, offset=zeros)), out, 2 * half, make)
 
 
 COMFY_FORMATS: dict[str, Callable[[Layer, dict[str, Any]], DerivedTensors]] = {

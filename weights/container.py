@@ -7,46 +7,63 @@ bytes, never by the file's name, so a renamed file is read for what it is.
 This module knows no model and no names. Pickles are recognized and refused unopened: unpickling runs code of the file.
 """
 
+from __future__ import annotations
+
+import struct
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from s3dit.errors import CheckpointError
-from s3dit.kernels.scheme import Scheme
+from s3dit.kernels.number_format import ITEM_BYTES, NumberFormat
+from s3dit.weights.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from s3dit.kernels.scheme import Scheme
 
 # What a plain weight may be stored in.
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = ("float32", "bfloat16", "float16")
+# How `struct` reads numbers; a bfloat16 is the upper half of a float32.
+STRUCT_CODES = {
+    "bool": "?", "uint8": "B", "int8": "b", "uint16": "H", "int16": "h", "uint32": "I", "int32": "i", "uint64": "Q",
+    "int64": "q", "float16": "e", "bfloat16": "f", "float32": "f", "float64": "d",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """The shape, dtype and bytes of a stored tensor; `dtype` is a plain name where torch has no such type."""
+    """The shape, dtype and bytes of a stored tensor; dtype: its name in torch, else in the file (see `is_dtype`)."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype | str
+    dtype: str
     nbytes: int
 
 
-def dtype_name(dtype: torch.dtype | str) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """Return the name of a dtype without "torch.", such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def is_dtype(name: str) -> bool:
+    """Return whether torch has a dtype of that name."""
+    return name in ITEM_BYTES
 
 
 class Checkpoint(ABC):
     """A lazy mapping from name to tensor: opening it reads headers, tensors are read one by one on demand.
 
-    `schemes` says of each quantized layer, by its name in this checkpoint, its number format; such a layer's tensors
-    are `layer.part` for the parts of the scheme's spec (see `formats`).
+    `formats` says of each quantized layer, by its name in this checkpoint, its number format; such a layer's tensors
+    are `layer.part` for the parts of the format's layout (see `formats`, the module). Nothing but `load` and what calls
+    it (`rows`, `schemes`) imports torch.
     """
 
     path: Path
     metadata: dict[str, str]
-    schemes: Mapping[str, Scheme] = {}
+    formats: Mapping[str, NumberFormat] = {}
 
     @abstractmethod
     def keys(self) -> list[str]:
@@ -59,6 +76,37 @@ class Checkpoint(ABC):
     @abstractmethod
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
+
+    def raw(self, name: str) -> bytes:
+        """Return the bytes of a tensor as `load` gives it, of a stored one without importing torch."""
+        return bytes(self.load(name).contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def numbers(self, name: str) -> list[float]:
+        """Return the numbers of a small tensor."""
+        dtype = self.entry(name).dtype
+        if dtype not in STRUCT_CODES:
+            return self.load(name).double().flatten().tolist()
+        raw = self.raw(name)
+        if dtype == "bfloat16":
+            raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+        return [float(number) for (number,) in struct.iter_unpack("<" + STRUCT_CODES[dtype], raw)]
+
+    def is_zero(self, name: str) -> bool:
+        """Return whether all numbers of a tensor are zero, of either sign where they are floats."""
+        dtype, raw = self.entry(name).dtype, self.raw(name)
+        size, zeros = ITEM_BYTES.get(dtype, 1), b"\0\x80" if "float" in dtype else b"\0"
+        return not raw[size - 1 :: size].strip(zeros) and not any(raw[i::size].strip(b"\0") for i in range(size - 1))
+
+    def scheme(self, layer: str) -> Scheme:
+        """Return the Scheme of a quantized layer, a key of `formats`."""
+        from s3dit.kernels.schemes import scheme_of
+
+        return scheme_of(self.formats[layer])
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Return the Schemes of all quantized layers."""
+        return {layer: self.scheme(layer) for layer in self.formats}
 
     def check(self) -> None:  # noqa: B027
         """Raise CheckpointError where a file is gone or was replaced since it was opened; then use no tensor of it."""
@@ -104,7 +152,7 @@ class Checkpoint(ABC):
                 "take the tokenizer from the same model as the weights"
             )
         ids, layer = ids.to("cpu", torch.int64), name.removesuffix(".weight")
-        if layer not in self.schemes:
+        if layer not in self.formats:
             return self.load(name).index_select(0, ids)
         parts = {
             key.rpartition(".")[2]: self.load(key)
@@ -116,12 +164,12 @@ class Checkpoint(ABC):
             leaf: part.index_select(0, ids) if part.dim() and len(part) == shape[0] else part
             for leaf, part in parts.items()
         }
-        return self.schemes[layer].decode(cut)
+        return self.scheme(layer).decode(cut)
 
     def format(self, name: str) -> str:
-        """Return the number format of a tensor in a word: its layer's scheme, or its dtype."""
-        scheme = self.schemes.get(name.rpartition(".")[0])
-        return scheme.name if scheme is not None else dtype_name(self.entry(name).dtype)
+        """Return the number format of a tensor in a word: its layer's, or its dtype."""
+        number_format = self.formats.get(name.rpartition(".")[0])
+        return number_format.name if number_format is not None else self.entry(name).dtype
 
 
 class View(Checkpoint):

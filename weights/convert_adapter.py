@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.adapter import METADATA, Adapter, Deltas, read_adapter
+from s3dit.weights.adapter import Adapter, Deltas, read_adapter
+from s3dit.weights.adapter_info import METADATA
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.delta import Delta, Full, Hadamard, Kronecker, LowRank, fuse
 from s3dit.weights.safetensors_dir import write_safetensors

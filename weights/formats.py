@@ -1,35 +1,35 @@
 """Number formats as files store them: which layers of a checkpoint are quantized, by which Scheme.
 
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
-by the file's name, and returns the checkpoint with its `schemes`. Where a producer stores other tensors than the
-Scheme has, a view (`repack.RepackedView`) derives the Scheme's tensors, layer by layer, when they are loaded. Each
+by the file's name, and returns the checkpoint with its `formats`. Where a producer stores other tensors than the
+format has, a view (`repack.RepackedView`) derives the format's tensors, layer by layer, when they are loaded. Each
 producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
-from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.gguf import GGUF, block_scales
-from s3dit.kernels.scheme import Scheme
-from s3dit.kernels.schemes import SCHEMES
+from s3dit.kernels.number_format import BLOCK_SIZES, FORMATS, NumberFormat, gguf
 from s3dit.weights import comfy, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, upcast_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER_SCHEMES = {"int4": "int8-weights"}
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8 = ("float8_e4m3fn", "float8_e5m2")
 MLX = (
     "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
     "safetensors or GGUF"
@@ -41,7 +41,7 @@ def recognize_formats(checkpoint: Checkpoint) -> Checkpoint:
     _refuse_mlx(checkpoint)
     _refuse_named(checkpoint)
     if "scheme" in checkpoint.metadata:
-        checkpoint.schemes = _own_schemes(checkpoint)
+        checkpoint.formats = _own_formats(checkpoint)
         return checkpoint
     if isinstance(checkpoint, GGUFFile):
         made = list(_gguf_layers(checkpoint))
@@ -88,7 +88,7 @@ def _refuse_named(checkpoint: Checkpoint) -> None:
     if name is None and comfy.QUANTIZATION_METADATA not in checkpoint.metadata:
         packed = (key[:-7] for key in checkpoint if key.endswith(".weight") and f"{key}_scale" in checkpoint)
         if any(
-            checkpoint.entry(f"{layer}.weight").dtype == torch.uint8
+            checkpoint.entry(f"{layer}.weight").dtype == "uint8"
             and f"{layer}.comfy_quant" not in checkpoint
             and any(f"{layer}.{leaf}" in checkpoint for leaf in NVFP4)
             for layer in packed
@@ -135,18 +135,18 @@ def producer(checkpoint: Checkpoint) -> str:
     return "SDNQ" if method in ("sdnq", "sdnq_training") else next(marked, "")
 
 
-def _own_schemes(checkpoint: Checkpoint) -> dict[str, Scheme]:
-    """Return the schemes of a file of `s3dit quantize`: metadata names the format, dtypes show its layers."""
+def _own_formats(checkpoint: Checkpoint) -> dict[str, NumberFormat]:
+    """Return the formats of a file of `s3dit quantize`: metadata names the format, dtypes show its layers."""
     name = checkpoint.metadata["scheme"]
-    if name not in SCHEMES:
+    if name not in FORMATS:
         raise CheckpointError(
-            f"{checkpoint.path}: its metadata says scheme {name!r}; needed {', '.join(SCHEMES)} or plain floats; take "
+            f"{checkpoint.path}: its metadata says scheme {name!r}; needed {', '.join(FORMATS)} or plain floats; take "
             "the unquantized files, or a newer s3dit"
         )
-    finer = SCHEMES[FINER_SCHEMES.get(name, name)]
+    finer = FORMATS[FINER_SCHEMES.get(name, name)]
     dtypes = {key.removesuffix(".weight"): checkpoint.entry(key).dtype for key in checkpoint if key.endswith(".weight")}
     return {
-        layer: finer if dtype == torch.int8 else SCHEMES[name] for layer, dtype in dtypes.items() if dtype not in FLOATS
+        layer: finer if dtype == "int8" else FORMATS[name] for layer, dtype in dtypes.items() if dtype not in FLOATS
     }
 
 
@@ -182,11 +182,11 @@ def _unscaled_fp8(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTe
             continue
         layer = Layer(checkpoint, name.removesuffix(".weight"))
         if not name.endswith(".weight") or len(shape) != 2 or 0 in shape:
-            yield upcast_tensor(checkpoint, name, torch.bfloat16)
+            yield upcast_tensor(checkpoint, name, "bfloat16")
             continue
         layer.require("weight", FP8)
-        scheme = fp8_weights if dtype == FP8[0] else comfy.e5m2
-        yield layer.derive(scheme, *shape, make=_with_unit_scale(layer, shape[0]))
+        number_format = FORMATS["fp8-weights"] if dtype == FP8[0] else comfy.e5m2
+        yield layer.derive(number_format, *shape, make=_with_unit_scale(layer, shape[0]))
 
 
 def _with_unit_scale(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
@@ -196,14 +196,14 @@ def _with_unit_scale(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
 
 def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
     """Raise CheckpointError for weights that are neither floats nor in a format that is known."""
-    known = (*FLOATS, *FP8, torch.float64)
+    known = (*FLOATS, *FP8, "float64")
     rest = [
         name
         for name in checkpoint
         if name not in taken and name.endswith(("weight", "bias")) and checkpoint.entry(name).dtype not in known
     ]
     if rest:
-        what = str(checkpoint.entry(rest[0]).dtype).removeprefix("torch.")
+        what = checkpoint.entry(rest[0]).dtype
         raise CheckpointError(
             f"{checkpoint.path}: {len(rest)} weights are in no number format that is known, the first is {rest[0]} "
             f"({what}); needed floats, or a format of ComfyUI, nunchaku, bitsandbytes, torchao, SDNQ or s3dit, with "
@@ -214,17 +214,17 @@ def _refuse_rest(checkpoint: Checkpoint, taken: set[str]) -> None:
 def _gguf_layers(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
     """Yield GGUF's tensors in blocks: matrices of layers as they are stored, others decoded to fp32."""
     for name, kind in checkpoint.ggml_types.items():
-        if kind not in GGUF:
+        if kind not in BLOCK_SIZES:
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is in GGUF's {kind}; needed one of {', '.join(GGUF)} or floats; take a "
-                "file of another type"
+                f"{checkpoint.path}: {name} is in GGUF's {kind}; needed one of {', '.join(BLOCK_SIZES)} or floats; "
+                "take a file of another type"
             )
         shape, layer = checkpoint.shapes[name], Layer(checkpoint, name.removesuffix(".weight"))
         if name.endswith(".weight") and len(shape) == 2 and 0 not in shape:
-            layer.require("weight", (torch.uint8,))
-            yield layer.derive(GGUF[kind], *shape, make=_checked_blocks(layer, kind))
+            layer.require("weight", ("uint8",))
+            yield layer.derive(gguf(kind), *shape, make=_checked_blocks(layer, kind))
         else:
-            entry = Entry(shape, torch.float32, 4 * math.prod(shape))
+            entry = Entry(shape, "float32", 4 * math.prod(shape))
             yield DerivedTensors({name: entry}, (name,), _decoded_tensor(checkpoint, name, kind))
 
 
@@ -234,6 +234,8 @@ def _checked_blocks(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
     checked = False
 
     def make() -> dict[str, Tensor]:
+        from s3dit.kernels.gguf import block_scales
+
         nonlocal checked
         weight = layer("weight")
         if not checked:
@@ -248,6 +250,8 @@ def _decoded_tensor(checkpoint: GGUFFile, name: str, kind: str) -> Callable[[], 
     """Return how to load a tensor in blocks that is not a layer, decoded."""
 
     def make() -> dict[str, Tensor]:
+        from s3dit.kernels.gguf import GGUF
+
         blocks, shape = checkpoint.load(name), checkpoint.shapes[name]
         if not blocks.numel():
             return {name: torch.empty(shape, dtype=torch.float32, device="cpu")}

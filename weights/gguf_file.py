@@ -12,20 +12,23 @@ torch; a tensor in blocks is bytes, uint8 (…, bytes a row), since blocks run a
 Source: the GGUF specification (ggml, docs/gguf.md), versions 2 and 3, little endian; block sizes of ggml.
 """
 
+from __future__ import annotations
+
 import math
 import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import MAX_TENSORS, REFUSED, Entry
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.mapped_file import MappedFile, StoredCheckpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Type id -> name, numbers in a block, bytes of a block.
 GGML_TYPES = {
@@ -39,8 +42,8 @@ GGML_TYPES = {
     39: ("MXFP4", 32, 17), 40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 PLAIN_TYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64",
+    "I8": "int8", "I16": "int16", "I32": "int32", "I64": "int64",
 }  # fmt: skip
 
 # Metadata type id -> struct code; strings and arrays have lengths of their own.
@@ -85,7 +88,7 @@ class GGUFFile(StoredCheckpoint):
         self._starts: dict[str, int] = {}
         self._read_table(reader, tensors)
 
-    def _read_table(self, reader: "_Reader", count: int) -> None:
+    def _read_table(self, reader: _Reader, count: int) -> None:
         """Read the tensor table; every tensor must be inside the file, and none may overlap another."""
         alignment = self.fields.get("general.alignment", 32)
         if isinstance(alignment, bool) or alignment not in ALIGNMENTS:
@@ -109,15 +112,19 @@ class GGUFFile(StoredCheckpoint):
                 self._entries[name] = Entry(shape, PLAIN_TYPES[block], length)
             else:
                 self.ggml_types[name] = block
-                self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), torch.uint8, length)
+                self._entries[name] = Entry((*shape[:-1], shape[-1] // size * unit), "uint8", length)
+
+    def place(self, name: str) -> tuple[MappedFile, int]:
+        """Return the file, and where the bytes of a tensor begin in it."""
+        return self._file, self._starts[name]
 
     def load(self, name: str) -> Tensor:
         """Return a tensor as stored (blocks as uint8), on the CPU: a view of the mapped file."""
         entry = self.entry(name)
-        assert isinstance(entry.dtype, torch.dtype)
+        dtype = getattr(torch, entry.dtype)
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
-        return self._file.read(self._starts[name], entry.nbytes).view(entry.dtype).view(entry.shape)
+            return torch.empty(entry.shape, dtype=dtype, device="cpu")
+        return self._file.read(self._starts[name], entry.nbytes).view(dtype).view(entry.shape)
 
     def format(self, name: str) -> str:
         """Return the number format of a tensor as ggml calls it."""

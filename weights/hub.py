@@ -1,9 +1,10 @@
 """Local files of a model by its name: a path, or "org/name" through the Hugging Face cache.
 
-The cache is shared with diffusers and other tools, so a model that they have fetched is not fetched again. A single
-request asks for the list of a repository's files; `wanted` and `adapter_files` choose from it which files are read, and
-exactly these are downloaded. Where the Hub is not reached, the same choice is made from the cache. `HF_HUB_OFFLINE`,
-`HF_HOME` and tokens work as they do everywhere.
+The cache is shared with diffusers and other tools, so a model that they have fetched is not fetched again. Where it
+holds every file that is read, nobody is asked: neither whether there is a newer revision, nor anything else.
+"org/name@main" asks for the newest, "org/name@COMMIT" takes that one. Else a single request asks for the list of a
+repository's files, `hub_files` chooses from it which are read, and exactly these are downloaded. Where the Hub is not
+reached, the same choice is made from the cache. `HF_HUB_OFFLINE`, `HF_HOME` and tokens work as they do everywhere.
 
 Names come from users only, never from a file. The embedded model has no name here; the pipeline knows it.
 """
@@ -12,7 +13,7 @@ import errno
 import glob
 import os
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
@@ -21,45 +22,42 @@ from typing import Any
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.checkpoint import INDEX, STEMS
+from s3dit.weights.hub_files import (
+    ADAPTERS,
+    ENDINGS,
+    MODEL_FOLDERS,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    Files,
+    adapter_files,
+    chooser,
+    one_file,
+    wanted,
+)
+from s3dit.weights.json_files import read_json
 from s3dit.weights.safetensors_dir import SUFFIX, read_index
 
-OFFICIAL_REPOSITORY = "Tongyi-MAI/Z-Image-Turbo"
-# Folders of the official layout that hold weights; siglip is an Omni model's.
-WEIGHTS = ("transformer", "text_encoder", "vae", "siglip")
-MODEL_FOLDERS = (*WEIGHTS, "tokenizer")
-ENDINGS = (SUFFIX, ".gguf")
-# What is read of a folder besides its weights, and of the whole.
-CONFIGS = ("config.json", "quantization_config.json")
-ROOT_FILES = (
-    "model_index.json", "s3dit.json", "scheduler/scheduler_config.json", "siglip_processor/preprocessor_config.json",
-)  # fmt: skip
-# Generations of a tokenizer, of which the first is read, and what is read with any.
-TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
-TOKENIZER_FILES = tuple(name for row in TOKENIZERS for name in row)
-BESIDE = ("tokenizer_config.json", "chat_template.jinja")
-# What a repository of one adapter calls it, and what is read beside a file that is named.
-ADAPTERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", *(f"{stem}{SUFFIX}" for stem in STEMS))
-SETTINGS_FILES = (*CONFIGS, "adapter_config.json")
-
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# What may follow a repository, as in huggingface_hub's own paths: a branch, a tag or a commit, which never changes.
+REVISION = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # Characters of a name at most; the Hub's own bound for a repository is 96.
 MAX_NAME_LENGTH = 400
-
-Files = Collection[str]
 
 
 def resolve(name: str, parts: Collection[str] = MODEL_FOLDERS) -> Path:
     """Return the local path of a model: an existing file or folder as it is, a Hub repository, or a file of it.
 
-    parts: folders of the official layout that will be read; of others only the configuration is fetched. Raises
-    CheckpointError when it is none of these, or when the Hub does not give it; the message is a single line.
+    name: as in the module's docstring · parts: folders of the official layout that will be read; of others only the
+    configuration is fetched. Raises CheckpointError when it is none of these, or when the Hub does not give it; the
+    message is a single line.
     """
     if (path := _local(name)) is not None:
         return path
-    repository, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    repository, revision, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
     if inner:
-        return _file(repository, inner)
-    return _fetch(repository, lambda files: wanted(files, parts, repository))[0]
+        return _file(repository, revision, inner)
+    return _fetch(repository, revision, lambda files: wanted(files, parts, repository))[0]
 
 
 def resolve_file(name: str) -> Path:
@@ -70,13 +68,13 @@ def resolve_file(name: str) -> Path:
     if (path := _local(name)) is not None:
         return path
     needed = f"the path of a file of weights ({SUFFIX}), or one of the Hub as in org/name/file{SUFFIX}"
-    repository, inner = _split_name(name, needed)
+    repository, revision, inner = _split_name(name, needed)
     # A file that is not here is far likelier than a repository of such a name.
     if not inner and repository.endswith(ENDINGS):
         raise _not_found_error(name, needed)
     if inner:
-        return _file(repository, inner)
-    folder, files = _fetch(repository, lambda files: adapter_files(files, repository))
+        return _file(repository, revision, inner)
+    folder, files = _fetch(repository, revision, lambda files: adapter_files(files, repository))
     file = folder / files[0]
     # A folder's config.json says more than the file; the folder is opened by the same rule that chose the file.
     return file.parent if file.stem in STEMS and (file.parent / "config.json").is_file() else file
@@ -90,18 +88,18 @@ def peek(name: str) -> tuple[Path, list[str] | None]:
     """
     if (path := _local(name)) is not None:
         return path, None
-    repository, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
-    choose = _chooser(repository, inner)
+    repository, revision, inner = _split_name(name, "a path, or a Hub repository such as Tongyi-MAI/Z-Image-Turbo")
+    choose = chooser(repository, inner)
     _check_client(repository)
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    chosen, snapshot = None, _cached(repository)
+    chosen, snapshot = None, _cached(repository, revision)
     if snapshot is not None:
         with suppress(CheckpointError):
             chosen = choose(_known_files(repository, snapshot))
-    if snapshot is None or chosen is None or _missing_files(snapshot, chosen):
+    if snapshot is None or chosen is None or _missing_files(snapshot, chosen) or _may_change(revision):
         # Of the revision that is there, so that the cache goes on standing for that one.
-        revision = None if snapshot is None else snapshot.name
+        revision = revision if snapshot is None or _may_change(revision) else snapshot.name
         try:
             info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
             chosen = choose({file.rfilename for file in info.siblings or ()})
@@ -122,130 +120,14 @@ def peek(name: str) -> tuple[Path, list[str] | None]:
     return folder / file, _missing_files(folder, chosen)
 
 
-def _chooser(repository: str, inner: str) -> Callable[[Files], list[str]]:
-    """Return the function that chooses which of a repository's files are read: of a file, a model, or an adapter."""
-
-    def choose(files: Files) -> list[str]:
-        if inner:
-            return _one_file(repository, inner, files)
-        try:
-            return wanted(files, MODEL_FOLDERS, repository)
-        except CheckpointError:
-            if not any(name in files for name in ADAPTERS[:2]):
-                raise
-            return adapter_files(files, repository)
-
-    return choose
-
-
 def _missing_files(snapshot: Path, chosen: list[str]) -> list[str]:
     return [name for name in chosen if not (snapshot / name).is_file()]
 
 
-def wanted(files: Files, parts: Collection[str], repository: str) -> list[str]:
-    """Return the files of a repository that will be read for these parts; raises CheckpointError for other layouts."""
-    homes = [part for part in WEIGHTS if any(file.startswith(f"{part}/") for file in files)]
-    if set(parts) == {"tokenizer"}:
-        if not (tokenizer_files := _tokenizer(files, "tokenizer/") or _tokenizer(files, "")):
-            raise CheckpointError(f"{repository}: holds no tokenizer; needed tokenizer.json in it or in tokenizer/")
-        return tokenizer_files
-    if not homes and not any(_prefer(_visible_names(files, ""), ending) for ending in ENDINGS):
-        raise _layout_error(repository, files)
-    asked = {part for part in parts if part in WEIGHTS[:3]}
-    if homes and asked and not asked & set(homes):
-        raise _layout_error(repository, files, sorted(asked)[0])
-    chosen = [file for file in ROOT_FILES if file in files]
-    for part in homes or [""]:
-        prefix = f"{part}/" if part else ""
-        # At the root may lie an adapter as well, whose settings say its strength.
-        chosen += [prefix + name for name in (CONFIGS if part else SETTINGS_FILES) if prefix + name in files]
-        if part not in parts and part:
-            continue
-        weights = _weights(files, prefix)
-        if not weights:
-            raise _layout_error(repository, files, part)
-        chosen += weights
-    return chosen + (_tokenizer(files, "tokenizer/") if "tokenizer" in parts else [])
-
-
-def adapter_files(files: Files, repository: str) -> list[str]:
-    """Return a repository's only file of weights, and files read beside it; CheckpointError where it has several."""
-    usual = [name for name in ADAPTERS if name in files]
-    every = sorted(file for file in files if file.endswith(SUFFIX))
-    if not usual and len(every) != 1:
-        shown = ", ".join(every[:6]) + (", …" if len(every) > 6 else "")
-        raise CheckpointError(
-            f"{repository}: holds {len(every)} files *{SUFFIX}{f' ({shown})' if every else ''} and none under the "
-            f"usual names; needed one; name it, as in {repository}/{every[0] if every else f'file{SUFFIX}'}"
-        )
-    return _with_sides(usual[0] if usual else every[0], files)
-
-
-def _with_sides(file: str, files: Files) -> list[str]:
-    folder = file[: file.rfind("/") + 1]
-    return [file, *(folder + name for name in SETTINGS_FILES if folder + name in files)]
-
-
-def _visible_names(files: Files, prefix: str) -> list[str]:
-    """Return the names in a folder of a repository, without those that are hidden."""
-    names = (file.removeprefix(prefix) for file in files if file.startswith(prefix))
-    return sorted(name for name in names if "/" not in name and not name.startswith("."))
-
-
-def _prefer(names: Iterable[str], ending: str) -> list[str]:
-    """Return names with that ending: the official name alone where there is one (as `checkpoint` opens a folder)."""
-    matching = [name for name in names if name.endswith(ending)]
-    official = [name for name in matching if name.removesuffix(ending) in STEMS]
-    return official if len(official) == 1 else matching
-
-
-def _weights(files: Files, prefix: str) -> list[str]:
-    """Return the weights of a folder: an index and its shards, or a file; nothing where it has none, or several."""
-    names = _visible_names(files, prefix)
-    if len(index := _prefer(names, INDEX)) == 1:
-        shard = re.compile(re.escape(index[0].removesuffix(INDEX)) + r"-\d+-of-\d+\.safetensors")
-        every = [name for name in names if name.endswith(SUFFIX)]
-        return [prefix + name for name in index + ([name for name in every if shard.fullmatch(name)] or every)]
-    for ending in ENDINGS:
-        if candidates := _prefer(names, ending):
-            return [prefix + candidates[0]] if len(candidates) == 1 else []
-    return []
-
-
-def _tokenizer(files: Files, prefix: str) -> list[str]:
-    there = next((names for names in TOKENIZERS if prefix + names[0] in files), ())
-    return [prefix + name for name in (*there, *(BESIDE if there else ())) if prefix + name in files]
-
-
-def _layout_error(repository: str, files: Files, part: str = "") -> CheckpointError:
-    """Return the error of a repository, or of a part's folder, that does not hold exactly one checkpoint."""
-    weights = sorted(file for file in files if file.endswith(ENDINGS) and file.startswith(f"{part}/" if part else ""))
-    shown = ", ".join(weights[:6]) + (", …" if len(weights) > 6 else "")
-    where = (
-        f"{part}/ holds"
-        if part
-        else f"is not in the layout of {OFFICIAL_REPOSITORY}, with a folder for each part; it holds"
-    )
-    way = f"name one file for its part, as in --transformer {repository}/{weights[0]}" if weights else "take another"
-    return CheckpointError(
-        f"{repository}: {where} {len(weights)} files *{SUFFIX} or *.gguf{f' ({shown})' if weights else ''}; needed one "
-        f"checkpoint; {way}"
-    )
-
-
-def _file(repository: str, inner: str) -> Path:
+def _file(repository: str, revision: str | None, inner: str) -> Path:
     """Fetch a file of a repository, with the small files that are read beside it."""
-    folder, _ = _fetch(repository, partial(_one_file, repository, inner))
+    folder, _ = _fetch(repository, revision, partial(one_file, repository, inner))
     return folder / inner
-
-
-def _one_file(repository: str, inner: str, files: Files) -> list[str]:
-    """Return a file of a repository, and those read beside it; CheckpointError where it has none of that name."""
-    if inner in files:
-        return _with_sides(inner, files)
-    others = sorted(file for file in files if file.endswith(ENDINGS))
-    shown = ", ".join(others[:6]) + (", …" if len(others) > 6 else "")
-    raise CheckpointError(f"{repository}: the repository holds no {inner}; needed one of its files: {shown or 'none'}")
 
 
 def _local(name: str) -> Path | None:
@@ -260,9 +142,10 @@ def _local(name: str) -> Path | None:
         ) from None
 
 
-def _split_name(name: str, needed: str) -> tuple[str, str]:
-    """Return repository and file of a Hub name, which is never a path out of it; raises CheckpointError."""
+def _split_name(name: str, needed: str) -> tuple[str, str | None, str]:
+    """Return repository, revision and file of a Hub name, which is never a path out of it; raises CheckpointError."""
     repository, inner = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    repository, at, revision = repository.partition("@")
     steps = inner.split("/") if inner else []
     plain = all(step not in ("", ".", "..") and step.isprintable() and "\\" not in step for step in steps)
     bare = name.count("/") == 1 or inner.endswith(ENDINGS)
@@ -271,42 +154,71 @@ def _split_name(name: str, needed: str) -> tuple[str, str]:
         raise _not_found_error(name, needed)
     if not plain or not bare or len(repository) > 96 or repository.endswith((".git", "-", ".")):
         raise _not_found_error(name, needed)
-    return repository, inner
+    if at and not REVISION.fullmatch(revision):
+        raise CheckpointError(f"{name[:80]!r}: {revision[:40]!r} is no revision; needed a branch, a tag or a commit")
+    return repository, revision or None, inner
+
+
+def _may_change(revision: str | None) -> bool:
+    """Return whether a revision was asked for that may be another one by now: a branch or a tag, not a commit."""
+    return revision is not None and not COMMIT.fullmatch(revision)
 
 
 def _not_found_error(name: str, needed: str) -> CheckpointError:
     return CheckpointError(f"{name[:80]!r}: no such file or folder; needed {needed}")
 
 
-def _fetch(repository: str, choose: Callable[[Files], list[str]]) -> tuple[Path, list[str]]:
-    """Return the folder of a repository in the cache, with the files that `choose` takes; raises CheckpointError."""
+def _fetch(repository: str, revision: str | None, choose: Callable[[Files], list[str]]) -> tuple[Path, list[str]]:
+    """Return the folder of a repository in the cache, with the files that `choose` takes; raises CheckpointError.
+
+    The Hub is asked where one of these files is not in the cache, or where the revision may have changed.
+    """
     _check_client(repository)
     # Slow to import, and needed by few runs.
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    snapshot, errors = None, _errors()
+    snapshot = _cached(repository, revision)
+    chosen = None if snapshot is None or _may_change(revision) else _complete(repository, snapshot, choose)
+    if snapshot is not None and chosen is not None:
+        return snapshot, chosen
+    errors = _errors()
     try:
-        siblings = HfApi().model_info(repository, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or ()
-        files = {sibling.rfilename for sibling in siblings}
+        info = HfApi().model_info(repository, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        chosen = choose({sibling.rfilename for sibling in info.siblings or ()})
+        patterns = [glob.escape(name) for name in chosen]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns)), chosen
+    except CheckpointError:
+        raise
     except errors as error:
-        fault, snapshot = _explain_error(error), _cached(repository)
-        if snapshot is None:
-            raise CheckpointError(f"{repository}: {fault}") from None
-        files = _known_files(repository, snapshot)
-    chosen = choose(files)
+        fault, snapshot = _explain_error(error), _cached(repository, revision)
     if snapshot is None:
-        try:
-            return Path(snapshot_download(repository, allow_patterns=[glob.escape(name) for name in chosen])), chosen
-        except errors as error:
-            fault, snapshot = _explain_error(error), _cached(repository)
-        if snapshot is None:
-            raise CheckpointError(f"{repository}: {fault}")
+        raise CheckpointError(f"{repository}: {fault}")
+    chosen = choose(_known_files(repository, snapshot)) if chosen is None else chosen
     if missing := _missing_files(snapshot, chosen):
         shown = ", ".join(missing[:4]) + (", …" if len(missing) > 4 else "")
         raise CheckpointError(
             f"{repository}: download incomplete: missing {shown} ({len(missing)} of {len(chosen)} files); {fault}"
         )
     return snapshot, chosen
+
+
+def _complete(repository: str, snapshot: Path, choose: Callable[[Files], list[str]]) -> list[str] | None:
+    """Return the files that `choose` takes, where all are in the cache and it is known that there are no others."""
+    try:
+        if not _cached_list(repository, snapshot.name) and not _whole_model(snapshot):
+            return None
+        chosen = choose(_known_files(repository, snapshot))
+    except CheckpointError:
+        return None
+    return None if _missing_files(snapshot, chosen) else chosen
+
+
+def _whole_model(snapshot: Path) -> bool:
+    """Return whether each folder that model_index.json names is there, with its settings; raises CheckpointError."""
+    if not (snapshot / "model_index.json").is_file():
+        return False
+    parts = {part: value for part, value in read_json(snapshot / "model_index.json").items() if isinstance(value, list)}
+    return all(value[:1] == [None] or any((snapshot / part).glob("*.json")) for part, value in parts.items())
 
 
 def _check_client(repository: str) -> None:
@@ -318,12 +230,13 @@ def _check_client(repository: str) -> None:
         )
 
 
-def _cached(repository: str) -> Path | None:
-    """Return the newest snapshot in the cache, complete or not; None where there is none."""
+def _cached(repository: str, revision: str | None = None) -> Path | None:
+    """Return the snapshot of a revision in the cache, complete or not; None where there is none."""
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=["model_index.json"], local_files_only=True))
+        one = ["model_index.json"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=one, local_files_only=True))
     except errors.LocalEntryNotFoundError as error:
         path = getattr(error, "snapshot_path", None)
         return None if path is None else Path(path)
@@ -340,7 +253,7 @@ def _known_files(repository: str, snapshot: Path) -> set[str]:
         for folder, _, names in os.walk(snapshot)
         for name in names
     }
-    listed = _cached_list(repository)
+    listed = _cached_list(repository, snapshot.name)
     for index in [name for name in known if name.endswith(INDEX) and (snapshot / name).is_file()]:
         shards = set(read_index(snapshot / index).values())
         known |= {f"{index.rpartition('/')[0]}/{name}".lstrip("/") for name in shards if Path(name).name == name}
@@ -351,7 +264,7 @@ def _known_files(repository: str, snapshot: Path) -> set[str]:
     return known | listed
 
 
-def _cached_list(repository: str) -> set[str]:
+def _cached_list(repository: str, commit: str) -> set[str]:
     """Return the list of files that huggingface_hub keeps beside a snapshot since 1.22; empty without one."""
     try:
         from huggingface_hub import get_cached_repo_tree
@@ -359,7 +272,7 @@ def _cached_list(repository: str) -> set[str]:
     except ImportError:
         return set()
     try:
-        return {file.path for file in get_cached_repo_tree(repository)}
+        return {file.path for file in get_cached_repo_tree(repository, revision=commit)}
     except CachedRepoTreeNotFoundError:
         return set()
 

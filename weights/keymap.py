@@ -13,14 +13,18 @@ with `model.`) and 5.x (`Qwen3Model`: without), whose `Siglip2VisionModel` lost 
 have spellings of their own, see `dialects`.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, View
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # In an official name: one stored tensor is several, cut into equal runs of rows.
 FUSED_PATTERN = re.compile(r"\{(.*)\}")
@@ -163,9 +167,9 @@ class RenamedView(View):
                         "file from its official place"
                     )
                 self._stored[name] = (key, i, len(names))
-        self.schemes = {
-            name.removesuffix(".weight"): scheme
-            for layer, scheme in checkpoint.schemes.items()
+        self.formats = {
+            name.removesuffix(".weight"): number_format
+            for layer, number_format in checkpoint.formats.items()
             for name in spelling.to_official(f"{layer}.weight", keys)
         }
 

@@ -8,26 +8,27 @@ Double quantized scales are decoded once, when a layer is read: 4.5 bits a weigh
 Source: each library's documentation and files; the tests write theirs with bitsandbytes and torchao themselves.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
-from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.grouped import Form, grouped
-from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.comfy import scaled_layer, tensor_bytes
+from s3dit.kernels.number_format import FORMATS, Form, grouped
+from s3dit.weights.comfy import scaled_layer
 from s3dit.weights.container import FLOATS, Checkpoint
 from s3dit.weights.json_files import parse_json
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer, row_scales, swap_nibbles
 
-E4M3 = torch.float8_e4m3fn
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3 = "float8_e4m3fn"
 FP8_BLOCK = 128
 BNB_STATE = ".quant_state.bitsandbytes__"
 # Weights that torchao stores in one matrix of 8-bit numbers.
-TORCHAO = {"Float8Tensor": (E4M3, torch.float8_e5m2), "Int8Tensor": (torch.int8,)}
+TORCHAO = {"Float8Tensor": (E4M3, "float8_e5m2"), "Int8Tensor": ("int8",)}
 
 
 def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
@@ -57,7 +58,7 @@ def _four_bits(layer: Layer, state: str) -> DerivedTensors:
     if checkpoint.entry(state).nbytes > 1 << 16:
         raise layer.error(f"{kind} is no line of JSON")
     try:
-        state_values = parse_json(tensor_bytes(checkpoint, state))
+        state_values = parse_json(checkpoint.raw(state))
         (out, in_), block = state_values["shape"], state_values["blocksize"]
         nested = float(state_values["nested_offset"]) if "nested_offset" in state_values else None
         inner = int(state_values.get("nested_blocksize", 256))
@@ -68,12 +69,12 @@ def _four_bits(layer: Layer, state: str) -> DerivedTensors:
     if in_ % block:
         raise layer.error(f"blocks of {block} do not end with its rows of {in_}, which is not supported")
     count = out * in_ // block
-    layer.require("weight", (torch.uint8,), (out * in_ // 2, 1), (1, out * in_ // 2))
-    layer.require("weight.quant_map", (torch.float32,), (16,))
-    layer.require("weight.absmax", (torch.float32,) if nested is None else (torch.uint8,), (count,))
+    layer.require("weight", ("uint8",), (out * in_ // 2, 1), (1, out * in_ // 2))
+    layer.require("weight.quant_map", ("float32",), (16,))
+    layer.require("weight.absmax", ("float32",) if nested is None else ("uint8",), (count,))
     if nested is not None:
-        layer.require("weight.nested_absmax", (torch.float32,), (-(-count // inner),))
-        layer.require("weight.nested_quant_map", (torch.float32,), (256,))
+        layer.require("weight.nested_absmax", ("float32",), (-(-count // inner),))
+        layer.require("weight.nested_quant_map", ("float32",), (256,))
     layer.ignore(f"weight.quant_state.{kind}")
 
     def make() -> dict[str, Tensor]:
@@ -85,16 +86,19 @@ def _four_bits(layer: Layer, state: str) -> DerivedTensors:
         return {"weight": packed, "table": layer("weight.quant_map")[None], "scale": scale.view(out, -1)}
 
     name = kind.removeprefix("bitsandbytes__")
-    return layer.derive(grouped(f"bnb-{name}", Form(torch.uint8, block)), out, in_, make)
+    return layer.derive(grouped(f"bnb-{name}", Form("uint8", block)), out, in_, make)
 
 
 def _eight_bits(layer: Layer) -> DerivedTensors:
     """Return a layer of LLM.int8, where the largest magnitude of a row stands for 127."""
-    out, in_ = layer.matrix("weight", (torch.int8,))
-    layer.require("SCB", (torch.float32,), (out,))
+    out, in_ = layer.matrix("weight", ("int8",))
+    layer.require("SCB", ("float32",), (out,))
     layer.ignore("weight_format")
     return layer.derive(
-        int8_weights, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer("SCB") / 127, out)}
+        FORMATS["int8-weights"],
+        out,
+        in_,
+        lambda: {"weight": layer("weight"), "scale": row_scales(layer("SCB") / 127, out)},
     )
 
 
@@ -124,9 +128,9 @@ def _torchao(layer: Layer) -> DerivedTensors:
         raise layer.error(f"blocks of {block} do not fit {out} x {in_}")
     shape = (out // tall, in_ // group)
     layer.require("_weight_scale", FLOATS, shape)
-    zero = layer.optional("_weight_zero_point", (torch.int8, torch.int32, torch.int64), shape)
+    zero = layer.optional("_weight_zero_point", ("int8", "int32", "int64"), shape)
     # Symmetric weights store zeros; they are small, and read at once to detect the format without zeros.
-    offset = zero and bool(layer("_weight_zero_point").any())
+    offset = zero and not layer.checkpoint.is_zero(layer.key("_weight_zero_point"))
     layer.ignore("_weight_act_quant_scale")
 
     def make() -> dict[str, Tensor]:
@@ -137,12 +141,11 @@ def _torchao(layer: Layer) -> DerivedTensors:
         return parts
 
     dtype = layer.checkpoint.entry(layer.key("_weight_qdata")).dtype
-    assert isinstance(dtype, torch.dtype)
-    plain = {E4M3: fp8_weights, torch.int8: int8_weights}.get(dtype)
+    plain = {E4M3: FORMATS["fp8-weights"], "int8": FORMATS["int8-weights"]}.get(dtype)
     if plain is not None and group == in_ and not offset:
         return layer.derive(plain, out, in_, make)
-    form = Form(dtype, 0 if group == in_ else group, offset=torch.float32 if offset else None)
-    return layer.derive(grouped(f"torchao-{str(dtype).removeprefix('torch.')}", form), out, in_, make)
+    form = Form(dtype, 0 if group == in_ else group, offset="float32" if offset else None)
+    return layer.derive(grouped(f"torchao-{dtype}", form), out, in_, make)
 
 
 def _described(layer: Layer) -> tuple[str, list[Any]]:

@@ -15,22 +15,26 @@ memory of its own. It holds for tensors only: the header of a GGUF file, and the
 a map even then (`gguf_file`), which is released right after; a safetensors header is never mapped.
 """
 
+from __future__ import annotations
+
 import mmap
 import os
 import stat
 import sys
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, sniff
 from s3dit.weights.json_files import OPEN_FLAGS
+from s3dit.weights.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Bytes that are asked for at once: short enough to be left off soon, long enough for a disk.
 AHEAD = 1 << 25
@@ -86,6 +90,15 @@ class MappedFile:
                 raise CheckpointError(f"{self.path}: cut short while it was read; needed {start + count:,} bytes")
         return buffer
 
+    def read_bytes(self, start: int, count: int) -> bytes:
+        """Return bytes of the file without mapping it; raises CheckpointError as `read` does."""
+        with self._open() as file:
+            file.seek(start)
+            data = file.read(count)
+        if len(data) < count:
+            raise CheckpointError(f"{self.path}: cut short while it was read; needed {start + count:,} bytes")
+        return data
+
     def read_ahead(self) -> Iterator[None]:
         """Ask the system to read the file into its cache, AHEAD bytes at every `next`; nothing where it cannot."""
         if not hasattr(os, "posix_fadvise"):
@@ -125,6 +138,16 @@ class StoredCheckpoint(Checkpoint):
 
     _entries: dict[str, Entry]
     _files: list[MappedFile]
+
+    @abstractmethod
+    def place(self, name: str) -> tuple[MappedFile, int]:
+        """Return the file of a tensor, and where its bytes begin in it."""
+
+    def raw(self, name: str) -> bytes:
+        """Return the bytes of a tensor as stored; does not import torch."""
+        count = self.entry(name).nbytes
+        file, start = self.place(name)
+        return file.read_bytes(start, count)
 
     def check(self) -> None:
         """Raise CheckpointError where a file is not what it was when it was opened."""

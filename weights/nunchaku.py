@@ -8,18 +8,21 @@ them to 4 bits: the same weights, a smaller error, other bits.
 Source: the layouts of nunchaku's kernels and of its weight packer.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from s3dit.kernels.grouped import Form, grouped
-from s3dit.kernels.int4 import pack
+from s3dit.kernels.number_format import Form, grouped
 from s3dit.weights.comfy import E2M1, SIGNED, table_part
 from s3dit.weights.container import FLOATS, Checkpoint
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer
 
-E4M3 = torch.float8_e4m3fn
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3 = "float8_e4m3fn"
 TILE = 128
 
 
@@ -33,7 +36,7 @@ def layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
 def _layer(layer: Layer) -> DerivedTensors:
     if layer.has("wzeros"):
         raise layer.error("AWQ layers of nunchaku_lite are not supported; needed svdq_w4a4 ones")
-    out, half = layer.matrix("qweight", (torch.int8, torch.uint8))
+    out, half = layer.matrix("qweight", ("int8", "uint8"))
     in_ = 2 * half
     if out % TILE or in_ % TILE:
         raise layer.error(f"qweight stands for {out} x {in_}; needed multiples of {TILE}")
@@ -45,16 +48,16 @@ def _layer(layer: Layer) -> DerivedTensors:
     if rank % 16:
         raise layer.error(f"its branch has the rank {rank}; needed a multiple of 16")
     low = layer.checkpoint.entry(layer.key("proj_down")).dtype
-    assert isinstance(low, torch.dtype)
     layer.require("proj_down", (low,), (in_, rank))
     layer.require("proj_up", (low,), (out, rank))
     has_columns = fp4 and layer.optional("wcscales", FLOATS, (out,))
     has_total = fp4 and layer.optional("wtscale", FLOATS, (), (1,))
     layer.ignore("smooth_factor_orig", "wcscales", "wtscale")
     dtype = layer.checkpoint.entry(layer.key("wscales")).dtype
-    assert isinstance(dtype, torch.dtype)
 
     def make() -> dict[str, Tensor]:
+        from s3dit.kernels.int4 import pack
+
         parts = {"weight": pack(unpack_codes(layer("qweight"), out, in_)), "table": table_part(E2M1 if fp4 else SIGNED)}
         parts["scale"] = unpack_block_scales(layer("wscales"), out) if fp4 else unpack_vectors(layer("wscales"), out)
         if fp4:
@@ -70,7 +73,7 @@ def _layer(layer: Layer) -> DerivedTensors:
         parts["up"] = up.permute(0, 2, 1, 3).reshape(out, rank)
         return parts | {"down": down.permute(1, 2, 0, 3).reshape(1, rank, in_)}
 
-    form = Form(torch.uint8, group, dtype, channel=fp4, column=True, rank=rank, low=low)
+    form = Form("uint8", group, dtype, channel=fp4, column=True, rank=rank, low=low)
     return layer.derive(grouped("svdq-fp4" if fp4 else "svdq-int4", form), out, in_, make)
 
 
@@ -93,7 +96,7 @@ def unpack_block_scales(packed: Tensor, out: int) -> Tensor:
     """Unpack scales of 16 columns, e4m3 (in / 16, out), -> (out, in / 16)."""
     bits = packed.contiguous().view(torch.uint8)
     lanes = bits.view(out // TILE, -1, 1, 8, 4, 4, 4)
-    return lanes.permute(0, 2, 5, 4, 3, 1, 6).reshape(out, -1).view(E4M3)
+    return lanes.permute(0, 2, 5, 4, 3, 1, 6).reshape(out, -1).view(torch.float8_e4m3fn)
 
 
 def unpack_fragments(packed: Tensor) -> Tensor:

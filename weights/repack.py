@@ -8,21 +8,25 @@ view.
 Values are checked when they are made: a scale that is NaN or infinite would spoil a whole picture.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
-from s3dit.kernels.scheme import Scheme
+from s3dit.kernels.number_format import ITEM_BYTES, NumberFormat
 from s3dit.weights.container import Checkpoint, Entry, View, dtype_name
+from s3dit.weights.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Of formats that ComfyUI pads with zeros: to which multiple rows and columns are, and how many columns a number holds.
 PADDED_FORMATS = {"mxfp8": (32, 1), "nvfp4": (16, 2)}
 # Bits from which on an 8-bit float is no number, its sign apart: e4m3 has one NaN, e5m2 infinity and NaN.
-FIRST_NAN_BITS = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+FIRST_NAN_BITS = {"float8_e4m3fn": 0x7F, "float8_e5m2": 0x7C}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +34,14 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-    full name, raising CheckpointError · layer, scheme: where they are the parts of a layer.
+    full name, raising CheckpointError · layer, format: where they are the parts of a layer.
     """
 
     entries: dict[str, Entry]
     sources: tuple[str, ...]
     make: Callable[[], dict[str, Tensor]]
     layer: str = ""
-    scheme: Scheme | None = None
+    format: NumberFormat | None = None
 
 
 class Layer:
@@ -63,27 +67,27 @@ class Layer:
         """Return the CheckpointError of a layer that is not as it must be."""
         return CheckpointError(f"{self.checkpoint.path}: {self.name}: {fault}; download the file again, or another one")
 
-    def require(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> tuple[int, ...]:
+    def require(self, leaf: str, dtypes: Iterable[str], *shapes: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a tensor that must be there, of one of these dtypes and, if given, shapes."""
         if not self.has(leaf):
             raise self.error(f"no {leaf}; needed one beside its weight")
         entry, dtypes = self.checkpoint.entry(self.key(leaf)), tuple(dtypes)
         if entry.dtype not in dtypes:
-            raise self.error(f"{leaf} is {dtype_name(entry.dtype)}; needed {' or '.join(map(dtype_name, dtypes))}")
+            raise self.error(f"{leaf} is {entry.dtype}; needed {' or '.join(dtypes)}")
         if shapes and entry.shape not in [tuple(shape) for shape in shapes]:
             wanted = " or ".join(str(list(shape)) for shape in shapes)
             raise self.error(f"{leaf} is {list(entry.shape)}; needed {wanted}")
         self._taken.append(leaf)
         return entry.shape
 
-    def matrix(self, leaf: str, dtypes: Iterable[torch.dtype]) -> tuple[int, int]:
+    def matrix(self, leaf: str, dtypes: Iterable[str]) -> tuple[int, int]:
         """Return rows and columns of a tensor that must be a matrix, not empty, of one of these dtypes."""
         shape = self.require(leaf, dtypes)
         if len(shape) != 2 or 0 in shape:
             raise self.error(f"{leaf} is {list(shape)}; needed a matrix")
         return shape[0], shape[1]
 
-    def optional(self, leaf: str, dtypes: Iterable[torch.dtype | str], *shapes: Sequence[int]) -> bool:
+    def optional(self, leaf: str, dtypes: Iterable[str], *shapes: Sequence[int]) -> bool:
         """Return whether the tensor is there; if it is, `require` it."""
         if self.has(leaf):
             self.require(leaf, dtypes, *shapes)
@@ -94,20 +98,22 @@ class Layer:
         """Hide tensors that are not read, where they are there."""
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
-    def derive(self, scheme: Scheme, out: int, in_: int, make: Callable[[], dict[str, Tensor]]) -> DerivedTensors:
-        """Return the parts of a scheme that `make` will return, for a weight (out, in).
+    def derive(
+        self, number_format: NumberFormat, out: int, in_: int, make: Callable[[], dict[str, Tensor]]
+    ) -> DerivedTensors:
+        """Return the parts of a format that `make` will return, for a weight (out, in).
 
-        Raises CheckpointError for widths that the scheme refuses; loading raises it for NaN and infinity.
+        Raises CheckpointError for widths that the format refuses; loading raises it for NaN and infinity.
         """
         try:
-            spec = scheme.spec(out, in_)
+            layout = number_format.layout(out, in_)
         except ValueError as error:
             raise self.error(str(error)) from None
         good: set[str] = set()
 
         def checked() -> dict[str, Tensor]:
             parts = make()
-            assert {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()} == spec
+            assert {part: (tuple(tensor.shape), dtype_name(tensor.dtype)) for part, tensor in parts.items()} == layout
             # An embedding is made for every prompt; its numbers are looked at once.
             for part, tensor in parts.items():
                 if part not in good:
@@ -116,16 +122,16 @@ class Layer:
             return {self.key(part): tensor.contiguous() for part, tensor in parts.items()}
 
         entries = {
-            self.key(part): Entry(shape, dtype, math.prod(shape) * dtype.itemsize)
-            for part, (shape, dtype) in spec.items()
+            self.key(part): Entry(shape, dtype, math.prod(shape) * ITEM_BYTES[dtype])
+            for part, (shape, dtype) in layout.items()
         }
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, scheme)
+        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, number_format)
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
-        if tensor.dtype in FIRST_NAN_BITS:
+        if (first := FIRST_NAN_BITS.get(dtype_name(tensor.dtype))) is not None:
             bits = tensor.contiguous().view(torch.uint8) & 0x7F
-            wrong = int(bits.max()) >= FIRST_NAN_BITS[tensor.dtype]
+            wrong = int(bits.max()) >= first
         else:
             wrong = tensor.dtype.is_floating_point and not bool(tensor.float().isfinite().all())
         if wrong:
@@ -148,7 +154,7 @@ def swap_nibbles(packed: Tensor) -> Tensor:
     return packed << 4 | packed >> 4
 
 
-def upcast_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> DerivedTensors:
+def upcast_tensor(checkpoint: Checkpoint, name: str, dtype: str) -> DerivedTensors:
     """Return a tensor in an 8-bit float, which is not a layer's weight, in a dtype that holds it exactly."""
     entry = checkpoint.entry(name)
     layer, _, leaf = name.rpartition(".")
@@ -156,9 +162,9 @@ def upcast_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Deri
     def make() -> dict[str, Tensor]:
         tensor = checkpoint.load(name)
         Layer(checkpoint, layer).check_finite(leaf, tensor)
-        return {name: tensor.to(dtype)}
+        return {name: tensor.to(getattr(torch, dtype))}
 
-    return DerivedTensors({name: Entry(entry.shape, dtype, math.prod(entry.shape) * dtype.itemsize)}, (name,), make)
+    return DerivedTensors({name: Entry(entry.shape, dtype, math.prod(entry.shape) * ITEM_BYTES[dtype])}, (name,), make)
 
 
 class RepackedView(View):
@@ -168,7 +174,7 @@ class RepackedView(View):
         self.path, self.metadata = checkpoint.path, checkpoint.metadata
         self._checkpoint = checkpoint
         self._made: dict[str, DerivedTensors] = {}
-        self.schemes = {}
+        self.formats = {}
         first: dict[str, DerivedTensors] = {}
         hidden = set(dropped)
         place = {name: i for i, name in enumerate(checkpoint)}
@@ -176,8 +182,8 @@ class RepackedView(View):
             hidden.update(derived.sources)
             first[min(derived.sources, key=place.__getitem__)] = derived
             self._made |= dict.fromkeys(derived.entries, derived)
-            if derived.scheme is not None:
-                self.schemes[derived.layer] = derived.scheme
+            if derived.format is not None:
+                self.formats[derived.layer] = derived.format
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:
@@ -207,6 +213,10 @@ class RepackedView(View):
             raise CheckpointError(f"{self.path}: no tensor {name!r} among {len(self)}; the files are of another model")
         return self._checkpoint.entry(name)
 
+    def raw(self, name: str) -> bytes:
+        """Return the bytes of a tensor; of a stored one without importing torch."""
+        return super().raw(name) if name in self._made else self._checkpoint.raw(name)
+
     def load(self, name: str) -> Tensor:
         """Return a tensor on the CPU, to be treated as read-only; raises CheckpointError where it cannot be made."""
         if name not in self._made:
@@ -228,7 +238,7 @@ def unpadded(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
     parts: dict[str, list[str]] = {}
     for name in checkpoint:
         layer, _, leaf = name.rpartition(".")
-        if leaf != "bias" and layer in checkpoint.schemes and checkpoint.schemes[layer].name in PADDED_FORMATS:
+        if leaf != "bias" and layer in checkpoint.formats and checkpoint.formats[layer].name in PADDED_FORMATS:
             parts.setdefault(layer, []).append(name)
     made = [
         _cropped_layer(checkpoint, layer, names, tuple(homes[key].shape))
@@ -239,13 +249,13 @@ def unpadded(checkpoint: Checkpoint, homes: Mapping[str, Tensor]) -> Checkpoint:
         return checkpoint
     view = RepackedView(checkpoint, made)
     cut = {name for derived in made for name in derived.entries}
-    view.schemes = {layer: kind for layer, kind in checkpoint.schemes.items() if f"{layer}.weight" not in cut}
+    view.formats = {layer: kind for layer, kind in checkpoint.formats.items() if f"{layer}.weight" not in cut}
     return view
 
 
 def _is_padded(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:
     """Return whether a stored layer has this shape and padding."""
-    multiple, packed = PADDED_FORMATS[checkpoint.schemes[layer].name]
+    multiple, packed = PADDED_FORMATS[checkpoint.formats[layer].name]
     rows, columns = checkpoint.entry(f"{layer}.weight").shape
     full = tuple(-(-size // multiple) * multiple for size in shape)
     # A layer that is swapped already has its home in the form that is stored.
@@ -254,10 +264,10 @@ def _is_padded(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bo
 
 def _cropped_layer(checkpoint: Checkpoint, layer: str, names: Sequence[str], shape: tuple[int, ...]) -> DerivedTensors:
     """Return the rows and columns of a layer that are not padding, as a float weight."""
-    scheme, (out, in_) = checkpoint.schemes[layer], shape
+    scheme, (out, in_) = checkpoint.scheme(layer), shape
 
     def make() -> dict[str, Tensor]:
         parts = {name.rpartition(".")[2]: checkpoint.load(name) for name in names}
         return {f"{layer}.weight": scheme.decode(parts)[:out, :in_].contiguous()}
 
-    return DerivedTensors({f"{layer}.weight": Entry(shape, torch.float32, 4 * out * in_)}, tuple(names), make)
+    return DerivedTensors({f"{layer}.weight": Entry(shape, "float32", 4 * out * in_)}, tuple(names), make)

@@ -11,38 +11,41 @@ refused before the first tensor is read. An index is not trusted: the names in i
 Source: https://github.com/huggingface/safetensors (format), transformers' sharded index (`weight_map`).
 """
 
+from __future__ import annotations
+
 import math
 import stat
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.container import MAX_TENSORS, REFUSED, Checkpoint, Entry
+from s3dit.kernels.number_format import ITEM_BYTES
+from s3dit.weights.container import MAX_TENSORS, REFUSED, Checkpoint, Entry, is_dtype
 from s3dit.weights.json_files import parse_json, read_json
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.mapped_file import MappedFile, StoredCheckpoint
 from s3dit.weights.model_folder import allowed_places, contained
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "I16": "int16",
+    "U16": "uint16",
+    "I32": "int32",
+    "U32": "uint32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
 }
 
 # Bits of a number in types that torch has not, or not in that form.
@@ -81,23 +84,28 @@ class SafetensorsFiles(StoredCheckpoint):
         """Return the name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
+    def place(self, name: str) -> tuple[MappedFile, int]:
+        """Return the file of a tensor, and where its bytes begin in it."""
+        return self._home[name]
+
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, a copy where misaligned."""
         entry = self.entry(name)
         file, start = self._home[name]
-        if not isinstance(entry.dtype, torch.dtype):
+        if not is_dtype(entry.dtype):
             raise CheckpointError(
                 f"{file.path}: {name} is of the type {entry.dtype}, which torch has not; take a file in another format"
             )
         if not entry.nbytes:
-            return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+            return torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         # As many maps are held as are read from: one.
         for other in self._files:
             if other is not file:
                 other.release()
         flat = file.read(start, entry.nbytes)
         # Old writers did not pad the header; an address off the dtype's grid is not promised to work everywhere.
-        return (flat.clone() if start % entry.dtype.itemsize else flat).view(entry.dtype).view(entry.shape)
+        aligned = flat.clone() if start % ITEM_BYTES[entry.dtype] else flat
+        return aligned.view(getattr(torch, entry.dtype)).view(entry.shape)
 
 
 def read_header(file: MappedFile) -> tuple[dict[str, Entry], dict[str, int], dict[str, str]]:
@@ -157,7 +165,7 @@ def _entry_fault(tensor: Any) -> str:
             return "its shape or data_offsets are no list of counts"
     if len(offsets) != 2 or len(shape) > MAX_DIMENSIONS:
         return f"{len(offsets)} data_offsets and {len(shape)} dimensions"
-    bits = math.prod(shape) * (OTHER_DTYPE_BITS[dtype] if dtype in OTHER_DTYPE_BITS else 8 * DTYPES[dtype].itemsize)
+    bits = math.prod(shape) * (OTHER_DTYPE_BITS[dtype] if dtype in OTHER_DTYPE_BITS else 8 * ITEM_BYTES[DTYPES[dtype]])
     if 8 * (offsets[1] - offsets[0]) != bits:
         return f"{offsets[1] - offsets[0]} bytes for {shape} of {dtype}"
     return ""
@@ -228,6 +236,9 @@ def write_safetensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str
 
     safetensors 0.8 writes files that nobody but their owner may read.
     """
+    # It imports torch.
+    from safetensors.torch import save_file
+
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(tensors, path, metadata)

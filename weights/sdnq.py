@@ -8,25 +8,26 @@ codebooks are refused.
 Source: SDNQ's packed_int and dequantizer, which write the files of the tests.
 """
 
+from __future__ import annotations
+
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from s3dit.kernels.fp8 import fp8_weights
-from s3dit.kernels.grouped import Form, grouped, hadamard, rotate
-from s3dit.kernels.int4 import pack
-from s3dit.kernels.int8 import int8_weights
-from s3dit.weights.comfy import table_part
+from s3dit.kernels.number_format import FORMATS, Form, grouped
+from s3dit.weights.comfy import rotation_part, table_part
 from s3dit.weights.container import FLOATS, Checkpoint
+from s3dit.weights.lazy_torch import torch
 from s3dit.weights.repack import DerivedTensors, Layer
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+if TYPE_CHECKING:
+    from torch import Tensor
+
+E4M3, E5M2 = "float8_e4m3fn", "float8_e5m2"
 # Types of codes that fill a byte.
-BYTE_DTYPES = {"int8": torch.int8, "uint8": torch.uint8, "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
+BYTE_DTYPES = {"int8": "int8", "uint8": "uint8", "float8_e4m3fn": E4M3, "float8_e5m2": E5M2}
 INTEGER = re.compile(r"(u?)int([2-8])")
 # Codes whose bits are in the parts of bytes that other codes leave free, by width: byte, shift to the right, mask.
 SPREAD_BITS = {
@@ -54,8 +55,8 @@ class _Layout:
     """How SDNQ stored a layer, from its configuration and the shapes of its tensors.
 
     kind: its weights_dtype · bits: of a code · out, in_, groups: of the weight · transposed: whether weight and scale
-    are · has_zero: whether groups have a zero point · rank: of the low-rank branch, 0 for none · rotation (1, g, g),
-    None for none · low: the dtype that the branch is kept in.
+    are · has_zero: whether groups have a zero point · rank: of the low-rank branch, 0 for none · rotation: inputs that
+    are rotated together, 0 for none · low: the dtype that the branch is kept in.
     """
 
     kind: str
@@ -66,15 +67,15 @@ class _Layout:
     transposed: bool
     has_zero: bool
     rank: int
-    rotation: Tensor | None
-    low: torch.dtype
+    rotation: int
+    low: str
 
     @property
-    def stored(self) -> torch.dtype:
+    def stored(self) -> str:
         """Return the dtype of the part `weight`: half bytes for up to 4 bits, else int8 or a float."""
         if self.bits <= 4:
-            return torch.uint8
-        return BYTE_DTYPES[self.kind] if self.kind.startswith("float") else torch.int8
+            return "uint8"
+        return BYTE_DTYPES[self.kind] if self.kind.startswith("float") else "int8"
 
     @property
     def form(self) -> Form:
@@ -82,8 +83,8 @@ class _Layout:
         return Form(
             self.stored,
             self.in_ // self.groups if self.groups > 1 else 0,
-            offset=torch.float32 if self.has_zero or self.kind == "uint8" else None,
-            rotation=0 if self.rotation is None else self.rotation.shape[1],
+            offset="float32" if self.has_zero or self.kind == "uint8" else None,
+            rotation=self.rotation,
             rank=self.rank,
             low=self.low,
         )
@@ -108,8 +109,8 @@ def _read_layout(layer: Layer, config: Mapping[str, Any]) -> _Layout:
     has_zero = layer.optional("zero_point", FLOATS, scale)
     branch = layer.has("svd_up")
     rank = _rank(layer, out, in_) if branch else 0
-    rotation = _rotation(layer, in_, config)
-    low = torch.float32 if rotation is not None or not branch else _float(layer, "svd_up")
+    rotation = _rotated(layer, in_, config)
+    low = "float32" if rotation or not branch else _dtype(layer, "svd_up")
     bits = int(integer[2]) if integer else 8
     return _Layout(kind, bits, out, in_, groups, transposed, has_zero, rank, rotation, low)
 
@@ -117,11 +118,10 @@ def _read_layout(layer: Layer, config: Mapping[str, Any]) -> _Layout:
 def _derived(layer: Layer, layout: _Layout) -> DerivedTensors:
     """Return the parts of a layer: of a per-channel Scheme where its codes and scales are those, else of its form."""
     form = layout.form
-    per_channel = {E4M3: fp8_weights, torch.int8: int8_weights}.get(layout.stored)
+    per_channel = {E4M3: FORMATS["fp8-weights"], "int8": FORMATS["int8-weights"]}.get(layout.stored)
     if per_channel is not None and form == Form(layout.stored, low=layout.low):
         return layer.derive(per_channel, layout.out, layout.in_, lambda: _parts(layer, layout))
-    scheme = grouped(f"sdnq-{layout.kind}", form)
-    return layer.derive(scheme, layout.out, layout.in_, lambda: _parts(layer, layout))
+    return layer.derive(grouped(f"sdnq-{layout.kind}", form), layout.out, layout.in_, lambda: _parts(layer, layout))
 
 
 def _parts(layer: Layer, layout: _Layout) -> dict[str, Tensor]:
@@ -138,8 +138,8 @@ def _parts(layer: Layer, layout: _Layout) -> dict[str, Tensor]:
         # Codes from 0 to 255 were moved to -128 … 127.
         zero = parts.get("offset", torch.zeros(shape, dtype=torch.float32, device="cpu"))
         parts["offset"] = zero + 128 * parts["scale"]
-    if layout.rotation is not None:
-        parts["rotation"] = layout.rotation
+    if layout.rotation:
+        parts["rotation"] = rotation_part(layout.rotation)
     return parts | (_branch(layer, layout) if layout.rank else {})
 
 
@@ -180,18 +180,16 @@ def _meant(name: str, patterns: list[Any]) -> bool:
     return False
 
 
-def _float(layer: Layer, leaf: str) -> torch.dtype:
-    dtype = layer.checkpoint.entry(layer.key(leaf)).dtype
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+def _dtype(layer: Layer, leaf: str) -> str:
+    return layer.checkpoint.entry(layer.key(leaf)).dtype
 
 
 def _width(layer: Layer, kind: str, out: int, across: bool) -> int:
     """Return the columns of a layer, from the size of its codes."""
     whole = kind in BYTE_DTYPES
-    shape = layer.require("weight", (BYTE_DTYPES.get(kind, torch.uint8),))
+    shape = layer.require("weight", (BYTE_DTYPES.get(kind, "uint8"),))
     bits = 8 if whole else int(kind[-1])
-    count = torch.Size(shape).numel() * 8 // bits
+    count = math.prod(shape) * 8 // bits
     if not count or count % out or (across and (not whole or shape[-1] != out)):
         raise layer.error(f"weight is {list(shape)} of {kind}, which are not {out} rows")
     return count // out
@@ -203,25 +201,27 @@ def _rank(layer: Layer, out: int, in_: int) -> int:
     if len(shape) != 2 or out not in shape:
         raise layer.error(f"svd_up is {list(shape)}; needed a matrix with {out} rows")
     rank = shape[1] if shape[0] == out else shape[0]
-    layer.require("svd_down", (_float(layer, "svd_up"),), (rank, in_) if shape[0] == out else (in_, rank))
+    layer.require("svd_down", (_dtype(layer, "svd_up"),), (rank, in_) if shape[0] == out else (in_, rank))
     return rank
 
 
-def _rotation(layer: Layer, in_: int, config: Mapping[str, Any]) -> Tensor | None:
-    """Return the rotation of a layer: of as many inputs as divide its width, at most the configured number."""
+def _rotated(layer: Layer, in_: int, config: Mapping[str, Any]) -> int:
+    """Return how many inputs of a layer were rotated together: as divide its width, at most the configured number."""
     if not config.get("use_hadamard"):
-        return None
+        return 0
     most = config.get("hadamard_group_size", 256)
     if not isinstance(most, int) or most < 1:
         raise layer.error(f"hadamard_group_size is {most!r}; needed a power of two")
     size = 1 << (min(in_, most) - 1).bit_length()
     while in_ % size:
         size //= 2
-    return hadamard(size) if size >= 4 else None
+    return size if size >= 4 else 0
 
 
 def _codes(stored: Tensor, layout: _Layout) -> Tensor:
     """Return the part `weight` of stored codes."""
+    from s3dit.kernels.int4 import pack
+
     shape = layout.out, layout.in_
     if layout.transposed:
         stored = stored.T
@@ -254,9 +254,11 @@ def _unpacked(packed: Tensor, bits: int) -> Tensor:
 
 def _branch(layer: Layer, layout: _Layout) -> dict[str, Tensor]:
     """Load the parts up and down; SDNQ rotates the sum of codes and branch, so down is rotated here."""
-    up, down = layer("svd_up").to(layout.low), layer("svd_down").to(layout.low)
+    from s3dit.kernels.grouped import rotate
+
+    up, down = (layer(leaf).to(getattr(torch, layout.low)) for leaf in ("svd_up", "svd_down"))
     if up.shape[0] != layout.out:
         up, down = up.T, down.T
-    if layout.rotation is not None:
-        down = rotate(down, {"rotation": layout.rotation})
+    if layout.rotation:
+        down = rotate(down, {"rotation": rotation_part(layout.rotation)})
     return {"up": up, "down": down[None]}

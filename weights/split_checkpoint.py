@@ -8,15 +8,19 @@ error, since "521 tensors missing" helps nobody.
 Source: prefixes as seen in Comfy-Org's, SeeSee21's, leejet's and diffusers' files.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
 from s3dit.weights.container import Checkpoint, Entry, View
 from s3dit.weights.dialects import family
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTS = ("transformer", "text_encoder", "vae")
 PREFIXES = {
@@ -174,9 +178,9 @@ class PartView(View):
         start = len(prefix)
         # A layer whose name begins with the prefix of another part has none of its tensors here.
         layers = {key.rpartition(".")[0] for key in self._keys}
-        self.schemes = {
-            layer[start:]: scheme
-            for layer, scheme in checkpoint.schemes.items()
+        self.formats = {
+            layer[start:]: number_format
+            for layer, number_format in checkpoint.formats.items()
             if layer.startswith(prefix) and layer[start:] in layers
         }
 

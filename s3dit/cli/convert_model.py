@@ -26,6 +26,7 @@ from torch import Tensor
 from s3dit.configs import infer_config
 from s3dit.configs.model_files import OWN
 from s3dit.errors import CheckpointError
+from s3dit.kernels.number_format import ITEM_BYTES
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
 from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
@@ -121,7 +122,7 @@ def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> 
         homes = SPECS[part].module(config).state_dict()
     for name in checkpoint:
         entry, (layer, _, leaf) = checkpoint.entry(name), name.rpartition(".")
-        if layer in checkpoint.schemes and leaf != "bias":
+        if layer in checkpoint.formats and leaf != "bias":
             # A layer that the model has not is of no size that is known, and small.
             yield homes[name].numel() * (4 if dtype == "fp32" else 2) if name in homes and leaf == "weight" else 0
         elif entry.dtype not in FLOATS:
@@ -130,7 +131,7 @@ def _size(part: str, checkpoint: Checkpoint, config: Any, dtype: str | None) -> 
                 "number format that this engine draws with"
             )
         else:
-            yield entry.nbytes if dtype is None else entry.nbytes // entry.dtype.itemsize * DTYPES[dtype].itemsize
+            yield entry.nbytes if dtype is None else entry.nbytes // ITEM_BYTES[entry.dtype] * DTYPES[dtype].itemsize
 
 
 def _write(
@@ -139,7 +140,7 @@ def _write(
     """Stream one part into shards of its folder, and write the index that names them."""
     named = official(checkpoint)
     folder.mkdir()
-    decoded = Counter(scheme.name for scheme in named.schemes.values())
+    decoded = Counter(number_format.name for number_format in named.formats.values())
     metadata = {
         "format": "pt",
         "source": UNKNOWN,
@@ -151,7 +152,7 @@ def _write(
     for name, tensor in _tensors(named):
         if name in DROPPED:
             continue
-        own = torch.bfloat16 if name.rpartition(".")[0] in named.schemes else tensor.dtype
+        own = torch.bfloat16 if name.rpartition(".")[0] in named.formats else tensor.dtype
         # A view would hold the whole map of the source.
         shards.add({name: tensor.to(own if dtype is None else DTYPES[dtype], copy=True).contiguous()})
         progress(named.entry(name).nbytes)

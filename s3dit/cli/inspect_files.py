@@ -16,7 +16,7 @@ from s3dit.errors import CheckpointError
 from s3dit.model.config import SchedulerConfig
 from s3dit.runtime.sources import WEIGHTS
 from s3dit.weights.checkpoint import INDEX
-from s3dit.weights.hub import BESIDE, TOKENIZERS
+from s3dit.weights.hub_files import BESIDE, TOKENIZERS
 from s3dit.weights.split_checkpoint import PARTS, part_of
 
 MODEL_INDEX, ADAPTER = "model_index.json", "adapter_config.json"

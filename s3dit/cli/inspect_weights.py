@@ -8,10 +8,10 @@ a model are described here, pictures in `inspect_pictures`, settings and tokeniz
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from s3dit.cli.inspect_pictures import is_picture, picture
 from s3dit.cli.inspect_report import HOME, Facts, Part, Report, draw, size
 from s3dit.cli.record import PLACE
 from s3dit.configs import infer_config
+from s3dit.configs.layer_shapes import layer_shapes
 from s3dit.configs.model_files import read_json
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, variant_of
-from s3dit.model.controlnet import BASE, EMBEDDER, ControlNetConfig, settings_of
-from s3dit.model.meta import on_meta
+from s3dit.model.controlnet_config import BASE, EMBEDDER, ControlNetConfig, settings_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.sources import OpenedModel, missing, open_model
-from s3dit.weights.adapter import CONFIG, AdapterInfo, describe
+from s3dit.weights.adapter_info import CONFIG, AdapterInfo, describe
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint, open_stored
 from s3dit.weights.container import sniff
 from s3dit.weights.formats import producer
-from s3dit.weights.hub import ADAPTERS
+from s3dit.weights.hub_files import ADAPTERS
 from s3dit.weights.keymap import detect, official
 from s3dit.weights.split_checkpoint import PARTS
 
@@ -90,7 +90,8 @@ def absent(name: str, folder: Path, lacking: Collection[str]) -> Facts:
         kind, options = "a file of weights", []
     note = "described without downloading it; drawing with it does"
     if not options:
-        words = shlex.join(["/".join(name.split("/")[:2]), *sorted(lacking)])
+        repository, _, revision = "/".join(name.split("/")[:2]).partition("@")
+        words = shlex.join([repository, *sorted(lacking), *(["--revision", revision] if revision else [])])
         note = f"only its weights say what it is; get them with `hf download {words}`, then inspect it again"
     return Facts(name, f"{kind} on the Hub", facts, draw(options) if options else "", (note,))
 
@@ -139,7 +140,7 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
         "producer": who or NO_PRODUCER, "layers": info.layers, "parts": ", ".join(info.parts),
     }  # fmt: skip
     layers = [(part, layer, shape) for part, layers in info.shapes.items() for layer, shape in layers.items()]
-    wrong = [f"{layer} {list(shape)}" for part, layer, shape in layers if _shape_of(part, layer) != shape]
+    wrong = [f"{layer} {list(shape)}" for part, layer, shape in layers if _published(part).get(layer, ()) != shape]
     notes, model = [*info.notes], HOME
     if layers and len(wrong) == len(layers):
         model, wrong = f"{PLACE}MODEL", []
@@ -157,13 +158,10 @@ def _adapter(checkpoint: Checkpoint, info: AdapterInfo, name: str) -> Facts:
     return Facts(name, "an adapter", facts, command, tuple(notes))
 
 
-def _shape_of(part: str, layer: str, known: dict[str, Mapping[str, Any]] = {}) -> tuple[int, ...]:  # noqa: B006
-    """The shape of a layer's weight in the published model, () where it has no such layer."""
-    if part not in known:
-        with on_meta():
-            known[part] = SPECS[part].module(SPECS[part].published).state_dict()
-    tensor = known[part].get(f"{layer}.weight", known[part].get(layer))
-    return () if tensor is None else tuple(tensor.shape)
+@cache
+def _published(part: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights of the published model."""
+    return layer_shapes(SPECS[part].published)
 
 
 def _first(names: Iterable[str]) -> str:
@@ -203,7 +201,7 @@ def _part(part: str, checkpoint: Checkpoint, opened: OpenedModel) -> Part:
     config = opened.configs.get(part)
     try:
         config = config or SPECS[part].infer(checkpoint, None, notes)
-        faults = tuple(_lacks(part, config, checkpoint))
+        faults = tuple(_lacks(config, checkpoint))
         kind = _kind(config, opened)
     except CheckpointError as error:
         kind, faults = "of a shape that this engine does not know", (str(error),)
@@ -273,15 +271,12 @@ def _kind(config: Any, opened: OpenedModel) -> str:
     return f"Z-Image ({opened.own.get('variant') or variant}), {config.n_layers} layers of width {config.dim}{twin}"
 
 
-def _lacks(part: str, config: Any, checkpoint: Checkpoint) -> Iterable[str]:
+def _lacks(config: Any, checkpoint: Checkpoint) -> Iterable[str]:
     """Layers that the model has and the file has not, or the other way round."""
-    with on_meta():
-        module = SPECS[part].module(config)
-    # The embedding is not assigned, but read by rows.
-    spare = [name for name in getattr(module, "unused", ()) if not fnmatchcase("model.embed_tokens.weight", name)]
-    homes = {name: name.rpartition(".")[0] or name for name in module.state_dict()}
-    needed = {home for name, home in homes.items() if not any(fnmatchcase(name, pattern) for pattern in spare)}
-    known = {*homes.values()}
+    known = set(layer_shapes(config))
+    # The features are the output of the last layer but one.
+    last = f"model.layers.{config.num_hidden_layers - 1}." if isinstance(config, TextEncoderConfig) else None
+    needed = {name for name in known if last is None or not name.startswith(last)}
     stored = {name.rpartition(".")[0] or name for name in official(checkpoint)}
     for names, what in ((needed - stored, "lacks"), (stored - known, "has besides")):
         names = {name for name in names if not NOT_READ.match(name)}

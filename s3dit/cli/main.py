@@ -24,6 +24,7 @@ from s3dit.cli import (
     parity,
     plan,
     quantize,
+    serve,
 )
 from s3dit.cli.parser import Parser, shown_examples
 from s3dit.terminal import finish, follows, say, stoppable, streams
@@ -32,6 +33,7 @@ from s3dit.terminal import finish, follows, say, stoppable, streams
 COMMANDS: dict[str, Any] = {
     "generate": generate, "plan": plan, "microscope": microscope, "inspect": inspect, "compare": compare,
     "convert": convert, "quantize": quantize, "calibrate-cache": calibrate_cache, "export": export, "parity": parity,
+    "serve": serve,
 }  # fmt: skip
 # The names of before, for one release.
 RENAMED = {"look": "inspect"}

@@ -93,7 +93,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", metavar="MODEL",
-        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub name",
+        help="embedded (default), embedded-base, a folder in the official layout, one file of all parts, or a hub "
+        "name (org/name@main asks for a newer revision than the one in the cache)",
     )  # fmt: skip
     for part in ("transformer", "text encoder", "vae"):
         group.add_argument(

@@ -54,17 +54,8 @@ def load(
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    with importing():
-        from s3dit.pipeline import Pipeline
-
+    pipe = load_pipeline(args, parallel)
     with speaking_of_options():
-        pipe = Pipeline.load(
-            args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
-            tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
-            device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
-            numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
-            disable_mmap=args.disable_mmap, parallel=parallel,
-        )  # fmt: skip
         for change in changes(pipe, replay.engine):
             say(f"{args.replay} was drawn {change}: not the same to the bit")
         for report in attach(pipe, args, replay.adapters):
@@ -73,6 +64,24 @@ def load(
     if request.prompt is None and not request.region:
         say(f"no prompt is given; drawing the model's own example: {plan.request.prompts[0]}")
     return pipe, plan
+
+
+def load_pipeline(args: argparse.Namespace, parallel: str | None = None) -> "Pipeline":
+    """Open the model that the options name; raises RequestError, BackendError, CheckpointError.
+
+    parallel: as of `Pipeline.load`.
+    """
+    with importing():
+        from s3dit.pipeline import Pipeline
+
+    with speaking_of_options():
+        return Pipeline.load(
+            args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
+            tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
+            device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
+            numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
+            disable_mmap=args.disable_mmap, parallel=parallel,
+        )  # fmt: skip
 
 
 def _prompt(args: argparse.Namespace) -> Any:

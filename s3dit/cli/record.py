@@ -191,13 +191,13 @@ def image_beside(folder: Path, named: str, sha256: str, option: str) -> str:
 
     sha256: of its pixels · option: gives the file instead, for the message.
     """
-    from s3dit.inputs.images import Picture
+    from s3dit.inputs.image_files import file_sha256
 
     # os.path: a name that is too long, or in a folder that may not be read, is no file.
     there = [path for path in _places(folder, named) if os.path.isfile(path)]
     for path in there:
         try:
-            if Picture.open(str(path)).sha256 == sha256:
+            if file_sha256(str(path)) == sha256:
                 return str(path)
         except RequestError:
             continue

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from s3dit.control import IMAGES, Control
 from s3dit.errors import RequestError
 from s3dit.inputs.images import Picture, Pictures
-from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls, condition
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, Controls, condition
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.request import Request
 from s3dit.values import one_by_one
 

@@ -8,6 +8,7 @@ Source: the PNG specification for chunks; Pillow's decoders for what they raise.
 it was made (image_metadata.py).
 """
 
+import hashlib
 import io
 import os
 import re
@@ -29,6 +30,7 @@ from s3dit.terminal import hushed
 # Larger pictures are refused before their pixels are unpacked: 8192 × 8192, more than any model here reads or makes.
 LARGEST_PIXELS = 1 << 26
 # What is read. Not everything that Pillow knows: some of its formats run other programs.
+NEEDED = "a picture that can be read, such as a PNG or JPEG file"
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM", "TGA", "JPEG2000", "ICO")
 # Bytes of a file that is opened: what so many pixels of 8 bytes take without compression.
 LARGEST_FILE = 1 << 29
@@ -50,11 +52,18 @@ def open_image(path: str | os.PathLike[str], needed: str, formats: Sequence[str]
     needed: what the message asks for · formats: Pillow's names of those that are accepted. Raises RequestError, also
     for whatever goes wrong inside the `with`.
     """
-    Image.init()
     # Pillow gets the file, not its name: it would map it, and a file cut short then ends the process.
-    with opened(path, needed, LARGEST_FILE) as file, image_errors(str(path), needed):
-        _check_chunks(file, str(path))
-        with Image.open(file, formats=[name for name in formats if name in Image.OPEN]) as image:
+    with opened(path, needed, LARGEST_FILE) as file, image_in(file, str(path), needed, formats) as image:
+        yield image
+
+
+@contextmanager
+def image_in(file: BinaryIO, name: str, needed: str, formats: Sequence[str]) -> Iterator[Image.Image]:
+    """Do as `open_image` with an opened file, or bytes in memory, which messages call `name`."""
+    Image.init()
+    with image_errors(name, needed):
+        _check_chunks(file, name)
+        with Image.open(file, formats=[known for known in formats if known in Image.OPEN]) as image:
             yield image
 
 
@@ -156,3 +165,15 @@ def to_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def rgb_sha256(image: Image.Image) -> str:
+    """Return the SHA-256 of the size and pixels of an RGB image, as hex."""
+    size = image.height, image.width
+    return hashlib.sha256(f"rgb8 {size}\n".encode() + image.tobytes()).hexdigest()
+
+
+def file_sha256(path: str) -> str:
+    """Return `images.Picture.sha256` of a picture in a file, without importing torch; raises RequestError."""
+    with open_image(path, NEEDED, FORMATS) as image:
+        return rgb_sha256(decoded(image, path))

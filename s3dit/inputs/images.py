@@ -21,7 +21,7 @@ from torch import Tensor
 
 from s3dit.errors import RequestError
 from s3dit.inputs.image_arrays import from_array
-from s3dit.inputs.image_files import FORMATS, decoded, image_errors, open_image
+from s3dit.inputs.image_files import FORMATS, NEEDED, decoded, image_errors, open_image, rgb_sha256
 from s3dit.inputs.resize import resized, resized_image
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Picture:
         is missing, damaged, moving, far too large or no picture.
         """
         if isinstance(source, str | os.PathLike):
-            with open_image(source, "a picture that can be read, such as a PNG or JPEG file", FORMATS) as image:
+            with open_image(source, NEEDED, FORMATS) as image:
                 return cls(str(source), decoded(image, str(source)))
         if isinstance(source, Image.Image):
             with image_errors(name, "a Pillow image that can be read"):
@@ -88,9 +88,9 @@ class Picture:
     @property
     def sha256(self) -> str:
         """SHA-256 of size and pixels, as hex: the same for the same picture in another file."""
-        exact = isinstance(self.content, Tensor)
-        data = self.content.numpy().tobytes() if isinstance(self.content, Tensor) else self.content.tobytes()
-        return hashlib.sha256(f"{'fp32' if exact else 'rgb8'} {self.size}\n".encode() + data).hexdigest()
+        if isinstance(self.content, Tensor):
+            return hashlib.sha256(f"fp32 {self.size}\n".encode() + self.content.numpy().tobytes()).hexdigest()
+        return rgb_sha256(self.content)
 
     def pixels(self, size: tuple[int, int] | None = None) -> Tensor:
         """Return pixels for the autoencoder: (3, H, W) fp32 in [-1, 1]; `size` (height, width) resizes by Lanczos."""

@@ -32,6 +32,15 @@ def save_picture(
     form = form or ENDINGS.get(path.suffix.lower())
     if form is None:
         raise RequestError(f"{path.name!r} says no format; needed a name that ends in {', '.join(ENDINGS)}")
+    with whole(path) as file:
+        # Encoded in memory first: an encoder that writes to a full disk does not say so.
+        file.write(encoded(image, form, metadata, quality))
+
+
+def encoded(
+    image: Image.Image, form: str, metadata: Mapping[str, Any] | None = None, quality: int | None = None
+) -> bytes:
+    """The bytes of the file that `save_picture` writes, with its arguments; raises RequestError."""
     if quality is not None and (form == "PNG" or not 1 <= quality <= 100):
         raise RequestError(f"quality is {quality} for {form}; needed 1 to 100 for JPEG or WEBP, or none")
     if form != "PNG" and image.mode not in ("L", "RGB"):
@@ -42,12 +51,10 @@ def save_picture(
         options |= {"quality": quality or 95, "subsampling": 0}
     elif form == "WEBP":
         options |= {"lossless": quality is None, "quality": quality or 80}
-    with whole(path) as file:
-        # Encoded in memory first: an encoder that writes to a full disk does not say so.
-        data = io.BytesIO()
-        # Pillow's own method, also of a subclass whose `save` adds metadata: what is written was decided above.
-        Image.Image.save(image, data, form, **options)
-        file.write(data.getbuffer())
+    data = io.BytesIO()
+    # Pillow's own method, also of a subclass whose `save` adds metadata: what is written was decided above.
+    Image.Image.save(image, data, form, **options)
+    return data.getvalue()
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

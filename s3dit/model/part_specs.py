@@ -1,47 +1,47 @@
 """The parts of a model in one table: what each is called, configured by, built as and given by on the command line.
 
-A ControlNet is a part as well, but one for each file, and the vision tower of Omni models takes no option of its own;
-both are handled where they are opened. Which tensors tell a part, and under which prefixes, is the files' affair
-(`weights.split_checkpoint`).
+A ControlNet is a part as well, and so is the vision tower of Omni models; both are handled where they are opened. Which
+tensors tell a part is the files' affair (`weights.split_checkpoint`). Only `PartSpec.module` imports torch.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
-
-from torch import nn
 
 from s3dit.configs import infer_config
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig
-from s3dit.model.text_encoder import TextEncoder
-from s3dit.model.transformer import Transformer
-from s3dit.model.vae import Autoencoder
 
 
 @dataclass(frozen=True, slots=True)
 class PartSpec:
     """One part of a model.
 
-    config: the dataclass of its config.json · infer: reads that from tensors where there is no JSON,
-    `infer(checkpoint, known, notes)` · published: the configuration of the released models · module: built of a
-    config; its `unused` are patterns of names that no picture needs, which are not read · option: gives it on the
-    command line.
+    config: the dataclass of its config.json · infer(checkpoint, known, notes): reads that from tensors · published: of
+    the released models · made_by: file and class of its module, whose `unused` are patterns of names that are not read
     """
 
     config: type[Any]
     infer: Callable[..., Any]
     published: Any
-    module: Callable[[Any], nn.Module]
+    made_by: str
     option: str
+
+    def module(self, config: Any) -> Any:
+        """Make the module of a config."""
+        room, _, name = self.made_by.partition(".")
+        return getattr(import_module(f"s3dit.model.{room}"), name)(config)
 
 
 # Keys are the names of its folders.
 SPECS: Mapping[str, PartSpec] = {
     "transformer": PartSpec(
-        TransformerConfig, infer_config.transformer, infer_config.TRANSFORMER, Transformer, "--transformer"
+        TransformerConfig, infer_config.transformer, infer_config.TRANSFORMER, "transformer.Transformer",
+        "--transformer",
     ),
     "text_encoder": PartSpec(
-        TextEncoderConfig, infer_config.text_encoder, infer_config.TEXT_ENCODER, TextEncoder, "--text-encoder"
+        TextEncoderConfig, infer_config.text_encoder, infer_config.TEXT_ENCODER, "text_encoder.TextEncoder",
+        "--text-encoder",
     ),
-    "vae": PartSpec(VAEConfig, infer_config.vae, infer_config.VAE, Autoencoder, "--vae"),
-}
+    "vae": PartSpec(VAEConfig, infer_config.vae, infer_config.VAE, "vae.Autoencoder", "--vae"),
+}  # fmt: skip

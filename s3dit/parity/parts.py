@@ -146,7 +146,7 @@ class ReferenceParts(ExitStack):
         """How a part is loaded, "folder", "file" or "gguf", and from where."""
         path = self.pipe.sources.checkpoints[part].path
         folder = path if path.is_dir() else path.parent
-        schemes = {scheme.name for scheme in self.pipe.parts.checkpoints[part].schemes.values()}
+        schemes = {stored.name for stored in self.pipe.parts.checkpoints[part].formats.values()}
         beside = (folder / "config.json").is_file() and (path.is_dir() or path.name.split(".")[0] in OFFICIAL)
         if path.suffix == ".gguf" and part == "transformer":
             return "gguf", path

@@ -202,7 +202,7 @@ def _apart(pipe: Pipeline) -> set[str]:
     """
     apart = set()
     for part, name in pipe.parts.formats.items():
-        stored = bool(pipe.parts.checkpoints[part].schemes)
+        stored = bool(pipe.parts.checkpoints[part].formats)
         if name in FORMATS and not (stored and SCHEMES[name].activation is None):
             apart.add(name)
     return apart

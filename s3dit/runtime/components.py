@@ -9,7 +9,7 @@ merge, join or stream, attach, compile.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from s3dit.control import Control
-from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.controlnet import ControlNet, open_controlnet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.hooks import unhookable, why_not
 from s3dit.model.linear import JOINED_ON, swap
 from s3dit.model.meta import on_meta
@@ -28,7 +29,7 @@ from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.parallel.alone import Alone
 from s3dit.runtime import adapters, budget
-from s3dit.runtime.block_streaming import Mode, repeated
+from s3dit.runtime.block_streaming import Mode, repeated, tensors
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.runtime.joining import join
@@ -65,6 +66,9 @@ class Components(Residency):
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
         self.controlnets: dict[str, ControlNetConfig] = {}
+        # Modules on the meta device that are made already, plain ones and as `blank` returns them: making is slow.
+        self._plain: dict[str, nn.Module] = {}
+        self._blanks: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
         for part, checkpoint in sources.checkpoints.items():
             self._open(part, checkpoint)
         self._quantize = quantize
@@ -85,12 +89,14 @@ class Components(Residency):
             module, unused = self.blank(part)
             self.formats[part] = named(schemes(module))
             self._weigh(part, module, unused)
+            self._blanks[part] = module, unused
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
         if self._disable_mmap:
             checkpoint.disable_mmap()
-        self.checkpoints[part] = fitted(checkpoint, self._module(part, config).state_dict())
+        self._plain[part] = self._module(part, config)
+        self.checkpoints[part] = fitted(checkpoint, self._plain[part].state_dict())
 
     @contextmanager
     def reading(self, callback: Callable[[str, int], None]) -> Iterator[None]:
@@ -117,7 +123,7 @@ class Components(Residency):
     def blank(self, part: str) -> tuple[nn.Module, tuple[str, ...]]:
         """Make a part's module on the meta device; returns it and the patterns of names that are never read."""
         checkpoint, controlnet = self.checkpoints[part], self.controlnets.get(part)
-        module = self._module(part, controlnet)
+        module = self._plain.pop(part, None) or self._module(part, controlnet)
         unused: Any = module.unused if controlnet is None else controlnet.unused(checkpoint)
         with on_meta():
             for name, kind in schemes_for(part, checkpoint, self._quantize.get(part)).items():
@@ -127,10 +133,12 @@ class Components(Residency):
 
     def make(self, name: str) -> nn.Module:
         """Make a part's module on the meta device, in which modules that are never called refuse hooks."""
-        module, unused = self.blank(name)
+        module, unused = self._blanks.pop(name) if name in self._blanks else self.blank(name)
+        names = list(module.state_dict())
+        read = [leaf for leaf in names if not any(fnmatchcase(leaf, pattern) for pattern in unused)]
+        unread = _owners(names) - _owners(read)
         for path, inner in module.named_modules():
-            names = [f"{path}.{leaf}".removeprefix(".") for leaf in inner.state_dict()]
-            if names and all(any(fnmatchcase(leaf, pattern) for pattern in unused) for leaf in names):
+            if path in unread:
                 unhookable(inner, "no picture needs it, so it is not read")
             elif why := why_not(inner):
                 unhookable(inner, why)
@@ -143,7 +151,8 @@ class Components(Residency):
         dtype, checkpoint = self._kept_in(name), self.checkpoints[name]
         self._ahead.read([self.checkpoints[part] for part in (name, *self._following(name))])
         with own_settings(device), self.clock.stage(f"load {name}"):
-            filled, unused = self.blank(name)
+            filled, unused = self._blanks.pop(name) if name in self._blanks else self.blank(name)
+            places = list(tensors(filled))
             if kept is None:
                 seen = None if self._on_read is None else partial(self._on_read, name)
                 assign(filled, checkpoint, dtype=dtype, device=device, unused=unused, progress=seen)
@@ -151,9 +160,14 @@ class Components(Residency):
                 # Streamed blocks stay what they are in the file, and are cast on their way to the device.
                 assign(filled, checkpoint, dtype=None, unused=unused)
             adapters.merge_into(filled, name, self.adapters, dtype)
-            if kept is None and device.type in JOINED_ON:
+            if joined := kept is None and device.type in JOINED_ON:
                 join(filled)
             component.set_parameters(filled)
+            if not joined and not self.adapters:
+                # For the next time, without the tensors.
+                for owner, leaf, blank in places:
+                    owner[leaf] = blank
+                self._blanks[name] = filled, unused
             if kept is not None:
                 component.stream(device, kept, dtype)
             component.mark()
@@ -218,6 +232,11 @@ class Components(Residency):
             if self.mode == "streamed":
                 self.kept = {**self.kept, part: 0}
         return part, self.controlnets[part]
+
+
+def _owners(names: Iterable[str]) -> set[str]:
+    """The modules that hold tensors of these names, directly or further in; "" is the part itself."""
+    return {name[:i] for name in names for i in (0, *(at for at, letter in enumerate(name) if letter == "."))}
 
 
 def _compiled(module: nn.Module) -> bool:

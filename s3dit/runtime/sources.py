@@ -22,8 +22,8 @@ from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
 from s3dit.runtime.model_config import compose
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.hub import MODEL_FOLDERS as REPOSITORY_PARTS
 from s3dit.weights.hub import resolve
+from s3dit.weights.hub_files import MODEL_FOLDERS as REPOSITORY_PARTS
 from s3dit.weights.split_checkpoint import PARTS, split
 
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")

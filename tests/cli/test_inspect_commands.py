@@ -7,6 +7,7 @@ of those that only the user knows.
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from s3dit.cli.main import main
+from s3dit.kernels.number_format import FORMATS
 from s3dit.runtime.embedded import EMBEDDED
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))
@@ -79,11 +81,17 @@ def lora(extra=()):
     }
 
 
-def make_gguf(path):
+def make_gguf(path, kind=None):
+    """The transformer, its matrices in a type of block."""
     gguf = pytest.importorskip("gguf", reason="GGUF files are made by gguf-py: pip install 's3dit[test]'")
     writer = gguf.GGUFWriter(path, "lumina2")
     for name, tensor in load_file(WEIGHTS["transformer"]).items():
-        writer.add_tensor(name, tensor.float().numpy())
+        numbers = tensor.float().numpy()
+        if kind is None or tensor.dim() != 2 or tensor.shape[1] % 32:
+            writer.add_tensor(name, numbers)
+        else:
+            block = gguf.GGMLQuantizationType[kind]
+            writer.add_tensor(name, gguf.quantize(numbers, block), raw_dtype=block)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -210,6 +218,39 @@ KINDS = {
     "comfy.webp": ("ComfyUI", "z_image_turbo_bf16", "--convention comfyui"),
     "advanced.png": ("--seed 5 --steps 1 --height 64 --width 80 --solver euler --schedule beta", "not sound like"),
 }  # fmt: skip
+
+
+TORCHLESS = """
+import json, sys
+from s3dit.cli.main import main
+from s3dit.kernels.number_format import FORMATS
+for kind in json.loads(sys.argv[1]):
+    assert main(["inspect", kind]) == 0, kind
+    assert "torch" not in sys.modules, f"torch was imported for {kind}"
+"""
+
+
+def test_no_kind_of_file_needs_torch(shelf, monkeypatch):
+    """Headers say everything, of quantized files too; importing torch would take a second."""
+    monkeypatch.chdir(shelf)
+    tensors = load_file(WEIGHTS["transformer"])
+    layer = "layers.0.feed_forward.w1"
+    own = FORMATS["int4"].layout(*tensors[f"{layer}.weight"].shape)
+    packed = {f"{layer}.{part}": torch.zeros(shape, dtype=getattr(torch, name)) for part, (shape, name) in own.items()}
+    codes = tensors[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    said = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    marked = {f"{layer}.weight": codes, f"{layer}.weight_scale": torch.ones(()), f"{layer}.comfy_quant": said}
+    save_file(tensors | packed, "int4.safetensors", {"scheme": "int4"})
+    save_file(tensors | marked, "fp8.safetensors")
+    save_file(lora() | {"diffusion_model.layers.0.attention.to_q.alpha": torch.ones(())}, "alpha.safetensors")
+    make_gguf(Path("q8.gguf"), "Q8_0")
+    kinds = [*KINDS, "int4.safetensors", "fp8.safetensors", "q8.gguf", "alpha.safetensors"]
+    run = subprocess.run([sys.executable, "-c", TORCHLESS, json.dumps(kinds)], capture_output=True, text=True)
+    for made in kinds[len(KINDS) :]:
+        Path(made).unlink()
+    assert run.returncode == 0, run.stderr
+    for words in ("int4 ", "fp8-weights ", "Q8_0 ", "alpha                1,"):
+        assert words in run.stdout
 
 
 def command(said, **places):

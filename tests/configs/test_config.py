@@ -15,7 +15,8 @@ from s3dit.configs import config_keys, tokenizer_config
 from s3dit.configs.model_files import KINDS, read_index, read_json, read_own
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.model.config import SchedulerConfig, VisionConfig, VisionInputConfig, variant_of
-from s3dit.model.controlnet import ControlNet, ControlNetConfig, open_controlnet
+from s3dit.model.controlnet import ControlNet, open_controlnet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.request import Request
 from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import compose, read_model

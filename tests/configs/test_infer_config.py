@@ -35,7 +35,7 @@ class Blank(Checkpoint):
         return list(self._tensors)
 
     def entry(self, name):
-        return Entry(tuple(self._tensors[name].shape), torch.float32, self._tensors[name].nbytes)
+        return Entry(tuple(self._tensors[name].shape), "float32", self._tensors[name].nbytes)
 
     def load(self, name):
         raise AssertionError("a tensor was read")

@@ -17,7 +17,8 @@ from s3dit.cli.main import main
 from s3dit.cli.show import describe
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.inputs.image_metadata import read_metadata
-from s3dit.model.controlnet import ControlNet, ControlNetConfig
+from s3dit.model.controlnet import ControlNet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.layout import text_to_image
 from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model

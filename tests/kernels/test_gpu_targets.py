@@ -102,8 +102,8 @@ from s3dit.kernels.schemes import SCHEMES
 matmul.describable = lambda *tensors: capability >= 90
 matmul.program_count = mixed_matmul.program_count = lambda device: 132
 grouped.F = gguf_matmul.F = mixed_matmul.F = types.SimpleNamespace(linear=lambda x, weight, bias: None)
-form = grouped.Form(torch.uint8, 16, torch.bfloat16, True, torch.bfloat16, rounded=True)
-packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form(torch.float8_e4m3fn, 128)))
+form = grouped.Form("uint8", 16, "bfloat16", True, "bfloat16", rounded=True)
+packed = (grouped.grouped("packed", form), grouped.grouped("fp8", grouped.Form("float8_e4m3fn", 128)))
 for rows in (64, 4224):
     for scheme in (*SCHEMES.values(), GGUF["Q8_0"], GGUF["Q5_K"], GGUF["Q6_K"], *packed):
         parts = {part: torch.zeros(shape, dtype=dtype) for part, (shape, dtype) in scheme.spec(3840, 10240).items()}
@@ -154,12 +154,12 @@ for dim in (64, 96, 128):
         ),
     ],
 )
-def test_kernels_compile_for_gpus(kernels, capability, shared, tmp_path):
+def test_kernels_compile_for_gpus(kernels, capability, shared, triton_cache):
     """At the sizes of the model, and without a GPU: finds what the interpreter forgives.
 
     Such are names that Triton does not know, types, more KiB of shared memory than there are, tensor cores left idle.
     """
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONWARNINGS": "ignore"}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, "-c", COMPILER + kernels, str(capability), str(shared)],

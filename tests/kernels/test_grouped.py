@@ -37,7 +37,7 @@ def fill(scheme, out, in_):
 def by_formula(form, parts, out, in_):
     """The definition, element by element where groups are concerned."""
     exact = {name: part.double() for name, part in parts.items() if part.dtype != torch.uint8}
-    if form.codes == torch.uint8:
+    if form.codes == "uint8":
         values = torch.empty(out, in_, dtype=torch.float64)
         values[:, 0::2] = exact["table"][0][(parts["weight"] % 16).long()]
         values[:, 1::2] = exact["table"][0][(parts["weight"] // 16).long()]
@@ -56,16 +56,16 @@ def by_formula(form, parts, out, in_):
 
 
 FORMS = {
-    "rows": Form(torch.int8),
-    "cut last group": Form(E4M3, 48),
-    "e5m2": Form(torch.float8_e5m2),
-    "two levels": Form(torch.uint8, 16, E4M3, channel=True),
-    "rounded": Form(torch.uint8, 16, channel=True, offset=torch.float32, rounded=True, rotation=64),
-    "powers of two": Form(E4M3, 32, torch.float8_e8m0fnu),
-    "offset": Form(torch.uint8, 64, torch.bfloat16, offset=torch.bfloat16),
-    "turned": Form(torch.int8, rotation=16),
-    "turned, not by a power of four": Form(E4M3, rotation=32),
-    "everything": Form(torch.uint8, 64, channel=True, offset=torch.float32, rotation=32, column=True, rank=16),
+    "rows": Form("int8"),
+    "cut last group": Form("float8_e4m3fn", 48),
+    "e5m2": Form("float8_e5m2"),
+    "two levels": Form("uint8", 16, "float8_e4m3fn", channel=True),
+    "rounded": Form("uint8", 16, channel=True, offset="float32", rounded=True, rotation=64),
+    "powers of two": Form("float8_e4m3fn", 32, "float8_e8m0fnu"),
+    "offset": Form("uint8", 64, "bfloat16", offset="bfloat16"),
+    "turned": Form("int8", rotation=16),
+    "turned, not by a power of four": Form("float8_e4m3fn", rotation=32),
+    "everything": Form("uint8", 64, channel=True, offset="float32", rotation=32, column=True, rank=16),
 }
 
 
@@ -77,8 +77,8 @@ def test_against_the_formula(name, shape, monkeypatch):
     form = FORMS[name]
     scheme = grouped(name, form)
     parts = fill(scheme, 40, 128)
-    if form.scale == torch.float8_e8m0fnu:
-        parts["scale"] = torch.randint(120, 130, (40, 4), dtype=torch.uint8).view(form.scale)
+    if form.scale == "float8_e8m0fnu":
+        parts["scale"] = torch.randint(120, 130, (40, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
     exact = by_formula(form, parts, 40, 128)
     # fp32 with sums of a rotation's inputs
     assert relative(scheme.decode(parts), exact) < 1e-6
@@ -98,8 +98,8 @@ def test_kernel(name, width, device, dtype, poison):
     form = FORMS[name]
     scheme = grouped(name, form)
     parts = fill(scheme, 37, width)
-    if form.scale == torch.float8_e8m0fnu:
-        parts["scale"] = torch.randint(120, 130, (37, width // 32), dtype=torch.uint8).view(form.scale)
+    if form.scale == "float8_e8m0fnu":
+        parts["scale"] = torch.randint(120, 130, (37, width // 32), dtype=torch.uint8).view(torch.float8_e8m0fnu)
     exact = by_formula(form, parts, 37, width)
     parts = {key: part.to(device) for key, part in parts.items()}
     x, bias = torch.randn(3, 11, width, device=device).to(dtype), torch.randn(37, device=device)
@@ -126,9 +126,9 @@ def test_a_rotation_undoes_itself(size):
 
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="multiple of 64, found 96"):
-        grouped("a", Form(torch.int8, rotation=64)).spec(4, 96)
+        grouped("a", Form("int8", rotation=64)).spec(4, 96)
     with pytest.raises(ValueError, match="multiple of 2, found 33"):
-        grouped("a", Form(torch.uint8)).spec(4, 33)
+        grouped("a", Form("uint8")).spec(4, 33)
     with pytest.raises(ValueError, match="power of two"):
         hadamard(48)
 

@@ -45,7 +45,7 @@ def test_the_table_of_ops_is_that_of_the_code():
     assert set(rows("Ops")) == expected
 
 
-FORM = grouped("readme", Form(torch.int8))
+FORM = grouped("readme", Form("int8"))
 
 
 def test_the_table_of_formats_is_that_of_the_code():

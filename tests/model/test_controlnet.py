@@ -12,7 +12,8 @@ from s3dit import Pipeline, Region
 from s3dit.control import Control
 from s3dit.errors import CheckpointError
 from s3dit.model.config import TransformerConfig
-from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls, condition, open_controlnet
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, Controls, condition, open_controlnet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.layout import patchify, text_to_image
 from s3dit.runtime.block_streaming import stream
 from s3dit.runtime.embedded import EMBEDDED
@@ -59,7 +60,7 @@ class Header(Checkpoint):
         return list(self.shapes)
 
     def entry(self, name):
-        return Entry(self.shapes[name], torch.bfloat16, 0)
+        return Entry(self.shapes[name], "bfloat16", 0)
 
     def load(self, name):
         return torch.full((4, 4), self.value)

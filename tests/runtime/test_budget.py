@@ -13,7 +13,8 @@ from s3dit.errors import BackendError, RequestError
 from s3dit.kernels.dispatch import backend, set_backend
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from s3dit.model.controlnet import ActiveControlNet, ControlNet, ControlNetConfig, Controls
+from s3dit.model.controlnet import ActiveControlNet, ControlNet, Controls
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.layout import text_to_image
 from s3dit.model.linear import swap
 from s3dit.model.text_encoder import TextEncoder

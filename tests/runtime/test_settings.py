@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from s3dit import Control, Pipeline
-from s3dit.model.controlnet import ControlNet, ControlNetConfig
+from s3dit.model.controlnet import ControlNet
+from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.transformer import Transformer
 from s3dit.model.vision_encoder import VisionEncoder
 from s3dit.runtime.embedded import EMBEDDED

@@ -32,13 +32,13 @@ def triton():
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def quick(tmp_path_factory, triton_cache):
     """What a forward in bf16 and fp8 at 1024² launches on Hopper and on Ada, as it is now."""
     triton()
     if sys.platform != "linux":
         pytest.skip("Triton compiles on Linux")
     folder = tmp_path_factory.mktemp("report")
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(triton_cache), "PYTHONWARNINGS": "ignore"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "tools/kernel_report.py", "--quick", "--arch", "89", "90", "--processes", "1"]
     done = subprocess.run(

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.adapter import CONFIG, METADATA, describe, read_adapter
+from s3dit.weights.adapter import read_adapter
+from s3dit.weights.adapter_info import CONFIG, METADATA, describe
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.delta import LowRank
 

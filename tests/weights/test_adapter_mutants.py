@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save
 
 from s3dit.errors import CheckpointError
-from s3dit.weights.adapter import METADATA, describe, read_adapter
+from s3dit.weights.adapter import read_adapter
+from s3dit.weights.adapter_info import METADATA, describe
 from s3dit.weights.checkpoint import open_checkpoint
 
 L = "transformer.layers.0.attention.to_q"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from s3dit.cli.main import main
 from s3dit.errors import CheckpointError
-from s3dit.weights.adapter import METADATA, read_adapter
+from s3dit.weights.adapter import read_adapter
+from s3dit.weights.adapter_info import METADATA
 from s3dit.weights.convert_adapter import convert_adapter
 
 OUT, IN = 24, 8

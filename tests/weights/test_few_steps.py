@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from s3dit.weights.adapter import describe, read_adapter
+from s3dit.weights.adapter import read_adapter
+from s3dit.weights.adapter_info import describe
 from s3dit.weights.checkpoint import open_checkpoint
 from s3dit.weights.few_steps import FewSteps, few_steps
 

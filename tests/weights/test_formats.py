@@ -205,7 +205,7 @@ def test_comfy_formats_in_metadata_and_mixed(tmp_path):
     assert relative(decoded, exact4 * tensors["model.a.pre_quant_scale"].double()) < EXACT
     assert relative(checkpoint.schemes["model.b"].decode(parts_of(checkpoint, "model.b")), exact8) < EXACT
     for name in ("model.norm.weight", "x_pad_token"):
-        assert checkpoint.entry(name).dtype == torch.bfloat16 and checkpoint.entry(name).shape == tensors[name].shape
+        assert checkpoint.entry(name).dtype == "bfloat16" and checkpoint.entry(name).shape == tensors[name].shape
         assert torch.equal(checkpoint.load(name).float(), tensors[name].float())
     ids = torch.tensor([3, 3, 47])
     assert torch.equal(
@@ -307,8 +307,8 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
 
     save_file({"a.weight": torch.ones(2, 16)}, tmp_path / "a.safetensors")
     checkpoint = open_checkpoint(tmp_path / "a.safetensors")
-    scheme = grouped("nvfp4", Form(torch.uint8, 16))
-    assert isinstance(scheme, Scheme) and grouped("nvfp4", Form(torch.uint8, 16)) is scheme
+    scheme = grouped("nvfp4", Form("uint8", 16))
+    assert isinstance(scheme, Scheme) and grouped("nvfp4", Form("uint8", 16)) is scheme
     with pytest.raises(CheckpointError, match="a.weight is a plain float; nvfp4 is only read"):
         encode_weight(scheme, checkpoint.load("a.weight"), "a.weight", checkpoint)
 

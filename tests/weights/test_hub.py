@@ -353,7 +353,7 @@ def test_every_error_of_the_client_is_one_line(hub, monkeypatch):
 
             with monkeypatch.context() as patch:
                 patch.setattr(f"huggingface_hub.{where}", fail)
-                patch.setattr("s3dit.weights.hub._cached", lambda _: None)
+                patch.setattr("s3dit.weights.hub._cached", lambda *_: None)
                 with pytest.raises(CheckpointError, match=f"^org/name: .*{words}") as error:
                     resolve("org/name")
             told = error.value
@@ -563,3 +563,43 @@ def test_embedded_is_a_name_for_every_part(part, hub):
     assert {name: one.path for name, one in found.checkpoints.items()} == {
         name: one.path for name, one in whole.checkpoints.items()
     }
+
+
+@pytest.mark.parametrize("listed", ALL_KINDS)
+def test_nobody_is_asked_where_the_cache_holds_what_is_read(hub, tmp_path, monkeypatch, listed):
+    """Neither for the model nor for a newer one; a file that is missing is fetched still."""
+    import socket
+
+    model = MODEL if listed else {name: MODEL[name] for name in MODEL if name != "s3dit.json"}
+    snapshot = lay(tmp_path / "cache", "org/name", model, model if listed else None)
+    files = {"adapter_model.safetensors": LORA, "adapter_config.json": b"{}"}
+    lora = lay(tmp_path / "cache", "org/lora", files, files)
+    with monkeypatch.context() as cut:
+        cut.setattr(socket, "socket", lambda *_, **__: pytest.fail("the network was used"))
+        assert open_sources("org/name", {}, None).path == snapshot
+        assert resolve(f"org/name@{snapshot.name}", ["vae"]) == snapshot
+        assert resolve_file("org/lora") == resolve_file("org/lora/adapter_model.safetensors") == lora / [*files][0]
+    assert not hub.asked
+    (snapshot / "vae" / "config.json").unlink()
+    assert (resolve("org/name") / "vae" / "config.json").is_file() and hub.asked
+
+
+def test_a_branch_asks_for_its_newest_revision(hub, tmp_path, monkeypatch):
+    old = resolve("org/name")
+    hub.repositories["org/name"] = MODEL | OTHERS | {"new.json": b"{}"}
+    assert resolve("org/name") == old
+    new = resolve("org/name@main")
+    assert new != old and resolve("org/name") == new
+    assert resolve(f"org/name@{old.name}") == old
+    assert resolve("org/name@main/vae/diffusion_pytorch_model.safetensors").is_relative_to(new)
+    offline(hub, monkeypatch)
+    assert resolve("org/name@main") == new
+    for name in ("org/name@", "org/name@..", "org/name@a b"):
+        with pytest.raises(CheckpointError, match="no revision; needed a branch, a tag or a commit"):
+            resolve(name)
+
+
+def test_a_part_that_no_list_names_is_asked_for(hub, tmp_path):
+    """Of a cache without a list, which holds the weights of every folder that it has, others may be missing."""
+    lay(tmp_path / "cache", "org/name", {name: MODEL[name] for name in MODEL if not name.startswith("tokenizer/")})
+    assert (resolve("org/name") / "tokenizer" / "tokenizer.json").is_file()
