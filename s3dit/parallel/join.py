@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError, RequestError
-from s3dit.parallel import passes, strips
 from s3dit.parallel.alone import Alone
 from s3dit.parallel.placement import Form
 from s3dit.parallel.ranks import Ranks
@@ -26,11 +25,16 @@ class Joined(Ranks):
 
     def prepare(self, model: nn.Module) -> None:
         """Let a model that was just made compute its share only."""
+        # Imported here: most pipelines never join.
+        from s3dit.parallel import passes, strips
+
         passes.prepare(model)
         strips.prepare(model, self)
 
     def shared(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return what calls a transformer, so that this rank computes its share and gets the whole answer."""
+        from s3dit.parallel import passes
+
         return passes.SharedPasses(run, self)
 
 

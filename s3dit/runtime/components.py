@@ -58,10 +58,7 @@ class Components(Residency):
         disable_mmap: bool = False,
         ranks: Alone | None = None,
     ) -> None:
-        """quantize: the number format asked for, by part · compiled: compile the blocks of what draws.
-
-        ranks: that share the work.
-        """
+        """quantize: the number format asked for, by part · compiled: of what draws · ranks: that share the work."""
         self._disable_mmap, self.ranks = disable_mmap, ranks or Alone()
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
