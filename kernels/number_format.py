@@ -26,6 +26,13 @@ BLOCK_SIZES = {
     "IQ4_XS": (256, 136),
 }  # fmt: skip
 
+# Of DFloat11: bytes of codes that are decoded on their own; those of a block, and of its gaps; the entries of a table
+# that name another table.
+DFLOAT11 = "dfloat11"
+RUN_BYTES, RUNS = 8, 512
+BLOCK_BYTES, GAP_BYTES = RUN_BYTES * RUNS, RUNS * 5 // 8
+FIRST_POINTER = 240
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -97,6 +104,22 @@ def block_layout(kind: str, out: int, in_: int) -> Layout:
             f"{kind} needs an input width that is a multiple of {elements}, found {in_}; take another file"
         )
     return {"weight": ((out, in_ // elements * size), "uint8")}
+
+
+def coded_layout(codes: int, blocks: int, luts: int, out: int, in_: int) -> Layout:
+    """Return the parts of a DFloat11 weight with so many bytes of codes, blocks of them and rows of luts."""
+    return {
+        "weight": ((out, in_), "uint8"),
+        "codes": ((codes,), "uint8"),
+        "gaps": ((GAP_BYTES * blocks,), "uint8"),
+        "positions": ((blocks + 1,), "int64"),
+        "luts": ((luts, 256), "uint8"),
+    }
+
+
+def dfloat11(codes: int, blocks: int, luts: int) -> NumberFormat:
+    """Return the format of a DFloat11 layer, whose parts are of sizes of their own; see `coded_layout`."""
+    return NumberFormat(DFLOAT11, partial(coded_layout, codes, blocks, luts))
 
 
 def gguf(kind: str) -> NumberFormat:

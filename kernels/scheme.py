@@ -119,6 +119,7 @@ class Scheme:
     encode(weight (out, in), any float) -> parts, raising ValueError for NaN and infinity; None for formats only read
     decode(parts) -> weight (out, in) fp32
     linear(x or QuantizedRows (…, in), parts, bias (out,) or None) -> (…, out), dtype of x
+    rows(parts, ids (n,) int64) -> these rows of the weight, any float; None where the rows of the parts are decoded
     """
 
     name: str
@@ -127,6 +128,7 @@ class Scheme:
     encode: Callable[[Tensor], dict[str, Tensor]] | None
     decode: Callable[[QuantizedTensors], Tensor]
     linear: Op
+    rows: Callable[[QuantizedTensors, Tensor], Tensor] | None = None
 
 
 def checked_finite(weight: Tensor) -> Tensor:

@@ -6,12 +6,13 @@ is read; `README.md` has an example. Formats that are only read, of other produc
 
 from torch import Tensor
 
+from s3dit.kernels.dfloat11 import dfloat11
 from s3dit.kernels.fp8 import fp8, fp8_weights
 from s3dit.kernels.gguf import GGUF
 from s3dit.kernels.grouped import grouped
 from s3dit.kernels.int4 import int4
 from s3dit.kernels.int8 import int8, int8_weights
-from s3dit.kernels.number_format import NumberFormat
+from s3dit.kernels.number_format import DFLOAT11, NumberFormat
 from s3dit.kernels.scheme import QuantizedRows, QuantizedTensors, Scheme
 
 SCHEMES: dict[str, Scheme] = {s.name: s for s in (fp8, fp8_weights, int8, int8_weights, int4)}
@@ -21,6 +22,8 @@ def scheme_of(number_format: NumberFormat) -> Scheme:
     """Return the Scheme of a format that a file is in, the same object at each call."""
     if number_format.form is not None:
         return grouped(number_format.name, number_format.form)
+    if number_format.name == DFLOAT11:
+        return dfloat11(number_format.layout)
     return (GGUF | SCHEMES)[number_format.name]
 
 

@@ -7,6 +7,7 @@ own error. Not here: files and pictures, which `inputs/control_hints.py` opens.
 """
 
 import re
+import sys
 from dataclasses import dataclass, fields
 from os import PathLike, path
 from typing import Any, Literal, Self, get_args
@@ -23,6 +24,8 @@ WORDS = ("inpaint", "mask", "version", "rule")
 STRONGEST = 2.0
 # Characters of a path: what Linux takes.
 LONGEST_PATH = 4096
+# Where a name may end: not at the colon of a Windows drive, behind which Windows takes either slash.
+COLON = r":(?![\\/])" if sys.platform == "win32" else r":(?!\\)"
 
 
 def shown(value: Any) -> str:
@@ -71,8 +74,7 @@ class Control:
 
         A colon ends a name, unless there is a file that has it in its own.
         """
-        # Not at the colon of a Windows drive.
-        pieces = re.split(r":(?!\\)", text)
+        pieces = re.split(COLON, text)
         model = _name(pieces)
         values: dict[str, Any] = {}
         if pieces and pieces[0].partition("=")[0] not in WORDS:

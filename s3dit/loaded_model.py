@@ -26,6 +26,7 @@ from s3dit.model.vae import Autoencoder
 from s3dit.plan import Plan, layout_of
 from s3dit.request import Request
 from s3dit.runtime.adapters import Adapters
+from s3dit.runtime.budget import Budget
 from s3dit.runtime.components import Components
 from s3dit.runtime.devices import Placement, own_settings
 from s3dit.runtime.encoders import Encoders, PromptEmbeds
@@ -52,18 +53,18 @@ class LoadedModel:
         sources: Sources,
         components: Components,
         *,
-        vram: int | None = None,
+        limit: Budget | None = None,
         graphs: bool = False,
         backend: str | None = None,
         numerics: str = "lossless",
     ) -> None:
-        """vram: a budget in bytes · graphs: record the transformer's passes · backend, numerics: of its calls."""
+        """limit: of memory, if any · graphs: record the transformer's passes · backend, numerics: of its calls."""
         self.sources, self.folder, self.config = sources, sources.path, sources.config
-        self.parts, self.vram, self.graphs = components, vram, graphs
+        self.parts, self.limit, self.graphs = components, limit, graphs
         self.backend, self.numerics = backend, numerics
         self.tokenizer = Tokenizer(sources.tokenizer)
         self.lora = Adapters(components)
-        self.encoders = Encoders(components, vram, graphs)
+        self.encoders = Encoders(components, limit, graphs)
         self._computing = False
         # While a step is computed; for those who look on (`research`).
         self.now: Now | None = None

@@ -86,6 +86,7 @@ class Pipeline(LoadedModel):
         backend: str | None = None,
         numerics: Numerics = "lossless",
         vram: str | int | None = None,
+        ram: str | int | None = None,
         compile: bool = False,
         graphs: bool = False,
         quantize: str | None = None,
@@ -99,25 +100,22 @@ class Pipeline(LoadedModel):
         lack them (see `sources`) · tokenizer: a folder, likewise · device: cpu, cuda, mps (default: the best there is)
         · dtype: "bf16" or "fp32" (default: bf16 where the device computes it natively) · residency: "staged" (default)
         loads the parts in turn, "resident" keeps them all, "streamed" also brings their blocks in one by one · vram: a
-        budget such as "4GiB", from which each request's residency follows (see `budget`) · compile: compile the
-        transformer's blocks, in the first pass · graphs: record the transformer's passes as CUDA graphs, one a size
-        · backend: what runs the operations, in this pipeline's calls: auto, reference, torch or triton · numerics: how
-        near that is to the references: "exact" takes implementations with the same bits only, "lossless" (default) also
-        those that sum in another order, "approximate" also those with a stated error (none at present) · quantize,
-        quantize_text: formats of transformer and text encoder: "fp8", "int8" (both sides of a product), "fp8-weights",
-        "int8-weights", "int4" (weights only), into which floats are encoded as they come in · disable_mmap: read
-        weights into memory instead of mapping their files, which may then be cut short (see `weights.mapped_file`) ·
-        parallel: how many processes of torchrun's draw together, 4 or 2x2 (see PARALLEL.md).
+        budget such as "4GiB", from which each request's residency follows (see `budget`) · ram: on a CPU, one of all
+        that the process has resident · compile: compile the transformer's blocks, in the first pass · graphs: record
+        the transformer's passes as CUDA graphs, one a size · backend: what runs the operations, in this pipeline's
+        calls: auto, reference, torch or triton · numerics: how near that is to the references: "exact" takes
+        implementations with the same bits only, "lossless" (default) also those that sum in another order,
+        "approximate" also those with a stated error (none at present) · quantize, quantize_text: formats of transformer
+        and text encoder: "fp8", "int8" (both sides of a product), "fp8-weights", "int8-weights", "int4" (weights only),
+        into which floats are encoded as they come in · disable_mmap: read weights into memory instead of mapping their
+        files, which may then be cut short (see `weights.mapped_file`) · parallel: how many processes of torchrun's draw
+        together, 4 or 2x2 (see PARALLEL.md).
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
-        if residency not in (None, "staged", "resident", "streamed"):
-            raise RequestError(f"residency is {residency!r}; needed staged, resident or streamed")
-        if residency is not None and vram is not None:
-            raise RequestError(f"both vram and residency {residency} are given; vram chooses the residency by itself")
-        if graphs and (vram is not None or residency == "streamed"):
-            raise RequestError("graphs need weights that stay where they are; use them without vram and streaming")
-        size = None if vram is None else budget.parse_size(vram)
         ranks, placement = join(parallel, place(device, dtype), compile)
+        limit = budget.budget_of(vram, ram, residency, placement.device.type)
+        if graphs and (limit is not None or residency == "streamed"):
+            raise RequestError("graphs need weights that stay where they are; use them without vram and streaming")
         check_launches(placement.device, compile, graphs)
         if backend is not None:
             check_backend(backend)
@@ -129,7 +127,7 @@ class Pipeline(LoadedModel):
         with own_settings(placement.device), ranks.together():
             sources = open_sources(model, given, tokenizer)
             components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap, ranks)
-            return cls(sources, components, vram=size, graphs=graphs, backend=backend, numerics=numerics)
+            return cls(sources, components, limit=limit, graphs=graphs, backend=backend, numerics=numerics)
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
@@ -140,7 +138,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
         with self._turn():
             kept = self.encoders.prompts, self.encoders.references
-            return make_plan(checked, self.sources, self.tokenizer, self.parts, self.vram, *kept)
+            return make_plan(checked, self.sources, self.tokenizer, self.parts, self.limit, *kept)
 
     def dry_run(self, plan: Plan) -> None:
         """Run one model call of a plan, text included, on torch's fake tensors: no memory, no arithmetic.

@@ -25,7 +25,7 @@ from s3dit.notes import on_calls, without_effect
 from s3dit.request import Request
 from s3dit.resolve import resolve
 from s3dit.runtime import cached_calls
-from s3dit.runtime.budget import MemoryPlan
+from s3dit.runtime.budget import Budget, MemoryPlan
 from s3dit.runtime.components import Components
 from s3dit.runtime.encoders import PromptEmbeds, Text
 from s3dit.runtime.sources import Sources
@@ -87,13 +87,13 @@ def make_plan(
     sources: Sources,
     tokenizer: Tokenizer,
     components: Components,
-    vram: int | None,
+    limit: Budget | None,
     kept_prompts: Collection[Any],
     kept_references: Collection[Any],
 ) -> Plan:
     """Prepare a request; raises RequestError, CheckpointError, and BackendError where a budget is too small.
 
-    vram: the budget in bytes · kept_prompts, kept_references: keys of the features that need not be computed.
+    limit: the budget of memory, if any · kept_prompts, kept_references: keys of the features that need not be computed.
     """
     sources = with_adapters(request, sources, components.adapters)
     config, pictures, notes = sources.config, Pictures(), list[str]()
@@ -122,7 +122,7 @@ def make_plan(
         new_references=len({picture.key for row in seen for picture in row} - set(kept_references)),
         has_start_images=bool(start_images), controls=controls, references=seen,
     )  # fmt: skip
-    memory = None if vram is None else _memory(work, captions, [picture for picture, _ in items], components, vram)
+    memory = None if limit is None else _memory(work, captions, [picture for picture, _ in items], components, limit)
     if memory is not None and components.pinned:
         notes.append(f"{', '.join(components.pinned)}: in use by the caller, so kept in memory beside the budget")
     stages = stages_of(components, work, components.kept if memory is None else memory.kept)
@@ -138,12 +138,12 @@ def make_plan(
 
 
 def _memory(
-    work: Work, captions: Sequence[Caption], owners: Sequence[int], components: Components, vram: int
+    work: Work, captions: Sequence[Caption], owners: Sequence[int], components: Components, limit: Budget
 ) -> MemoryPlan:
-    """How a plan's work is done within `vram` bytes; BackendError where it cannot be."""
+    """How a plan's work is done within a budget; BackendError where it cannot be."""
     guided = bool(work.request.guidance_scale)
     layout = _layout(work.request, captions, owners, work.references, components.config.transformer, guided, "cpu")
-    return memory_plan(components, vram, work, sum(layout.joint.spans.lengths))
+    return memory_plan(components, limit, work, sum(layout.joint.spans.lengths))
 
 
 def _captions(

@@ -26,7 +26,8 @@ Turn = tuple[str, str]
 class Stage:
     """One turn of a part: what is read from disk and what is then held in memory, in bytes.
 
-    beside: held in the same turn by other parts (ControlNets beside the transformer).
+    beside: held in the same turn by other parts (ControlNets beside the transformer) · again: read from its file once
+    more by every further pass, of streamed blocks on a CPU.
     """
 
     part: str
@@ -34,6 +35,7 @@ class Stage:
     holds: int
     work: str
     beside: int = 0
+    again: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,14 +94,16 @@ def stages_of(components: Components, work: Work, kept: Mapping[str, int]) -> tu
 
 def stage_of(components: Components, part: str, work: str, kept: Mapping[str, int]) -> Stage:
     """A part's turn; kept: how many blocks of each streamed part stay on the device."""
-    read, fixed, blocks = components.sizes(part)
-    whole = fixed + sum(blocks)
-    streamed = fixed + (kept[part] + 2) * max(blocks) if part in kept else whole
-    return Stage(part, read, min(whole, streamed), work)
+    read, need = components.sizes(part)[0], components.need(part)
+    if part not in kept:
+        return Stage(part, read, need.weights, work)
+    # What streams on a CPU streams from its file.
+    again = sum(need.streamed(kept[part])) / need.weights if components.placement.device.type == "cpu" else 0
+    return Stage(part, read, need.held(kept[part]), work, again=round(again * read))
 
 
-def memory_plan(components: Components, size: int, work: Work, tokens: int) -> budget.MemoryPlan:
-    """How a plan's work is done within `size` bytes; BackendError where it cannot be. tokens: of a model call."""
+def memory_plan(components: Components, limit: budget.Budget, work: Work, tokens: int) -> budget.MemoryPlan:
+    """How a plan's work is done within a budget; BackendError where it cannot be. tokens: of a model call."""
     config, compute = components.config, components.placement.compute
     device, request = components.placement.device.type, work.request
     pictures = [reference for of_picture in work.references for reference in of_picture]
@@ -122,11 +126,9 @@ def memory_plan(components: Components, size: int, work: Work, tokens: int) -> b
         patches = sum(len(reference.patches) for reference in pictures)
         activations["siglip"] = [(None, budget.vision_work(config.vision, patches, compute))]
     parts = tuple(dict.fromkeys(part for part, _ in work.turns()))
-    needs = {
-        part: budget.Need(*components.sizes(part)[1:], tuple(activations.get(part, [(None, 0)]))) for part in parts
-    }
+    needs = {part: components.need(part, activations.get(part, [(None, 0)]), limit.process) for part in parts}
     guests = {part: needs.pop(part) for part in parts if part in components.controlnets}
-    return budget.plan_memory_beside(size, needs, "transformer", guests, budget.RESERVE[device])
+    return budget.plan_memory_beside(limit.size, needs, "transformer", guests, limit.reserve)
 
 
 @contextmanager

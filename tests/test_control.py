@@ -122,3 +122,9 @@ def test_steps_in_which_it_acts():
         assert [early.acts(i, n) + late.acts(i, n) for i in range(n)] == [1] * n
     assert [Control("a", "b", end=0.7).acts(i, 8) for i in range(8)] == [True] * 6 + [False] * 2
     assert not Control("a", "b", 0.0).acts(0, 1)
+
+
+def test_drives_of_windows_with_either_slash(monkeypatch):
+    monkeypatch.setattr("s3dit.control.COLON", r":(?![\\/])")
+    control = Control.parse(r"C:/m/a:D:\p.png:0.5:mask=C:/m.png:inpaint=p.png")
+    assert control == Control("C:/m/a", r"D:\p.png", 0.5, mask="C:/m.png", inpaint="p.png")

@@ -107,6 +107,11 @@ def write_gguf(path: Path, arch: str, tensors: dict[str, list[int]], default: st
     writer.close()
 
 
+def write_vae(path: Path) -> None:
+    """The full-size autoencoder in bf16, under official names."""
+    save_file({n: torch.from_numpy(values(n, s)).bfloat16() for n, s in shapes(Autoencoder, VAE, ()).items()}, path)
+
+
 def write_int8(path: Path, tensors: dict[str, list[int]]) -> None:
     """A ComfyUI file: int8 rows with a scale each, header and bytes written one after the other."""
     note = np.frombuffer(json.dumps({"format": "int8_tensorwise"}).encode(), np.uint8)
@@ -145,7 +150,7 @@ def bench(what: list[str], folder: Path, steps: int) -> Iterator[dict[str, Any]]
     """A picture from each kind of file."""
     text, vae = folder / "qwen3-q8_0.gguf", folder / "vae.safetensors"
     write_gguf(text, "qwen3", shapes(TextEncoder, TEXT_ENCODER, LLAMA), "Q8_0")
-    save_file({n: torch.from_numpy(values(n, s)).bfloat16() for n, s in shapes(Autoencoder, VAE, ()).items()}, vae)
+    write_vae(vae)
     for kind in what:
         path = folder / ("transformer.gguf" if kind == "gguf" else "transformer.safetensors")
         tensors = shapes(Transformer, TRANSFORMER, COMFY)

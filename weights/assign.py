@@ -4,9 +4,8 @@ The model is on the meta device under the official names, so nothing is allocate
 all checked from headers before the first tensor is read; a model is either filled or unchanged.
 
 Tensors are read in their order on disk. Where dtype and device agree the parameter becomes a view of the mapped file
-and costs no memory; else it is cast as it is read, so only a single stored tensor is in use at a time. The operating
-system drops mapped pages, and a shard's map is released when the next is opened: 24.6 GB of fp32 shards become 12.3 GB
-of bf16 without both being held.
+and costs no memory; else it is cast as it is read, and its pages are given back, so only a single stored tensor is in
+use at a time: 24.6 GB of fp32 shards become 12.3 GB of bf16 without both being held.
 
 A layer of a number format (it has a `scheme`) takes the parts of a quantized file as they are stored; where the file
 has a float weight instead, that is encoded as it is read, in its stored dtype and on the device.
@@ -24,6 +23,7 @@ from s3dit.errors import CheckpointError
 from s3dit.kernels.scheme import Scheme
 from s3dit.weights.container import FLOATS, Checkpoint, Entry, dtype_name
 from s3dit.weights.keymap import official
+from s3dit.weights.mapped_file import give_back
 from s3dit.weights.repack import unpadded
 
 
@@ -50,11 +50,18 @@ def assign(
         layer, _, leaf = name.rpartition(".")
         scheme = formats.get(layer)
         if scheme is not None and leaf == "weight" and checkpoint.entry(name).dtype in FLOATS:
-            for part, tensor in encode_weight(scheme, checkpoint.load(name).to(device), name, checkpoint).items():
+            stored = checkpoint.load(name)
+            for part, tensor in encode_weight(scheme, stored.to(device), name, checkpoint).items():
                 _set_tensor(model, f"{layer}.{part}", tensor)
+            give_back(stored)
         else:
-            stays = scheme is not None and leaf != "bias"
-            _set_tensor(model, name, checkpoint.load(name).to(device=device, dtype=None if stays else dtype))
+            stays, stored = scheme is not None and leaf != "bias", checkpoint.load(name)
+            tensor = stored.to(device=device, dtype=None if stays else dtype)
+            _set_tensor(model, name, tensor)
+            if tensor is not stored:
+                give_back(stored)
+        # None is held while the next is read.
+        del stored
         if progress is not None:
             progress(checkpoint.entry(name).nbytes)
     checkpoint.release()

@@ -1,17 +1,19 @@
 """Opening the checkpoint at a path: a file, or a folder with a file or with an index and its shards.
 
 The container is detected by the first bytes (`container.sniff`), the file of a folder by the names that the official
-repositories use. A new container is a module with a `Checkpoint` and a line in `READERS`.
+repositories use; DFloat11 writes a file a block, without an index. A new container is a module with a `Checkpoint` and
+a line in `READERS`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 from s3dit.errors import CheckpointError
+from s3dit.weights import dfloat11
 from s3dit.weights.container import REFUSED, Checkpoint, Container, sniff
 from s3dit.weights.formats import recognize_formats
 from s3dit.weights.gguf_file import GGUFFile
-from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_index
+from s3dit.weights.safetensors_dir import SUFFIX, open_file, open_files, open_index
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
@@ -57,6 +59,8 @@ def _open_folder(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder}: shards ({files[0].name}) without the *{INDEX} that names them; download the whole folder"
         )
+    if len(files) > 1 and dfloat11.config_of(folder):
+        return open_files(folder, [path.name for path in files])
     file = _one(folder, SUFFIX) or _one(folder, ".gguf")
     if file is None:
         raise CheckpointError(f"{folder}: no *{SUFFIX} in it; {_instead(folder)}")

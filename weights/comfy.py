@@ -129,9 +129,11 @@ def scaled_layer(layer: Layer, scale: str, unused: tuple[str, ...] = ()) -> Deri
     layer.ignore(*unused)
     dtype = layer.checkpoint.entry(layer.key("weight")).dtype
     number_format = {E4M3: FORMATS["fp8-weights"], "int8": FORMATS["int8-weights"]}.get(dtype, e5m2)
-    return layer.derive(
-        number_format, out, in_, lambda: {"weight": layer("weight"), "scale": row_scales(layer(scale), out)}
-    )
+
+    def make() -> dict[str, Tensor]:
+        return {"weight": layer("weight"), "scale": row_scales(layer(scale), out)}
+
+    return layer.derive(number_format, out, in_, make, ["weight"])
 
 
 e5m2 = grouped("fp8-e5m2", Form(E5M2))
@@ -159,6 +161,7 @@ def _int8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
             "scale": row_scales(layer("weight_scale"), out),
             "rotation": rotation_part(rotation),
         },
+        ["weight"],
     )
 
 
@@ -189,8 +192,7 @@ def _block_scales(layer: Layer, out: int, in_: int, group: int, dtype: str) -> C
 
 def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
     """Return a layer without the padding that `orig_shape` states, as a float weight."""
-    assert made.format is not None
-    number_format, key = made.format, layer.key("weight")
+    number_format, key = made.formats[layer.name], layer.key("weight")
     stored = layer.checkpoint.entry(key).shape
     stored = (stored[0], stored[1] * (1 if number_format.name == "mxfp8" else 2))
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(type(size) is int for size in shape)
@@ -214,8 +216,9 @@ def _cropped(layer: Layer, made: DerivedTensors, shape: Any) -> DerivedTensors:
 def _mxfp8(layer: Layer, config: dict[str, Any]) -> DerivedTensors:
     out, in_ = layer.matrix("weight", (E4M3,))
     scale = _block_scales(layer, out, in_, 32, E8M0)
+    form = Form(E4M3, 32, E8M0)
     return layer.derive(
-        grouped("mxfp8", Form(E4M3, 32, E8M0)), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}
+        grouped("mxfp8", form), out, in_, lambda: {"weight": layer("weight"), "scale": scale()}, ["weight"]
     )
 
 

@@ -77,6 +77,10 @@ class Checkpoint(ABC):
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, on the CPU: a view of the mapped file, to be treated as read-only."""
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether `load` is sure to return a view of a mapped file, which takes no memory of its own."""
+        return False
+
     def raw(self, name: str) -> bytes:
         """Return the bytes of a tensor as `load` gives it, of a stored one without importing torch."""
         return bytes(self.load(name).contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -159,6 +163,8 @@ class Checkpoint(ABC):
             for key in self
             if key.rpartition(".")[0] == layer and not key.endswith(".bias")
         }
+        if (own := self.scheme(layer).rows) is not None:
+            return own(parts, ids)
         # What is not of as many rows as the weight is shared by all of them.
         cut = {
             leaf: part.index_select(0, ids) if part.dim() and len(part) == shape[0] else part

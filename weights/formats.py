@@ -3,7 +3,8 @@
 `recognize_formats` detects them by a checkpoint's names, dtypes and metadata, and by the configuration beside it, never
 by the file's name, and returns the checkpoint with its `formats`. Where a producer stores other tensors than the
 format has, a view (`repack.RepackedView`) derives the format's tensors, layer by layer, when they are loaded. Each
-producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`; GGUF's blocks and fp8 without scales are here.
+producer has a module: `comfy`, `libraries`, `sdnq`, `nunchaku`, `dfloat11`; GGUF's blocks and fp8 without scales are
+here.
 
 The names of layers are the file's own here; `keymap` makes them official afterwards.
 """
@@ -17,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.number_format import BLOCK_SIZES, FORMATS, NumberFormat, gguf
-from s3dit.weights import comfy, libraries, nunchaku, sdnq
+from s3dit.weights import comfy, dfloat11, libraries, nunchaku, sdnq
 from s3dit.weights.container import FLOATS, Checkpoint, Entry
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.json_files import read_json
 from s3dit.weights.lazy_torch import torch
+from s3dit.weights.mapped_file import give_back
 from s3dit.weights.repack import DerivedTensors, Layer, RepackedView, upcast_tensor
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 # Layers that are too sensitive for a format are given another one, whose weights are int8.
 FINER_SCHEMES = {"int4": "int8-weights"}
+# Bytes of a weight whose scales are looked at before its pages are given back.
+CHECKED_BYTES = 1 << 24
 FP8 = ("float8_e4m3fn", "float8_e5m2")
 MLX = (
     "is in the form of Apple's MLX (made by mflux or mlx), which this engine does not read; take the same model as "
@@ -72,7 +76,6 @@ UNREAD_FORMATS = (
     ("ModelOpt", r"\._?(?:input|weight)_quantizer\."),
     # Before DFloat11, which is one of its methods.
     ("EntroPack", r"\.weight\._entropack\."),
-    ("DFloat11", r"\.encoded_exponent$|\.sign_mantissa$"),
     ("quanto", r"\.weight\._(?:data|scale)$"),
     ("HQQ", r"\.W_q$"),
     ("AQLM", r"\.codebooks$"),
@@ -112,6 +115,7 @@ PRODUCER_MARKS = (
     ("ComfyUI (comfy_quant)", r"\.comfy_quant$"),
     ("ComfyUI (scaled fp8)", r"\.scale_weight$|(?:^|\.)scaled_fp8$"),
     ("nunchaku", r"\.wscales$"),
+    ("DFloat11", r"\.encoded_exponent$"),
     ("SDNQ", r"\.(?:svd_up|zero_point)$"),
     ("vLLM or SGLang (fp8 in blocks)", r"\.weight_scale_inv$"),
     ("a quantizer that keeps a scale a row", r"\.weight_scale$"),
@@ -155,6 +159,7 @@ def _marked_layers(checkpoint: Checkpoint) -> Iterator[DerivedTensors]:
     yield from comfy.layers(checkpoint)
     yield from libraries.layers(checkpoint)
     yield from nunchaku.layers(checkpoint)
+    yield from dfloat11.layers(checkpoint)
     config = _quantization_config(checkpoint)
     if config.get("quant_method") in ("sdnq", "sdnq_training"):
         yield from sdnq.layers(checkpoint, config)
@@ -186,7 +191,7 @@ def _unscaled_fp8(checkpoint: Checkpoint, taken: set[str]) -> Iterator[DerivedTe
             continue
         layer.require("weight", FP8)
         number_format = FORMATS["fp8-weights"] if dtype == FP8[0] else comfy.e5m2
-        yield layer.derive(number_format, *shape, make=_with_unit_scale(layer, shape[0]))
+        yield layer.derive(number_format, *shape, make=_with_unit_scale(layer, shape[0]), views=["weight"])
 
 
 def _with_unit_scale(layer: Layer, out: int) -> Callable[[], dict[str, Tensor]]:
@@ -222,7 +227,7 @@ def _gguf_layers(checkpoint: GGUFFile) -> Iterator[DerivedTensors]:
         shape, layer = checkpoint.shapes[name], Layer(checkpoint, name.removesuffix(".weight"))
         if name.endswith(".weight") and len(shape) == 2 and 0 not in shape:
             layer.require("weight", ("uint8",))
-            yield layer.derive(gguf(kind), *shape, make=_checked_blocks(layer, kind))
+            yield layer.derive(gguf(kind), *shape, make=_checked_blocks(layer, kind), views=["weight"])
         else:
             entry = Entry(shape, "float32", 4 * math.prod(shape))
             yield DerivedTensors({name: entry}, (name,), _decoded_tensor(checkpoint, name, kind))
@@ -239,7 +244,10 @@ def _checked_blocks(layer: Layer, kind: str) -> Callable[[], dict[str, Tensor]]:
         nonlocal checked
         weight = layer("weight")
         if not checked:
-            layer.check_finite("weight", block_scales(kind, weight))
+            # A vocabulary is large: it is not in memory as a whole, here neither.
+            for rows in weight.split(max(1, CHECKED_BYTES // weight.shape[1])):
+                layer.check_finite("weight", block_scales(kind, rows))
+                give_back(rows)
         checked = True
         return {"weight": weight}
 

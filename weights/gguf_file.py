@@ -118,6 +118,10 @@ class GGUFFile(StoredCheckpoint):
         """Return the file, and where the bytes of a tensor begin in it."""
         return self._file, self._starts[name]
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of the file: every one, while it is mapped."""
+        return self._file.mapped and name in self
+
     def load(self, name: str) -> Tensor:
         """Return a tensor as stored (blocks as uint8), on the CPU: a view of the mapped file."""
         entry = self.entry(name)

@@ -37,6 +37,8 @@ from s3dit.weights.hub_files import (
 from s3dit.weights.json_files import read_json
 from s3dit.weights.safetensors_dir import SUFFIX, read_index
 
+# Of an official repository, by model_index.json.
+FOLDERS = (*MODEL_FOLDERS, "scheduler", "siglip_processor")
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # What may follow a repository, as in huggingface_hub's own paths: a branch, a tag or a commit, which never changes.
 REVISION = re.compile(r"[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -215,10 +217,12 @@ def _complete(repository: str, snapshot: Path, choose: Callable[[Files], list[st
 
 def _whole_model(snapshot: Path) -> bool:
     """Return whether each folder that model_index.json names is there, with its settings; raises CheckpointError."""
-    if not (snapshot / "model_index.json").is_file():
+    path = snapshot / "model_index.json"
+    index = read_json(path) if path.is_file() else None
+    if not isinstance(index, dict):
         return False
-    parts = {part: value for part, value in read_json(snapshot / "model_index.json").items() if isinstance(value, list)}
-    return all(value[:1] == [None] or any((snapshot / part).glob("*.json")) for part, value in parts.items())
+    named = [part for part in FOLDERS if isinstance(index.get(part), list) and index[part][:1] != [None]]
+    return bool(named) and all(any((snapshot / part).glob("*.json")) for part in named)
 
 
 def _check_client(repository: str) -> None:

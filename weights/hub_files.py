@@ -16,6 +16,8 @@ OFFICIAL_REPOSITORY = "Tongyi-MAI/Z-Image-Turbo"
 WEIGHTS = ("transformer", "text_encoder", "vae", "siglip")
 MODEL_FOLDERS = (*WEIGHTS, "tokenizer")
 ENDINGS = (SUFFIX, ".gguf")
+# DFloat11 writes a file a block beside the rest, and no index.
+BLOCK_FILE = re.compile(r"(?:.*_)?layers_0\.safetensors")
 # What is read of a folder besides its weights, and of the whole.
 CONFIGS = ("config.json", "quantization_config.json")
 ROOT_FILES = (
@@ -112,6 +114,8 @@ def _weights(files: Files, prefix: str) -> list[str]:
         shard = re.compile(re.escape(index[0].removesuffix(INDEX)) + r"-\d+-of-\d+\.safetensors")
         every = [name for name in names if name.endswith(SUFFIX)]
         return [prefix + name for name in index + ([name for name in every if shard.fullmatch(name)] or every)]
+    if any(map(BLOCK_FILE.fullmatch, names)):
+        return [prefix + name for name in names if name.endswith(SUFFIX)]
     for ending in ENDINGS:
         if candidates := _prefer(names, ending):
             return [prefix + candidates[0]] if len(candidates) == 1 else []

@@ -193,6 +193,10 @@ class RenamedView(View):
             return Entry((rows.stop - rows.start, *entry.shape[1:]), entry.dtype, entry.nbytes // self._stored[name][2])
         return entry if shape is None else Entry(shape, entry.dtype, entry.nbytes)
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether the stored tensor is loaded as a view of its file."""
+        return self._checkpoint.is_mapped(self._key(name))
+
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, a view of the tensor of the checkpoint below."""
         rows, shape = self._rows(name), self._reshaped(name)

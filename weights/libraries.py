@@ -99,6 +99,7 @@ def _eight_bits(layer: Layer) -> DerivedTensors:
         out,
         in_,
         lambda: {"weight": layer("weight"), "scale": row_scales(layer("SCB") / 127, out)},
+        ["weight"],
     )
 
 

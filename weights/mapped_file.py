@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
 # Bytes that are asked for at once: short enough to be left off soon, long enough for a disk.
 AHEAD = 1 << 25
+# Where Linux says of each page of this process whether it is a file's or was written to.
+PAGEMAP = Path("/proc/self/pagemap")
+# The maps that are alive, by the address of their first byte.
+_maps: weakref.WeakValueDictionary[int, mmap.mmap] = weakref.WeakValueDictionary()
 # Python names it from 3.12 on.
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
@@ -82,7 +86,9 @@ class MappedFile:
         """
         if self.mapped:
             self._held = self._held or self.map()
-            return torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
+            view = torch.frombuffer(self._held, dtype=torch.uint8, count=count, offset=start)
+            _maps[view.data_ptr() - start] = self._held
+            return view
         buffer = torch.empty(count, dtype=torch.uint8, device="cpu")
         with self._open() as file:
             file.seek(start)
@@ -185,6 +191,55 @@ class StoredCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.path}: no tensor {name!r} among {len(self._entries)}; the files are of another model"
             ) from None
+
+
+def give_back(*tensors: Tensor) -> None:
+    """Take the pages of views of mapped files out of this process's memory; what is read later comes from the file.
+
+    Of each tensor the whole pages, unless one was written to. Nothing happens for a tensor that is no such view, nor
+    where the system has no PAGEMAP, without which what a user wrote might be lost.
+    """
+    for tensor in tensors:
+        for mapped, start, count in _pages(tensor):
+            if not _written(tensor, count):
+                mapped.madvise(mmap.MADV_DONTNEED, start, count)
+
+
+def ask_for(*tensors: Tensor) -> None:
+    """Ask the system to read what is mapped under tensors into its cache, beside what is computed meanwhile."""
+    for tensor in tensors:
+        for mapped, start, count in _pages(tensor):
+            with suppress(OSError):
+                mapped.madvise(mmap.MADV_WILLNEED, start, count)
+
+
+def _pages(tensor: Tensor) -> Iterator[tuple[mmap.mmap, int, int]]:
+    """Yield the map that a contiguous tensor is a view of, if any, with start and bytes of its whole pages in there."""
+    if tensor.device.type != "cpu" or not hasattr(mmap, "MADV_DONTNEED") or not tensor.is_contiguous():
+        return
+    begin = tensor.data_ptr()
+    for base, mapped in list(_maps.items()):
+        if base <= begin < base + len(mapped):
+            start = -((base - begin) // mmap.PAGESIZE) * mmap.PAGESIZE
+            count = (begin + tensor.nbytes - base) // mmap.PAGESIZE * mmap.PAGESIZE - start
+            if count > 0:
+                yield mapped, start, count
+
+
+def _written(tensor: Tensor, count: int) -> bool:
+    """Return whether one of the whole pages of a view, `count` bytes, was written to; True where nobody knows."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+    try:
+        with PAGEMAP.open("rb", buffering=0) as file:
+            file.seek(8 * first)
+            entries = bytearray(file.read(8 * (count // mmap.PAGESIZE)))
+    except OSError:
+        return True
+    if len(entries) < 8 * (count // mmap.PAGESIZE):
+        return True
+    # Bit 63: in memory, bit 62: in swap, bit 61: a page of a file. A private page that was written to is no file's.
+    bits = torch.frombuffer(entries, dtype=torch.int64) >> 61
+    return bool(((bits & 1 == 0) & (bits & 6 != 0)).any())
 
 
 def _identity(file: BinaryIO) -> tuple[int, int, int, int]:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from s3dit.errors import CheckpointError
 from s3dit.kernels.number_format import ITEM_BYTES, NumberFormat
 from s3dit.weights.container import Checkpoint, Entry, View, dtype_name
 from s3dit.weights.lazy_torch import torch
+from s3dit.weights.mapped_file import give_back
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +35,15 @@ class DerivedTensors:
     """Tensors that are made of stored tensors.
 
     entries: what is shown, by full name · sources: the stored names that they replace · make: returns the tensors, by
-    full name, raising CheckpointError · layer, format: where they are the parts of a layer.
+    full name, raising CheckpointError · formats: of the layers, by name, that they are the parts of · views: those that
+    are stored under the same name and need no copy.
     """
 
     entries: dict[str, Entry]
     sources: tuple[str, ...]
     make: Callable[[], dict[str, Tensor]]
-    layer: str = ""
-    format: NumberFormat | None = None
+    formats: Mapping[str, NumberFormat] = field(default_factory=dict)
+    views: tuple[str, ...] = ()
 
 
 class Layer:
@@ -99,11 +101,13 @@ class Layer:
         self._taken += [leaf for leaf in leaves if self.has(leaf)]
 
     def derive(
-        self, number_format: NumberFormat, out: int, in_: int, make: Callable[[], dict[str, Tensor]]
-    ) -> DerivedTensors:
+        self, number_format: NumberFormat, out: int, in_: int, make: Callable[[], dict[str, Tensor]],
+        views: Sequence[str] = (),
+    ) -> DerivedTensors:  # fmt: skip
         """Return the parts of a format that `make` will return, for a weight (out, in).
 
-        Raises CheckpointError for widths that the format refuses; loading raises it for NaN and infinity.
+        views: parts that are the stored tensors of these names as they are. Raises CheckpointError for widths that the
+        format refuses; loading raises it for NaN and infinity.
         """
         try:
             layout = number_format.layout(out, in_)
@@ -118,6 +122,7 @@ class Layer:
             for part, tensor in parts.items():
                 if part not in good:
                     self.check_finite(part, tensor)
+                    give_back(tensor)
                 good.add(part)
             return {self.key(part): tensor.contiguous() for part, tensor in parts.items()}
 
@@ -125,7 +130,9 @@ class Layer:
             self.key(part): Entry(shape, dtype, math.prod(shape) * ITEM_BYTES[dtype])
             for part, (shape, dtype) in layout.items()
         }
-        return DerivedTensors(entries, tuple(self.key(leaf) for leaf in self._taken), checked, self.name, number_format)
+        sources = tuple(self.key(leaf) for leaf in self._taken)
+        formats = {self.name: number_format}
+        return DerivedTensors(entries, sources, checked, formats, tuple(map(self.key, views)))
 
     def check_finite(self, part: str, tensor: Tensor) -> None:
         """Raise CheckpointError where a tensor of floats holds NaN or infinity."""
@@ -182,8 +189,7 @@ class RepackedView(View):
             hidden.update(derived.sources)
             first[min(derived.sources, key=place.__getitem__)] = derived
             self._made |= dict.fromkeys(derived.entries, derived)
-            if derived.format is not None:
-                self.formats[derived.layer] = derived.format
+            self.formats |= derived.formats
         self._names: dict[str, None] = {}
         for name in checkpoint:
             if name in first:
@@ -212,6 +218,11 @@ class RepackedView(View):
         if name not in self._names:
             raise CheckpointError(f"{self.path}: no tensor {name!r} among {len(self)}; the files are of another model")
         return self._checkpoint.entry(name)
+
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor, stored or derived, is loaded as a view of its file."""
+        made = self._made.get(name)
+        return (made is None or name in made.views) and self._checkpoint.is_mapped(name)
 
     def raw(self, name: str) -> bytes:
         """Return the bytes of a tensor; of a stored one without importing torch."""

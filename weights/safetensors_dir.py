@@ -84,6 +84,11 @@ class SafetensorsFiles(StoredCheckpoint):
         """Return the name of the file that holds each tensor."""
         return {name: file.path.name for name, (file, _) in self._home.items()}
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of its file."""
+        entry, (file, start) = self.entry(name), self._home[name]
+        return file.mapped and is_dtype(entry.dtype) and start % ITEM_BYTES[entry.dtype] == 0
+
     def place(self, name: str) -> tuple[MappedFile, int]:
         """Return the file of a tensor, and where its bytes begin in it."""
         return self._home[name]
@@ -174,6 +179,11 @@ def _entry_fault(tensor: Any) -> str:
 def open_file(path: Path) -> Checkpoint:
     """Open a safetensors file; raises CheckpointError."""
     return SafetensorsFiles(path, [path])
+
+
+def open_files(folder: Path, names: list[str]) -> Checkpoint:
+    """Open files of a folder as one checkpoint, without an index; raises CheckpointError."""
+    return SafetensorsFiles(folder, [shard_path(folder, name) for name in names])
 
 
 def open_index(index: Path) -> Checkpoint:

@@ -195,6 +195,10 @@ class PartView(View):
         """Return shape, dtype and bytes of a tensor; raises CheckpointError for an unknown name."""
         return self._checkpoint.entry(self._key(name))
 
+    def is_mapped(self, name: str) -> bool:
+        """Return whether a tensor is loaded as a view of its file."""
+        return self._checkpoint.is_mapped(self._key(name))
+
     def load(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype, from the whole checkpoint."""
         return self._checkpoint.load(self._key(name))

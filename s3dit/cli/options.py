@@ -130,7 +130,12 @@ def add_runtime(parser: argparse.ArgumentParser, parallel: bool = False) -> None
     )  # fmt: skip
     group.add_argument(
         "--vram", metavar="SIZE",
-        help="stay within 4GiB, 4GB, 4096MiB, …: chooses residency and tiles (on a CPU: of RAM)",
+        help="stay within 4GiB, 4GB, 4096MiB, … of the device's memory: chooses residency and tiles (on a CPU only "
+        "weights in use and arithmetic count)",
+    )  # fmt: skip
+    group.add_argument(
+        "--ram", metavar="SIZE",
+        help="on a CPU: the same for all memory that the process has resident, Python and torch too",
     )  # fmt: skip
     group.add_argument(
         "--disable-mmap", action="store_true",

@@ -38,8 +38,8 @@ SIDE, STEPS = 256, 2
 PROMPT = "a red fox in the snow"
 # Settings that --also may change, and how their values are read.
 ALSO: dict[str, Callable[[str], Any]] = {
-    "residency": str, "vram": str, "backend": str, "numerics": str, "quantize": str, "quantize_text": str, "dtype": str,
-    "compile": lambda word: word == "true", "graphs": lambda word: word == "true",
+    "residency": str, "vram": str, "ram": str, "backend": str, "numerics": str, "quantize": str, "quantize_text": str,
+    "dtype": str, "compile": lambda word: word == "true", "graphs": lambda word: word == "true",
 }  # fmt: skip
 
 

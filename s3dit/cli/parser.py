@@ -28,7 +28,7 @@ UNCLEAR = {
     "-n": "--count (how many pictures) or --negative-prompt", "-q": "--quantize or --quality",
     "--image-strength": "--strength, how much of the image is redrawn: 1 minus what mflux calls image strength",
 }  # fmt: skip
-LESS_MEMORY = "give a budget with --vram 4GiB, or --residency streamed"
+LESS_MEMORY = "give a budget with --vram 4GiB, on a CPU with --ram 4GiB, or --residency streamed"
 INTO_CONTROL = "it is part of the control: --control FILE:IMAGE:STRENGTH"
 # Options of other programs that are none here, and what does the same.
 ANSWERS = {

@@ -79,7 +79,7 @@ def load_pipeline(args: argparse.Namespace, parallel: str | None = None) -> "Pip
             args.model, transformer=args.transformer, text_encoder=args.text_encoder, vae=args.vae,
             tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
             device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
-            numerics=args.numerics, vram=args.vram, compile=args.compile, graphs=args.graphs,
+            numerics=args.numerics, vram=args.vram, ram=args.ram, compile=args.compile, graphs=args.graphs,
             disable_mmap=args.disable_mmap, parallel=parallel,
         )  # fmt: skip
 

@@ -139,13 +139,12 @@ def run(args: argparse.Namespace) -> int:
     _check_packages()
     folder = _adapters(args.lora_dir)
     with importing():
-        from s3dit.serve.door import LOOPBACK
         from s3dit.serve.engine import Engine
-        from s3dit.serve.server import Server, Serving, bound
+        from s3dit.serve.server import Server, Serving, bound, is_local
 
     # Before a model is read, which takes long: a port that is taken is said at once.
     sock = bound(args.host, args.port)
-    if key is None and sock.getsockname()[0] not in LOOPBACK:
+    if key is None and not is_local(sock):
         say(f"whoever reaches {args.host} may draw here; --api-key-file asks for a key")
     pipe = load_pipeline(args)
     scales = _attach(pipe, args, folder)
@@ -186,7 +185,7 @@ def _checked(args: argparse.Namespace) -> Limits:
     for name, value in limits.items():
         if value is not None and value < 1:
             raise RequestError(f"--max-{name.replace('_', '-')} is {value}; needed 1 or more")
-    if args.residency is None and args.vram is None:
+    if args.residency is None and args.vram is None and args.ram is None:
         # Parts that took turns would be read again for every request.
         args.residency = "resident"
     return replace(Limits(), **{name: value for name, value in limits.items() if value is not None})

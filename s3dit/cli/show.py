@@ -46,7 +46,10 @@ def describe(pipe: "Pipeline", plan: "Plan") -> str:
         lines.append(f"then {request.upscale:g} times as large, noise levels "
                      + " ".join(f"{s:.4g}" for s in plan.then.sigmas))  # fmt: skip
     for turn, stage in enumerate(plan.stages, 1):
-        lines.append(f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}, holds {_size(stage.holds)}: {stage.work}")
+        again = f", {_size(stage.again)} again each further pass" if stage.again else ""
+        lines.append(
+            f"  {turn}. {stage.part:<12} reads {_size(stage.reads)}{again}, holds {_size(stage.holds)}: {stage.work}"
+        )
     held = {stage.part: stage.holds for stage in plan.stages}
     turns = [stage.holds + stage.beside for stage in plan.stages]
     most = sum(held.values()) if pipe.parts.mode == "resident" else max(turns)

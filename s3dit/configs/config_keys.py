@@ -53,7 +53,7 @@ TRAINING = "acts in training only"
 BASE = {  # keys of every configuration of transformers
     WHO: ("architectures", "transformers_version", "_name_or_path", "_commit_hash", "auto_map"),
     OWN_DTYPE: ("dtype", "torch_dtype"),
-    FORMATS: ("quantization_config",),
+    FORMATS: ("quantization_config", "dfloat11_config"),
     "chooses what a call returns": (
         "output_hidden_states", "output_attentions", "return_dict", "id2label", "label2id", "num_labels",
         "problem_type",
@@ -70,7 +70,7 @@ TRANSFORMER = Keys(
     inert={
         WHO: ("_diffusers_version", "_name_or_path"),
         "bounds a table of angles; a place beyond it is an error in diffusers": ("axes_lens",),
-        FORMATS: ("quantization_config",),
+        FORMATS: ("quantization_config", "dfloat11_config"),
     },
 )  # fmt: skip
 
@@ -100,7 +100,7 @@ VAE = Keys(
         WHO: ("_diffusers_version", "_name_or_path"),
         "is read by no pipeline of Z-Image": ("latents_mean", "latents_std", "force_upcast"),
         "is about the tiles of diffusers": ("sample_size",),
-        FORMATS: ("quantization_config",),
+        FORMATS: ("quantization_config", "dfloat11_config"),
         "is checked by `VAEConfig`": ("down_block_types", "up_block_types"),
     },
 )  # fmt: skip
@@ -145,7 +145,7 @@ SCHEDULER = Keys(
 CONTROLNET = Keys(
     runs={"_class_name": ("ZImageControlNetModel",), "all_patch_size": ([2],), "all_f_patch_size": ([1],),
           "qk_norm": (True,)},
-    inert={WHO: ("_diffusers_version", "_name_or_path"), FORMATS: ("quantization_config",)},
+    inert={WHO: ("_diffusers_version", "_name_or_path"), FORMATS: ("quantization_config", "dfloat11_config")},
 )  # fmt: skip
 
 # Of tokenizer_config.json; `tokenizer` reads added_tokens_decoder.

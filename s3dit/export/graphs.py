@@ -114,8 +114,8 @@ def check_operations(graph: ExportedProgram) -> None:
     names = {str(node.target) for node in graph.graph.nodes}
     if own := sorted(name for name in names if name.startswith("s3dit.")):
         raise RequestError(
-            f"the graph holds {', '.join(own)}, which torch alone does not have (of fp8 on this device); export "
-            "another number format, or none"
+            f"the graph holds {', '.join(own)}, which torch alone does not have (of fp8 on this device, or of "
+            "DFloat11); export another number format, or none (`s3dit convert` writes floats)"
         )
 
 

@@ -1,13 +1,7 @@
 """The linear layer of every model here: computes in the dtype of its input, whatever dtype its weight is kept in.
 
-A CPU without bf16 arithmetic multiplies bf16 matrices six to eight times slower than fp32 ones. There the activations
-are fp32 and the weight stays bf16, as it lies in the (memory-mapped) file; it is upcast piece by piece into one
-buffer that the cache holds, which costs a few per cent of the product and needs no second copy of the model.
-
-The answer does not depend on where in memory a weight lies, mapped from a file or copied: products of few rows take it
-from an aligned address (`kernels.aligned`). On one machine, with one version of torch and one number of threads, the
-same numbers give the same bits from any file and in any residency; compiled blocks keep that only where weights are
-aligned anyway.
+On one machine, with one version of torch and one number of threads, the same numbers give the same bits from any file
+and in any residency (`kernels.float_linear`); compiled blocks keep that only where weights are aligned anyway.
 
 `swap` lets layers of a model on the meta device be of a number format (`kernels.scheme`); `weights.assign` then fills
 them from a quantized file as it lies, or from float weights, which it encodes on the way in.
@@ -21,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s3dit.errors import BackendError
-from s3dit.kernels.aligned import MAX_ALIGNED_ROWS, aligned
+from s3dit.kernels.float_linear import float_linear
 from s3dit.kernels.scheme import QuantizedRows, Scheme
 from s3dit.kernels.schemes import linear
 from s3dit.kernels.swiglu import swiglu
@@ -29,8 +23,6 @@ from s3dit.kernels.swiglu_linear import FUSED, swiglu_linear
 from s3dit.model.hooks import hooked
 from s3dit.model.meta import on_meta
 
-# Rows of the weight upcast at a time: 1024 × 3840 fp32 is 15 MiB, inside the last-level cache of a small server.
-ROWS = 1024
 # Kinds of devices on which layers whose weights lie end to end are one product. Not a CPU: weights in a mapped file may
 # do so by chance, and a wider product may round in another way.
 JOINED_ON = ("cuda",)
@@ -44,28 +36,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (…, in) of any float dtype -> (…, out), same dtype."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.weight.dtype == x.dtype:
-            weight = self.weight
-            # A graph is of any number of rows, so it does not ask for theirs.
-            if not torch.compiler.is_exporting() and x.shape[:-1].numel() < MAX_ALIGNED_ROWS:
-                x, weight = aligned(x), aligned(weight)
-            return F.linear(x, weight, bias)
-        # Gradients and compilers need the plain form; so does a weight too small to be worth cutting.
-        if self.weight.requires_grad or torch.compiler.is_compiling() or self.out_features <= ROWS:
-            return F.linear(x, self.weight.to(x.dtype), bias)
-        return self._upcast(x, bias)
-
-    def _upcast(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply x (…, in) by pieces of the weight, each upcast into one buffer -> (…, out)."""
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        buffer = x.new_empty(ROWS, self.in_features)
-        for start in range(0, self.out_features, ROWS):
-            piece = self.weight[start : start + ROWS]
-            upcast = buffer[: piece.shape[0]].copy_(piece)
-            part_bias = None if bias is None else bias[start : start + ROWS]
-            out[..., start : start + ROWS] = F.linear(x, upcast, part_bias)
-        return out
+        return float_linear(x, self.weight, self.bias)
 
 
 class QuantLinear(nn.Module):

@@ -1,8 +1,8 @@
 """Streams a model's repeated blocks: only some stay on the device, the others pass through two slots there.
 
 They are held in host memory, and each is copied in while the one before it computes. Streaming is done by hooks on the
-blocks, so nothing here knows a model and no model knows of it. The arithmetic is the same, bit for bit. On a CPU the
-system may drop every page of the file but those that are being copied.
+blocks, so nothing here knows a model and no model knows of it. The arithmetic is the same, bit for bit. On a CPU there
+is nothing to copy: blocks compute in their mapped file (`file_streaming`).
 """
 
 import warnings
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from s3dit.errors import BackendError
 from s3dit.model.hooks import Own
+from s3dit.weights.mapped_file import give_back
 
 Mode = Literal["staged", "resident", "streamed"]
 # Tensors start at multiples of this inside a slot, as kernels and copy engines like it.
@@ -36,13 +37,18 @@ def repeated(model: nn.Module) -> list[nn.ModuleList]:
 def stream(
     model: nn.Module, device: torch.device | str, kept: int = 0, dtype: torch.dtype | None = None
 ) -> "BlockStreamer | None":
+    """Do as `move` does -> what streams the blocks that did not move, None where there is none."""
+    moving = move(model, torch.device(device), kept, dtype)
+    return BlockStreamer(moving, torch.device(device), dtype) if moving else None
+
+
+def move(model: nn.Module, device: torch.device, kept: int, dtype: torch.dtype | None) -> list[nn.Module]:
     """Move a model from host memory to a device, but of its repeated blocks only `kept`; the others are streamed.
 
     dtype: what floating parameters are cast to on the way, None keeps theirs; buffers (the tensors of quantized layers)
-    keep theirs always. Tensors on the meta device stay there. Returns what streams them, None where no block is left.
+    keep theirs always. Tensors on the meta device stay there. Returns the blocks that are to be streamed.
     Raises BackendError for a model without repeated blocks, or one that is streamed already.
     """
-    device = torch.device(device)
     blocks = [block for blocks in repeated(model) for block in blocks]
     blocks = [block for block in blocks if not any(tensor.is_meta for *_, tensor in tensors(block))]
     name = type(model).__name__
@@ -50,18 +56,18 @@ def stream(
         raise BackendError(f"{name} has no repeated blocks to stream; use residency staged")
     if any(isinstance(hook, Own) for block in blocks for hook in block._forward_pre_hooks.values()):
         raise BackendError(f"{name} is streamed already; stream a model once")
-    moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not _stays(i, kept, len(blocks))]
+    moving = blocks if kept <= 0 else [block for i, block in enumerate(blocks) if not stays(i, kept, len(blocks))]
     for owner, leaf, tensor in tensors(model, without=moving):
         if not tensor.is_meta:
-            moved = tensor.to(device, _dtype(tensor, dtype))
-            owner[leaf] = tensor if moved is tensor else _like(tensor, moved)
-    if not moving:
-        return None
-    return BlockStreamer(moving, device, dtype)
+            moved = tensor.to(device, cast_dtype(tensor, dtype))
+            if moved is not tensor:
+                owner[leaf] = like(tensor, moved)
+                give_back(tensor)
+    return moving
 
 
-def _stays(i: int, kept: int, count: int) -> bool:
-    """Whether block i is kept: those are spread evenly, so that a copy may take as long as several blocks compute."""
+def stays(i: int, kept: int, count: int) -> bool:
+    """Return whether block i is kept: spread evenly, so that a copy may take as long as several blocks compute."""
     return (i + 1) * kept // count > i * kept // count
 
 
@@ -80,14 +86,14 @@ def tensors(module: nn.Module, without: Sequence[nn.Module] = ()) -> Iterator[tu
                 yield from ((owner, leaf, tensor) for leaf, tensor in owner.items() if tensor is not None)
 
 
-def _dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that a tensor of a model is cast to: `dtype` for floating parameters, else its own."""
+def cast_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype that a tensor of a model is cast to: `dtype` for floating parameters, else its own."""
     casts = dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     return dtype if casts and dtype is not None else tensor.dtype
 
 
-def _like(tensor: Tensor, other: Tensor) -> Tensor:
-    """The other tensor as a parameter without gradient where this one is a parameter, else as it is."""
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return the other tensor as a parameter without gradient where this one is a parameter, else as it is."""
     return nn.Parameter(other, requires_grad=False) if isinstance(tensor, nn.Parameter) else other
 
 
@@ -279,7 +285,7 @@ def _offsets(block: nn.Module, dtype: torch.dtype | None) -> list[int]:
     """The offset in a slot of each tensor of a block, and the end of the last one, in bytes."""
     ends = [0]
     for *_, tensor in _in_slots(block):
-        size = _extent(tensor) * _dtype(tensor, dtype).itemsize
+        size = _extent(tensor) * cast_dtype(tensor, dtype).itemsize
         ends.append(ends[-1] + -(-size // ALIGNED) * ALIGNED)
     return ends
 
@@ -296,12 +302,12 @@ def _streamed_tensor(
     owner: TensorDict, leaf: str, tensor: Tensor, offset: int, memory: _Memory, dtype: torch.dtype | None
 ) -> StreamedTensor:
     """Move one tensor into host memory at its offset, where there is some, and make its views in both slots."""
-    dtype = _dtype(tensor, dtype)
+    dtype = cast_dtype(tensor, dtype)
 
     def view(slot: Tensor) -> Tensor:
         # Strides are kept: some kernels want a weight column by column.
         flat = slot[offset : offset + _extent(tensor) * dtype.itemsize].view(dtype)
-        return _like(tensor, flat.as_strided(tensor.shape, tensor.stride()))
+        return like(tensor, flat.as_strided(tensor.shape, tensor.stride()))
 
     if memory.host is not None:
         own = view(memory.host)

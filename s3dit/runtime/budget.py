@@ -5,28 +5,35 @@ arithmetic needs from the lengths of the request, by the formulas below, which a
 allocated. `plan_memory` then tries, from fast to slow: everything resident; parts in turn; of a part that is too large,
 as many blocks as fit while the others are streamed (`block_streaming`); the autoencoder by smaller and smaller tiles.
 
-On a GPU the budget is of its memory, with RESERVE set aside for what the allocator does not see. On a CPU it is of RAM
-for weights in use and arithmetic; the interpreter, and pages of the mapped file that the system may drop at any time,
-are not counted; nor are streamed blocks that are encoded into a number format while they are loaded, as a file that is
-quantized already stays mapped. Pictures looked at while they form (previews) come on top.
+`vram` is a budget of the device's memory: on a GPU with RESERVE set aside for what the allocator does not see; on a CPU
+of weights in use and arithmetic alone, and not of streamed blocks that are no views of their file. `ram` is of all that
+a process which computes on the CPU has resident, as the system counts it: Python, torch and whatever else there is,
+weights in mapped files too. Streamed blocks are then in memory one at a time (`file_streaming`), and those that are no
+views of their file always. Pictures looked at while they form (previews) come on top.
 """
 
 import math
+import mmap
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s3dit.errors import BackendError, RequestError
 from s3dit.model.config import TextEncoderConfig, TransformerConfig, VAEConfig, VisionConfig
-from s3dit.runtime.block_streaming import repeated
+from s3dit.runtime.block_streaming import repeated, stays
+from s3dit.weights.mapped_file import PAGEMAP
 
 # Bytes that a device takes besides tensors: its context, the libraries' workspaces, gaps between allocations.
 RESERVE = {"cuda": 512 << 20, "mps": 256 << 20, "cpu": 0}
+# Bytes that a process has resident besides weights and arithmetic: at least these, or what it had before the model was
+# opened, in steps, and room for code, tables and gaps that come later.
+PROCESS, PROCESS_STEP, PROCESS_ROOM = 512 << 20, 64 << 20, 192 << 20
 UNITS = {"": 1, "b": 1} | {
     f"{letter}{suffix}": base ** (i + 1)
     for i, letter in enumerate("kmgt")
@@ -38,13 +45,49 @@ CHANNELS = 1024
 TILES = (None, 96, 64, 48, 32)
 
 
-def parse_size(size: str | int) -> int:
-    """Parse a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024) into bytes; raises RequestError."""
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes that may be in use, and those of them that are set aside; process: whether all that is resident counts."""
+
+    size: int
+    reserve: int
+    process: bool = False
+
+
+def budget_of(vram: str | int | None, ram: str | int | None, residency: str | None, device: str) -> Budget | None:
+    """Return the budget that a user gave, if any; raises RequestError, and BackendError where it cannot be kept."""
+    if residency not in (None, "staged", "resident", "streamed"):
+        raise RequestError(f"residency is {residency!r}; needed staged, resident or streamed")
+    given = {name: size for name, size in (("vram", vram), ("ram", ram)) if size is not None}
+    if not given:
+        return None
+    name = next(iter(given))
+    if len(given) > 1:
+        raise RequestError("both vram and ram are given; ram is for computing on a CPU, and counts the whole process")
+    if residency is not None:
+        raise RequestError(f"both {name} and residency {residency} are given; {name} chooses the residency by itself")
+    size = parse_size(given[name], name)
+    if name == "vram":
+        return Budget(size, RESERVE[device])
+    if device != "cpu":
+        raise BackendError(f"ram is a budget for computing on a CPU, and this is {device}; give vram, or device cpu")
+    if not PAGEMAP.exists():
+        raise BackendError(f"ram needs {PAGEMAP}, by which Linux says whose pages are whose; leave ram out")
+    return Budget(size, max(PROCESS, -(-resident() // PROCESS_STEP) * PROCESS_STEP + PROCESS_ROOM), True)
+
+
+def resident() -> int:
+    """Return the bytes that this process has resident now, as Linux counts them."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * mmap.PAGESIZE
+
+
+def parse_size(size: str | int, name: str = "vram") -> int:
+    """Parse a size such as 4GiB, 4GB, 4096MiB, 0.5G (powers of 1024) into bytes; raises RequestError, with a name."""
     if isinstance(size, str) and size.strip().isdigit():
-        raise RequestError(f"vram is {size}; needed a size with its unit, such as {size.strip()}GiB")
+        raise RequestError(f"{name} is {size}; needed a size with its unit, such as {size.strip()}GiB")
     match = re.fullmatch(r"(\d+(?:\.\d*)?)\s*([a-z]*)", str(size).strip().lower())
     if isinstance(size, bool) or match is None or match[2] not in UNITS or float(match[1]) == 0:
-        raise RequestError(f"vram is {size!r}; needed a size such as 4GiB, 4GB, 4096MiB or a number of bytes")
+        raise RequestError(f"{name} is {size!r}; needed a size such as 4GiB, 4GB, 4096MiB or a number of bytes")
     return int(float(match[1]) * UNITS[match[2]])
 
 
@@ -58,12 +101,15 @@ def gib(size: int) -> str:
 class Need:
     """The memory of a part, in bytes: weights outside of its repeated blocks, each block, and room for its arithmetic.
 
-    work: (tile, bytes) from fast to slow; a part that knows no tiles has one entry, of tile None.
+    work: (tile, bytes) from fast to slow; a part that knows no tiles has one entry, of tile None · passing: blocks that
+    are in memory at a time while they are streamed · stays: bytes of blocks that stay in memory although streamed.
     """
 
     fixed: int
     blocks: tuple[int, ...]
     work: tuple[tuple[int | None, int], ...]
+    passing: int = 2
+    stays: int = 0
 
     @property
     def weights(self) -> int:
@@ -72,8 +118,19 @@ class Need:
 
     @property
     def slots(self) -> int:
-        """Bytes of the two slots for streamed blocks."""
-        return 2 * max(self.blocks, default=0)
+        """Bytes of weights besides the fixed ones while all blocks are streamed."""
+        return self.held(0) - self.fixed
+
+    def held(self, kept: int) -> int:
+        """Bytes of weights in memory while all blocks but `kept` are streamed."""
+        streamed = self.streamed(kept)
+        whole = self.weights - sum(streamed)
+        return min(self.weights, whole + self.passing * max(streamed, default=0) + self.stays)
+
+    def streamed(self, kept: int) -> list[int]:
+        """Bytes of each block that is streamed while `kept` stay."""
+        count = len(self.blocks)
+        return [size for i, size in enumerate(self.blocks) if not stays(i, kept, count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +201,7 @@ def plan_memory_beside(
 def _smallest(need: Need) -> int:
     """The fewest bytes that a part can run in."""
     least = min(size for _, size in need.work)
-    return min(need.weights, need.fixed + need.slots) + least if need.blocks else need.weights + least
+    return need.held(0) + least
 
 
 def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
@@ -153,10 +210,8 @@ def _turn(room: int, need: Need) -> tuple[int | None, int | None, int]:
         if need.weights + work <= room:
             return None, tile, need.weights + work
     tile, work = need.work[-1]
-    bare = need.fixed + need.slots + work
-    largest = max(need.blocks)
-    k = (room - bare) // largest
-    return k, tile, bare + k * largest
+    k = next(k for k in reversed(range(len(need.blocks))) if need.held(k) + work <= room)
+    return k, tile, need.held(k) + work
 
 
 def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> tuple[int, tuple[int, ...]]:
@@ -176,6 +231,21 @@ def sizes(model: nn.Module, dtype: torch.dtype, unused: Sequence[str] = ()) -> t
         if (prefix := next((p for p in prefixes if name.startswith(p)), None)) is not None:
             blocks[prefix] += size
     return total - sum(blocks.values()), tuple(size for size in blocks.values() if size)
+
+
+def staying(model: nn.Module, unused: Sequence[str], views: Callable[[str, Tensor], bool]) -> int:
+    """Return the bytes of a model's blocks that stay in memory although they are streamed: what is no view of a file.
+
+    views: whether a tensor is one, by its name and the model's own, on the meta device.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = tuple(f"{names[id(block)]}." for blocks in repeated(model) for block in blocks)
+    held = (*model.named_parameters(), *model.named_buffers())
+    return sum(
+        tensor.nbytes
+        for name, tensor in held
+        if name.startswith(blocks) and not any(fnmatchcase(name, each) for each in unused) and not views(name, tensor)
+    )
 
 
 def transformer_work(

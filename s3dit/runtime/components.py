@@ -17,9 +17,11 @@ from logging import getLogger
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from s3dit.control import Control
+from s3dit.errors import BackendError
+from s3dit.kernels.number_format import DFLOAT11
 from s3dit.model.controlnet import ControlNet, open_controlnet
 from s3dit.model.controlnet_config import ControlNetConfig
 from s3dit.model.hooks import unhookable, why_not
@@ -39,6 +41,7 @@ from s3dit.runtime.sources import VISION_TOWER, Sources
 from s3dit.runtime.stopwatch import Stopwatch
 from s3dit.weights.assign import assign, fitted, pending, schemes
 from s3dit.weights.checkpoint import Checkpoint
+from s3dit.weights.container import dtype_name
 from s3dit.weights.hub import resolve_file
 from s3dit.weights.quantize import named, schemes_for
 
@@ -70,6 +73,7 @@ class Components(Residency):
             self._open(part, checkpoint)
         self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        self._staying: dict[str, int] = {}
         super().__init__(mode)
         self.clock = Stopwatch()
         if mode == "streamed":
@@ -87,6 +91,15 @@ class Components(Residency):
             self.formats[part] = named(schemes(module))
             self._weigh(part, module, unused)
             self._blanks[part] = module, unused
+        self._check_compiled()
+
+    def _check_compiled(self) -> None:
+        """Raise BackendError where every block of the transformer would be compiled by itself."""
+        if self.compiled and self.formats["transformer"] == DFLOAT11:
+            raise BackendError(
+                f"{self.checkpoints['transformer'].path}: is in {DFLOAT11}, whose layers are each of another size, so "
+                "that every block would be compiled by itself; load it without compile, or `s3dit convert` it to bf16"
+            )
 
     def _open(self, part: str, checkpoint: Checkpoint, config: ControlNetConfig | None = None) -> None:
         """Take in a checkpoint: from here on it has official names, and no padding."""
@@ -203,12 +216,35 @@ class Components(Residency):
         read, fixed, blocks = self._weights[part]
         return read, fixed + adapters.nbytes(part, self.adapters, self.placement.compute), blocks
 
+    def need(self, part: str, work: Sequence[tuple[int | None, int]] = (), staying: bool = True) -> budget.Need:
+        """Return the memory of a part, with its arithmetic, `work` as in `budget.Need`; raises as `sizes` does.
+
+        staying: on a CPU, count what is no view of its file.
+        """
+        _, fixed, blocks = self.sizes(part)
+        if self.placement.device.type != "cpu":
+            return budget.Need(fixed, blocks, tuple(work))
+        # What is merged is no view of a file any more.
+        merged = any(each.merged and part in each.deltas for each in self.adapters.values())
+        stays = sum(blocks) if merged else self._staying[part]
+        return budget.Need(fixed, blocks, tuple(work), 1, stays if staying else 0)
+
     def _weigh(self, part: str, module: nn.Module, unused: tuple[str, ...]) -> None:
         """Keep the bytes of a part, by its module as `blank` makes it."""
         read = pending(module, self.checkpoints[part], unused)
         fixed, blocks = budget.sizes(module, self._kept_in(part), unused)
         # The lists of the VAE are no repeated blocks: each is of another shape, and all are small.
         self._weights[part] = (read, fixed + sum(blocks), ()) if part == "vae" else (read, fixed, blocks)
+        checkpoint = self.checkpoints[part]
+
+        def views(name: str, tensor: Tensor) -> bool:
+            if name not in checkpoint:
+                return False
+            # What is cast is so while its block computes; what is encoded, once and for all.
+            as_it_is = isinstance(tensor, nn.Parameter) or checkpoint.entry(name).dtype == dtype_name(tensor.dtype)
+            return as_it_is and checkpoint.is_mapped(name)
+
+        self._staying[part] = budget.staying(module, unused, views)
 
     def _kept_in(self, part: str) -> torch.dtype:
         """The dtype of a part's weights in memory."""

@@ -71,9 +71,9 @@ class FeatureCache(OrderedDict[K, V], Generic[K, V]):
 class Encoders:
     """The text encoder, the vision tower and the autoencoder of a pipeline, and what is kept of their work."""
 
-    def __init__(self, components: Components, vram: int | None, graphs: bool = False) -> None:
-        """vram: the pipeline's budget in bytes, from which the size of tiles follows · graphs: whether it records."""
-        self.components, self.vram, self.graphs = components, vram, graphs
+    def __init__(self, components: Components, limit: budget.Budget | None, graphs: bool = False) -> None:
+        """limit: the pipeline's budget, from which the size of tiles follows · graphs: whether it records."""
+        self.components, self.limit, self.graphs = components, limit, graphs
         self._prompts: FeatureCache[Text, Tensor] = FeatureCache(PROMPTS_KEPT, "text_encoder")
         self._references: FeatureCache[Hashable, ReferenceFeatures] = FeatureCache(REFERENCES_KEPT, "siglip", "vae")
 
@@ -225,11 +225,10 @@ class Encoders:
     def tile_for(self, rows: int, columns: int) -> int | None:
         """The side of a tile, in latent cells, for a picture of so many cells that no plan knows; None: whole."""
         large = TILE if rows * columns > WHOLE_CELLS else None
-        if self.vram is None:
+        if self.limit is None:
             return large
         components = self.components
-        compute, device = components.placement.compute, components.placement.device.type
-        room = self.vram - budget.RESERVE[device] - components.sizes("vae")[1]
-        config = components.config.vae
+        room = self.limit.size - self.limit.reserve - components.sizes("vae")[1]
+        config, compute = components.config.vae, components.placement.compute
         work = partial(budget.decoder_work, config, 8 * rows, 8 * columns, dtype=compute)
         return next((tile for tile in budget.TILES if work(tile=tile) <= room), budget.TILES[-1]) or large

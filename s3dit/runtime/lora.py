@@ -25,8 +25,10 @@ from s3dit.kernels.aligned import aligned
 from s3dit.kernels.scheme import QuantizedRows
 from s3dit.model.hooks import HOOK_DICTS
 from s3dit.model.linear import Linear, QuantLinear
-from s3dit.runtime.block_streaming import BlockStreamer, TensorDict
+from s3dit.runtime.block_streaming import BlockStreamer, TensorDict, tensors
+from s3dit.runtime.file_streaming import FileStreamer
 from s3dit.weights.delta import Delta, norms
+from s3dit.weights.mapped_file import give_back
 
 
 class Branch:
@@ -53,6 +55,8 @@ class Branch:
             # In fp32: near -1, where the change is far larger than the weight, a rounded gain leaves mostly its error.
             gain = gain.to(strength.device).contiguous()
             self.rows, self.columns = (gain, None) if delta.by_rows() else (None, gain)
+            # All of the weight was read.
+            give_back(*(tensor for *_, tensor in tensors(layer)))
 
     def __call__(self, y: Tensor, x: Tensor, output: Tensor) -> Tensor:
         """Add the adapter's change to y (…, out), for the layer's input x (…, in) and its own output (…, out)."""
@@ -149,7 +153,7 @@ def weight_of(layer: Linear | QuantLinear) -> Tensor:
 class Attachments:
     """The adapters that are attached to one model; a part of a pipeline owns them beside its module."""
 
-    def __init__(self, model: nn.Module, streamer: BlockStreamer | None = None) -> None:
+    def __init__(self, model: nn.Module, streamer: BlockStreamer | FileStreamer | None = None) -> None:
         """streamer: that of the model's blocks, if they are streamed."""
         self._model, self._streamer = model, streamer
         self._attached: dict[str, Attached] = {}

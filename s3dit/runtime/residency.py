@@ -2,7 +2,7 @@
 
 *staged* (default): text encoder, transformer and VAE take turns; loading one lets the others go. *resident*: every
 part stays once loaded. *streamed*: as staged, and of a part's repeated blocks only some stay on the device (or none);
-the others are held in host memory and pass through two slots (`block_streaming`).
+the others pass through two slots (`block_streaming`), or on a CPU compute in their mapped file (`file_streaming`).
 
 A part is one module for the life of a pipeline, and only its tensors are loaded and freed: while it is not in memory
 they are on the meta device. So hooks, traces and other modules that a user has put into it stay, in every residency.
@@ -28,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from s3dit.errors import BackendError
 from s3dit.model.hooks import Own, watched
 from s3dit.runtime.block_streaming import BlockStreamer, Mode, TensorDict, stream, tensors, version
+from s3dit.runtime.file_streaming import FileStreamer, stream_files
 from s3dit.runtime.graphs import Replay
 from s3dit.runtime.lora import Attachments
 
@@ -67,7 +68,7 @@ class Component:
         """module: on the meta device, as the part is made · name: for messages."""
         self.module, self._name = module, name
         self.attachments = Attachments(module)
-        self.streamer: BlockStreamer | None = None
+        self.streamer: BlockStreamer | FileStreamer | None = None
         self.recorded: Replay | None = None
         self._guards: list[RemovableHandle] = []
         self._guard()
@@ -92,8 +93,9 @@ class Component:
                 owner[leaf] = nn.Parameter(moved, own.requires_grad) if isinstance(own, nn.Parameter) else moved
 
     def stream(self, device: torch.device, kept: int, dtype: torch.dtype) -> None:
-        """Stream the module's blocks, all but `kept`; see `block_streaming.stream`."""
-        self.streamer = stream(self.module, device, kept, dtype)
+        """Stream the module's blocks, all but `kept`: from their file on a CPU, from host memory to another device."""
+        on_cpu = device.type == "cpu"
+        self.streamer = stream_files(self.module, kept, dtype) if on_cpu else stream(self.module, device, kept, dtype)
         self.attachments = Attachments(self.module, self.streamer)
 
     def replay(self, *args: Any) -> Tensor:

@@ -16,10 +16,12 @@ from typing import Any
 from s3dit.configs import infer_config, tokenizer_config
 from s3dit.configs.model_files import read_index, read_json, read_own, read_vision
 from s3dit.errors import CheckpointError
+from s3dit.kernels.number_format import DFLOAT11
 from s3dit.model.config import ModelConfig, SchedulerConfig, variant_of
 from s3dit.model.part_specs import SPECS
 from s3dit.runtime.embedded import EMBEDDED, EMBEDDED_BASE, FOLDERS
 from s3dit.runtime.model_config import compose
+from s3dit.weights import dfloat11
 from s3dit.weights.checkpoint import Checkpoint, open_checkpoint
 from s3dit.weights.gguf_file import GGUFFile
 from s3dit.weights.hub import resolve
@@ -42,6 +44,10 @@ VARIANT_NOTE = (
     "the files do not say whether this is Turbo or Z-Image itself (their shifts are 3 and 6): what is not given is "
     'Turbo\'s, 8 steps without guidance; for Z-Image use --steps 28 --guidance 4, or write {"variant": "base"} into '
     "s3dit.json in its folder"
+)
+DFLOAT11_NOTE = (
+    "the {} is in DFloat11, a third smaller than bf16 and decoded to its very bits whenever it is computed with: on a "
+    "CPU that takes longer than computing; where memory allows, `s3dit convert` writes it as bf16 once and for all"
 )
 VAE_NOTE = "the VAE's file does not say the scale of its latents: FLUX.1's 0.3611 and 0.1159 are used"
 
@@ -146,6 +152,8 @@ def _configs(
         part: origins[part].configs.get(part) or SPECS[part].infer(checkpoints[part], known.get(part), notes)
         for part in PARTS
     }
+    stored = {part: {kind.name for kind in checkpoints[part].formats.values()} for part in PARTS}
+    notes += [DFLOAT11_NOTE.format(part) for part in PARTS if DFLOAT11 in stored[part]]
     if base is not None and configs["transformer"].siglip_feat_dim is not None:
         configs |= read_vision(base.path, notes)
     return configs
@@ -230,6 +238,9 @@ def _beside(part: str, folder: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     data = read_json(path)
+    # DFloat11 writes its own settings over a config.json that it cannot add them to.
+    if set(data) == {dfloat11.CONFIG}:
+        return {}
     notes += SPECS[part].config.note_unknown(data, path)
     return {part: SPECS[part].config.from_json(data, path)}
 

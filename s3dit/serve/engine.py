@@ -37,20 +37,8 @@ from s3dit.request import Request
 from s3dit.sampling.step import Step
 from s3dit.serve import limits
 from s3dit.serve.encoder_thread import EncoderThread
-from s3dit.serve.job import (
-    Cancelled,
-    Done,
-    Event,
-    Failed,
-    Job,
-    Partial,
-    Queued,
-    QueueFull,
-    Started,
-    StepDone,
-    Stopping,
-    TimedOut,
-)
+from s3dit.serve.job import Cancelled, Done, Event, Failed, Job, Partial, Queued, QueueFull, Started, StepDone, Stopping
+from s3dit.serve.job import TimedOut as TimedOut
 from s3dit.serve.job_pipeline import JobPipeline
 from s3dit.serve.passes import Passes, Task
 from s3dit.serve.stats import Counts
@@ -58,6 +46,7 @@ from s3dit.serve.stats import Stats as Stats
 from s3dit.serve.turn import Turn
 
 LOG = getLogger(__name__)
+DIED = "the engine's thread died; start the server again"
 # Errors that say all themselves.
 EXPECTED = (RequestError, CheckpointError, BackendError, Cancelled, Stopping, TimedOut)
 # How often a request may be overtaken by others that fit where it does not.
@@ -223,6 +212,9 @@ class Engine:
     def _announce(self, task: Task) -> None:
         """A job waits for its turn; called in its thread."""
         with self._changed:
+            if not self._alive:
+                task.turn.refuse(BackendError(DIED))
+                return
             self._ready.append(task)
             self._changed.notify_all()
 
@@ -257,10 +249,12 @@ class Engine:
             if self._alive:
                 with self._changed:
                     self._alive, self._stopping = False, True
-                    left = [*self._queue, *self._running]
+                    left, waiting = [*self._queue, *self._running], [*self._ready, *self._sampling]
                     self._queue.clear()
                 for task in left:
-                    self._end(task, BackendError("the engine's thread died; start the server again"))
+                    self._end(task, BackendError(DIED))
+                for task in waiting:
+                    task.turn.refuse(BackendError(DIED))
 
     def _admit(self) -> None:
         """Wait for something to do, and give those that are prepared a place in the passes."""

@@ -15,15 +15,15 @@ DECODED = 1024
 
 def stays(pipe: Pipeline) -> bool:
     """Whether every part of a pipeline stays in memory: as it was loaded, or because its budget holds all."""
-    if pipe.vram is None:
+    if pipe.limit is None:
         return pipe.parts.mode == "resident"
-    return _room(pipe, pipe.vram - _weights(pipe)) > 0
+    return _room(pipe, _free(pipe, pipe.limit)) > 0
 
 
 def most_tokens(pipe: Pipeline) -> int:
     """Tokens of a pass: MOST_TOKENS, or as many as there is memory for beside weights that stay."""
-    if pipe.vram is not None:
-        return max(1, min(MOST_TOKENS, _room(pipe, pipe.vram - _weights(pipe))))
+    if pipe.limit is not None:
+        return max(1, min(MOST_TOKENS, _room(pipe, _free(pipe, pipe.limit))))
     if pipe.placement.device.type != "cuda" or not stays(pipe):
         return MOST_TOKENS
     free, _ = torch.cuda.mem_get_info(pipe.placement.device)
@@ -32,10 +32,11 @@ def most_tokens(pipe: Pipeline) -> int:
     return max(1, min(MOST_TOKENS, _room(pipe, free + unused)))
 
 
-def _weights(pipe: Pipeline) -> int:
-    """Bytes of all parts."""
+def _free(pipe: Pipeline, limit: budget.Budget) -> int:
+    """Bytes of a budget beside all parts, with what `_room` sets aside."""
     sizes = [pipe.parts.sizes(part) for part in pipe.parts.checkpoints]
-    return sum(fixed + sum(blocks) for _, fixed, blocks in sizes)
+    weights = sum(fixed + sum(blocks) for _, fixed, blocks in sizes)
+    return limit.size - limit.reserve + budget.RESERVE[pipe.placement.device.type] - weights
 
 
 def _room(pipe: Pipeline, free: int) -> int:

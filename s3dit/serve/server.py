@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
@@ -57,9 +58,8 @@ def bound(host: str, port: int) -> socket.socket:
     Raises RequestError.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
         sock = socket.socket(family, kind)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -71,6 +71,11 @@ def bound(host: str, port: int) -> socket.socket:
         why = getattr(error, "strerror", None) or error
         raise RequestError(f"--host {host} --port {port} cannot be bound ({why}); choose another port") from None
     return sock
+
+
+def is_local(sock: socket.socket) -> bool:
+    """Whether only this machine reaches a socket."""
+    return ip_address(sock.getsockname()[0]).is_loopback
 
 
 def url_of(sock: socket.socket) -> str:
@@ -99,8 +104,8 @@ class Server(uvicorn.Server):
     def _app(self) -> Any:
         """The application with its door, and where other sites may ask, what browsers want for that."""
         serving = self.serving
-        local = self.sock.getsockname()[0] in LOOPBACK
-        hosts = (*LOOPBACK, *serving.hosts) if local else serving.hosts
+        own = (*LOOPBACK, self.sock.getsockname()[0]) if is_local(self.sock) else ()
+        hosts = (*own, *(name.lower() for name in serving.hosts))
         app: Any = Door(
             self.api.app(), hosts, serving.origins, serving.key, serving.limits.body, serving.log_prompts,
             self.api.answered,

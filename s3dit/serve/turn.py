@@ -71,6 +71,11 @@ class Turn:
         self._go.release()
         self._back.acquire()
 
+    def refuse(self, error: BaseException) -> None:
+        """Raise an error in the job where it waits, and do not wait for what it does then."""
+        self.answer = error
+        self._go.release()
+
     def _wait(self) -> None:
         self._go.acquire()
         self.held = True

@@ -249,7 +249,7 @@ def test_no_kind_of_file_needs_torch(shelf, monkeypatch):
     for made in kinds[len(KINDS) :]:
         Path(made).unlink()
     assert run.returncode == 0, run.stderr
-    for words in ("int4 ", "fp8-weights ", "Q8_0 ", "alpha                1,"):
+    for words in ("int4 ", "fp8-weights ", "Q8_0 ", "alpha                1\n"):
         assert words in run.stdout
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -159,6 +160,14 @@ def test_plan_within_a_budget(capsys):
     assert "memory 20.00 MiB: parts take turns; transformer streamed with" in capsys.readouterr().out
 
 
+def test_plan_within_a_budget_of_the_process(capsys, monkeypatch):
+    monkeypatch.setattr("s3dit.runtime.budget.resident", lambda: 0)
+    assert run("plan", PROMPT, "--device", "cpu", "--dtype", "bf16", "--size", "64x64", "--ram", "522MiB") == 0
+    out = capsys.readouterr().out
+    assert re.search(r"2\. transformer +reads 10\.3 MB, \d\.\d MB again each further pass, holds \d\.\d MB", out)
+    assert re.search(r"memory 522\.00 MiB: .*transformer streamed with \d of 8 blocks kept; at most 52\d\.\d+ MiB", out)
+
+
 def test_a_budget_is_said_on_stderr_and_draws_the_same_picture(tmp_path, capsys):
     options = ("generate", PROMPT, "--steps", 1, "--seed", 3, "--device", "cpu", "--dtype", "fp32")
     assert run(*options, "-o", tmp_path / "a.png") == 0
@@ -205,6 +214,9 @@ def test_plan_kernels(capsys):
         (["plan", "x", "--vram", "some"], "--vram is 'some'; needed a size such as 4GiB"),
         (["plan", "x", "--vram", "64KiB", "--device", "cpu"], "the smallest budget is"),
         (["plan", "x", "--vram", "1GiB", "--residency", "streamed"], "vram chooses the residency by itself"),
+        (["plan", "x", "--ram", "some"], "--ram is 'some'; needed a size such as 4GiB"),
+        (["plan", "x", "--ram", "64MiB", "--device", "cpu"], "the smallest budget is"),
+        (["plan", "x", "--ram", "1GiB", "--vram", "1GiB"], "both --vram and --ram are given"),
         (["plan", "x", "--device", "cpu", "--graphs"], "graphs need a CUDA device, found cpu"),
         (["plan", "x", "--graphs", "--residency", "streamed"], "graphs need weights that stay where they are"),
         (["generate", "x", "--sigmas", "0.5,0.9"], "descending"),

@@ -110,7 +110,12 @@ def test_every_example_is_a_command_of_its_own(name, line, capsys):
     assert f"  {line}" in help_of(capsys, name)
 
 
-@pytest.mark.parametrize("line", [line for _, line in examples() if "embedded" in line or "64x64" in line])
+def quick_examples():
+    """Of the embedded model; a server runs until somebody stops it, in tests/serve/test_command.py."""
+    return [line for name, line in examples() if ("embedded" in line or "64x64" in line) and name != "serve"]
+
+
+@pytest.mark.parametrize("line", quick_examples())
 def test_examples_of_the_embedded_model_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0
@@ -128,7 +133,7 @@ def test_help_shows_an_example_of_each_command_and_a_metavar_of_each_option(caps
     runtime = rest.partition("\noutput:\n")[0]
     for option in ("--model", "--transformer", "--tokenizer", "--lora", "--quantize", "--quantize-text"):
         assert f"  {option} " in model
-    for option in ("--device", "--dtype", "--residency", "--vram", "--disable-mmap", "--compile", "--graphs"):
+    for option in ("--device", "--dtype", "--residency", "--vram", "--ram", "--disable-mmap", "--compile", "--graphs"):
         assert f"  {option} " in runtime
     assert "  --backend NAME" in runtime
 
@@ -219,6 +224,7 @@ def test_a_value_of_another_program_is_answered_with_the_one_here(words, answer,
         (["--reference", "a.png"], "--reference images are given to a tiny model"),
         (["--upscale", "8", "--size", "2048x2048"], "--upscale 8 makes a side of 16384 pixels"),
         (["--vram", "8GiB", "--residency", "streamed"], "both --vram and --residency streamed are given"),
+        (["--ram", "8GiB", "--residency", "streamed"], "both --ram and --residency streamed are given"),
         (["--graphs", "--device", "cpu"], "--graphs need a CUDA device, found cpu; load the model without --graphs"),
         (["--device", "gpu"], "--device is 'gpu'; needed cpu, cuda or mps"),
     ],

@@ -104,6 +104,20 @@ def test_it_imports_nothing_of_the_engine():
     assert own == {"numpy", "torch", "onnxruntime", "tokenizers"}
 
 
+def test_inputs_go_to_the_device_that_the_graphs_are_of(tmp_path, monkeypatch):
+    """Without a GPU: "meta" stands for the other device, and the answer is brought back from where it is."""
+    (tmp_path / "settings.json").write_text('{"form": "export", "device": "meta"}')
+    seen = []
+
+    def graph(*given):
+        seen.extend(each.device.type for each in given)
+        return torch.ones(1, dtype=torch.bfloat16)
+
+    monkeypatch.setattr(torch.export, "load", lambda path: type("Graph", (), {"module": lambda self: graph})())
+    answer = runner.Model(tmp_path).run("vae", np.zeros(2, np.float32), np.zeros(1, np.int64))
+    assert seen == ["meta", "meta"] and answer.dtype == np.float32 and answer.tolist() == [1.0]
+
+
 @SLOW
 def test_compiled_it_draws_the_same(tmp_path, cut_model):
     graphs.write(pipe := cut_model(1), tmp_path / "model", "compiled")

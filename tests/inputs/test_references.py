@@ -65,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pipe(folder):
-    return Pipeline.load(folder, device="cpu", dtype="fp32")
+    return Pipeline.load(folder, device="cpu", dtype="fp32", residency="resident")
 
 
 def picture(height=80, width=112, seed=0):

@@ -30,7 +30,7 @@ from s3dit.kernels.rows import launch_quantize_rows
 
 capability, limit = int(sys.argv[1]), int(sys.argv[2])
 names = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int64: "i64"}
-names |= {torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32"}
+names |= {torch.float8_e4m3fn: "fp8e4nv", torch.int32: "i32", torch.int16: "i16"}
 assembly = []
 
 def launch(kernel, grid):
@@ -61,6 +61,7 @@ triton.JITFunction.__getitem__ = launch
 """
 
 ROW_KERNELS = """
+from s3dit.kernels.dfloat11 import launch_decode
 from s3dit.kernels.group_norm import launch_moments, launch_normalize
 from s3dit.kernels.norm_kernels import launch_norm, launch_norm_rope, launch_residual_norm
 from s3dit.kernels.pictures import launch_add, launch_repeat
@@ -87,6 +88,8 @@ for channels, side in ((128, 64), (512, 64), (128, 1)):
     moments = launch_moments(picture, 32, weight[:channels] if side > 1 else None)
     launch_normalize(picture, *moments, weight[:channels], weight[:channels], 1e-6, True)
     launch_repeat(launch_add(picture, picture, weight[:channels]))
+parts = [torch.zeros(count, dtype=torch.uint8) for count in (8192, 640)]
+launch_decode(torch.zeros(64, 64, dtype=torch.uint8), *parts, torch.zeros(3, dtype=torch.int64), parts[0].view(32, 256))
 found = "".join(assembly)
 # Pairs of numbers are converted by one instruction.
 words = ["cvt.rn.bf16x2.f32"] + ["cvt.rn.satfinite.e4m3x2.f32"] * (capability >= 90)

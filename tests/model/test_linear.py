@@ -5,12 +5,13 @@ import torch
 
 from s3dit import Pipeline
 from s3dit.errors import BackendError
+from s3dit.kernels.float_linear import ROWS
 from s3dit.kernels.scheme import quantize_rows
 from s3dit.kernels.schemes import SCHEMES
 from s3dit.kernels.swiglu import swiglu
 from s3dit.kernels.swiglu_linear import swiglu_linear
 from s3dit.model.layout import text_to_image
-from s3dit.model.linear import ROWS, Linear, QuantLinear, swap, swiglu_layers
+from s3dit.model.linear import Linear, QuantLinear, swap, swiglu_layers
 
 # Mean relative error against fp32, in bf16 arithmetic; the bounds of 5e-2, 4e-2 and 1e-1 are of more prompts than two.
 BOUNDS = {"fp8": 6e-2, "fp8-weights": 5e-2, "int8": 4e-2, "int8-weights": 4e-2, "int4": 1.1e-1}

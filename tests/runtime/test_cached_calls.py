@@ -23,7 +23,7 @@ FIELDS = {"num_inference_steps": 10, "guidance_scale": 2.0, "output_type": "late
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.load(device="cpu", dtype="fp32")
+    return Pipeline.load(device="cpu", dtype="fp32", residency="resident")
 
 
 @pytest.fixture(scope="module")

@@ -138,4 +138,4 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b'event: error\ndata: {"error": {"message": "a step gave NaN"}}\n\n')
             return
         self.event("s3dit.step", step=8, steps=8)
-        self.event("image_generation.completed", b64_json=picture(fields), output_format="png", seconds={"steps": 1.5})
+        self.event("image_generation.completed", b64_json=picture(fields), output_format="png", notes=["a note " * 30])

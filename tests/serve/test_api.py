@@ -178,7 +178,12 @@ def test_bad_forms(served):
 def test_bounds_of_a_body():
     """By what it says of itself, and by what comes, whatever it said; and in time."""
     limits = Limits(body=2000, body_seconds=0.3)
-    with running(serving=Serving(name="tiny", limits=limits)) as server:
+    with running(serving=Serving(name="tiny", limits=limits, origins=("https://good.org",))) as server:
+        for origin, status in (("https://good.org", 200), ("https://evil.org", 400)):
+            asked = {"Origin": origin, "Access_Control_Request_Method": "POST"}
+            found, headers, _ = server.ask("OPTIONS", "/v1/images/generations", **asked)
+            assert found == status and (headers["Access-Control-Allow-Origin"] == origin) == (status == 200)
+            assert server.ask("GET", "/v1/models", Origin=origin)[0] == (200 if status == 200 else 403)
         assert server.draw(prompt="a" * 3000)[0] == 413
         head = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 

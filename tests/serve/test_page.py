@@ -15,12 +15,13 @@ from s3dit.inputs.image_metadata import carried
 from s3dit.serve import door, page
 
 # What the pictures of the gallery show, as texts.
-PIXELS = """return [...document.querySelectorAll("#tiles img")].map(image => {
+PIXELS = """return Promise.all([...document.querySelectorAll("#tiles img")].map(async image => {
+  await image.decode();
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
   canvas.getContext("2d").drawImage(image, 0, 0);
   return canvas.toDataURL();
-})"""
+}))"""
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +45,14 @@ def server():
 @pytest.fixture
 def browser(chrome, server):
     """The browser with the page open; every test has a server, and so an origin and a store, of its own."""
-    chrome.devtools("Emulation.clearDeviceMetricsOverride")
-    chrome.devtools("Emulation.setEmulatedMedia", features=[])
     chrome.call("POST", "/url", url=server.address)
     chrome.until("!document.getElementById('form').hidden && document.title")
     yield chrome
     # A page that draws asks whether it may be left.
     server.go.set()
     chrome.run("document.querySelectorAll('.job .line button').forEach(e => e.click())")
+    chrome.devtools("Emulation.clearDeviceMetricsOverride")
+    chrome.devtools("Emulation.setEmulatedMedia", features=[])
     assert not chrome.complaints()
 
 
@@ -87,7 +88,7 @@ def test_a_picture_forms_and_arrives(browser, server):
     # Nothing moved when pictures came.
     assert browser.box(".job") == during
     assert browser.box("#stage") == before
-    assert re.fullmatch(r"finished in \d+\.\d s", browser.text(".job .says"))
+    assert re.fullmatch(r"finished in \d+\.\d s · (a note ?)+", browser.text(".job .says"))
     ((path, fields, files),) = server.asked
     assert path == "/v1/images/generations" and not files
     assert fields == {
@@ -201,6 +202,7 @@ def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_pat
     browser.click(".cover")
     assert browser.text("#view-prompt") == "a blue ring"
     browser.press(RIGHT)
+    assert "a note" in browser.text("#view-facts")
     assert browser.text("#view-prompt") == EVIL and "Seed" in browser.text("#view-facts")
     assert json.loads(browser.run("return document.getElementById('view-all').textContent"))["seed"] == 1
     assert browser.run("return document.getElementById('view-save').download").startswith("s3dit-1-")
@@ -331,6 +333,7 @@ def test_a_narrow_screen_light_and_dark(browser, server, tmp_path, scheme):
     browser.type("#prompt", "a ring")
     browser.click("#draw")
     browser.tiles(1)
+    assert server.asked[-1][1]["strength"] == "0.6"
     browser.run("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert browser.run("return document.documentElement.scrollWidth") == 360
     for opener, window in (("#paint", "#painter"), (".tile", "#viewer")):

@@ -321,7 +321,6 @@ def test_a_format_that_is_only_read_encodes_nothing(tmp_path):
         ("compressed-tensors", {"weight_packed": torch.int32, "weight_scale": torch.bfloat16}),
         ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_scale_2": torch.float32}),
         ("NVFP4", {"weight": torch.uint8, "weight_scale": torch.float8_e4m3fn, "weight_global_scale": torch.float32}),
-        ("DFloat11", {"encoded_exponent": torch.uint8, "sign_mantissa": torch.uint8}),
         ("quanto", {"weight._data": torch.int8, "weight._scale": torch.bfloat16}),
         ("quanto", {"weight._data._data": torch.uint8, "weight._scale": torch.bfloat16, "input_scale": torch.bfloat16}),
         ("EntroPack", {"weight._entropack.header": torch.uint8, "weight._entropack.buffers.gaps": torch.uint8}),

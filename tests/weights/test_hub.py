@@ -603,3 +603,9 @@ def test_a_part_that_no_list_names_is_asked_for(hub, tmp_path):
     """Of a cache without a list, which holds the weights of every folder that it has, others may be missing."""
     lay(tmp_path / "cache", "org/name", {name: MODEL[name] for name in MODEL if not name.startswith("tokenizer/")})
     assert (resolve("org/name") / "tokenizer" / "tokenizer.json").is_file()
+    for i, index in enumerate((b"[]", b"{}", b'{"vae": [null, null]}', b"{")):
+        model = {name: MODEL[name] for name in MODEL if name.startswith(("vae/", "scheduler/"))}
+        hub.repositories[f"org/odd{i}"] = MODEL
+        lay(tmp_path / "cache", f"org/odd{i}", model | {"model_index.json": index})
+        hub.asked.clear()
+        assert resolve(f"org/odd{i}", ["vae"]) and hub.asked

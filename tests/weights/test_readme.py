@@ -34,7 +34,8 @@ def test_formats_are_those_of_the_code():
     assert refused.split(", ") == [name for name, _ in UNREAD_FORMATS]
     section = TEXT.split("## Number formats of producers")[1].split("\n## ")[0]
     modules = re.findall(r"^\| `(\w+)\.py`", section, re.MULTILINE)
-    producers = {name for name in ("comfy", "libraries", "nunchaku", "sdnq") if hasattr(load(name), "layers")}
+    others = ("comfy", "dfloat11", "libraries", "nunchaku", "sdnq")
+    producers = {name for name in others if hasattr(load(name), "layers")}
     assert {"formats", *producers} == set(modules)
 
 

@@ -78,7 +78,8 @@ function form(fields, inputs) {
 export const usualStrength = (mask, extend) => mask || extend ? 1 : 0.6;
 
 // Draws one picture: settings under the request's names, inputs {image, mask_image, reference: […]} as Blobs.
-// Calls on({type: "queued", position} | {type: "step", step, steps} | {type: "partial", file}); -> the picture's file.
+// Calls on({type: "queued", position} | {type: "step", step, steps} | {type: "partial", file}); -> {file, notes}, of which the last
+// are texts that a user should know.
 export async function draw(settings, inputs, on, signal) {
   const {width, height, lora, ...rest} = settings;
   const fields = {...rest, n: 1, stream: true, partial_images: 3, progress: true};
@@ -94,7 +95,7 @@ export async function draw(settings, inputs, on, signal) {
   for await (const event of events(answer)) {
     if (event.error) throw new Refused(event.error, 500);
     if (event.type.endsWith(".partial_image")) on({type: "partial", file: picture(event)});
-    else if (event.type.endsWith(".completed")) return picture(event);
+    else if (event.type.endsWith(".completed")) return {file: picture(event), notes: event.notes ?? []};
     else on({...event, type: event.type.replace("s3dit.", "")});
   }
   return broken();

@@ -31,7 +31,7 @@ export async function start(opens, compares) {
   count();
 }
 
-// entry: {id, created, file, metadata, settings, inputs, width, height, seconds}; the newest comes first.
+// entry: {id, created, file, metadata, settings, inputs, width, height, seconds, notes}; the newest comes first.
 export async function add(entry) {
   place(entry);
   count();

@@ -12,8 +12,8 @@ const sleep = (seconds, signal) => new Promise((resolve, reject) => {
   signal.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, {once: true});
 });
 
-// Adds a picture to be drawn. job: {settings, inputs, width, height, done, failed}; done(file, seconds) -> what opens it,
-// failed(error) -> whether it is said elsewhere, so that the card can go.
+// Adds a picture to be drawn. job: {settings, inputs, width, height, done, failed}; done({file, notes, seconds}) ->
+// what opens it, failed(error) -> whether it is said elsewhere, so that the card can go.
 export function add(job) {
   job.control = new AbortController();
   job.bar = h("progress", {max: 1, value: 0, "aria-label": "steps"});
@@ -68,11 +68,12 @@ async function run(job) {
   try {
     for (;;) {
       try {
-        const file = await draw(job.settings, job.inputs, event => hear(job, event), signal);
+        const {file, notes} = await draw(job.settings, job.inputs, event => hear(job, event), signal);
         show(job, file);
         const seconds = (performance.now() - job.began) / 1000;
-        finish(job, `finished in ${seconds.toFixed(1)} s`, "done");
-        const open = await job.done(file, seconds);
+        finish(job, [`finished in ${seconds.toFixed(1)} s`, ...notes].join(" · "), "done");
+        job.says.title = notes.join("\n");
+        const open = await job.done({file, notes, seconds});
         await job.shown;
         job.photo.append(h("button", {type: "button", className: "cover", "aria-label": `open: ${job.settings.prompt}`, onclick: open}));
         return;

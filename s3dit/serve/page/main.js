@@ -23,18 +23,18 @@ function drawAll() {
   jobs.tidy();
   for (let i = 0; i < Number(count); i++) {
     const job = {settings: {...settings, width, height, seed: String(first + BigInt(i))}, inputs: given.inputs(), width, height};
-    jobs.add({...job, done: (file, seconds) => finished(job, file, seconds), failed});
+    jobs.add({...job, done: drawn => finished(job, drawn), failed});
   }
   const box = $("stage").getBoundingClientRect();
   if (box.top > innerHeight - 200 || box.bottom < 100) $("stage").scrollIntoView({block: "start"});
 }
 
-async function finished(job, file, seconds) {
+async function finished(job, drawn) {
   lastSeed = job.settings.seed;
   $("seed-keep").disabled = false;
-  const metadata = await metadataOf(file), created = Date.now();
+  const metadata = await metadataOf(drawn.file), created = Date.now();
   const id = `${created}-${randomSeed()}`;
-  const entry = {...job, id, created, file, metadata, seconds};
+  const entry = {...job, ...drawn, id, created, metadata};
   await gallery.add(entry);
   return () => viewer.view(entry);
 }

@@ -32,7 +32,7 @@ export function view(entry) {
   $("photo").replaceChildren(h("img", {src: gallery.url(entry), alt: entry.settings.prompt, width: entry.width, height: entry.height}));
   $("view-prompt").textContent = entry.metadata?.prompt ?? entry.settings.prompt;
   const made = new Date(entry.created).toLocaleString();
-  $("view-facts").replaceChildren(...[...facts(entry), ["Drawn", `${made}, in ${entry.seconds.toFixed(1)} s`]].flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]));
+  $("view-facts").replaceChildren(...[...facts(entry), ["Drawn", `${made}, in ${entry.seconds.toFixed(1)} s`], ...entry.notes.map(note => ["Note", note])].flatMap(([term, value]) => [h("dt", {}, term), h("dd", {}, value)]));
   $("view-all").textContent = entry.metadata ? text(entry.metadata) : "The file carries none.";
   $("view-save").href = gallery.url(entry);
   $("view-save").download = name(entry);
@@ -67,7 +67,8 @@ $("viewer").addEventListener("keydown", event => {
   else if (event.key === "ArrowRight") step(1);
   else if (event.key === "Delete") $("view-delete").click();
 });
-$("viewer").addEventListener("close", () => gallery.focus(shown));
+// The focus goes back to where it came from, in the gallery to the picture that was looked at last.
+$("viewer").addEventListener("close", () => { if ($("tiles").contains(document.activeElement)) gallery.focus(shown); });
 
 export function compare(left, right) {
   const images = [left, right].map(entry => h("img", {src: gallery.url(entry), alt: entry.settings.prompt}));
