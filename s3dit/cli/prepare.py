@@ -45,13 +45,16 @@ def read_request(args: argparse.Namespace) -> tuple[Request, Replay]:
     return request, replay
 
 
-def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[Pipeline, Plan]":
+def load(
+    args: argparse.Namespace, request: Request, replay: Replay, parallel: str | None = None
+) -> "tuple[Pipeline, Plan]":
     """Load the model that the options name, attach its adapters, and plan the request.
 
+    parallel: as of `Pipeline.load`.
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args, parallel)
     with speaking_of_options():
         for change in changes(pipe, replay.engine):
             say(f"{args.replay} was drawn {change}: not the same to the bit")
@@ -63,8 +66,11 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
     return pipe, plan
 
 
-def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """Open the model that the options name; raises RequestError, BackendError, CheckpointError."""
+def load_pipeline(args: argparse.Namespace, parallel: str | None = None) -> "Pipeline":
+    """Open the model that the options name; raises RequestError, BackendError, CheckpointError.
+
+    parallel: as of `Pipeline.load`.
+    """
     with importing():
         from s3dit.pipeline import Pipeline
 
@@ -74,7 +80,7 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
             tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
             device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
             numerics=args.numerics, vram=args.vram, ram=args.ram, compile=args.compile, graphs=args.graphs,
-            disable_mmap=args.disable_mmap,
+            disable_mmap=args.disable_mmap, parallel=parallel,
         )  # fmt: skip
 
 
