@@ -62,7 +62,7 @@ class Components(Residency):
         ranks: Alone | None = None,
     ) -> None:
         """quantize: the number format asked for, by part · compiled: of what draws · ranks: that share the work."""
-        self._disable_mmap, self.ranks = disable_mmap, ranks or Alone()
+        self._disable_mmap, self._quantize, self.ranks = disable_mmap, quantize, ranks or Alone()
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
         self.controlnets: dict[str, ControlNetConfig] = {}
@@ -71,7 +71,6 @@ class Components(Residency):
         self._blanks: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
         for part, checkpoint in sources.checkpoints.items():
             self._open(part, checkpoint)
-        self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._staying: dict[str, int] = {}
         super().__init__(mode)
