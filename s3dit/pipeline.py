@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from s3dit.control import shown
 from s3dit.dry_run import dry_run
-from s3dit.errors import BackendError, RequestError
+from s3dit.errors import RequestError
 from s3dit.guidance_options import SkipLayers
 from s3dit.inputs import control_hints, images, noise, references, region_masks, start_image
 from s3dit.inputs.variation import variations, varied
 from s3dit.kernels.dispatch import check_backend, check_numerics
 from s3dit.loaded_model import LoadedModel, Now
 from s3dit.model.transformer import Context, Transformer
+from s3dit.parallel.join import join
 from s3dit.plan import Plan, make_plan
 from s3dit.request import Request
 from s3dit.request_fields import RequestFields
@@ -44,7 +45,7 @@ from s3dit.runtime.components import Components
 from s3dit.runtime.devices import own_settings, place
 from s3dit.runtime.embedded import NAMES
 from s3dit.runtime.finite import FiniteChecks
-from s3dit.runtime.graphs import check_compiler
+from s3dit.runtime.graphs import check_launches
 from s3dit.runtime.modulations import ahead
 from s3dit.runtime.sources import open_sources
 from s3dit.runtime.stopwatch import shown_seconds
@@ -91,6 +92,7 @@ class Pipeline(LoadedModel):
         quantize: str | None = None,
         quantize_text: str | None = None,
         disable_mmap: bool = False,
+        parallel: int | str | None = None,
     ) -> Self:
         """Open a model: a folder in the official layout, a file, a hub name (Tongyi-MAI/Z-Image-Turbo), or "embedded".
 
@@ -106,17 +108,15 @@ class Pipeline(LoadedModel):
         "approximate" also those with a stated error (none at present) · quantize, quantize_text: formats of transformer
         and text encoder: "fp8", "int8" (both sides of a product), "fp8-weights", "int8-weights", "int4" (weights only),
         into which floats are encoded as they come in · disable_mmap: read weights into memory instead of mapping their
-        files, which may then be cut short (see `weights.mapped_file`).
+        files, which may then be cut short (see `weights.mapped_file`) · parallel: how many processes of torchrun's draw
+        together, 4 or 2x2 (see PARALLEL.md).
         Raises CheckpointError (files), BackendError (device, dtype, backend, compile, graphs), RequestError (the rest).
         """
-        placement = place(device, dtype)
+        ranks, placement = join(parallel, place(device, dtype), compile)
         limit = budget.budget_of(vram, ram, residency, placement.device.type)
         if graphs and (limit is not None or residency == "streamed"):
             raise RequestError("graphs need weights that stay where they are; use them without vram and streaming")
-        if graphs and placement.device.type != "cuda":
-            raise BackendError(f"graphs need a CUDA device, found {placement.device}; load the model without graphs")
-        if compile:
-            check_compiler(placement.device)
+        check_launches(placement.device, compile, graphs)
         if backend is not None:
             check_backend(backend)
         check_numerics(numerics)
@@ -124,14 +124,16 @@ class Pipeline(LoadedModel):
             raise RequestError("both compile and numerics exact are given; compiled blocks round in other places")
         given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
         formats = {"transformer": quantize, "text_encoder": quantize_text}
-        with own_settings(placement.device):
+        with own_settings(placement.device), ranks.together():
             sources = open_sources(model, given, tokenizer)
-            components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap)
+            components = Components(sources, placement, residency or "staged", formats, compile, disable_mmap, ranks)
             return cls(sources, components, limit=limit, graphs=graphs, backend=backend, numerics=numerics)
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
-        checked = Request.of(request, **fields)
+        return self.parts.ranks.agreed(lambda: self._prepared(Request.of(request, **fields)))
+
+    def _prepared(self, checked: Request) -> Plan:
         if self.graphs and (name := "control" if checked.controls else "cache" if checked.cache else ""):
             raise RequestError(f"graphs record passes without {name}; load the model without graphs, or leave it out")
         with self._turn():
@@ -162,7 +164,7 @@ class Pipeline(LoadedModel):
             raise RequestError(f"on_step is {shown(on_step)}; needed a function that takes a Step")
         with self.parts.lock:
             plan = self._planned(request, fields)
-            with out_of_memory(plan.stages), self.parts.clock.measured() as seconds:
+            with self.parts.ranks.together(), out_of_memory(plan.stages), self.parts.clock.measured() as seconds:
                 for done in self._steps(plan):
                     if on_step is not None:
                         on_step(done[1])
@@ -317,7 +319,7 @@ class Pipeline(LoadedModel):
             transformer, context, sigmas, device, lambda: (self.lora.state, self.parts.state("transformer")), aimed
         )
         guidance = guidance_of(request, sigmas, lengths, skipped or None)
-        velocity = guide(run, context, guidance, lengths, control, modulation, regions, aimed)
+        velocity = guide(self.parts.ranks.shared(run), context, guidance, lengths, control, modulation, regions, aimed)
         computing = {"transformer": transformer, **nets}
         models = [(module, self.parts.checkpoints[part].path) for part, module in computing.items()]
         checks = FiniteChecks()

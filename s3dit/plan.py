@@ -5,7 +5,6 @@ has its turn when, and how many bytes that takes; whatever is wrong is raised he
 `s3dit plan` prints one. A second pass is a plan of its own behind the first.
 """
 
-import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +108,7 @@ def make_plan(
     if numerics() == "approximate" and request.cache is None:
         unused += ("numerics approximate has no effect: nothing approximates at present",)
     if request.seed is None:
-        request = request.filled(seed=secrets.randbits(32))
+        request = request.filled(seed=components.ranks.seed())
     passes = tuple(start_image.passes(request, notes))
     sigmas = [start_image.remaining_sigmas(each, config.scheduler) for each in passes]
     unused += tuple(cached_calls.without_effect(request.cache, sigmas))

@@ -117,6 +117,7 @@ def engine_of(model: LoadedModel) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "mixed": {part: model.parts.checkpoints[part].path.name for part in model.sources.mixed},
         "quantized": {part: name for part, name in model.parts.formats.items() if name},
+        **({} if model.parts.ranks.size == 1 else {"parallel": str(model.parts.ranks.form)}),
     }
 
 

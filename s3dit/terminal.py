@@ -136,9 +136,17 @@ class _Stream:
             os.dup2(null.fileno(), stream.fileno())
 
 
+def follows() -> bool:
+    """Return whether this is one of torchrun's processes, but not the first, which speaks and writes for all."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 @contextmanager
-def streams() -> Iterator[None]:
-    """While inside, standard output, errors, warnings and logs go through here; afterwards they are the caller's."""
+def streams(quiet: bool = False) -> Iterator[None]:
+    """While inside, standard output, errors, warnings and logs go through here; afterwards they are the caller's.
+
+    quiet: let nothing of it be seen.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -146,7 +154,8 @@ def streams() -> Iterator[None]:
             # Else the next file that is opened gets this number, and what libraries print ends in a picture.
             os.open(os.devnull, os.O_RDWR)
     out, err = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Stream(out), _Stream(err)
+    null = open(os.devnull, "w") if quiet else None  # noqa: SIM115
+    sys.stdout, sys.stderr = _Stream(null or out), _Stream(null or err)
     handler = _Said(logging.WARNING)
     logging.getLogger("s3dit").addHandler(handler)
     try:
@@ -157,6 +166,8 @@ def streams() -> Iterator[None]:
         sys.stdout.flush()
         logging.getLogger("s3dit").removeHandler(handler)
         sys.stdout, sys.stderr = out, err
+        if null is not None:
+            null.close()
 
 
 class _Said(logging.Handler):

@@ -15,6 +15,7 @@ READMES = [
     ROOT / "s3dit" / "RECIPES.md",
     ROOT / "s3dit" / "DIFFERENCES.md",
     ROOT / "s3dit" / "EXPORT.md",
+    ROOT / "s3dit" / "PARALLEL.md",
     ROOT / "s3dit" / "cli" / "README.md",
     ROOT / "s3dit" / "serve" / "README.md",
     ROOT / "s3dit" / "research" / "README.md",

@@ -1,6 +1,7 @@
 """`s3dit generate`: draw what the options ask for, and write each picture into a file."""
 
 import argparse
+import os
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from s3dit.cli.options import add_model, add_request, add_runtime
 from s3dit.cli.prepare import load, read_request
 from s3dit.cli.show import Progress, show
 from s3dit.errors import RequestError
-from s3dit.terminal import event, say, tell
+from s3dit.terminal import event, follows, say, tell
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
@@ -53,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of this command to its parser."""
     add_request(parser)
     add_model(parser)
-    add_runtime(parser)
+    add_runtime(parser, parallel=True)
     group = parser.add_argument_group("output")
     group.add_argument(
         "-o", "--output", metavar="FILE",
@@ -78,10 +79,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw what the options ask for; returns the exit code."""
     started = perf_counter()
+    _check_parallel(args)
     request, replay = read_request(args)
+    if args.parallel is not None and follows():
+        # Rank 0 writes, and says what there is to say.
+        pipe, plan = load(args, request, replay, str(args.parallel))
+        pipe(plan)
+        return 0
     paths, replace = _outputs(args, request.count)
-    pipe, plan = load(args, request, replay)
+    pipe, plan = load(args, request, replay, args.parallel and str(args.parallel))
     return _draw(pipe, plan, paths, replace, args, perf_counter() - started)
+
+
+def _check_parallel(args: argparse.Namespace) -> None:
+    """Raise RequestError where one of several processes would write what all do, or decode by itself."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if args.parallel is None and "TORCHELASTIC_RUN_ID" in os.environ and count != "1":
+        raise RequestError(f"torchrun started {count} processes that would draw the same; give --parallel {count}")
+    if args.parallel is not None and args.preview:
+        raise RequestError("both --parallel and --preview are given; all would decode it; leave one of them out")
+    if args.parallel is not None:
+        # Before torch is imported, which else writes pages about every connection to a rank that ended.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def _draw(

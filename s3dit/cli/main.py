@@ -28,7 +28,7 @@ from s3dit.cli import (
     serve,
 )
 from s3dit.cli.parser import Parser, shown_examples
-from s3dit.terminal import finish, say, stoppable, streams
+from s3dit.terminal import finish, follows, say, stoppable, streams
 
 # Module by the name of its command.
 COMMANDS: dict[str, Any] = {
@@ -45,10 +45,11 @@ ENVIRONMENT = """environment:
 
 def main(argv: Sequence[str] | None = None, *, early: Callable[[int, object], None] | None = None) -> int:
     """Run the command line; returns the exit code. early: what a signal does while torch is imported (`stoppable`)."""
-    with streams():
+    words = sys.argv[1:] if argv is None else list(argv)
+    with streams(quiet=follows() and any(word.partition("=")[0] == "--parallel" for word in words)):
         try:
             with stoppable(early):
-                code = _command(argv)
+                code = _command(words)
         except SystemExit as done:
             # argparse has said what there was to say.
             raise SystemExit(finish(int(done.code or 0))) from None
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None, *, early: Callable[[int, object], No
         return finish(code)
 
 
-def _command(argv: Sequence[str] | None) -> int:
-    args = parse(sys.argv[1:] if argv is None else list(argv))
+def _command(argv: Sequence[str]) -> int:
+    args = parse(argv)
     if args.command is None:
         return 0
     code: int = COMMANDS[RENAMED.get(args.command, args.command)].run(args)

@@ -17,7 +17,7 @@ from s3dit.request import Request
 # Parameters of `Pipeline.load` whose options are spelled as they are, with dashes for underscores.
 LOAD = (
     "model", "transformer", "text_encoder", "vae", "tokenizer", "device", "dtype", "residency", "vram", "ram",
-    "disable_mmap", "compile", "graphs", "quantize", "quantize_text", "backend", "numerics",
+    "disable_mmap", "compile", "graphs", "quantize", "quantize_text", "backend", "numerics", "parallel",
 )  # fmt: skip
 
 

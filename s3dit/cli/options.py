@@ -16,6 +16,7 @@ from s3dit.cli.lora_option import LoraOption
 from s3dit.cli.option_names import flag
 from s3dit.control import FORM as CONTROL_FORM
 from s3dit.errors import RequestError
+from s3dit.parallel.placement import Form
 from s3dit.region import FORM as REGION_FORM
 from s3dit.request import Request
 
@@ -122,8 +123,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantize-text", metavar="FORMAT", help="the same for the text encoder (default: as stored)")
 
 
-def add_runtime(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where and how a model is kept and computed."""
+def add_runtime(parser: argparse.ArgumentParser, parallel: bool = False) -> None:
+    """Add the options that say where and how a model is kept and computed; parallel: by several processes, too."""
     group = parser.add_argument_group("memory and speed")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument(
@@ -156,6 +157,20 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
         help="how near they are to the references: exact (the same bits), lossless (sums in another order; default), "
         "approximate (also with a stated error; none at present)",
     )  # fmt: skip
+    if parallel:
+        group.add_argument(
+            "--parallel", type=_parallel, metavar="N",
+            help="draw with N processes, a GPU each: torchrun --nproc-per-node N --no-python s3dit generate … "
+            "--parallel N; or GxT: pictures and negative prompts in at most G groups, T processes each (PARALLEL.md)",
+        )  # fmt: skip
+
+
+def _parallel(text: str) -> Form:
+    """The value of --parallel."""
+    try:
+        return Form.of(text)
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("parallel is ")) from None
 
 
 def check_format(option: str, name: str | None) -> None:

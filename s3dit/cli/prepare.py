@@ -45,13 +45,16 @@ def read_request(args: argparse.Namespace) -> tuple[Request, Replay]:
     return request, replay
 
 
-def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[Pipeline, Plan]":
+def load(
+    args: argparse.Namespace, request: Request, replay: Replay, parallel: str | None = None
+) -> "tuple[Pipeline, Plan]":
     """Load the model that the options name, attach its adapters, and plan the request.
 
+    parallel: as of `Pipeline.load`.
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    pipe = load_with_adapters(args, replay)
+    pipe = load_with_adapters(args, replay, parallel=parallel)
     with speaking_of_options():
         plan = pipe.plan(request)
     if request.prompt is None and not request.region:
@@ -60,13 +63,15 @@ def load(args: argparse.Namespace, request: Request, replay: Replay) -> "tuple[P
 
 
 def load_with_adapters(
-    args: argparse.Namespace, replay: Replay = NOTHING, report: Callable[[str], object] = say
-) -> "Pipeline":
+    args: argparse.Namespace, replay: Replay = NOTHING, report: Callable[[str], object] = say,
+    parallel: str | None = None,
+) -> "Pipeline":  # fmt: skip
     """Load the model that the options name, and attach its adapters; raises as `load` does.
 
-    report: called with what differs from what drew a replayed picture, and what became of each adapter.
+    report: called with what differs from what drew a replayed picture, and what became of each adapter · parallel: as
+    of `Pipeline.load`.
     """
-    pipe = load_pipeline(args)
+    pipe = load_pipeline(args, parallel)
     with speaking_of_options():
         for change in changes(pipe, replay.engine):
             report(f"{args.replay} was drawn {change}: not the same to the bit")
@@ -75,8 +80,11 @@ def load_with_adapters(
     return pipe
 
 
-def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """Open the model that the options name; raises RequestError, BackendError, CheckpointError."""
+def load_pipeline(args: argparse.Namespace, parallel: str | None = None) -> "Pipeline":
+    """Open the model that the options name; raises RequestError, BackendError, CheckpointError.
+
+    parallel: as of `Pipeline.load`.
+    """
     with importing():
         from s3dit.pipeline import Pipeline
 
@@ -86,7 +94,7 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
             tokenizer=args.tokenizer, quantize=args.quantize, quantize_text=args.quantize_text,
             device=args.device, dtype=args.dtype, residency=args.residency, backend=args.backend,
             numerics=args.numerics, vram=args.vram, ram=args.ram, compile=args.compile, graphs=args.graphs,
-            disable_mmap=args.disable_mmap,
+            disable_mmap=args.disable_mmap, parallel=parallel,
         )  # fmt: skip
 
 

@@ -165,6 +165,9 @@ def changes(pipe: "Pipeline", engine: Mapping[str, Any]) -> Iterator[str]:
         yield f"by the operations of {shown(backend)}, these are of {own} (--backend)"
     if (compiled := engine.get("compiled", pipe.parts.compiled)) != pipe.parts.compiled:
         yield "with compiled blocks, these are not (--compile)" if compiled else "without --compile"
+    own = "1" if pipe.parts.ranks.size == 1 else str(pipe.parts.ranks.form)
+    if (parallel := engine.get("parallel", "1" if engine else own)) != own:
+        yield f"by {shown(parallel)} processes, this is by {own} (--parallel)"
     # Sums are taken in another order; versions differ in theirs too.
     if (threads := engine.get("threads", torch.get_num_threads())) != torch.get_num_threads():
         yield f"on {threads} threads, these are {torch.get_num_threads()} (OMP_NUM_THREADS={threads})"

@@ -88,7 +88,7 @@ class ControlNet(nn.Module):
         """
         pack = context.image
         tokens = len(pack.token_index)
-        patches = patches[:tokens] if len(patches) > tokens else patches.repeat(tokens // len(patches), 1)
+        patches = patches[:tokens] if len(patches) > tokens else patches.repeat(tokens // max(len(patches), 1), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
         place = (context.image_rope, pack.spans, modulation.time, pack.modulation_row)
         if self.config.version == "1.0":

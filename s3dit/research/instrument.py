@@ -57,10 +57,11 @@ def attached(pipe: LoadedModel, chosen: Iterable[Site], visit: Visit) -> Iterato
 
 def _check(pipe: LoadedModel) -> None:
     """Raise RequestError where the pipeline runs the transformer as a whole."""
-    for name, on in (("compile", pipe.parts.compiled), ("graphs", pipe.graphs)):
+    whole = ("compile", pipe.parts.compiled), ("graphs", pipe.graphs), ("parallel", pipe.parts.ranks.size > 1)
+    for name, on in whole:
         if on:
             raise RequestError(
-                f"this model is loaded with {name}, which runs blocks as a whole; needed one whose sites can be seen; "
+                f"this model is loaded with {name}, where sites cannot be seen whole one by one; needed one without; "
                 f"load it without {name}"
             )
 

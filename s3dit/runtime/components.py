@@ -29,6 +29,7 @@ from s3dit.model.linear import JOINED_ON, swap
 from s3dit.model.meta import on_meta
 from s3dit.model.part_specs import SPECS
 from s3dit.model.vision_encoder import VisionEncoder
+from s3dit.parallel.alone import Alone
 from s3dit.runtime import adapters, budget
 from s3dit.runtime.block_streaming import Mode, repeated, tensors
 from s3dit.runtime.devices import Placement, own_settings
@@ -58,9 +59,10 @@ class Components(Residency):
         quantize: Mapping[str, str | None],
         compiled: bool,
         disable_mmap: bool = False,
+        ranks: Alone | None = None,
     ) -> None:
-        """quantize: the number format asked for, by part · compiled: compile the blocks of what draws."""
-        self._disable_mmap = disable_mmap
+        """quantize: the number format asked for, by part · compiled: of what draws · ranks: that share the work."""
+        self._disable_mmap, self._quantize, self.ranks = disable_mmap, quantize, ranks or Alone()
         self.config, self.placement, self.compiled = sources.config, placement, compiled
         self.checkpoints: dict[str, Checkpoint] = {}
         self.controlnets: dict[str, ControlNetConfig] = {}
@@ -69,7 +71,6 @@ class Components(Residency):
         self._blanks: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
         for part, checkpoint in sources.checkpoints.items():
             self._open(part, checkpoint)
-        self._quantize = quantize
         self._weights: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self._staying: dict[str, int] = {}
         super().__init__(mode)
@@ -150,6 +151,7 @@ class Components(Residency):
                 unhookable(inner, "no picture needs it, so it is not read")
             elif why := why_not(inner):
                 unhookable(inner, why)
+        self.ranks.prepare(module)
         return module
 
     def load(self, name: str, component: Component) -> None:

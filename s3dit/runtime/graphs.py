@@ -91,6 +91,14 @@ def _bound(compiled: Callable[..., Any], uncompiled: Callable[..., Any], block: 
     return forward
 
 
+def check_launches(device: torch.device, compile: bool, graphs: bool) -> None:
+    """Raise BackendError where a device cannot compile blocks, or record passes, and that is asked for."""
+    if graphs and device.type != "cuda":
+        raise BackendError(f"graphs need a CUDA device, found {device}; load the model without graphs")
+    if compile:
+        check_compiler(device)
+
+
 def check_compiler(device: torch.device) -> None:
     """Raise BackendError where torch.compile lacks something on this machine, before it fails in the middle."""
     if device.type not in ("cpu", "cuda"):

@@ -90,7 +90,7 @@ class Drawer:
                 asked.request, adapters=adapters, partial_images=asked.partial_images, on_event=tell
             )
         except (RequestError, BackendError) as error:
-            # A budget of memory is too small for what is asked, or a backend does not do it.
+            # The latter where a budget of memory is too small for what is asked.
             raise asked.wrong(error) from None
         except (QueueFull, Stopping) as error:
             raise self.why(error, asked) from None
@@ -125,7 +125,8 @@ class Drawer:
         if isinstance(error, Cancelled):
             return ApiError(499, "it was cancelled")
         if isinstance(error, BackendError):
-            return ApiError(503, str(error), code="out_of_memory", retry_after=1.0)
+            code = "out_of_memory" if str(error).startswith("out of memory") else "backend_error"
+            return ApiError(503, str(error), code=code, retry_after=1.0)
         LOG.error("a request failed", exc_info=error)
         return ApiError(500, "the server failed; its log says why")
 

@@ -246,7 +246,7 @@ def test_messages_of_the_plan_and_of_loading_name_options(words, answer, tmp_pat
     ],
 )
 def test_what_is_done_in_silence_elsewhere_is_told(words, note, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("s3dit.pipeline.check_compiler", lambda device: None)
+    monkeypatch.setattr("s3dit.runtime.graphs.check_compiler", lambda device: None)
     monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda module: None)
     assert main(["generate", "a red star", "--steps", "1", *words, "-o", str(tmp_path / "a.png")]) == 0
     assert note in capsys.readouterr().err

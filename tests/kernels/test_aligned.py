@@ -102,7 +102,7 @@ def test_no_product_of_few_rows_sees_where_a_file_put_its_weight(folders, option
 
 def test_the_rule_is_what_keeps_them_away(folders, monkeypatch):
     """Without it, misaligned operands are met: the test above can fail."""
-    monkeypatch.setattr("s3dit.model.linear.aligned", lambda tensor: tensor)
+    monkeypatch.setattr("s3dit.kernels.float_linear.aligned", lambda tensor: tensor)
     with Products() as products:
         loaded(folders[8], {})(**REQUEST)
     assert products.misaligned

@@ -92,8 +92,9 @@ def test_lenses_of_a_guided_batch_are_those_of_each_alone():
     for item, branch in ((0, "positive"), (1, "positive"), (0, "negative"), (1, "negative")):
         # Every term is rounded to bf16 three times on its way.
         assert sum(terms.table("share", item, branch).column(2).values()) == pytest.approx(1, abs=3e-3)
-    # The embedded model computes bf16 in 8 bits of mantissa: each of 12 additions rounds by 2^-9 of the stream.
-    assert 1e-4 < max(values.max() for values in terms.select(statistic="unexplained").values()) < 24 * 2**-9
+    # Where it computes in bf16, with 8 bits of mantissa, each of 12 additions rounds by 2^-9 of the stream.
+    least = 1e-4 if streamed.placement.compute == torch.bfloat16 else 0.0
+    assert least < max(values.max() for values in terms.select(statistic="unexplained").values()) < 24 * 2**-9
 
 
 def built(file):

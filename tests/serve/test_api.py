@@ -216,7 +216,7 @@ def test_a_client_that_leaves_is_not_drawn_for(served):
         assert served.engine.stats().cancelled == before + 1 and not served.engine.stats().running
 
 
-def test_a_full_queue_and_a_request_that_takes_long():
+def test_a_full_queue_a_request_that_takes_long_and_a_dead_engine():
     with running(queue_limit=1, timeout=1.0) as server:
         answers = []
         long = {"num_inference_steps": 200}
@@ -227,8 +227,11 @@ def test_a_full_queue_and_a_request_that_takes_long():
             thread.join()
         statuses = [status for status, _ in answers]
         assert set(statuses) == {429, 504}
-        _, headers, _ = server.ask("GET", "/health")
         assert server.draw()[0] == 200
+        server.engine.stop()
+        assert server.draw()[0] == 503
+        status, _, content = server.ask("GET", "/health")
+        assert (status, json.loads(content)) == (503, {"status": "dead"})
 
 
 def test_a_stop_under_load():

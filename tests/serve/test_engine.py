@@ -277,10 +277,11 @@ def test_a_large_request_is_overtaken_so_often_only(pipe, gate, monkeypatch):
     def submit(name, **changes):
         return engine.submit(request(**changes), on_event=lambda e: isinstance(e, Done) and ended.append(name))
 
-    jobs = [submit("first", num_inference_steps=40), submit("large", height=256, width=256)]
-    until(lambda: engine.stats().running == 2)
-    jobs += [submit(i, seed=i) for i in range(5)]
     gate.set()
+    jobs = [submit("first", num_inference_steps=150), submit("large", height=256, width=256)]
+    # Both are prepared: only what waits for its turn can be overtaken.
+    until(lambda: len(engine._sampling) == len(engine._ready) == 1)
+    jobs += [submit(i, seed=i) for i in range(5)]
     for job in jobs:
         job.result(60)
     engine.stop()

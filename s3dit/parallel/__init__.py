@@ -1,0 +1,1 @@
+"""Several processes, each with a device of its own, that draw the same pictures together (torch.distributed)."""
