@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.quality is not None and args.format == "png":
         raise RequestError("--quality is given for png, which has none; give --format jpg or webp, or leave it out")
     files.check_models(models(args))
-    if args.residency is None and args.vram is None:
+    if args.residency is None and args.vram is None and args.ram is None:
         args.residency = "resident"
     if args.ray is not None:
         args.threads = args.threads or 1
@@ -148,7 +148,8 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def _options(args: argparse.Namespace) -> argparse.Namespace:
     """The options of the model, its files by absolute paths: workers change their current folder."""
-    options = argparse.Namespace(**{name: getattr(args, name) for name in (*LOAD, "lora", "lora_allow_partial")})
+    kept = {*LOAD, "lora", "lora_allow_partial"} - {"parallel"}
+    options = argparse.Namespace(**{name: getattr(args, name) for name in kept})
     for name in MODELS:
         given = getattr(args, name)
         if given is not None and given not in FOLDERS and os.path.exists(os.path.expanduser(given)):
