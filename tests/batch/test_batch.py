@@ -1,4 +1,4 @@
-"""`s3dit batch` with the embedded model: one result a row, pictures as drawn alone, runs that go on, workers that die."""
+"""`s3dit batch` with the embedded model: one result a row, pictures as drawn alone, workers that die."""
 
 import hashlib
 import json
