@@ -105,7 +105,7 @@ def _needs(job: Job, resources: dict[str, float]) -> dict[str, float]:
         if resources.get(name, 0) < count:
             raise BackendError(
                 f"the cluster has {resources.get(name, 0):g} {name}s; needed {count:g} for a worker; "
-                "choose fewer --threads or another --device"
+                "choose fewer --worker-threads or another --device"
             )
     return needs
 

@@ -49,7 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"a folder, or a bucket such as s3://name/place: pictures by their rows' ids, and {RESULTS}",
     )  # fmt: skip
     group.add_argument("--overwrite", action="store_true", help="draw all rows anew, also those that are done")
-    group.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="of pictures (default: png)")
+    group.add_argument("--format", choices=("png", "jpg", "webp"), default="png", metavar="NAME",
+                       help="of pictures: png (default), jpg or webp")  # fmt: skip
     group.add_argument("--quality", type=int, metavar="N", help="of jpg (default: 95) or webp (default: lossless)")
     group.add_argument("--no-metadata", action="store_true", help="write no prompts and no settings into pictures")
     group.add_argument("--json", action="store_true", help="each result as a JSON line on stdout instead of a bar")
@@ -60,7 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "Ray: at most so many (default: what the cluster has room for)",
     )  # fmt: skip
     group.add_argument(
-        "--threads", type=int, metavar="N",
+        "--worker-threads", dest="threads", type=int, metavar="N",
         help="of a worker on a CPU (default: the cores by the workers; on Ray 1)",
     )  # fmt: skip
     group.add_argument(
@@ -122,7 +123,7 @@ def _check(args: argparse.Namespace) -> None:
     """Check the options that need no model; raises RequestError."""
     check_options(args)
     for option, value, low, high in (
-        ("--workers", args.workers, 0, 4096), ("--threads", args.threads, 1, 4096),
+        ("--workers", args.workers, 1, 4096), ("--worker-threads", args.threads, 1, 4096),
         ("--batch-size", args.pass_size, 1, 1024), ("--seed", args.seed, -LARGEST_SEED, LARGEST_SEED),
         ("--quality", args.quality, 1, 100),
     ):  # fmt: skip
