@@ -11,15 +11,18 @@ import json
 import logging
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from threading import get_ident
 from typing import Any
 
 from s3dit.batch.rows import Row
 from s3dit.batch.worker import Job, Result, Worker, head, passes
 from s3dit.errors import BackendError, CheckpointError, RequestError
+from s3dit.terminal import say
 
 ERRORS = {kind.__name__: kind for kind in (RequestError, CheckpointError, BackendError)}
 # Passes of a task at most: a task costs Ray about 10 ms, and what a dead actor had in hand is drawn again.
@@ -48,6 +51,8 @@ def on_cluster(job: Job, rows: Sequence[Row], address: str, workers: int | None)
                 yield result
             if not left:
                 return
+            if size > 1:
+                say(f"a worker ended: {len(left):,} rows have no result; each is drawn once more, alone")
         for row in left.values():
             yield head(row) | {"error": "two workers ended while they drew it; Ray's logs say more"}
 
@@ -118,6 +123,7 @@ def _connected(address: str) -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Its core says on standard error what Ray Data does as it should.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         import ray
         import ray.data
@@ -127,7 +133,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=False,
                  logging_level=logging.ERROR)  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises Exception itself where a node takes long to start.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(f"no Ray cluster at {address} ({reason}); needed local, auto or HOST:PORT of one") from None
     finally:
@@ -139,6 +145,17 @@ def _connected(address: str) -> Iterator[Any]:
         # Rows whose actor died have no result, and are seen to.
         context.max_errored_blocks = -1
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield ray
+        with redirect_stdout(_Output(sys.stdout)):
+            yield ray
     finally:
         ray.shutdown()
+
+
+class _Output:
+    """Standard output of the thread that made this; what others print, as Ray's do, goes to standard error."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream if get_ident() == self.thread else sys.stderr, name)
