@@ -38,7 +38,7 @@ def on_cluster(job: Job, rows: Sequence[Row], address: str, workers: int | None)
 
     workers: at most so many (default: what the cluster has room for now). Results come as they are done; one without an
     id has notes of the model. Raises BackendError, also where there is no cluster, and the error of an actor that
-    cannot load its model.
+    cannot load its model or write pictures.
     """
     with _connected(address) as ray:
         needs = _needs(job, ray.cluster_resources())
@@ -82,13 +82,13 @@ class Actor:
     """What Ray makes once in each of its processes, and calls with rows."""
 
     def __init__(self, job: Job) -> None:
-        """Load the model; what is wrong with it is told by the first call, since Ray would try again."""
+        """Load the model; what is wrong with it is told by each call, since Ray would try again."""
         self.told: list[Result] = []
         try:
             self.worker = Worker(job)
             self.told.append({"notes": self.worker.notes})
         except tuple(ERRORS.values()) as error:
-            self.told.append({"raised": type(error).__name__, "message": str(error)})
+            self.told.append(_raised(error))
 
     def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
         """Draw the passes of a block; results as JSON."""
@@ -98,7 +98,16 @@ class Actor:
             return
         for text in block["rows"]:
             rows = [Row(**values) for values in json.loads(text)]
-            yield {"result": [json.dumps(result) for result in self.worker.draw(rows)]}
+            try:
+                results = list(self.worker.draw(rows))
+            except tuple(ERRORS.values()) as error:
+                results = [_raised(error)]
+            yield {"result": [json.dumps(result) for result in results]}
+
+
+def _raised(error: Exception) -> Result:
+    """An error that ends the batch, as it is sent to the caller."""
+    return {"raised": type(error).__name__, "message": str(error)}
 
 
 def _needs(job: Job, resources: dict[str, float]) -> dict[str, float]:
