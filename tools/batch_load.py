@@ -124,7 +124,8 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--bad", type=int, default=20)
     args = parser.parse_args()
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    # Ray's workers have a niceness of 15 otherwise, and would wait for whatever else runs here.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     from ray.cluster_utils import Cluster
 
     with tempfile.TemporaryDirectory(prefix="s3dit-batch-") as folder:
