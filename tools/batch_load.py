@@ -1,10 +1,10 @@
 """Draw thousands of rows on a real Ray cluster of this machine, and hold every picture to the one drawn alone.
 
-`python tools/batch_load.py [--count 2000] [--bad 20]` writes rows of the embedded model (64 × 64 and 80 × 64 pixels, 2
+`python tools/batch_load.py [--count 2000] [--bad 20] [--compare N]` writes rows of the embedded model (64 × 64 and 80 × 64 pixels, 2
 steps), some of which are wrong, and runs `s3dit batch --ray` on a cluster of one node of one CPU. When a quarter of the
 results has come, a node of one CPU joins; at half, the worker of the latest result is killed. Then one pipeline draws
-every picture again, alone, and the files are compared. Prints one JSON line: rows, pictures, failed rows, unequal
-pictures, seconds, each worker with its rows and the first and last of its results, pictures a second of both
+every picture, or N of them, again, alone, and the files are compared. Prints one JSON line: rows, pictures, failed rows,
+unequal pictures, seconds, each worker with its rows and the first and last of its results, pictures a second of both
 ways, CPU and load, and what is not as it should be. Ends with 1 where there is any such thing, also where a worker was
 not killed and replaced, or drew nothing on the node that joined.
 """
@@ -97,7 +97,7 @@ def faults_of_results(output: Path, printed: list[dict[str, Any]], count: int, r
     return faults
 
 
-def alone(rows: Path, output: Path, results: list[dict[str, Any]]) -> tuple[int, float]:
+def alone(rows: Path, output: Path, drawn: list[dict[str, Any]]) -> tuple[int, float]:
     """How many files differ from those that one pipeline draws one by one, and its pictures a second."""
     import torch
 
@@ -110,7 +110,6 @@ def alone(rows: Path, output: Path, results: list[dict[str, Any]]) -> tuple[int,
     by_id = {row.id: row for row in read_rows(rows, 0, {}, {})}
     pipe("a red star", num_inference_steps=1)
     start = time.perf_counter()
-    drawn = [result for result in results if "files" in result]
     for result in drawn:
         picture = pipe(by_id[result["id"]].request())
         data = encoded(picture.images[0], "PNG", picture.metadata[0])
@@ -123,6 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--bad", type=int, default=20)
+    parser.add_argument("--compare", type=int, help="so many pictures, taken by chance (default: all)")
     args = parser.parse_args()
     # Ray's workers have a niceness of 15 otherwise, and would wait for whatever else runs here.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
@@ -146,16 +146,18 @@ def main() -> int:
         for number, result in enumerate(results, 1):
             order.setdefault(result.get("worker", ""), []).append(number)
         spans = {name: (numbers[0], numbers[-1]) for name, numbers in order.items() if name}
-        unequal, rate = alone(rows, output, results)
+        drawn = [result for result in results if "files" in result]
+        compared = random.Random(2).sample(drawn, min(len(drawn), args.compare or len(drawn)))
+        unequal, rate = alone(rows, output, compared)
         faults = faults_of_events(events, spans) + faults_of_results(output, results, args.count, reasons)
-    pictures = len(results) - len(reasons)
+    pictures = len(drawn)
     if process.returncode != (1 if reasons else 0):
         faults.append(f"s3dit batch ended with {process.returncode}")
     if unequal:
         faults.append(f"{unequal} pictures are not those drawn alone")
     print(json.dumps({
-        "rows": args.count, "exit": process.returncode, "pictures": pictures, "failed": len(reasons),
-        "unequal": unequal, "seconds": round(seconds, 1), "pictures_a_second": round(pictures / seconds, 2),
+        "rows": args.count, "exit": process.returncode, "pictures": pictures, "failed": len(results) - pictures,
+        "compared": len(compared), "unequal": unequal, "seconds": round(seconds, 1), "pictures_a_second": round(pictures / seconds, 2),
         "alone_a_second": round(rate, 2), **events,
         "workers": {name: [len(order[name]), *span] for name, span in spans.items()}, **machine(),
         "load": round(load, 1), "faults": faults, "right": not faults,
