@@ -1,12 +1,12 @@
 """Draw thousands of rows on a real Ray cluster of this machine, and hold every picture to the one drawn alone.
 
-`python tools/batch_load.py [--count 2000] [--bad 20] [--compare N]` writes rows of the embedded model (64 × 64 and 80 × 64 pixels, 2
-steps), some of which are wrong, and runs `s3dit batch --ray` on a cluster of one node of one CPU. When a quarter of the
-results has come, a node of one CPU joins; at half, the worker of the latest result is killed. Then one pipeline draws
-every picture, or N of them, again, alone, and the files are compared. Prints one JSON line: rows, pictures, failed rows,
-unequal pictures, seconds, each worker with its rows and the first and last of its results, pictures a second of both
-ways, CPU and load, and what is not as it should be. Ends with 1 where there is any such thing, also where a worker was
-not killed and replaced, or drew nothing on the node that joined.
+`python tools/batch_load.py [--count 2000] [--bad 20] [--compare N]` writes rows of the embedded model (64 × 64 and 80 ×
+64 pixels, 2 steps), some of which are wrong, and runs `s3dit batch --ray` on a cluster of one node of one CPU. When a
+quarter of the results has come, a node of one CPU joins; at half, the worker of the latest result is killed. Then one
+pipeline draws every picture, or N of them, again, alone, and the files are compared. Prints one JSON line: rows,
+pictures, failed rows, unequal pictures, seconds, each worker with its rows and the first and last of its results,
+pictures a second of both ways, CPU and load, and what is not as it should be. Ends with 1 where there is any such
+thing, also where a worker was not killed and replaced, or drew nothing on the node that joined.
 """
 
 import argparse
@@ -157,7 +157,8 @@ def main() -> int:
         faults.append(f"{unequal} pictures are not those drawn alone")
     print(json.dumps({
         "rows": args.count, "exit": process.returncode, "pictures": pictures, "failed": len(results) - pictures,
-        "compared": len(compared), "unequal": unequal, "seconds": round(seconds, 1), "pictures_a_second": round(pictures / seconds, 2),
+        "compared": len(compared), "unequal": unequal, "seconds": round(seconds, 1),
+        "pictures_a_second": round(pictures / seconds, 2),
         "alone_a_second": round(rate, 2), **events,
         "workers": {name: [len(order[name]), *span] for name, span in spans.items()}, **machine(),
         "load": round(load, 1), "faults": faults, "right": not faults,

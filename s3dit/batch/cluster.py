@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ ERRORS = {kind.__name__: kind for kind in (RequestError, CheckpointError, Backen
 MOST_PASSES = 32
 # Tasks that each worker has in all at least, where there are passes enough, so that none waits long for the last.
 TASKS = 16
+# Seconds in which a cluster's address must answer.
+PATIENCE = 10.0
 # Times that an actor is made anew before its place is given up.
 RESTARTS = 100
 
@@ -124,11 +127,24 @@ def _needs(job: Job, resources: dict[str, float]) -> dict[str, float]:
     return needs
 
 
+def _check_answers(address: str) -> None:
+    """Raise BackendError for an address that nothing answers at: Ray itself tries for many minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BackendError(
+            f"--ray is {address}, where no cluster answers ({error}); needed local, auto or HOST:PORT, on a machine of "
+            "the cluster"
+        ) from None
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """The module ray, connected; signals stay the caller's. Raises BackendError."""
-    if "://" in address:
-        raise BackendError(f"--ray is {address}; needed local, auto or HOST:PORT, on a machine of the cluster")
+    _check_answers(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Its core says on standard error what Ray Data does as it should.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
