@@ -172,6 +172,8 @@ def _connected(address: str) -> Iterator[Any]:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         with redirect_stdout(_Output(sys.stdout)):
             yield ray
+    except ray.exceptions.RayError as error:
+        raise BackendError(f"the Ray cluster failed ({error}); the same command goes on where this ended") from None
     finally:
         ray.shutdown()
 
