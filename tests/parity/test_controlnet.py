@@ -206,6 +206,7 @@ def compare(ours, kind, reference, model, control, options, theirs):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
+@pytest.mark.sampled(1)
 def test_a_picture_as_diffusers(ours, reference, written, guidance):
     version, model, folder = written
     control = Control(folder, photo(1, 150, 90), 0.6, rule="diffusers")

@@ -383,11 +383,13 @@ def looked_at(stage, name, plant=None):
 
 
 @pytest.mark.parametrize("name", ["guided", "painted", "control", "omni", "adapted", "gguf"])
+@pytest.mark.sampled(1)
 def test_nothing_is_found_where_nothing_is_planted(stage, name):
     assert looked_at(stage, name) == (None, [])
 
 
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.sampled(9)
 def test_a_mistake_is_found_where_it_is(stage, name):
     scenario, plant, expected = PLANTED[name]
     first, named = looked_at(stage, scenario, plant)

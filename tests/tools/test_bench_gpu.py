@@ -33,6 +33,7 @@ PROMISED = {
 
 
 @pytest.mark.parametrize("name", STAGES)
+@pytest.mark.slow
 def test_a_dry_stage_gives_what_is_promised(name, tmp_path):
     bench_gpu.run_stage(name, 100.0, tmp_path, True, MACHINE)
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
