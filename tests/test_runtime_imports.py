@@ -34,8 +34,6 @@ def watch(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         raise AssertionError(f"the network was asked: {event} {args}")
 sys.addaudithook(watch)
-import pytest
-
 from s3dit.__main__ import run
 code = run()
 assert not [name for name in refused if sys.modules.get(name)], refused

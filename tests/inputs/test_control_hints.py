@@ -201,7 +201,7 @@ def test_an_adapter_beside_control_is_its_sum_with_the_weights(pipe, nets, style
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_an_adapter_beside_control_is_the_same_bits_in_every_residency(pipe, nets, style, quantize):
     control = Control(nets["2.1"], picture(1))
     staged = attached(style, quantize=quantize)

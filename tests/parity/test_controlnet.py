@@ -216,6 +216,7 @@ def test_a_picture_as_diffusers(ours, reference, written, guidance):
 
 
 @pytest.mark.parametrize("written", ["2.0", "2.1"], indirect=True)
+@pytest.mark.sampled(1)
 def test_inpainting_as_diffusers(ours, reference, written):
     version, model, folder = written
     photograph = photo(2, 140, 100)

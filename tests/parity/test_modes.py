@@ -174,6 +174,7 @@ def test_an_official_file_of_a_controlnet(ours, randomized, tmp_path):
 
 
 @pytest.mark.parametrize("references", [0, 2])
+@pytest.mark.sampled(1)
 def test_omni(omni, references):
     images = [photograph(80, 119, 1), photograph(97, 64, 2)][:references]
     more = {"reference": images} if images else {}
@@ -270,6 +271,7 @@ def test_a_quantizer_of_diffusers(official_dir, tmp_path):
     compared(pipe, Choice(tolerance=2e-5))
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_run(official_dir, ours):
     settings = {
         "residency=streamed": {"residency": "streamed"}, "vram=24MiB": {"vram": "24MiB"},

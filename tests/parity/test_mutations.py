@@ -401,6 +401,7 @@ def test_there_are_enough():
     assert len(PLANTED) >= 40
 
 
+@pytest.mark.slow
 def test_afterwards_nothing_is_left(stage):
     for name in ("guided", "painted", "control", "omni", "adapted", "gguf"):
         assert looked_at(stage, name) == (None, [])

@@ -65,6 +65,7 @@ def plain(weights, name, x, places, modulation, image_k, image_v, config):
 
 
 @pytest.mark.parametrize(("source", "mutual"), [("prompt", False), ("template", True)])
+@pytest.mark.sampled(1)
 def test_against_float64(pipe, source, mutual):
     concepts, config = ["star", "blue ring"], pipe.config.transformer
     before = pipe(PROMPTS, **GUIDED, **DRAW).latents

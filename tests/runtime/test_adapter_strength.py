@@ -232,6 +232,7 @@ def test_what_cannot_be_read(text):
         LoraOption.parse(text)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_and_again(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = files / "style.safetensors"

@@ -31,6 +31,7 @@ def test_what_is_judged_is_the_picture():
     assert numbers("") == [] and numbers("4,16") == [4.0, 16.0]
 
 
+@pytest.mark.slow
 def test_scores_of_a_few_pictures():
     """The embedded model draws these right; without variation, pictures of one noise are the same."""
     pipe, (scenes, prompts) = Pipeline.load(device="cpu"), map(list, zip(*fixed_prompts()[:2], strict=True))

@@ -95,6 +95,7 @@ def test_ranks_are_correlated():
     assert block_removal.rank_correlation(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_the_text_is_read_in_an_early_layer_and_not_in_a_late_one():
     removals = [("layers.1", "text"), ("layers.4", "text"), ("layers.4", "block")]
     effects = block_removal.study(2, 1, removals)["effects"]

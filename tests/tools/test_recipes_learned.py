@@ -42,6 +42,7 @@ def test_patching_finds_a_color_where_it_must_be_and_where_it_is():
     assert all(abs(way[name]) < 0.1 for name in ("word", "image before", "text after"))
 
 
+@pytest.mark.slow
 def test_patching_from_a_run_of_the_same_prompt_changes_nothing():
     cells = [Cell("image", "layers.3.output"), Cell("text", "layers.0.input"), Cell("image", "layers.*.ffn.added")]
     found, (own, _, *pictures) = activation_patching.study(cells, source=activation_patching.OWN)
