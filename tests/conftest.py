@@ -6,7 +6,8 @@ sixth of the whole run) than it saves, and figures do not depend on a machine's 
 The default run keeps to six minutes of two cores. What it leaves out runs with S3DIT_SLOW=1, and in `.ci/run`:
 
 - `@pytest.mark.slow`: the test;
-- `@pytest.mark.sampled(n)`: all but n of its cases, which are chosen at random, the same ones every time.
+- `@pytest.mark.sampled(n)`: all but n of its cases, which are chosen at random, the same ones every time;
+- `@pytest.mark.longer`: what the test itself does more when it is set.
 """
 
 import importlib.util
@@ -56,6 +57,7 @@ SLOW = os.environ.get("S3DIT_SLOW") == "1"
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out unless S3DIT_SLOW=1")
     config.addinivalue_line("markers", "sampled(n): n of the cases by default, all with S3DIT_SLOW=1")
+    config.addinivalue_line("markers", "longer: does more with S3DIT_SLOW=1")
 
 
 def pytest_report_header():

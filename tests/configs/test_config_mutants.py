@@ -12,6 +12,8 @@ import time
 import warnings
 from collections import Counter
 
+import pytest
+
 from s3dit import Pipeline
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.runtime.embedded import EMBEDDED
@@ -112,6 +114,7 @@ FILES = ("model_index.json", "transformer/config.json", "text_encoder/config.jso
          "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")  # fmt: skip
 
 
+@pytest.mark.longer
 def test_mutants(tmp_path):
     folder = copied(EMBEDDED.resolve(), tmp_path / "model")
     with warnings.catch_warnings():

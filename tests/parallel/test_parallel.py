@@ -31,6 +31,7 @@ from s3dit.runtime.devices import place
 from s3dit.runtime.embedded import EMBEDDED
 from s3dit.runtime.model_config import read_model
 
+pytestmark = pytest.mark.longer
 HERE = Path(__file__).parent
 
 # The others take most of the time.

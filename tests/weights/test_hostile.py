@@ -149,6 +149,7 @@ def safetensors_bytes(path):
 
 
 @pytest.mark.parametrize("make", [gguf_bytes, safetensors_bytes])
+@pytest.mark.longer
 def test_mutants(make, tmp_path):
     path = tmp_path / "x"
     whole = make(path)
