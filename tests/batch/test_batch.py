@@ -115,5 +115,5 @@ def test_a_cluster_of_ray(batch, monkeypatch):
     code, printed, out = batch(rows, "--ray", "local", "--workers", "1")
     assert code == 1 and len(printed) == len(rows)
     assert [result["id"] for result in printed if "error" in result] == ["wrong"]
-    assert len({result["worker"] for result in printed if "files" in result} - {*killed}) == 1
+    assert {result["worker"] for result in printed if "files" in result} > {*killed}
     check(out, rows)
