@@ -43,9 +43,10 @@ INSTALLED = {"torch", "triton", "safetensors", "tokenizers", "sentencepiece", "h
 REFERENCE, PARITY = {"diffusers", "transformers", "zimage", "utils"}, "s3dit.parity."
 # What a room may import besides, where it is written for it.
 RUNS_WITH = {
-    "s3dit.export.runner": {"onnxruntime"},
+    "s3dit.export.runner": {"onnxruntime"}, "s3dit.runtime.ray_cluster": {"ray"},
     "s3dit.serve.api": {"starlette"}, "s3dit.serve.drawing": {"starlette"},
     "s3dit.serve.server": {"starlette", "uvicorn"}, "s3dit.serve.metrics": {"prometheus_client"},
+    "s3dit.serve.replicas": {"ray", "prometheus_client"},
 }  # fmt: skip
 # Functions that import what they are given.
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}

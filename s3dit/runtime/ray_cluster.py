@@ -1,0 +1,63 @@
+"""A connection to a Ray cluster, and what a process that draws takes of it.
+
+Ray is asked to send no statistics of use. A cluster of this machine alone (`local`) lives as long as the connection; on
+others s3dit must be installed on every machine.
+"""
+
+import logging
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from s3dit.errors import BackendError
+
+
+@contextmanager
+def connected(address: str, show: bool = False) -> Iterator[Any]:
+    """The module ray, connected to the cluster at an address: local, auto or HOST:PORT; signals stay the caller's.
+
+    show: print here what processes of the cluster print. Raises BackendError.
+    """
+    if "://" in address:
+        raise BackendError(f"--ray is {address}; needed local, auto or HOST:PORT, on a machine of the cluster")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Its core writes to standard error whatever happens; processes that print the same line are not to be merged.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    try:
+        import ray
+    except ImportError:
+        raise BackendError("--ray needs the package ray; pip install 's3dit[ray]', or leave --ray out") from None
+    ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=show,
+                 logging_level=logging.ERROR)  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BackendError(f"no Ray cluster at {address} ({reason}); needed local, auto or HOST:PORT of one") from None
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def needs(device: str | None, threads: int, resources: Mapping[str, float]) -> dict[str, float]:
+    """CPUs and GPUs of a process that draws; raises BackendError where the cluster has not so many.
+
+    device: of the options; None: a GPU where the cluster has any · threads: on a CPU · resources: of the cluster, as
+    `ray.cluster_resources` has them.
+    """
+    gpu = (device or "").startswith("cuda") or (device is None and resources.get("GPU", 0) > 0)
+    needed: dict[str, float] = {"CPU": threads, "GPU": int(gpu)}
+    for name, count in needed.items():
+        if resources.get(name, 0) < count:
+            raise BackendError(
+                f"the cluster has {resources.get(name, 0):g} {name}s; needed {count:g} for a process; "
+                "choose fewer --threads or another --device"
+            )
+    return needed
