@@ -17,6 +17,7 @@ from s3dit.cli.options import SIZE, add_model, add_runtime, check_format
 from s3dit.cli.prepare import MODELS, load_pipeline
 from s3dit.cli.replay import attach
 from s3dit.errors import RequestError
+from s3dit.runtime import ray_cluster
 from s3dit.runtime.embedded import FOLDERS
 from s3dit.runtime.embedded import NAMES as EMBEDDED_NAMES
 from s3dit.serve.bounds import Limits
@@ -219,13 +220,14 @@ def opened(args: argparse.Namespace, limits: Limits, key: bytes | None, folder: 
 
 def _serve_on_ray(args: argparse.Namespace, opened: "Callable[[], tuple[Engine, Serving]]", address: str) -> None:
     """Serve by replicas until a signal; raises BackendError, and what loading a model raises."""
+    # Ray's processes inherit the environment.
+    os.environ.pop(KEY, None)
+    ray_cluster.prepare()
     try:
         with importing():
             from s3dit.serve.replicas import Application, Fleet
     except ImportError as error:
         raise RequestError(f"--ray cannot import Ray Serve ({error}); pip install 's3dit[serve,ray]'") from None
-    # Ray's processes inherit the environment.
-    os.environ.pop(KEY, None)
     least, most = args.replicas or (1, 1)
     Application(
         opened=opened, fleet=Fleet(least=least, most=most, threads=args.threads, device=args.device), cluster=args.ray,

@@ -14,6 +14,13 @@ from typing import Any
 from s3dit.errors import BackendError
 
 
+def prepare() -> None:
+    """Set what Ray reads of the environment, some of it when it is imported."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Lines of several processes that differ in numbers alone are not to be merged.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+
+
 @contextmanager
 def connected(address: str, show: bool = False) -> Iterator[Any]:
     """The module ray, connected to the cluster at an address: local, auto or HOST:PORT; signals stay the caller's.
@@ -22,10 +29,7 @@ def connected(address: str, show: bool = False) -> Iterator[Any]:
     """
     if "://" in address:
         raise BackendError(f"--ray is {address}; needed local, auto or HOST:PORT, on a machine of the cluster")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Its core writes to standard error whatever happens; processes that print the same line are not to be merged.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    prepare()
     try:
         import ray
     except ImportError:

@@ -10,11 +10,12 @@ names.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -88,7 +89,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class _Forwarded:
-    """An ASGI application whose answers have the X-Request-Id of the proxy alone, which is that of the request."""
+    """An ASGI application behind Ray's proxy: an answer's X-Request-Id is the proxy's, which is that of the request."""
 
     app: App
 
@@ -99,7 +100,14 @@ class _Forwarded:
                 message = {**message, "headers": pairs}
             await send(message)
 
-        await self.app(scope, receive, answer)
+        async def received() -> MutableMapping[str, Any]:
+            try:
+                return await receive()
+            except RayError:
+                # The proxy gave the request up, or ended.
+                return {"type": "http.disconnect"}
+
+        await self.app(scope, received, answer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +185,8 @@ class Application:
                     "needed a cluster without it: end it with `serve shutdown`, or take another cluster"
                 )
             try:
+                # Here, too, what Ray Serve does as it should is not said.
+                logging.getLogger("ray.serve").setLevel(_QUIET["log_level"])
                 serve.start(
                     proxy_location="EveryNode", logging_config=_QUIET, http_options={
                         "host": self.host, "port": self.port, "request_timeout_s": self.timeout + PROXY,
@@ -219,14 +229,20 @@ class Application:
                     said = now
                 time.sleep(LOOK)
             say(f"stopping: what is drawn has {self.grace:g} s to finish; a second signal ends at once")
-            ending = threads.submit(replicas.broadcast("stop", self.grace).results, return_exceptions=True)
+            ending = threads.submit(self._stop, replicas, self.grace)
             while len(signals) < 2 and not ending.done():
                 wait_for([ending], 0.1)
             if not ending.done():
-                replicas.broadcast("stop", 0.0).results(return_exceptions=True)
+                self._stop(replicas, 0.0)
+
+    @staticmethod
+    def _stop(replicas: Any, grace: float) -> None:
+        """Stop the engines of all replicas; one that does not answer is left to Ray."""
+        with suppress(TimeoutError, RayError):
+            replicas.broadcast("stop", grace).results(timeout_s=grace + SENDING, return_exceptions=True)
 
 
-_QUIET = {"log_level": "WARNING", "enable_access_log": False}
+_QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def _states() -> str:
@@ -235,7 +251,7 @@ def _states() -> str:
         states = serve.status().applications[NAME].deployments[DEPLOYMENT].replica_states
     except (RayError, KeyError) as error:
         raise BackendError(f"the application is gone from the cluster ({type(error).__name__})") from None
-    return "replicas: " + ", ".join(f"{count} {state.value.lower()}" for state, count in sorted(states.items()))
+    return "replicas: " + ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
 
 
 def _why(status: Any) -> Exception:
