@@ -2,7 +2,7 @@
 
     GET  /, /main.js, ...         the web page, whose policy lets nothing else run (page.py)
     GET  /health                  200 {"status": "ok"}; 503 {"status": "dead" | "stopping"}; needs no key
-    GET  /metrics                 Prometheus text
+    GET  /metrics                 Prometheus text; on Ray of all replicas, with the label replica
     GET  /openapi.json            this interface as an OpenAPI 3.1 document, made of the same table of fields
     GET  /v1/models, /v1/models/ID
     GET  /v1/options              what this server draws: see below
