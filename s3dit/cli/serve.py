@@ -147,7 +147,9 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
         metavar="N|MIN:MAX",
         help="models that draw, each in a process of its own; MIN:MAX as the load wants (default: 1)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="of a replica on a CPU (default: 1)")
+    group.add_argument(
+        "--worker-threads", dest="threads", type=int, metavar="N", help="of a replica on a CPU (default: 1)"
+    )
 
 
 def _range(text: str) -> tuple[int, int]:
@@ -247,7 +249,7 @@ def _checked(args: argparse.Namespace) -> Limits:
     for option, value, low, high in (
         ("--port", args.port, 0, 65535), ("--queue", args.queue, 1, 100_000), ("--timeout", args.timeout, 1, 1e6),
         ("--grace", args.grace, 0, 86_400), ("--batch-tokens", args.batch_tokens, 1, 1 << 30),
-        ("--threads", args.threads, 1, 4096),
+        ("--worker-threads", args.threads, 1, 4096),
     ):  # fmt: skip
         if value is not None and not low <= value <= high:
             raise RequestError(f"{option} is {value:g}; needed {low} to {high:g}")
@@ -268,7 +270,7 @@ def _checked(args: argparse.Namespace) -> Limits:
 def _check_ray(args: argparse.Namespace) -> None:
     """Check and complete what replicas are started with; raises RequestError."""
     if args.ray is None:
-        for option, value in (("--replicas", args.replicas), ("--threads", args.threads)):
+        for option, value in (("--replicas", args.replicas), ("--worker-threads", args.threads)):
             if value is not None:
                 raise RequestError(f"{option} is given without --ray; needed both, or neither")
         return

@@ -1,7 +1,7 @@
 """A connection to a Ray cluster, and what a process that draws takes of it.
 
-Ray is asked to send no statistics of use. A cluster of this machine alone (`local`) lives as long as the connection; on
-others s3dit must be installed on every machine.
+Ray is asked to send no statistics of use. A cluster of this machine alone (`local`) lives as long as the connection,
+and has no dashboard; on others s3dit must be installed on every machine.
 """
 
 import logging
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from s3dit.errors import BackendError
+
+ABSENT = "--ray needs the package ray; pip install 's3dit[ray]', or leave --ray out"
 
 
 def prepare() -> None:
@@ -33,7 +35,7 @@ def connected(address: str, show: bool = False) -> Iterator[Any]:
     try:
         import ray
     except ImportError:
-        raise BackendError("--ray needs the package ray; pip install 's3dit[ray]', or leave --ray out") from None
+        raise BackendError(ABSENT) from None
     ours = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=show,
@@ -61,7 +63,12 @@ def needs(device: str | None, threads: int, resources: Mapping[str, float]) -> d
     for name, count in needed.items():
         if resources.get(name, 0) < count:
             raise BackendError(
-                f"the cluster has {resources.get(name, 0):g} {name}s; needed {count:g} for a process; "
-                "choose fewer --threads or another --device"
+                f"the cluster has {resources.get(name, 0):g} {name}s; needed {count:g} for a worker; "
+                "choose fewer --worker-threads or another --device"
             )
     return needed
+
+
+def room(needed: Mapping[str, float], resources: Mapping[str, float]) -> int:
+    """How many processes with these needs the resources hold."""
+    return min(int(resources.get(name, 0) // count) for name, count in needed.items() if count)

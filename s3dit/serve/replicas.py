@@ -27,7 +27,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.runtime.ray_cluster import connected, needs
+from s3dit.runtime.ray_cluster import connected, needs, room
 from s3dit.serve.door import App, Receive, Scope, Send
 from s3dit.serve.engine import DIED, Engine
 from s3dit.serve.errors import ApiError
@@ -143,11 +143,10 @@ class Fleet:
     def options(self, resources: dict[str, float]) -> dict[str, Any]:
         """Options of a deployment; raises BackendError where the cluster has no room for `least`."""
         needed = needs(self.device, self.threads, resources)
-        room = min(int(resources[name] // count) for name, count in needed.items() if count)
-        if room < self.least:
+        if (most := room(needed, resources)) < self.least:
             raise BackendError(
-                f"the cluster has room for {room} replicas of {self.threads} threads; needed {self.least}; give fewer "
-                "--replicas or --threads, or --replicas MIN:MAX, of which MAX may wait for machines to join"
+                f"the cluster has room for {most} replicas of {self.threads} threads; needed {self.least}; give fewer "
+                "--replicas or --worker-threads, or --replicas MIN:MAX, of which MAX may wait for machines to join"
             )
         scale: dict[str, Any] = {"num_replicas": self.least}
         if self.least < self.most:

@@ -41,7 +41,7 @@ KEY = "0123456789abcdef"
         (["--api-key-file", "two words"], "holds no key; needed one word"),
         (["--api-key", KEY], "there is no option --api-key; did you mean --api-key-file?"),
         (["--replicas", "2"], "--replicas is given without --ray"),
-        (["--threads", "2"], "--threads is given without --ray"),
+        (["--worker-threads", "2"], "--worker-threads is given without --ray"),
         (["--ray", "local", "--replicas", "3:2"], "'3:2' is not a number from 1, or MIN:MAX"),
         (["--ray", "embedded"], "--ray is 'embedded'; needed local, auto or HOST:PORT of a cluster"),
         (["--ray", "--port", "0"], "--port is 0 with --ray; needed a port that is free on all machines"),
