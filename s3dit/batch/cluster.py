@@ -101,10 +101,10 @@ def _connected(address: str) -> Iterator[Any]:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with connected(address) as ray:
         try:
-            import ray.data
+            from ray.data import DataContext
         except ImportError:
             raise BackendError(ABSENT) from None
-        context = ray.data.DataContext.get_current()
+        context = DataContext.get_current()
         context.enable_progress_bars = False
         # Rows whose actor died have no result, and are seen to.
         context.max_errored_blocks = -1
