@@ -7,6 +7,7 @@ and has no dashboard; on others s3dit must be installed on every machine.
 import logging
 import os
 import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ def prepare() -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Lines of several processes that differ in numbers alone are not to be merged.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 
 
 @contextmanager

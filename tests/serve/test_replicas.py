@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,28 +19,36 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-pytest.importorskip("ray.serve", reason="needs the extra ray", exc_type=ImportError)
+from s3dit.errors import BackendError, CheckpointError
 
-from s3dit.errors import BackendError, CheckpointError  # noqa: E402
-from s3dit.serve.replicas import Fleet, _Labelled, _why  # noqa: E402
-
+pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray")
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef"
 SMALL = {"prompt": "a red star", "size": "64x64", "num_inference_steps": 2}
 
 
-def test_metrics_of_replicas_are_told_apart():
+@pytest.fixture(scope="module")
+def replicas():
+    """The module, whose import takes seconds."""
+    from s3dit.serve import replicas
+
+    return replicas
+
+
+def test_metrics_of_replicas_are_told_apart(replicas):
     found = []
     for replica, count in (("one", 3), ("two", 4)):
         registry = CollectorRegistry()
         Counter("answers", "text", ["path"], registry=registry).labels("/").inc(count)
         found.append((replica, list(registry.collect())))
-    families = {each.name: each for each in text_string_to_metric_families(generate_latest(_Labelled(found)).decode())}
+    text = generate_latest(replicas._Labelled(found)).decode()
+    families = {each.name: each for each in text_string_to_metric_families(text)}
     counts = {each.labels["replica"]: each.value for each in families["answers"].samples if each.name.endswith("total")}
     assert counts == {"one": 3, "two": 4} and families["answers"].samples[0].labels["path"] == "/"
 
 
-def test_a_fleet_has_to_fit():
+def test_a_fleet_has_to_fit(replicas):
+    Fleet = replicas.Fleet
     with pytest.raises(BackendError, match="room for 1 replicas of 2 threads; needed 2"):
         Fleet(least=2, most=2, threads=2, device="cpu").options({"CPU": 3.0})
     with pytest.raises(BackendError, match="has 0 GPUs; needed 1"):
@@ -58,9 +67,9 @@ def test_a_fleet_has_to_fit():
         ("Failed\nOSError: no room", BackendError, "could be started (OSError: no room)"),
     ],
 )  # fmt: skip
-def test_why_a_replica_did_not_load(message, kind, said):
+def test_why_a_replica_did_not_load(message, kind, said, replicas):
     deployment = SimpleNamespace(message=message)
-    error = _why(SimpleNamespace(message="Failed to update.", deployments={"Replica": deployment}))
+    error = replicas._why(SimpleNamespace(message="Failed to update.", deployments={"Replica": deployment}))
     assert type(error) is kind and said in str(error)
 
 
