@@ -184,10 +184,11 @@ class Application:
                     "needed a cluster without it: end it with `serve shutdown`, or take another cluster"
                 )
             try:
-                # Here, too, what Ray Serve does as it should is not said.
-                logging.getLogger("ray.serve").setLevel(_QUIET["log_level"])
+                # Its controller prints the traceback of a replica that does not load; `serve status` has it, too.
+                logging.getLogger("ray.serve").setLevel(logging.WARNING)
                 serve.start(
-                    proxy_location="EveryNode", logging_config=_QUIET, http_options={
+                    proxy_location="EveryNode", logging_config={"log_level": "CRITICAL", "enable_access_log": False},
+                    http_options={
                         "host": self.host, "port": self.port, "request_timeout_s": self.timeout + PROXY,
                     },
                 )  # fmt: skip
@@ -202,8 +203,8 @@ class Application:
             serve.ingress()(Replica), name=DEPLOYMENT, max_ongoing_requests=MOST_CONNECTIONS,
             max_queued_requests=self.queue, backpressure_config={"status_code": 429, "retry_after_s": 1.0},
             health_check_period_s=5.0, graceful_shutdown_wait_loop_s=0.5,
-            graceful_shutdown_timeout_s=self.grace + SENDING, max_constructor_retry_count=1, logging_config=_QUIET,
-            **options,
+            graceful_shutdown_timeout_s=self.grace + SENDING, max_constructor_retry_count=1,
+            logging_config={"log_level": "WARNING", "enable_access_log": False}, **options,
         )  # fmt: skip
         try:
             return serve.run(deployment.bind(self.opened, self.host), name=NAME)
@@ -239,9 +240,6 @@ class Application:
         """Stop the engines of all replicas; one that does not answer is left to Ray."""
         with suppress(TimeoutError, RayError):
             replicas.broadcast("stop", grace).results(timeout_s=grace + SENDING, return_exceptions=True)
-
-
-_QUIET: dict[str, Any] = {"log_level": "WARNING", "enable_access_log": False}
 
 
 def _states() -> str:
