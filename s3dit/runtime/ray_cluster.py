@@ -43,7 +43,10 @@ def connected(address: str, show: bool = False) -> Iterator[Any]:
     try:
         ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=show,
                  logging_level=logging.ERROR)  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except BaseException as error:
+        # Where Ray's processes do not start in time, it raises an Exception of no kind of its own.
+        if not isinstance(error, OSError | ValueError | RuntimeError) and type(error) is not Exception:
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(f"no Ray cluster at {address} ({reason}); needed local, auto or HOST:PORT of one") from None
     finally:
