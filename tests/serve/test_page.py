@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -25,12 +26,15 @@ PIXELS = """return Promise.all([...document.querySelectorAll("#tiles img")].map(
 
 
 @pytest.fixture(scope="module")
-def chrome():
+def chrome(tmp_path_factory):
     chromium, driver = programs()
     if chromium is None or driver is None:
         pytest.skip(f"no browser is installed: needed chromedriver and one of {', '.join(NAMES)} on the path")
-    with started(chromium, driver) as browser:
+    # A short path: that of a socket in it may have 107 bytes.
+    folder = tmp_path_factory.mktemp("c")
+    with started(chromium, driver, folder) as browser:
         yield browser
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -116,9 +117,10 @@ def programs():
 
 
 @contextmanager
-def started(chromium, driver):
-    """A Browser while the context lasts."""
-    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(chromium, driver, folder):
+    """A Browser while the context lasts; what it writes stays in a folder."""
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
     try:
         port = next(found[1] for line in process.stdout if (found := re.search(r"successfully on port (\d+)", line)))
         browser = Browser(f"http://127.0.0.1:{port}", chromium)
