@@ -26,7 +26,9 @@ class Browser:
     def __init__(self, base, chromium):
         self.base = base
         switches = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                    "--hide-scrollbars", "--window-size=1280,900"]  # fmt: skip
+                    "--hide-scrollbars", "--window-size=1280,900",
+                    # Without a GPU every frame of an animation is drawn by the processor.
+                    "--force-prefers-reduced-motion"]  # fmt: skip
         wanted = {"goog:chromeOptions": {"binary": chromium, "args": switches}, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self.call("POST", "/session", capabilities={"alwaysMatch": wanted})
         self.base += f"/session/{made['sessionId']}"
