@@ -14,6 +14,7 @@ from PIL import Image
 from running import SMALL, running
 
 from s3dit.inputs.image_metadata import read_metadata
+from s3dit.serve import api
 from s3dit.serve.bounds import Limits
 from s3dit.serve.connection import Connection
 from s3dit.serve.server import Serving
@@ -204,6 +205,14 @@ def test_slow_clients(served, monkeypatch):
     assert served.draw()[0] == 200
     for link in stalled:
         link.close()
+    # What is on its way, of all clients, has a bound too; what has come counts no more.
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "READERS", 0)
+        status, headers, _ = served.ask("POST", "/v1/images/generations", {"prompt": "a"})
+        assert (status, headers["Retry-After"]) == (429, "1")
+    assert served.draw(n=0)[0] == 400
+    while served.server.api.coming:
+        time.sleep(0.01)
     assert 0.5 < cut(b"") < 10 and 0.5 < cut(b"GET / HTTP/1.1\r\n", b"X: y\r\n") < 10
     # What is still sent after the answer, which is 405 here.
     assert cut(b"PUT / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n") < 10

@@ -32,9 +32,11 @@ def chrome(tmp_path_factory):
         pytest.skip(f"no browser is installed: needed chromedriver and one of {', '.join(NAMES)} on the path")
     # A short path: that of a socket in it may have 107 bytes.
     folder = tmp_path_factory.mktemp("c")
-    with started(chromium, driver, folder) as browser:
-        yield browser
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with started(chromium, driver, folder) as browser:
+            yield browser
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
