@@ -81,7 +81,7 @@ def relative(result, other):
 def test_random_arrivals(pipe, engine):
     """Anything beside anything, arriving at any time: pictures, latents and metadata are those of one alone."""
     draw = random.Random(5)
-    wanted = [request(i, **anything(draw)) for i in range(10)]
+    wanted = [request(i, **anything(draw)) for i in range(7)]
     jobs = []
     for each in wanted:
         jobs.append(engine.submit(each, partial_images=draw.randrange(3)))
@@ -285,7 +285,7 @@ def test_a_large_request_is_overtaken_so_often_only(pipe, gate, monkeypatch):
         return engine.submit(request(**changes), on_event=lambda e: isinstance(e, Done) and ended.append(name))
 
     gate.set()
-    jobs = [submit("first", num_inference_steps=150), submit("large", height=256, width=256)]
+    jobs = [submit("first", num_inference_steps=80), submit("large", height=256, width=256)]
     # Both are prepared: only what waits for its turn can be overtaken.
     until(lambda: len(engine._sampling) == len(engine._ready) == 1)
     jobs += [submit(i, seed=i) for i in range(5)]
