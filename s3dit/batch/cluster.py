@@ -11,21 +11,27 @@ import json
 import logging
 import os
 import signal
+import socket
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
+from threading import get_ident
 from typing import Any
 
 from s3dit.batch.rows import Row
 from s3dit.batch.worker import Job, Result, Worker, head, passes
 from s3dit.errors import BackendError, CheckpointError, RequestError
+from s3dit.terminal import say
 
 ERRORS = {kind.__name__: kind for kind in (RequestError, CheckpointError, BackendError)}
 # Passes of a task at most: a task costs Ray about 10 ms, and what a dead actor had in hand is drawn again.
 MOST_PASSES = 32
 # Tasks that each worker has in all at least, where there are passes enough, so that none waits long for the last.
 TASKS = 16
+# Seconds in which a cluster's address must answer.
+PATIENCE = 10.0
 # Times that an actor is made anew before its place is given up.
 RESTARTS = 100
 
@@ -35,7 +41,7 @@ def on_cluster(job: Job, rows: Sequence[Row], address: str, workers: int | None)
 
     workers: at most so many (default: what the cluster has room for now). Results come as they are done; one without an
     id has notes of the model. Raises BackendError, also where there is no cluster, and the error of an actor that
-    cannot load its model.
+    cannot load its model or write pictures.
     """
     with _connected(address) as ray:
         needs = _needs(job, ray.cluster_resources())
@@ -48,6 +54,8 @@ def on_cluster(job: Job, rows: Sequence[Row], address: str, workers: int | None)
                 yield result
             if not left:
                 return
+            if size > 1:
+                say(f"a worker ended: {len(left):,} rows have no result; each is drawn once more, alone")
         for row in left.values():
             yield head(row) | {"error": "two workers ended while they drew it; Ray's logs say more"}
 
@@ -77,13 +85,13 @@ class Actor:
     """What Ray makes once in each of its processes, and calls with rows."""
 
     def __init__(self, job: Job) -> None:
-        """Load the model; what is wrong with it is told by the first call, since Ray would try again."""
+        """Load the model; what is wrong with it is told by each call, since Ray would try again."""
         self.told: list[Result] = []
         try:
             self.worker = Worker(job)
             self.told.append({"notes": self.worker.notes})
         except tuple(ERRORS.values()) as error:
-            self.told.append({"raised": type(error).__name__, "message": str(error)})
+            self.told.append(_raised(error))
 
     def __call__(self, block: dict[str, Any]) -> Iterator[dict[str, list[str]]]:
         """Draw the passes of a block; results as JSON."""
@@ -93,7 +101,16 @@ class Actor:
             return
         for text in block["rows"]:
             rows = [Row(**values) for values in json.loads(text)]
-            yield {"result": [json.dumps(result) for result in self.worker.draw(rows)]}
+            try:
+                results = list(self.worker.draw(rows))
+            except tuple(ERRORS.values()) as error:
+                results = [_raised(error)]
+            yield {"result": [json.dumps(result) for result in results]}
+
+
+def _raised(error: Exception) -> Result:
+    """An error that ends the batch, as it is sent to the caller."""
+    return {"raised": type(error).__name__, "message": str(error)}
 
 
 def _needs(job: Job, resources: dict[str, float]) -> dict[str, float]:
@@ -110,14 +127,28 @@ def _needs(job: Job, resources: dict[str, float]) -> dict[str, float]:
     return needs
 
 
+def _check_answers(address: str) -> None:
+    """Raise BackendError for an address that nothing answers at: Ray itself tries for many minutes."""
+    if address in ("local", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise BackendError(
+            f"--ray is {address}, where no cluster answers ({error}); needed local, auto or HOST:PORT, on a machine of "
+            "the cluster"
+        ) from None
+
+
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """The module ray, connected; signals stay the caller's. Raises BackendError."""
-    if "://" in address:
-        raise BackendError(f"--ray is {address}; needed local, auto or HOST:PORT, on a machine of the cluster")
+    _check_answers(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Its core says on standard error what Ray Data does as it should.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     try:
         import ray
         import ray.data
@@ -127,7 +158,7 @@ def _connected(address: str) -> Iterator[Any]:
     try:
         ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=False,
                  logging_level=logging.ERROR)  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises Exception itself where a node takes long to start.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BackendError(f"no Ray cluster at {address} ({reason}); needed local, auto or HOST:PORT of one") from None
     finally:
@@ -139,6 +170,19 @@ def _connected(address: str) -> Iterator[Any]:
         # Rows whose actor died have no result, and are seen to.
         context.max_errored_blocks = -1
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        yield ray
+        with redirect_stdout(_Output(sys.stdout)):
+            yield ray
+    except ray.exceptions.RayError as error:
+        raise BackendError(f"the Ray cluster failed ({error}); the same command goes on where this ended") from None
     finally:
         ray.shutdown()
+
+
+class _Output:
+    """Standard output of the thread that made this; what others print, as Ray's do, goes to standard error."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.thread = stream, get_ident()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream if get_ident() == self.thread else sys.stderr, name)
