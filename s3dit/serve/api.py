@@ -15,9 +15,9 @@ client's own where it sends one. Where a client closes its connection, what it a
 A field that is unknown or has no effect is an error. Errors have OpenAI's form, with `param` the field that is wrong:
     {"error": {"message": "...", "type": "invalid_request_error", "param": "size", "code": "invalid_value"}}
     400 a field · 401 the key · 403 another site's page, or a Host that is not this one · 404 a path or model ·
-    413 a body, picture or part beyond its bound · 415 another content type · 429 a full queue, or too many bytes that
-    are being sent (Retry-After: seconds) ·
-    500 a failure of ours · 503 stopping (Retry-After), dead · 504 longer than --timeout.
+    413 a body, picture or part beyond its bound · 415 another content type · 429 a full queue, or more
+    bytes on their way than are taken at a time (Retry-After: seconds) · 500 a failure of ours · 503 stopping
+    (Retry-After), dead · 504 longer than --timeout.
 
 The answer to a POST without `stream` (response_format b64_json):
     {"created": 1764300000, "background": "opaque", "output_format": "png", "size": "1024x1024",
