@@ -45,7 +45,7 @@ FREE = []
 def running(serving=None, **options):
     """Serve while inside, with a pipeline that no other has meanwhile; options: of the Engine."""
     pipe = FREE.pop() if FREE else Pipeline.load(device="cpu", residency="resident")
-    server = Server(pipe, Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
+    server = Server(Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
