@@ -45,7 +45,8 @@ REFERENCE, PARITY = {"diffusers", "transformers", "zimage", "utils"}, "s3dit.par
 RUNS_WITH = {
     "s3dit.export.runner": {"onnxruntime"}, "s3dit.batch.stores": {"pyarrow"}, "s3dit.batch.cluster": {"ray"},
     "s3dit.serve.api": {"starlette"}, "s3dit.serve.drawing": {"starlette"},
-    "s3dit.serve.server": {"starlette", "uvicorn"}, "s3dit.serve.metrics": {"prometheus_client"},
+    "s3dit.serve.server": {"starlette", "uvicorn"}, "s3dit.serve.connection": {"uvicorn"},
+    "s3dit.serve.metrics": {"prometheus_client"},
     "s3dit.serve.replicas": {"ray", "prometheus_client"}, "s3dit.runtime.ray_cluster": {"ray"},
 }  # fmt: skip
 # Functions that import what they are given.

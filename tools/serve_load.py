@@ -1,11 +1,12 @@
 """Load a server with clients that draw, leave in the middle and send what is no request, and measure it.
 
 `python tools/serve_load.py check` starts `s3dit serve` with the embedded model and asks for hundreds of pictures from
-ten clients: sizes, steps, solvers, guidance, counts and streams are mixed, some clients leave after a while, some
-bodies are bad. Every picture is compared with the one drawn alone, every bad body must get its error, and at the end
-nothing may wait or run. `rate` compares the requests a second of several clients with those of one, with seconds to
-the answer and to the first partial picture; `stop` sends SIGTERM under load; `soak` is `check` with 10,000 requests and
-the server's memory on the way. One JSON object a line; ends with 1 where something is lost or wrong.
+ten clients: sizes, steps, solvers, guidance, counts, edits (a start image, a mask, margins; references where --model
+looks at them) and streams with partial pictures are mixed, some clients leave after a while, some bodies are bad. Every
+picture is compared with the one drawn alone, every bad body must get its error, and at the end nothing may wait or run.
+`rate` compares the requests a second of several clients with those of one, with seconds to the answer and to the first
+partial picture; `stop` sends SIGTERM under load; `soak` is `check` with 10,000 requests and the server's memory on the
+way. One JSON object a line; ends with 1 where something is lost or wrong.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +45,26 @@ CASES: dict[str, dict[str, Any]] = {
     "guidance": {"prompt": "a red star", "seed": 7, "guidance_scale": 2, "negative_prompt": "a blue ring", **SMALL},
     "noise": {"prompt": "a ring", "seed": 8, "solver": "euler_ancestral", "size": "64x64", "num_inference_steps": 4},
 }  # fmt: skip
+# Edits, and the pictures of `pictures` that they send.
+EDITS: dict[str, dict[str, Any]] = {
+    "start": {"prompt": "a pink star", "seed": 9, "strength": 0.7, "num_inference_steps": 4, "files": ("image",)},
+    "mask": {"prompt": "a blue ring", "seed": 10, "num_inference_steps": 3, "files": ("image", "mask_image")},
+    "margins": {"prompt": "a ring", "seed": 11, "extend": [0, 0, 32, 0], "num_inference_steps": 3, "files": ("image",)},
+}  # fmt: skip
+# Of models that look at references.
+REFERENCES: dict[str, dict[str, Any]] = {
+    "references": {"prompt": "a star", "seed": 12, **SMALL, "files": ("reference", "reference")},
+    "start and reference": {"prompt": "a star", "seed": 13, "strength": 0.6, "num_inference_steps": 4,
+                            "files": ("image", "reference")},
+}  # fmt: skip
 BAD: tuple[tuple[int, bytes], ...] = (
     (400, b"{"), (400, b"[]"), (400, b'{"prompt": 1}'), (400, b'{"prompt": "a", "size": "63x64"}'), (400, b"\xff"),
     (400, b'{"prompt": "a", "foo": 1}'), (400, b'{"prompt": "a", "n": 11}'), (404, b'{"prompt": "a", "model": "b"}'),
     (400, b'{"prompt": "a", "lora": "/etc/passwd"}'), (400, b'{"prompt": "a", "num_inference_steps": 1e9}'),
 )  # fmt: skip
-DRAW = "/v1/images/generations"
+DRAW, EDIT = "/v1/images/generations", "/v1/images/edits"
+# Counts of what other counts hold already.
+WITHIN = ("of these edits", "of these streams", "partial pictures")
 # Largest difference of a channel, of 255 levels, between a picture drawn in company and alone: rounding in bf16.
 LEVELS = 8
 
@@ -60,9 +76,9 @@ class Client:
         self.address = address
         self.link = http.client.HTTPConnection(*address, timeout=300)
 
-    def send(self, path: str, body: bytes | None = None) -> http.client.HTTPResponse:
+    def send(self, path: str, body: bytes | None = None, kind: str = "application/json") -> http.client.HTTPResponse:
         """Send a request and wait for the head of its answer; a connection that was closed is opened again."""
-        method, headers = ("GET", {}) if body is None else ("POST", {"Content-Type": "application/json"})
+        method, headers = ("GET", {}) if body is None else ("POST", {"Content-Type": kind})
         try:
             self.link.request(method, path, body, headers)
             return self.link.getresponse()
@@ -72,12 +88,22 @@ class Client:
             return self.link.getresponse()
 
     def draw(self, fields: dict[str, Any]) -> tuple[int, Any]:
-        """Status and JSON of an answer; waits where the queue is full."""
-        body = json.dumps(fields).encode()
-        while (answer := self.send(DRAW, body)).status == 429:
+        """Status and JSON of an answer, waiting where the queue is full; of a stream that of its last events.
+
+        A stream that ends without pictures has the status 0.
+        """
+        asked = packed(fields)
+        while (answer := self.send(*asked)).status == 429:
             answer.read()
             time.sleep(0.2)
-        return answer.status, json.loads(answer.read())
+        if answer.status != 200 or not fields.get("stream"):
+            return answer.status, json.loads(answer.read())
+        events = [json.loads(line.removeprefix(b"data: ")) for line in answer if line.startswith(b"data: ")]
+        whole, partial = (
+            [event for event in events if event.get("type", "").endswith(end)]
+            for end in (".completed", ".partial_image")
+        )
+        return 200 if whole else 0, {"data": whole, "partial": partial}
 
     def first_partial(self, fields: dict[str, Any]) -> float:
         """Seconds until a stream shows its first partial picture; the rest is read as well."""
@@ -91,7 +117,8 @@ class Client:
 
     def leave(self, fields: dict[str, Any], seconds: float) -> None:
         """Ask for a picture, and go after so many seconds."""
-        self.link.request("POST", DRAW, json.dumps(fields), {"Content-Type": "application/json"})
+        path, body, kind = packed(fields)
+        self.link.request("POST", path, body, {"Content-Type": kind})
         time.sleep(seconds)
         self.link.close()
 
@@ -102,10 +129,45 @@ class Client:
         return {label or name: float(value) for name, label, value in found}
 
 
+def pictures() -> dict[str, Any]:
+    """The pictures that edits send, by the name of their field."""
+    import numpy as np
+    from PIL import Image
+
+    y, x = np.mgrid[:64, :64]
+    image = Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).astype(np.uint8))
+    mask = Image.fromarray(np.where(x > 31, 255, 0).astype(np.uint8))
+    return {"image": image, "mask_image": mask, "reference": image.rotate(90)}
+
+
+@cache
+def files() -> dict[str, bytes]:
+    """The same as PNG."""
+    found = {}
+    for name, picture in pictures().items():
+        picture.save(data := io.BytesIO(), "PNG")
+        found[name] = data.getvalue()
+    return found
+
+
+def packed(fields: dict[str, Any]) -> tuple[str, bytes, str]:
+    """Path, body and content type of a request: JSON, or a form where it has pictures."""
+    if "files" not in fields:
+        return DRAW, json.dumps(fields).encode(), "application/json"
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
+    parts = [(f'"{name}"', text.encode()) for name, text in texts.items() if name != "files"]
+    parts += [(f'"{name}"; filename="a.png"', files()[name]) for name in fields["files"]]
+    head = "Content-Disposition: form-data; name="
+    body = b"".join(f"--frontier\r\n{head}{name}\r\n\r\n".encode() + content + b"\r\n" for name, content in parts)
+    return EDIT, body + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
+
+
 @contextmanager
-def server(*options: str) -> Iterator[tuple[subprocess.Popen[str], tuple[str, int], list[str]]]:
+def server(
+    *options: str, model: str = "embedded"
+) -> Iterator[tuple[subprocess.Popen[str], tuple[str, int], list[str]]]:
     """A server in a process of its own: the process, where it listens, and the lines that it says."""
-    command = [sys.executable, "-m", "s3dit", "serve", "embedded", "--port", "0", *options]
+    command = [sys.executable, "-m", "s3dit", "serve", model, "--port", "0", *options]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     lines: list[str] = []
     ready = threading.Event()
@@ -152,26 +214,30 @@ def at_once(clients: int, work: Callable[[Client, random.Random], None], address
         raise errors[0]
 
 
-def alone(name: str, pipe: Any) -> list[Any]:
+def alone(case: dict[str, Any], pipe: Any) -> list[Any]:
     """The pictures of a case, drawn with nothing beside them."""
-    fields = dict(CASES[name])
-    count = fields.pop("n", 1)
+    fields, given = dict(case), pictures()
+    count, sent = fields.pop("n", 1), fields.pop("files", ())
+    fields |= {name: given[name] for name in sent if name != "reference"}
+    if references := [given[name] for name in sent if name == "reference"]:
+        fields["reference"] = references
     if size := fields.pop("size", None):
         fields["width"], fields["height"] = map(int, size.split("x"))
     return list(pipe(num_images_per_prompt=count, **fields).images)
 
 
-def check(requests: int, clients: int, every: int) -> dict[str, Any]:
+def check(requests: int, clients: int, every: int, model: str) -> dict[str, Any]:
     """Mixed traffic: counts of what came of it, differences to pictures drawn alone, memory on the way.
 
-    every: requests between two looks at the memory.
+    every: requests between two looks at the memory · model: a folder, a file or a name.
     """
     from PIL import Image, ImageChops
 
     from s3dit.pipeline import Pipeline
 
-    pipe = Pipeline.load("embedded", residency="resident")
-    right = {name: alone(name, pipe) for name in CASES}
+    pipe = Pipeline.load(model, residency="resident")
+    cases = CASES | EDITS | (REFERENCES if pipe.config.transformer.siglip_feat_dim else {})
+    right = {name: alone(case, pipe) for name, case in cases.items()}
     counts, lock, left, memory = Counter[str](), threading.Lock(), iter(range(requests)), list[int]()
     worst = 0
 
@@ -192,9 +258,9 @@ def check(requests: int, clients: int, every: int) -> dict[str, Any]:
                 return
             if number % every == 0:
                 memory.append(int(client.metrics()["memory_bytes"]))
-            name, kind = chance.choice(list(CASES)), chance.random()
+            name, kind = chance.choice(list(cases)), chance.random()
             if kind < 0.1:
-                client.leave(CASES[name] | {"stream": chance.random() < 0.5}, chance.random() * 0.3)
+                client.leave(cases[name] | {"stream": chance.random() < 0.5}, chance.random() * 0.3)
                 counts["left"] += 1
             elif kind < 0.2:
                 status, body = chance.choice(BAD)
@@ -202,13 +268,18 @@ def check(requests: int, clients: int, every: int) -> dict[str, Any]:
                 answer.read()
                 counts["refused rightly" if answer.status == status else f"refused wrongly, {answer.status}"] += 1
             else:
-                status, answer = client.draw(CASES[name])
+                shown = chance.randrange(4) if chance.random() < 0.3 else None
+                stream = {} if shown is None else {"stream": True, "partial_images": shown}
+                status, answer = client.draw(cases[name] | stream)
                 with lock:
                     counts["drawn" if status == 200 else f"failed, {status}"] += 1
                     if status == 200:
                         compare(name, answer)
+                        counts["of these edits"] += name not in CASES
+                        counts["of these streams"] += shown is not None
+                        counts["partial pictures"] += len(answer.get("partial", ()))
 
-    with server() as (_, address, lines):
+    with server(model=model) as (_, address, lines):
         start = time.perf_counter()
         at_once(clients, work, address)
         seconds = time.perf_counter() - start
@@ -217,12 +288,13 @@ def check(requests: int, clients: int, every: int) -> dict[str, Any]:
             time.sleep(0.1)
         memory.append(int(now["memory_bytes"]))
     failures = [line for line in lines if "Traceback" in line or " 500 " in line]
+    counted = sum(count for name, count in counts.items() if name not in WITHIN)
     return {
         "stage": "check", "requests": requests, "clients": clients, "seconds": round(seconds, 1), **counts,
         "largest_difference": worst, "waiting": now["queued"] + now["running"], "batch": round(_batch(now), 2),
         "ended": {name: now.get(name, 0) for name in ("done", "failed", "cancelled", "timed_out")},
         "memory_mb": [round(size / 1e6) for size in memory], "failures": failures[:5],
-        "right": sum(counts.values()) == requests and worst <= LEVELS and not failures
+        "right": counted == requests and worst <= LEVELS and not failures
         and not any("wrongly" in name or "failed" in name for name in counts) and not now["queued"] + now["running"],
     }  # fmt: skip
 
@@ -326,13 +398,14 @@ def main() -> int:
     parser.add_argument("stages", nargs="+", choices=["check", "rate", "stop", "soak"])
     parser.add_argument("--requests", type=int, help="default: 300; of soak 10,000")
     parser.add_argument("--clients", type=int, default=10, help="at a time (default: 10)")
+    parser.add_argument("--model", default="embedded", help="what check and soak draw with (default: embedded)")
     args = parser.parse_args()
     code = 0
     for stage in args.stages:
         rows: Any
         count = args.requests or (10_000 if stage == "soak" else 300)
         if stage in ("check", "soak"):
-            rows = [check(count, args.clients, max(1, count // 20)) | {"stage": stage}]
+            rows = [check(count, args.clients, max(1, count // 20), args.model) | {"stage": stage}]
         else:
             rows = rate(count, args.clients) if stage == "rate" else [stop(args.clients)]
         for row in rows:

@@ -46,8 +46,9 @@ class Term:
         raise NotImplementedError
 
     def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
-        """Return y (…, N) + strength · `times(x)`; strength () fp32."""
-        return y + strength * self.times(x)
+        """Return y (…, N) + strength · `times(x)`; strength () fp32, or one a token, (…, 1)."""
+        change = self.times(x)
+        return y + (strength * change).to(change.dtype)
 
     def dense(self) -> Tensor:
         """Return the matrix (N, K) in fp32."""
@@ -85,7 +86,8 @@ class LowRank(Term):
 
     def onto(self, y: Tensor, x: Tensor, strength: Tensor) -> Tensor:
         """Add the product to y in the second multiplication, scaled where there are the fewest numbers."""
-        inner = F.linear(x, self.down) * strength
+        inner = F.linear(x, self.down)
+        inner = (inner * strength).to(inner.dtype)
         return torch.addmm(y.flatten(0, -2), inner.flatten(0, -2), self.up.T).view(y.shape)
 
     def dense(self) -> Tensor:

@@ -50,8 +50,9 @@ def _finite_number(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     unique = dict(pairs)
     if len(unique) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)[:80]!r} is there twice")
+        # Each is taken out when it is met: counting every key of a large object would take minutes.
+        twice = next(key for key, _ in pairs if unique.pop(key, pairs) is pairs)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
     return unique
 
 

@@ -13,7 +13,8 @@ Order of surgery on a model: swap, assign, stream, then this, then compile. Stre
 them, these stay on the device. Formulas: `weights.delta`; which adapters a pipeline has, and their files: `adapters`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,22 +31,31 @@ from s3dit.runtime.file_streaming import FileStreamer
 from s3dit.weights.delta import Delta, norms
 from s3dit.weights.mapped_file import give_back
 
+# Strengths of every token, (N, 1) fp32, by the number N of tokens that a layer is called with.
+TokenStrengths = dict[int, Tensor]
+
 
 class Branch:
     """The change of one adapter beside one linear layer; `strength` () fp32 is that of its branches of one factor.
+
+    While there are `token_strengths`, which these branches share as well, those are read instead.
 
     The layer's weight W becomes W' = (1 + rows) · (W + Δ) · (1 + columns), or with `replaces` Δ in the place of W + Δ:
     rows (out,) and columns (in,) are DoRA's gains, one of them or neither. The branch adds strength · (W' - W) x, and
     strength · the adapter's bias.
     """
 
-    def __init__(self, delta: Delta, layer: Linear | QuantLinear, strength: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, delta: Delta, layer: Linear | QuantLinear, strength: Tensor, token_strengths: TokenStrengths,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         """dtype: that the model computes in, which the adapter's tensors are cast to."""
 
         def placed(tensor: Tensor) -> Tensor:
             return aligned(tensor.to(strength.device, dtype).contiguous())
 
-        self.strength, self.layer, self.replaces = strength, layer, delta.replaces
+        self.strength, self.token_strengths = strength, token_strengths
+        self.layer, self.replaces = layer, delta.replaces
         self.term = None if delta.term is None else delta.term.map(placed)
         self.bias = None if delta.bias is None else placed(delta.bias)
         self.rows = self.columns = None
@@ -60,13 +70,14 @@ class Branch:
 
     def __call__(self, y: Tensor, x: Tensor, output: Tensor) -> Tensor:
         """Add the adapter's change to y (…, out), for the layer's input x (…, in) and its own output (…, out)."""
+        strength = self.token_strengths[len(x)] if self.token_strengths else self.strength
         if self.bias is not None:
-            y = y + self.strength * self.bias
+            y = y + (strength * self.bias).to(self.bias.dtype)
         if self.term is None:
             return y
         if self.rows is None and self.columns is None and not self.replaces:
-            return self.term.onto(y, x, self.strength)
-        return (y.float() + self.strength * self._change(x, output.float())).to(y.dtype)
+            return self.term.onto(y, x, strength)
+        return (y.float() + strength * self._change(x, output.float())).to(y.dtype)
 
     def _change(self, x: Tensor, output: Tensor) -> Tensor:
         """(W' - W) x in fp32, where it is more than Δ x; what cancels is summed in fp32, and rounded once."""
@@ -119,11 +130,13 @@ class Adapted(nn.Module):
 class Attached:
     """An adapter that is attached to a model: its strengths () fp32, and its changes of norms and tokens by layer.
 
-    strengths: by the factors of its Deltas, each the adapter's strength times the factor.
+    strengths: by the factors of its Deltas, each the adapter's strength times the factor · token_strengths: likewise,
+    where tokens have their own.
     """
 
     strengths: dict[float, Tensor]
     vectors: dict[str, Delta]
+    token_strengths: dict[float, TokenStrengths]
 
     def strength(self, delta: Delta) -> Tensor:
         """The strength of one of its Deltas."""
@@ -179,7 +192,7 @@ class Attachments:
         strengths = {
             factor: torch.tensor(scale * factor, dtype=torch.float32, device=device) for factor in sorted(factors)
         }
-        self._attached[name] = attached = Attached(strengths, {})
+        self._attached[name] = attached = Attached(strengths, {}, {factor: {} for factor in strengths})
         for layer, delta in deltas.items():
             module = _module(self._model, layer)
             if module is None:
@@ -190,7 +203,9 @@ class Attachments:
             elif not _blank(module):
                 if not isinstance(module, Adapted):
                     module = _replace(self._model, layer, Adapted(module))
-                module.branches[name] = Branch(delta, module.layer, attached.strength(delta), dtype)
+                module.branches[name] = Branch(
+                    delta, module.layer, attached.strength(delta), attached.token_strengths[delta.factor], dtype
+                )  # fmt: skip
 
     @torch.no_grad()
     def detach(self, name: str) -> None:
@@ -211,6 +226,31 @@ class Attachments:
             strength.fill_(scale * factor)
         for layer in attached.vectors:
             self._revise(layer)
+
+    def has_vectors(self, name: str) -> bool:
+        """Whether an attached adapter changes norms or tokens, which have one strength for all that is computed."""
+        return bool(self._attached[name].vectors)
+
+    @contextmanager
+    def by_token(self, scales: Mapping[str, Sequence[float]], lengths: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Inside the `with` runs of tokens have strengths of their own.
+
+        scales: by adapter, one a run · lengths: of all runs, for every number of tokens that layers are called with;
+        a call with another number raises KeyError.
+        """
+        try:
+            for name, runs in scales.items():
+                for factor, tokens in self._attached[name].token_strengths.items():
+                    strength = self._attached[name].strengths[factor]
+                    own = torch.tensor([scale * factor for scale in runs], dtype=torch.float32)
+                    for counts in lengths:
+                        each = own.repeat_interleave(torch.tensor(counts))[:, None]
+                        tokens[len(each)] = each.to(strength.device)
+            yield
+        finally:
+            for name in scales:
+                for tokens in self._attached[name].token_strengths.values():
+                    tokens.clear()
 
     def strip(self) -> None:
         """Remove all adapters."""

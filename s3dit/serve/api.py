@@ -15,8 +15,9 @@ client's own where it sends one. Where a client closes its connection, what it a
 A field that is unknown or has no effect is an error. Errors have OpenAI's form, with `param` the field that is wrong:
     {"error": {"message": "...", "type": "invalid_request_error", "param": "size", "code": "invalid_value"}}
     400 a field · 401 the key · 403 another site's page, or a Host that is not this one · 404 a path or model ·
-    413 a body, picture or part beyond its bound · 415 another content type · 429 a full queue (Retry-After: seconds) ·
-    500 a failure of ours · 503 stopping (Retry-After), dead · 504 longer than --timeout.
+    413 a body, picture or part beyond its bound · 415 another content type · 429 a full queue, or more
+    bytes on their way than are taken at a time (Retry-After: seconds) · 500 a failure of ours · 503 stopping
+    (Retry-After), dead · 504 longer than --timeout.
 
 The answer to a POST without `stream` (response_format b64_json):
     {"created": 1764300000, "background": "opaque", "output_format": "png", "size": "1024x1024",
@@ -58,8 +59,8 @@ In edits every field but files is text: numbers, true and false, lists and objec
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import time
@@ -76,14 +77,15 @@ from s3dit.serve.door import Visit
 from s3dit.serve.drawing import Drawer, EventStream
 from s3dit.serve.errors import ApiError
 from s3dit.serve.fields import FILES, Door, Fields
-from s3dit.serve.forms import Part, fields_of, parts_of
+from s3dit.serve.forms import LONGEST_TEXT, Part, fields_of, parts_of
 from s3dit.serve.openapi import document
 from s3dit.serve.options import options, sees
 from s3dit.serve.page import HEADERS, files
 from s3dit.serve.wanted import Wanted, wanted
 from s3dit.weights.json_files import parse_json
 
-# Bodies that are read and unpacked at a time: each may take as much memory as its bounds allow.
+# Bodies that are unpacked and planned at a time, each of which may take as much memory as its bounds allow; and as many
+# of the longest may be on their way. Who sends slowly takes no place but that of the bytes that have come.
 READERS = 16
 # Where the handlers of `Api` are found, in their order.
 PATHS = (
@@ -105,6 +107,7 @@ class Api:
     fields: Fields
     metrics_of_all: Callable[[], Awaitable[bytes]] | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, READERS))
+    coming: dict[int, int] = field(default_factory=dict)
     began: float = field(default_factory=time)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -167,21 +170,14 @@ class Api:
 
     async def generations(self, request: Request) -> Response:
         """Draw from a prompt."""
-        content = request.headers.get("content-type", "")
-        if content.partition(";")[0].strip().lower() != "application/json":
-            raise ApiError(415, f"content type is {shown(content)}; needed application/json")
-        async with self.readers:
-            asked = await asyncio.to_thread(self._of_json, await self._body(request))
-        return await self._answer(request, "generations", asked)
+        _check_kind(request, "application/json")
+        most = min(self.fields.limits.body, LONGEST_TEXT)
+        return await self._answer(request, "generations", most, self._of_json)
 
     async def edits(self, request: Request) -> Response:
         """Redraw pictures that come in a form."""
-        content = request.headers.get("content-type", "")
-        if content.partition(";")[0].strip().lower() != "multipart/form-data":
-            raise ApiError(415, f"content type is {shown(content)}; needed multipart/form-data")
-        async with self.readers:
-            asked = await asyncio.to_thread(self._of_form, content, await self._body(request))
-        return await self._answer(request, "edits", asked)
+        content = _check_kind(request, "multipart/form-data")
+        return await self._answer(request, "edits", self.fields.limits.body, partial(self._of_form, content))
 
     def _of_json(self, body: bytes) -> Wanted:
         """What a body of JSON asks for; raises ApiError."""
@@ -205,25 +201,34 @@ class Api:
         given = self.fields.checked(fields_of(texts, schemas), "edits")
         return wanted(self.fields, given, files, sees(self.drawer.pipe))
 
-    async def _body(self, request: Request) -> bytes:
-        """The body, if it is no longer than the bound and comes in time; raises ApiError."""
+    @asynccontextmanager
+    async def _body(self, request: Request, most: int) -> AsyncIterator[bytes]:
+        """The body, if it has at most so many bytes and comes in time; raises ApiError."""
         body, limits = bytearray(), self.fields.limits
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > limits.body:
-                        raise ApiError(413, f"the body is longer than {limits.body:,} bytes; send less")
+                    self.coming[id(body)] = len(body)
+                    if len(body) > most:
+                        raise ApiError(413, f"the body is longer than {most:,} bytes; send less")
+                    if sum(self.coming.values()) > READERS * limits.body:
+                        raise ApiError(429, "too much is being sent at a time; try again", code="busy", retry_after=1.0)
         except TimeoutError:
             raise ApiError(408, f"the body took longer than {limits.body_seconds:g} s; send less, or faster") from None
-        return bytes(body)
+        else:
+            yield bytes(body)
+        finally:
+            self.coming.pop(id(body), None)
 
-    async def _answer(self, request: Request, door: Door, asked: Wanted) -> Response:
-        """Have it drawn, and answer in the way that was asked for; raises ApiError."""
+    async def _answer(self, request: Request, door: Door, most: int, read: Callable[[bytes], Wanted]) -> Response:
+        """Read a body of at most so many bytes, have drawn what it asks for, and answer as it says; raises ApiError."""
         visit: Visit = request.scope["visit"]
-        visit.user, visit.prompt = asked.user, str(asked.request.prompt)
         async with AsyncExitStack() as stack:
-            drawing = await stack.enter_async_context(self.drawer.drawing(asked, KINDS[door], visit))
+            async with self._body(request, most) as body, self.readers:
+                asked = await asyncio.to_thread(read, body)
+                visit.user, visit.prompt = asked.user, str(asked.request.prompt)
+                drawing = await stack.enter_async_context(self.drawer.drawing(asked, KINDS[door], visit))
             if asked.stream:
                 return EventStream(drawing.events(), stack.pop_all())
             done = await drawing.done(request)
@@ -236,6 +241,19 @@ class Api:
             # Base64 of large pictures takes a while: not in the loop that all others wait for.
             made = await asyncio.to_thread(lambda: json.dumps(drawing.answers.whole(done)))
             return Response(made, media_type="application/json")
+
+
+def _check_kind(request: Request, needed: str) -> str:
+    """The content type of a body of this kind, in full; raises ApiError for another, and for fields outside of it."""
+    content, coding = (request.headers.get(f"content-{name}", "") for name in ("type", "encoding"))
+    if content.partition(";")[0].strip().lower() != needed:
+        raise ApiError(415, f"content type is {shown(content)}; needed {needed}")
+    if coding.strip().lower() not in ("", "identity"):
+        raise ApiError(415, f"content encoding is {shown(coding)}; needed none: the body as it is")
+    for name in request.query_params:
+        text = f"{shown(name)} is in the URL; needed every field in the body"
+        raise ApiError(400, text, name[:80], "unknown_parameter")
+    return content
 
 
 def _check_files(parts: Sequence[Part], files: Sequence[Part]) -> None:
@@ -257,8 +275,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     """The answer to a path or a method that there is not."""
     assert isinstance(error, HTTPException)
-    text = f"there is no {request.method} {shown(request.url.path)[1:-1]}; see /openapi.json"
-    said = ApiError(error.status_code, text)
+    text = f"{request.method} is not served" if error.status_code == 405 else "there is nothing"
+    said = ApiError(error.status_code, f"{text} at this path; see /openapi.json")
     return JSONResponse(said.body(), said.status, error.headers)
 
 

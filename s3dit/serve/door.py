@@ -103,11 +103,11 @@ class Door:
         host = headers.get(b"host", "")
         if self.hosts and _name(host) not in self.hosts:
             raise ApiError(
-                403, f"Host is {shown(host)}; needed {', '.join(sorted(self.hosts))}; another name is allowed with "
+                403, f"Host is {shown(host)}; needed {', '.join(sorted({*self.hosts}))}; another name is allowed with "
                 "--allow-host", code="wrong_host",
             )  # fmt: skip
         origin = headers.get(b"origin")
-        if origin is not None and origin not in self.origins and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in self.origins and origin.partition("://")[2] != host:
             raise ApiError(403, f"pages of {shown(origin)} may not ask; --allow-origin lets them", code="wrong_origin")
         if self.key is not None and path not in OPEN and not self._has_key(headers.get(b"authorization", "")):
             raise ApiError(401, "no valid API key; needed the header Authorization: Bearer KEY")

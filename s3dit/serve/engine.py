@@ -8,9 +8,10 @@
 
 Every job draws in a thread of its own; one thread computes the model calls of all of them (`turn`), round by round: in
 a round every job that has its place goes on to its next call, and the calls are computed together (`packing`), so that
-requests join and leave between two passes, whatever their sizes, prompts, steps, solvers and guidance. Calls that
-cannot share a pass have one of their own in every round: those with a ControlNet, a cache, skipped layers or other
-strengths of adapters, all where the pipeline records graphs or is loaded with numerics "exact".
+requests join and leave between two passes, whatever their sizes, prompts, steps, solvers, guidance and strengths of
+adapters. Calls that cannot share a pass have one of their own in every round: those with a ControlNet, a cache, skipped
+layers or other strengths of adapters that change norms (which no token has for itself), all where the pipeline records
+graphs or is loaded with numerics "exact".
 
 A picture is the one that is drawn alone but for sums in another order, which no kernel of more rows promises to keep:
 1e-5 of the embedded model's pictures in fp32, of which a test sees to it, and in bf16 a rounding of each product. (On

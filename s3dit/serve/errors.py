@@ -38,7 +38,10 @@ class ApiError(Exception):
         """The answer's JSON; paths of the server's files are left out of the message."""
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         message = PATH.sub(lambda found: re.split(r"[/\\]", found[0].rstrip("/\\"))[-1], self.message)
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code_name}}
+        # A name that a client sent may hold half of a surrogate pair, which no encoding has.
+        said = {"message": message, "param": self.param}
+        said = {name: text and text.encode("utf-8", "replace").decode() for name, text in said.items()}
+        return {"error": {"message": said["message"], "type": kind, "param": said["param"], "code": self.code_name}}
 
     @property
     def headers(self) -> dict[str, str]:

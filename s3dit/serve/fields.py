@@ -27,7 +27,7 @@ DOORS: tuple[Door, ...] = ("generations", "edits")
 # Fields of a Request that have another form here, or none: files, several prompts.
 APART = (
     "prompt", "negative_prompt", "height", "width", "num_images_per_prompt", "num_inference_steps", "seed", "image",
-    "mask_image", "reference", "region", "control", "cache",
+    "mask_image", "reference", "region", "control", "cache", "sigmas",
 )  # fmt: skip
 # Those that mean something only beside a picture that is sent.
 BESIDE_PICTURES = (
@@ -115,15 +115,16 @@ class Fields:
         if (file := name.removesuffix("[]") in FILES) or name in self.table:
             where = DOORS[1] if file else self.table[name].doors[0]
             return f"{name} is taken {'as a file ' * file}in POST /v1/images/{where} alone"
-        near = get_close_matches(name, self.of(door), 1)
+        near = get_close_matches(name[:80], self.of(door), 1)
         return f"there is no field {shown(name)}; " + (f"did you mean {near[0]}?" if near else "see /openapi.json")
 
 
 def _whole(value: Any, schema: Schema) -> Any:
     """A number as JSON means it: 8.0 is an integer, where one is needed."""
     forms = schema.get("anyOf", [schema])
-    if isinstance(value, list):
-        items: Schema = next((form["items"] for form in forms if "items" in form), {})
+    items = next((form["items"] for form in forms if "items" in form), None)
+    if isinstance(value, list) and items is not None:
+        # Where the schema has no more lists, those of the value are not looked into, however deep.
         return [_whole(each, items) for each in value]
     integral = isinstance(value, float) and value.is_integer()
     return int(value) if integral and any(form.get("type") == "integer" for form in forms) else value
@@ -168,6 +169,7 @@ def _apart(server: Fields) -> Iterator[ApiField]:
     for name, kind in (
         ("negative_prompt", values.text(limits.prompt)),
         ("num_inference_steps", values.whole(1, limits.steps)),
+        ("sigmas", values.sigmas(limits.steps)),
         ("cache", values.cache()),
     ):
         yield made(name, kind, says[name], name)

@@ -3,7 +3,8 @@
 No library for it is needed: a form is parts between boundaries, none inside another, bytes as they are. A reader that
 spools parts to files would bound neither their number of bytes on disk nor, beside the body's bound, anything else.
 
-Source: RFC 7578 (the form), RFC 2046 5.1 (boundaries), HTML (names' quotes and line feeds are %-escapes).
+Source: RFC 7578 (the form; 4.7: its parts are not encoded), RFC 2046 5.1 (boundaries), HTML (names' quotes and line
+feeds are %-escapes).
 """
 
 import re
@@ -20,11 +21,14 @@ BOUNDARY = re.compile(
     r'multipart/form-data\s*;.*?\bboundary=(?:"([^"]{1,70})"|([^\s";,]{1,70}))\s*(?:;|$)', re.IGNORECASE | re.DOTALL
 )
 DISPOSITION = re.compile(rb"content-disposition:[ \t]*form-data[ \t]*;(.*)", re.IGNORECASE)
+ENCODING = re.compile(rb"content-transfer-encoding:(?![ \t]*(?:7bit|8bit|binary)[ \t]*$)", re.IGNORECASE)
 PARAMETER = re.compile(
     rb'[ \t]*(name|filename|filename\*)[ \t]*=[ \t]*(?:"((?:[^"\\]|\\.)*)"|([^\s;"]*))[ \t]*(?:;|$)', re.IGNORECASE
 )
 # Parts of a form, and bytes of the header of one.
 MOST_PARTS, LONGEST_HEADER = 128, 2048
+# Bytes of all texts of a request: parsing JSON holds up all other threads, a second for 6 MB of empty lists.
+LONGEST_TEXT = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ def _part(piece: bytes) -> Part:
         raise ApiError(400, "the form has a part without a header that ends; send it anew", code="invalid_body")
     lines = re.sub(rb"\r\n[ \t]+", b" ", head[2:]).split(b"\r\n")
     found = next((match for line in lines if (match := DISPOSITION.fullmatch(line))), None)
+    if any(ENCODING.match(line) for line in lines):
+        raise ApiError(400, "the form has an encoded part; needed its bytes as they are", code="invalid_body")
     values = {m[1].lower(): m[2] if m[2] is not None else m[3] for m in PARAMETER.finditer(found[1] if found else b"")}
     if b"name" not in values:
         raise ApiError(400, "the form has a part without a name; send it anew", code="invalid_body")
@@ -74,6 +80,8 @@ def fields_of(parts: list[Part], schemas: Mapping[str, Schema]) -> dict[str, Any
     schemas: of the fields that are known, whose texts are read as JSON where they are not texts.
     """
     found: dict[str, Any] = {}
+    if (length := sum(len(part.content) for part in parts)) > LONGEST_TEXT:
+        raise ApiError(413, f"the form's texts have {length:,} bytes; needed at most {LONGEST_TEXT:,}; send less")
     for part in parts:
         name, text = part.name.removesuffix("[]"), _text(part)
         schema = schemas.get(name, {"type": "string"})

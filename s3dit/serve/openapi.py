@@ -14,7 +14,7 @@ FILE: Schema = {"type": "string", "contentMediaType": "image/*", "format": "bina
 ERRORS = {
     400: "a field is wrong, unknown or has no effect here", 401: "no valid key", 403: "another host or origin",
     404: "no such model", 408: "the body took too long", 413: "a body, part or picture is beyond its bound",
-    415: "another content type", 429: "the queue is full; Retry-After says when to try again",
+    415: "another content type", 429: "the queue is full, or too much is sent at a time; Retry-After",
     500: "the server failed", 503: "stopping, or out of memory; Retry-After says when to try again",
     504: "not done in time",
 }  # fmt: skip

@@ -2,7 +2,8 @@
 
 import operator
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import getLogger
 from typing import Any
@@ -94,15 +95,40 @@ class Passes:
             self.wear(part, strengths)
 
     def compute(self, tasks: Sequence[Task]) -> None:
-        """Answer the calls of some jobs, together where they are of one kind and of equal adapters."""
+        """Answer the calls of some jobs, together where they are of one kind."""
         groups: dict[Any, list[Task]] = {}
         separate = len(tasks) > 1 and self._separate()
         for task in tasks:
-            key = task if separate else (task.call.kind, *task.strengths.items())
+            key = task if separate else (task.call.kind, *self._common(task).items())
             groups.setdefault(key, []).append(task)
         for group in groups.values():
             for batch in self._batches(group):
                 self._pass(batch)
+
+    def _common(self, task: Task) -> dict[str, float]:
+        """The strengths that must be equal in a pass: of adapters that change more than what tokens are multiplied by.
+
+        Where blocks compute their modulation themselves, or come and go, of all.
+        """
+        if any(task.call.modulation.alone) or "transformer" not in self._pipe.parts.held:
+            return task.strengths
+        attachments = self._pipe.parts.component("transformer").attachments
+        return {name: strength for name, strength in task.strengths.items() if attachments.has_vectors(name)}
+
+    @contextmanager
+    def _wearing(self, batch: Sequence[Task]) -> Iterator[None]:
+        """Inside the `with` every call has the strengths of its job."""
+        self.wear("transformer", batch[0].strengths)
+        several = {name: [task.strengths[name] for task in batch] for name in batch[0].strengths}
+        several = {name: strengths for name, strengths in several.items() if len(set(strengths)) > 1}
+        if not several:
+            yield
+            return
+        # Of the three streams of a pass: patches, image tokens with their padding, and these with the texts.
+        calls = [task.call for task in batch]
+        streams = [(len(c.x), len(c.context.image.positions), len(c.context.joint.positions)) for c in calls]
+        with self._pipe.parts.component("transformer").attachments.by_token(several, list(zip(*streams, strict=True))):
+            yield
 
     def _separate(self) -> bool:
         """Whether every call has a pass of its own: others might change its bits, or somebody looks on."""
@@ -138,9 +164,9 @@ class Passes:
         try:
             with self._encoders.beside(), self._pipe._turn():
                 transformer = self._pipe.parts["transformer"]
-                self.wear("transformer", batch[0].strengths)
                 joined = self._joined(calls)
-                out: Tensor = transformer(joined.x, joined.t, joined.context, None, joined.modulation)
+                with self._wearing(batch):
+                    out: Tensor = transformer(joined.x, joined.t, joined.context, None, joined.modulation)
                 for task, answer in zip(batch, out.split([len(call.x) for call in calls]), strict=True):
                     task.turn.answer = answer
         except BaseException as error:

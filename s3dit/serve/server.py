@@ -19,6 +19,7 @@ from starlette.middleware.cors import CORSMiddleware
 from s3dit.errors import RequestError
 from s3dit.serve.api import Api
 from s3dit.serve.bounds import Limits
+from s3dit.serve.connection import Connection
 from s3dit.serve.door import LOOPBACK, Door
 from s3dit.serve.drawing import Drawer
 from s3dit.serve.engine import Engine
@@ -26,8 +27,8 @@ from s3dit.serve.fields import Fields
 from s3dit.serve.metrics import Metrics
 from s3dit.terminal import say
 
-# Connections at a time; more get 503 at once.
-MOST_CONNECTIONS = 1024
+# Connections at a time; more get 503 at once, or are cut. And files that are open beside these.
+MOST_CONNECTIONS, OWN_FILES = 1024, 256
 # Seconds in which answers that are made are still sent at the end.
 SENDING = 10
 
@@ -77,6 +78,20 @@ def is_local(address: str) -> bool:
     return ip_address(address).is_loopback
 
 
+def _connections() -> int:
+    """Connections at a time: as many as there may be files, of which the process takes more where it has too few."""
+    try:
+        from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
+    except ImportError:
+        return MOST_CONNECTIONS
+    wanted = MOST_CONNECTIONS + OWN_FILES
+    soft, hard = (wanted if number == RLIM_INFINITY else number for number in getrlimit(RLIMIT_NOFILE))
+    if soft < wanted:
+        soft = min(wanted, hard)
+        setrlimit(RLIMIT_NOFILE, (soft, getrlimit(RLIMIT_NOFILE)[1]))
+    return max(1, min(MOST_CONNECTIONS, soft - OWN_FILES))
+
+
 def url_of(sock: socket.socket) -> str:
     """Where a server is found."""
     host, port = sock.getsockname()[:2]
@@ -105,8 +120,8 @@ def application(api: Api, serving: Serving, address: str) -> Any:
     if serving.origins:
         app = CORSMiddleware(
             app, allow_origins=serving.origins, allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "X-Seed"],
+            # OpenAI's client for browsers sends a dozen of its own.
+            allow_headers=["*"], expose_headers=["Retry-After", "X-Request-Id", "X-Seed"],
         )  # fmt: skip
     return app
 
@@ -119,9 +134,10 @@ class Server(uvicorn.Server):
         self.api = interface(engine, serving)
         super().__init__(
             uvicorn.Config(
-                application(self.api, serving, sock.getsockname()[0]), http="h11", loop="asyncio", ws="none",
+                application(self.api, serving, sock.getsockname()[0]), http=Connection, loop="asyncio", ws="none",
                 lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=SENDING,
+                # Of those that wait in the system no more are taken at a time than there are files to spare.
+                limit_concurrency=_connections(), backlog=OWN_FILES // 2, timeout_graceful_shutdown=SENDING,
             )
         )  # fmt: skip
 

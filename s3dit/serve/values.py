@@ -24,7 +24,7 @@ Check = Callable[[str, Any], None]
 # What a field may be: for programs, and as a check.
 Values = tuple[Schema, Check]
 
-SIZE = re.compile(r"([1-9]\d{1,3})x([1-9]\d{1,3})")
+SIZE = re.compile(r"([1-9][0-9]{1,3})x([1-9][0-9]{1,3})")
 MOST_LORAS = 16
 
 
@@ -60,7 +60,6 @@ def of_field(spec: "Field[Any]") -> Values:
         own.SCALES: lambda: {"anyOf": [number_schema(*bounds), list_schema(number_schema(*bounds), 1, own.MOST_STEPS)]},
         own.LIMIT: lambda: {"anyOf": [{"type": "boolean"}, number_schema(*bounds)]},
         own.SWITCH: lambda: {"type": "boolean"},
-        own.SIGMAS: lambda: list_schema(number_schema(0, 1), 1, own.MOST_STEPS + 1),
         own.INTERVAL: lambda: list_schema(number_schema(0, 1), 2, 2),
         own.MARGINS: lambda: list_schema(number_schema(0, own.LARGEST_SIDE - 1, "integer"), 4, 4),
         own.PLACE: lambda: list_schema(number_schema(0, own.MOST_PICTURES, "integer"), 2, 2),
@@ -162,6 +161,18 @@ def seeds(most: int) -> Values:
 
     seed = number_schema(bounds[0], bounds[1], "integer")
     return {"anyOf": [seed, list_schema(seed, 1, most)]}, check
+
+
+def sigmas(most: int) -> Values:
+    """Noise levels of at most so many steps."""
+
+    def check(name: str, value: Any) -> None:
+        """Raise RequestError for anything else."""
+        own.sigmas(name, value)
+        if (steps := len(value) - (value[-1] == 0)) > most:
+            raise RequestError(f"{name} has {steps:,} levels above 0, a step each; needed at most {most:,}")
+
+    return list_schema(number_schema(0, 1), 1, most + 1), check
 
 
 def cache() -> Values:

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from PIL.Image import Image
+
 from s3dit.errors import RequestError
 from s3dit.model.tokenizer import Tokenizer
 from s3dit.plan import Plan
@@ -136,9 +138,14 @@ def _pictures(parts: Sequence[Part], limits: Limits, sees: bool, names: dict[str
 
 
 def _check_pixels(request: Request, limits: Limits) -> None:
-    """Hold the pixels of all pictures to the server's bound, as far as they are known; raises RequestError."""
-    sides = zip(request.per_image("height"), request.per_image("width"), strict=True)
-    area = sum((height or 0) * (width or 0) for height, width in sides) * (request.upscale or 1) ** 2
+    """Hold the pixels of all pictures to the server's bound, as far as they are known; raises RequestError.
+
+    An edit that says no size has that of its start image.
+    """
+    own = request.image.size if isinstance(request.image, Image) else (0, 0)
+    sides = zip(request.per_image("width"), request.per_image("height"), strict=True)
+    pairs = [(width or own[0] // 16 * 16, height or own[1] // 16 * 16) for width, height in sides]
+    area = sum(width * height for width, height in pairs) * (request.upscale or 1) ** 2
     if area > limits.pixels:
         raise RequestError(f"size gives {area:,.0f} pixels in all; needed at most {limits.pixels:,}; draw less at once")
 

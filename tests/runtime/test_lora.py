@@ -26,7 +26,7 @@ from s3dit.runtime.adapter_match import match_layers
 from s3dit.runtime.block_streaming import stream
 from s3dit.runtime.graphs import compile_blocks
 from s3dit.weights.adapter import read_adapter
-from s3dit.weights.delta import Delta, Full
+from s3dit.weights.delta import Delta, Full, Kronecker, LowRank
 
 CONFIG = TransformerConfig.from_json(
     {
@@ -602,9 +602,38 @@ def test_dora_in_bf16_far_larger_than_its_weight(rows):
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     x = torch.randn(32, 48, generator=random).bfloat16()
     plain = layer(x)
-    got = lora.Branch(delta, layer, torch.tensor(1.0), torch.bfloat16)(plain, x, plain)
+    got = lora.Branch(delta, layer, torch.tensor(1.0), {}, torch.bfloat16)(plain, x, plain)
     changed = weight.double() + delta.term.weight.double()
     changed *= magnitude.double() / torch.linalg.vector_norm(changed, dim=1 if rows else 0, keepdim=True)
     wanted = x.double() @ changed.T
     # Three roundings to bf16 (2^-9 each, of the large product, x grown, and the sum).
     assert (got.double() - wanted).norm() / wanted.norm() < 3 * 2**-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "bias", "lokr", "dora"])
+def test_tokens_of_other_strengths(kind, dtype):
+    """Each token gets what it gets where all have its strength: in fp32 every bit.
+
+    In bf16 torch rounds a scalar in front of a product to 8 bits, and no vector: two roundings more.
+    """
+    random = torch.Generator().manual_seed(3)
+
+    def some(*shape):
+        return torch.randn(shape, generator=random) / 5
+
+    low = LowRank(some(64, 4), some(4, 48))
+    delta = {
+        "lora": Delta(low), "bias": Delta(low, bias=some(64)), "lokr": Delta(Kronecker(some(8, 6), some(8, 8))),
+        "dora": Delta(low, magnitude=some(64, 1).abs()),
+    }[kind]  # fmt: skip
+    layer, x = Linear(48, 64, bias=False), some(7, 48).to(dtype)
+    layer.weight = nn.Parameter(some(64, 48).to(dtype), requires_grad=False)
+    plain, strengths, tokens = layer(x), (0.7, -0.3), {}
+    alone = [lora.Branch(delta, layer, torch.tensor(each), {}, dtype)(plain, x, plain) for each in strengths]
+    tokens[7] = torch.tensor(strengths).repeat_interleave(torch.tensor([3, 4]))[:, None]
+    got = lora.Branch(delta, layer, torch.tensor(5.0), tokens, dtype)(plain, x, plain)
+    bound = 2**-7 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(got, torch.cat((alone[0][:3], alone[1][3:])), rtol=bound, atol=bound)
+    with pytest.raises(KeyError):
+        lora.Branch(delta, layer, torch.tensor(5.0), {6: tokens[7]}, dtype)(plain, x, plain)

@@ -37,10 +37,14 @@ class Running:
         return status, json.loads(content)
 
 
+# Pipelines that no server has at the moment: loading one takes longer than most of what is asked for.
+FREE = []
+
+
 @contextmanager
 def running(serving=None, **options):
-    """Serve while inside, with a pipeline of its own; options: of the Engine."""
-    pipe = Pipeline.load(device="cpu", residency="resident")
+    """Serve while inside, with a pipeline that no other has meanwhile; options: of the Engine."""
+    pipe = FREE.pop() if FREE else Pipeline.load(device="cpu", residency="resident")
     server = Server(Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -51,3 +55,4 @@ def running(serving=None, **options):
     finally:
         server.should_exit = True
         thread.join()
+        FREE.append(pipe)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from s3dit.cli import serve
 from s3dit.cli.main import main
+from s3dit.serve import server
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef"
@@ -72,6 +73,17 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 def test_a_port_that_is_taken_is_said_before_a_model_is_read(served, capsys):
     assert main(["serve", "embedded", "--port", str(served.port)]) == 2
     assert "cannot be bound (Address already in use)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("soft", "hard", "set_to", "number"), [
+    (1024, 4096, 1280, 1024), (256, 400, 400, 144), (1024, -1, 1280, 1024), (5000, 5000, None, 1024), (64, 64, None, 1),
+])  # fmt: skip
+def test_connections_are_no_more_than_files(monkeypatch, soft, hard, set_to, number):
+    resource, seen = pytest.importorskip("resource"), []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, pair: seen.append(pair))
+    assert server._connections() == number
+    assert [pair for pair in seen if pair[0] != soft] == ([] if set_to is None else [(set_to, hard)])
 
 
 @pytest.fixture(scope="module")

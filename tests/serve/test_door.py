@@ -50,7 +50,8 @@ def test_other_names_are_refused(host):
     ("origin", "status"),
     [
         (None, 200), ("http://localhost:8000", 200), ("http://localhost:8001", 403), ("http://evil.org", 403),
-        ("null", 403), ("https://good.org", 200), ("https://good.org.evil.org", 403),
+        ("null", 403), ("http://[", 403), ("localhost:8000", 403), ("https://good.org", 200),
+        ("https://good.org.evil.org", 403),
     ],
 )  # fmt: skip
 def test_pages_of_other_sites_are_refused(origin, status):

@@ -116,6 +116,8 @@ def test_what_is_sent_becomes_a_request():
         ({"prompt": "x", "output_compression": 50}, "output_compression", "png, which has none"),
         ({"prompt": "x", "n": 2, "seed": [1, 2, 3]}, "seed", "3 entries"),
         ({"prompt": "x", "n": 8, "size": "2048x2048"}, "size", "needed at most 8,388,608"),
+        ({"prompt": "x", "sigmas": [1 - i / 201 for i in range(201)]}, "sigmas", "201 levels above 0, a step each"),
+        ({"prompt": "x", "size": "6\uff14x64"}, "size", "needed auto, or a width and a height"),
         ({"prompt": "x", "width": 64, "height": 64, "upscale": 8, "upscale_strength": 0}, "upscale_strength", "is 0"),
     ],
 )  # fmt: skip

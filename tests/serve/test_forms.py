@@ -36,7 +36,7 @@ def test_what_an_encoder_writes_is_read():
         ("prompt", "ein Stern ★\n".encode(), False), ("n", b"2", False), ("image[]", b"\x89PNG\r\n", True),
     }  # fmt: skip
     quoted = 'multipart/form-data; charset=utf-8; boundary="frontier"'
-    head = b"content-disposition:form-data;filename=x.png ;name=image"
+    head = b"content-disposition:form-data;filename=x.png ;name=image\r\nContent-Transfer-Encoding: binary"
     assert parts_of(quoted, b"preamble\r\n" + form((head, b"1")) + b"epilogue") == [Part("image", b"1", True)]
     assert parts_of(TYPE, form((named(b"a%22b%0D%0A"), b"1"))) == [Part('a"b\r\n', b"1", False)]
     assert parts_of(TYPE, b"--frontier--\r\n") == []
@@ -55,6 +55,7 @@ def test_what_an_encoder_writes_is_read():
         (TYPE, form((b"X: y", b"1")), 400),
         (TYPE, form((b"Content-Disposition: attachment; name=a", b"1")), 400),
         (TYPE, form((named(b"\xff"), b"1")), 400),
+        (TYPE, form((named(b"a", b"\r\nContent-Transfer-Encoding: Base64"), b"MQ==")), 400),
         (TYPE, form((named(b"a") + b"\r\nX: " + b"y" * 4000, b"1")), 400),
         (TYPE, b"--frontierX\r\n" + named(b"a") + b"\r\n\r\n1\r\n--frontier--", 400),
         (TYPE, form(*[(named(b"a"), b"1")] * (MOST_PARTS + 1)), 413),
@@ -90,6 +91,7 @@ def test_texts_become_values():
         ([Part("seed", b"1", False), Part("seed[]", b"1", False)], "seed"),
         ([Part("prompt", b"\xff", False)], "prompt"),
         ([Part("seed", b"[" * 100_000, False)], "seed"),
+        ([Part("seed", b"[" + b"[]," * 100_000 + b"[]]", False)] * 7, None),
     ):
         with pytest.raises(ApiError) as caught:
             fields_of(parts, schemas)

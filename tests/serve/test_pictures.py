@@ -118,6 +118,15 @@ def test_pictures_have_their_places(names, more, sees, found):
     assert found.count("reference") == len(request.reference or ())
 
 
+def test_an_edit_without_a_size_has_that_of_its_picture():
+    """So it is refused before anything is planned with it."""
+    fields = Fields("tiny", Limits(pixels=64 * 32))
+    given = fields.checked({"prompt": "x"}, "edits")
+    with pytest.raises(ApiError, match="3,072 pixels in all; needed at most 2,048"):
+        wanted(fields, given, [Part("image", png(RED), True)], False)
+    assert wanted(fields, given, [Part("image", png(RED.crop((0, 0, 79, 31))), True)], False)
+
+
 def test_files():
     for form, quality in (("png", None), ("jpeg", None), ("jpeg", 0), ("jpeg", 100), ("webp", 0), ("webp", None)):
         with Image.open(io.BytesIO(file_of(RED, {"prompt": "x"}, form, quality))) as image:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,7 +26,9 @@ class Browser:
     def __init__(self, base, chromium):
         self.base = base
         switches = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-                    "--hide-scrollbars", "--window-size=1280,900"]  # fmt: skip
+                    "--hide-scrollbars", "--window-size=1280,900",
+                    # Without a GPU every frame of an animation is drawn by the processor.
+                    "--force-prefers-reduced-motion"]  # fmt: skip
         wanted = {"goog:chromeOptions": {"binary": chromium, "args": switches}, "goog:loggingPrefs": {"browser": "ALL"}}
         made = self.call("POST", "/session", capabilities={"alwaysMatch": wanted})
         self.base += f"/session/{made['sessionId']}"
@@ -116,9 +119,10 @@ def programs():
 
 
 @contextmanager
-def started(chromium, driver):
-    """A Browser while the context lasts."""
-    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(chromium, driver, folder):
+    """A Browser while the context lasts; what it writes stays in a folder."""
+    process = subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"TMPDIR": str(folder)})  # fmt: skip
     try:
         port = next(found[1] for line in process.stdout if (found := re.search(r"successfully on port (\d+)", line)))
         browser = Browser(f"http://127.0.0.1:{port}", chromium)
