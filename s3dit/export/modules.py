@@ -1,8 +1,8 @@
 """The parts of a model as functions of tensors alone, of any number of items and any size.
 
 `Features`, `Velocity`, `Pixels` and `Latents` call the model's own modules; what they add is the batch: pictures of one
-size, captions filled up to one length. Pictures go between them as patches on their grid, (B, H/16, W/16, 64) fp32, each
-patch (row, column, channel) of 2 × 2 latent cells, which a solver need not cut or join.
+size, captions filled up to one length. Pictures go between them as patches on their grid, (B, H/16, W/16, 64) fp32,
+each patch (row, column, channel) of 2 × 2 latent cells, which a solver need not cut or join.
 """
 
 import copy

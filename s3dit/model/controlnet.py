@@ -87,8 +87,9 @@ class ControlNet(nn.Module):
         and the hints for the base's refiner, one a block, or none (1.0).
         """
         pack = context.image
-        tokens = len(pack.token_index)
-        if (given := len(patches)) != tokens:
+        # By shape, since len() would be a fixed number in a graph.
+        tokens, given = pack.token_index.shape[0], patches.shape[0]
+        if given != tokens:
             patches = patches[:tokens] if given > tokens else patches.repeat(tokens // max(given, 1), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
         place = (context.image_rope, pack.spans, modulation.time, pack.modulation_row)
