@@ -20,7 +20,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from s3dit import __version__
-from s3dit.control import Control
+from s3dit.control import Control, shown
 from s3dit.errors import BackendError, RequestError
 from s3dit.export.layout import batched_attention
 from s3dit.export.modules import Features, Latents, Pixels, Velocity
@@ -68,6 +68,8 @@ def check(pipe: Pipeline, form: Form, control: Control | None = None) -> None:
 
 def _control_format(pipe: Pipeline, control: Control) -> dict[str, str]:
     """Open a control's ControlNet -> its number format by its name, if any; raises for what only pictures have."""
+    if not isinstance(control, Control):
+        raise RequestError(f"control is {shown(control)}; needed a Control, as in Control(path)")
     given = [name for name in ("image", "inpaint", "mask") if getattr(control, name) is not None]
     given += ["start and end"] if (control.start, control.end) != (0, 1) else []
     if given:
@@ -92,7 +94,7 @@ def _check_formats(formats: dict[str, str], form: Form, device: torch.device) ->
     if formats and form == "onnx":
         raise RequestError(f"found {listed}; onnx takes weights of floats; load without quantize, or {convert}")
     if DFLOAT11 in formats.values():
-        raise RequestError(f"found {listed}; torch alone does not decode {DFLOAT11}; {convert}")
+        raise RequestError(f"found {listed}; torch alone does not decode it; {convert}")
     if "fp8" in formats.values() and device.type == "cuda":
         raise RequestError(
             f"found {listed}; on a GPU products of fp8 are this package's own; take fp8-weights or int8, or {convert}"
@@ -136,23 +138,15 @@ def _embedding(pipe: Pipeline) -> torch.Tensor:
 
 
 @contextmanager
-def traceable(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Let a part, or a module of one, be traced inside the `with`: by torch's own operations, sizes being symbols."""
-    vae = module.vae if isinstance(module, Pixels | Latents) else None
-    if vae is not None:
-        # What is faster is the compiler's to say.
-        before, vae.memory_format = vae.memory_format, torch.contiguous_format
-    try:
-        with own_settings(device), torch.device(device), use_backend("torch"), attention.traced_as(batched_attention):
-            yield
-    finally:
-        if vae is not None:
-            vae.memory_format = before
+def traceable(device: torch.device) -> Iterator[None]:
+    """Let parts, or modules of them, be traced inside the `with`: by torch's own operations, sizes being symbols."""
+    with own_settings(device), torch.device(device), use_backend("torch"), attention.traced_as(batched_attention):
+        yield
 
 
 def program(module: Any, device: torch.device) -> ExportedProgram:
     """Trace one of `modules` on the device that it is on -> a graph that takes any sizes; raises RequestError."""
-    with traceable(module, device):
+    with traceable(device):
         example, free = module.sizes()
         example = tuple(each.to(device) for each in example)
         # Not by the bytecode: what the model keeps by size, and its choice of operations, are plain Python.

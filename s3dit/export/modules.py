@@ -99,7 +99,7 @@ class Pixels(nn.Module):
 
     def __init__(self, vae: Autoencoder) -> None:
         super().__init__()
-        self.vae = _without(vae, "encoder")
+        self.vae, self.held = _without(vae, "encoder"), (vae,)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Decode patches (B, rows, columns, 64) fp32 -> pixels (B, 3, 16 · rows, 16 · columns) fp32, about [-1, 1]."""
@@ -119,7 +119,7 @@ class Latents(nn.Module):
 
     def __init__(self, vae: Autoencoder) -> None:
         super().__init__()
-        self.vae = _without(vae, "decoder")
+        self.vae, self.held = _without(vae, "decoder"), (vae,)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode pixels (B, 3, rows, 16, columns, 16) fp32 in [-1, 1] -> patches (B, rows, columns, 64) fp32.
@@ -138,7 +138,12 @@ class Latents(nn.Module):
 
 
 def _without(vae: Autoencoder, half: str) -> Autoencoder:
-    """Return an autoencoder of the same modules without one half, whose weights a graph would hold unused."""
+    """Return an autoencoder of the same modules without one half, whose weights a graph would hold unused.
+
+    Its memory layout is the plain one: what is faster is a compiler's to say. The weights stay in memory for as long as
+    somebody has `vae` itself.
+    """
     other = copy.copy(vae)
+    other.memory_format = torch.contiguous_format
     other._modules = {name: module for name, module in vae._modules.items() if name != half}
     return other

@@ -203,7 +203,8 @@ class Model:
     def encode(self, pixels: Array) -> Array:
         """Return the patches (B, rows, columns, 64) of pixels (B, 3, H, W) in [-1, 1]."""
         items, _, height, width = pixels.shape
-        return self.run("vae_encoder", pixels.reshape(items, 3, height // 16, 16, width // 16, 16))
+        cut = np.ascontiguousarray(pixels).reshape(items, 3, height // 16, 16, width // 16, 16)
+        return self.run("vae_encoder", cut)
 
     def hints(self, control: Control | None, size: tuple[int, int], count: int) -> Array | None:
         """Return what the ControlNet reads, (count, rows, columns, 4 · channels); None where the folder has none."""
@@ -313,6 +314,15 @@ def png(pixels: Array) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def size_of(text: str) -> tuple[int, int]:
+    """Return (height, width) of WxH."""
+    try:
+        width, height = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"is {text!r}; needed WxH, such as 192x128") from None
+    return height, width
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description="Draw with the model in this folder.")
@@ -321,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ids", help="token ids of the whole chat template instead, such as 1,2,3")
     add("--model", default=str(Path(__file__).resolve().parent), help="another folder of s3dit export")
     add("--seed", type=int, default=0)
-    add("--size", help="WxH, multiples of 16 (default: the start image's, else the model's)")
+    add("--size", type=size_of, metavar="WxH", help="multiples of 16 (default: the start image's, else the model's)")
     add("--steps", type=int, help="(default: the model's)")
     add("--guidance-scale", type=float, help="0 is off (default: the model's)")
     add("--negative-prompt", default="", help="what to stay away from, with guidance")
@@ -368,11 +378,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.error("needed a prompt or --ids")
     try:
         prompt = args.prompt if args.ids is None else [int(each) for each in args.ids.split(",")]
-        size = None if args.size is None else tuple(int(side) for side in reversed(args.size.split("x")))
         model = Model(args.model)
-        start, control = pictures(args, size, model.settings)  # type: ignore[arg-type]
+        start, control = pictures(args, args.size, model.settings)
         pixels = model.draw(
-            [prompt], [args.seed], size, args.steps, args.guidance_scale, args.negative_prompt, start, control  # type: ignore[arg-type]
+            [prompt], [args.seed], args.size, args.steps, args.guidance_scale, args.negative_prompt, start, control
         )  # fmt: skip
     except ImportError as error:
         options.error(f"{error}; needed numpy, torch or onnxruntime, tokenizers for words, pillow for pictures")

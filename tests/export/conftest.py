@@ -50,10 +50,26 @@ def pipe(load_small):
 
 
 @pytest.fixture(scope="session")
-def net(tmp_path_factory):
-    """The file of a ControlNet for `pipe`."""
-    path = tmp_path_factory.mktemp("control") / "net.safetensors"
-    return write(path, network("2.1", (0,)).state_dict())
+def controlnet():
+    """Make a ControlNet of a version for `pipe`."""
+
+    def make(version):
+        net = network(version, (0,))
+        net.layers = 1
+        return net
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def net_module(controlnet):
+    return controlnet("2.1")
+
+
+@pytest.fixture(scope="session")
+def net(net_module, tmp_path_factory):
+    """The file of `net_module`."""
+    return write(tmp_path_factory.mktemp("control") / "net.safetensors", net_module.state_dict())
 
 
 @pytest.fixture(scope="session")

@@ -72,8 +72,8 @@ class Layers(torch.nn.Module):
 
 def test_every_format_is_multiplied_in_a_graph():
     torch.manual_seed(0)
-    layers, cpu = Layers().eval(), torch.device("cpu")
-    with graphs.traceable(layers, cpu):
+    layers = Layers().eval()
+    with graphs.traceable(torch.device("cpu")):
         free = ({0: torch.export.Dim("rows")},)
         program = torch.export.export(layers, (torch.randn(5, IN),), dynamic_shapes=free, strict=False)
     graphs.check_operations(program)
