@@ -117,14 +117,12 @@ def modules(pipe: Pipeline, control: Control | None = None) -> Iterator[tuple[st
     compute = pipe.placement.compute
     yield "text_encoder", Features(pipe.text_encoder, _embedding(pipe), compute)
     transformer = pipe.transformer
-    if control is None:
-        yield "transformer", Velocity(transformer, compute)
-    else:
+    net, rule = None, "authors" if control is None else control.rule or "authors"
+    if control is not None:
         with pipe.parts.beside():
             net = cast(ControlNet, pipe.parts.handle(pipe.parts.controlnet(control)[0]))
-        yield "transformer", Velocity(transformer, compute, net, control.rule or "authors")
-        del net
-    del transformer
+    yield "transformer", Velocity(transformer, compute, net, rule)
+    del transformer, net
     yield "vae", Pixels(pipe.vae)
     yield "vae_encoder", Latents(pipe.vae)
 
@@ -152,7 +150,22 @@ def program(module: Any, device: torch.device) -> ExportedProgram:
         # Not by the bytecode: what the model keeps by size, and its choice of operations, are plain Python.
         graph = torch.export.export(module.eval(), example, dynamic_shapes=free, strict=False)
     check_operations(graph)
+    _drop_casts(graph)
     return graph
+
+
+def _drop_casts(program: ExportedProgram) -> None:
+    """Take casts to a tensor's own dtype out of a graph, a third of its nodes in fp32, each of which costs loading."""
+    aten = torch.ops.aten
+    for node in program.graph.nodes:
+        if node.target == aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+        elif node.target == aten.to.dtype and not any(user.op == "output" for user in node.users):
+            source = node.args[0]
+            if source.meta["val"].dtype == node.meta["val"].dtype and len(node.args) == 2 and not node.kwargs:
+                node.replace_all_uses_with(source)
+                program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def check_operations(graph: ExportedProgram) -> None:
@@ -187,6 +200,7 @@ def write(
             # Not beside the next one.
             del module
         notes = _copy_tokenizer(pipe, built)
+        notes += [] if control is None else pipe.parts.controlnet(control)[1].notes
         (built / "settings.json").write_text(
             json.dumps(settings(pipe, form, control), indent=2) + "\n", encoding="utf-8"
         )

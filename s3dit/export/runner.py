@@ -150,22 +150,26 @@ class Model:
 
     def run(self, part: str, *inputs: Array) -> Array:
         """Run text_encoder, transformer, vae or vae_encoder; see `s3dit/export/modules.py` for what they take."""
+        return self.load(part)(*inputs)
+
+    def load(self, part: str) -> Callable[..., Array]:
+        """Return a part as a function, loaded once."""
         if part not in self._parts:
             suffix = "onnx" if self.settings["form"] == "onnx" else "pt2"
             if not (path := self.folder / f"{part}.{suffix}").is_file():
                 why = ", which reads pictures" if part == "vae_encoder" else ""
                 raise ValueError(f"{path} is not there{why}; needed a whole folder: write it anew with `s3dit export`")
-            self._parts[part] = (self._onnx if self.settings["form"] == "onnx" else self._torch)(part)
-        return self._parts[part](*inputs)
+            self._parts[part] = (self._onnx if suffix == "onnx" else self._torch)(path)
+        return self._parts[part]
 
-    def _torch(self, part: str) -> Callable[..., Array]:
+    def _torch(self, path: Path) -> Callable[..., Array]:
         import torch
 
-        path, device = str(self.folder / f"{part}.pt2"), self.settings["device"]
+        device = self.settings["device"]
         if self.settings["form"] == "compiled":
-            graph: Any = torch._inductor.aoti_load_package(path)
+            graph: Any = torch._inductor.aoti_load_package(str(path))
         else:
-            graph = torch.export.load(path).module()
+            graph = torch.export.load(str(path)).module()
 
         def run(*inputs: Array) -> Array:
             with torch.no_grad():
@@ -174,10 +178,10 @@ class Model:
 
         return run
 
-    def _onnx(self, part: str) -> Callable[..., Array]:
+    def _onnx(self, path: Path) -> Callable[..., Array]:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(self.folder / f"{part}.onnx")
+        session = onnxruntime.InferenceSession(path)
         names = [each.name for each in session.get_inputs()]
         return lambda *inputs: session.run(None, dict(zip(names, inputs, strict=True)))[0]
 

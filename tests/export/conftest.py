@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from s3dit import Control, Pipeline
@@ -74,7 +75,25 @@ def net(net_module, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def model(pipe, net, tmp_path_factory):
-    """The written folder of `pipe` and `net`, opened by the runner."""
-    folder = tmp_path_factory.mktemp("export") / "model"
-    assert graphs.write(pipe, folder, control=Control(net)) == []
-    return runner.Model(folder)
+    """The written folder of `pipe` and `net`, opened by the runner.
+
+    The transformer's graph, which is as dear to write and to load as to trace, is used as it was traced; the tests of
+    the other forms, and the other parts, come from files.
+    """
+    folder, traced, save, load = tmp_path_factory.mktemp("export") / "model", {}, graphs._save, torch.export.load
+
+    def keep(graph, path, form):
+        if path.name == "transformer":
+            traced["transformer.pt2"] = graph
+            path.with_suffix(".pt2").touch()
+        else:
+            save(graph, path, form)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_save", keep)
+        assert graphs.write(pipe, folder, control=Control(net)) == []
+        patch.setattr(torch.export, "load", lambda path: traced.get(Path(path).name) or load(path))
+        model = runner.Model(folder)
+        for part in ("text_encoder", "transformer", "vae", "vae_encoder"):
+            model.load(part)
+    return model
