@@ -1,22 +1,28 @@
 """Exported graphs give what the engine gives, at any size, caption length and batch, from one tracing.
 
-The bound is that of the parity tests, 1e-5 of the norm: a graph adds up in another order where it attends with a mask,
-and upsamples large pictures in one piece (up to 3e-6).
+Numbers are compared first, then the pictures of `runner.py`. The bound is that of the parity tests, 1e-5 of the norm: a
+graph adds up in another order where it attends with a mask, and upsamples large pictures in one piece (up to 3e-6).
+All tests of the written folder are here, since a worker that runs another file would trace it again.
 """
 
+import json
 import os
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from s3dit import Control, Pipeline, RequestError
-from s3dit.cli.main import main
-from s3dit.export import graphs
+from s3dit import Control, Pipeline
+from s3dit.export import graphs, runner
 from s3dit.export.layout import batched_attention, rectangle
 from s3dit.export.modules import Velocity
+from s3dit.export.runner import Start
 from s3dit.kernels.attention import attention
 from s3dit.model.controlnet import ActiveControlNet, Controls
 from s3dit.model.layout import patchify, text_to_image
@@ -165,73 +171,114 @@ def test_adapters_are_exported(load_small, tmp_path):
     assert distance(found, on_grid(wanted, (3, 5))) < BOUND < distance(before, wanted)
 
 
-def test_an_operation_of_the_engine_is_refused():
-    class Foreign(torch.nn.Module):
-        def forward(self, q, ends):
-            return torch.ops.s3dit.attention(q, q, q, ends, ends, ends, ends)
-
-    graph = torch.export.export(Foreign(), (torch.zeros(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)))
-    with pytest.raises(RequestError, match="the graph holds s3dit.attention.default, which torch alone does not have"):
-        graphs.check_operations(graph)
+PAGE = Path(__file__).resolve().parents[2] / "s3dit" / "EXPORT.md"
+PROMPTS = ["a red star above a blue ring", "a green square"]
+SIZE = (48, 80)
 
 
-def test_the_command_writes_what_its_options_say(net, tmp_path, monkeypatch, capsys):
-    """Writing itself is the fixture's."""
-    written = []
-
-    def write(pipe, folder, form, progress, control):
-        progress("vae")
-        written.append((str(pipe.placement), pipe.parts.formats["text_encoder"], folder.name, form, control))
-        return ["a note"]
-
-    monkeypatch.setattr(graphs, "write", write)
-    options = ["--quantize-text", "int8", "--compile", "--dtype", "fp32", "--device", "cpu"]
-    assert main(["export", "embedded", "-o", str(tmp_path / "stars"), *options]) == 0
-    control = ["--control", f"{net}::0.5:rule=diffusers"]
-    assert main(["export", "embedded", "-o", str(tmp_path / "onnx"), "--onnx", "--device", "cpu", *control]) == 0
-    assert written == [
-        ("cpu, fp32", "int8", "stars", "compiled", None),
-        ("cpu, fp32", "", "onnx", "onnx", Control(str(net), strength=0.5, rule="diffusers")),
-    ]
-    said = capsys.readouterr()
-    assert said.out.split() == [str(tmp_path / "stars"), str(tmp_path / "onnx")]
-    assert said.err.count("writing vae") == said.err.count("a note") == 2
+def picture(seed, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["embedded", "-o", "there"], "there exists; needed the name of a new folder"),
-        (["embedded", "-o", "x", "--quantize", "q4"], "--quantize is 'q4'; needed one of"),
-        (["embedded", "-o", "x", "--onnx", "--quantize", "int8"], "found transformer in int8; onnx takes"),
-        (["embedded", "-o", "x", "--control", "none.safetensors"], "--control none.safetensors: not found"),
-        (["embedded", "-o", "x", "--control", "there:a.png"], "control has image"),
-        (["embedded", "-o", "x", "--control", "there::3"], "control strength is 3.0; needed"),
-        (["embedded", "-o", "x", "--onnx", "--compile"], "not allowed with"),
-    ],
-)
-def test_what_cannot_be_written_is_refused(words, message, tmp_path, monkeypatch, capsys):
+def mask(size=SIZE):
+    """White on the right, from a place inside of a patch on."""
+    white = np.zeros(size, np.uint8)
+    white[:, 24:] = 255
+    return white
+
+
+def near(found, wanted):
+    """Whether pixels are equal, but where a number lies between two integers, and the last bit decides."""
+    off = np.abs(found.astype(int) - np.asarray(wanted).astype(int))
+    return off.max() <= 1 and (off > 0).mean() < 1e-2
+
+
+# Of the engine's request, and of the runner; in all of them two steps or three.
+WAYS = {
+    "words": ({}, {}),
+    "image": ({"image": picture(1), "strength": 0.7, "guidance_scale": 2.0},
+              {"start": Start(picture(1), None, 0.7), "guidance_scale": 2.0}),
+    "mask": ({"image": picture(1), "mask_image": mask()}, {"start": Start(picture(1), mask() > 0)}),
+}  # fmt: skip
+# With the ControlNet of the fixture, and the image of both.
+CONTROLS = [
+    ({"strength": 0.8, "end": 0.5}, {"guidance_scale": 2.0}), ({"inpaint": picture(3), "mask": mask()}, {}),
+]  # fmt: skip
+
+
+def check(model: runner.Model, pipe: Pipeline, wanted: dict, found: dict) -> None:
+    """Compare two pictures of a written model with the pipeline's."""
+    found = model.draw(PROMPTS, [3, 4], SIZE, steps=3, **found)
+    for i, prompt in enumerate(PROMPTS):
+        options = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 3, **wanted}
+        assert near(found[i], pipe(prompt, seed=3 + i, **options).images[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_draws_the_pictures_of_the_engine(pipe, model, way):
+    check(model, pipe, *WAYS[way])
+
+
+@pytest.mark.parametrize(("values", "options"), CONTROLS, ids=["image", "inpaint"])
+def test_it_draws_by_a_controlnet(pipe, net, model, values, options):
+    control = {"control": Control(net, picture(2), **values)} | options
+    check(model, pipe, control, {"control": runner.Control(picture(2), **values)} | options)
+
+
+def test_a_folder_is_whole(model):
+    assert sorted(path.name for path in model.folder.iterdir()) == [
+        "runner.py", "settings.json", "text_encoder.pt2", "tokenizer.json", "transformer.pt2", "vae.pt2",
+        "vae_encoder.pt2",
+    ]  # fmt: skip
+
+
+def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "Model", lambda folder: model)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "there").mkdir()
-    try:
-        code = main(["export", *words])
-    except SystemExit as done:
-        code = done.code
-    assert code == 2 and message in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    ids = ",".join(map(str, pipe.tokenizer.encode(PROMPTS[0])))
+    for words, name in ((PROMPTS[:1], "words.png"), (["--ids", ids], "ids.png")):
+        runner.main([*words, "--size", "64x48", "--steps", "1", "-o", name])
+    assert Path("words.png").read_bytes() == Path("ids.png").read_bytes()
+    assert Image.open("ids.png").size == (64, 48)
+    with pytest.raises(SystemExit):
+        runner.main([])
 
 
-@pytest.mark.parametrize(
-    ("load", "form", "message"),
-    [
-        ({"quantize": "int8", "dtype": "fp32"}, "onnx", "found transformer in int8; onnx takes weights of floats"),
-        ({"residency": "streamed"}, "export", "loaded with residency streamed"),
-        ({}, "pt", "form is 'pt'; needed export, compiled, onnx"),
-    ],
-    ids=str,
-)
-def test_a_model_that_cannot_be_written_is_refused(load, form, message, monkeypatch, tmp_path):
-    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: True)
-    with pytest.raises(RequestError, match=message):
-        graphs.write(Pipeline.load(device="cpu", **load), tmp_path / "model", form)
-    assert not list(tmp_path.iterdir())
+def test_its_command_takes_pictures(pipe, net, model, tmp_path, monkeypatch):
+    """A start image that has to be scaled, with a mask, and a control picture of another size."""
+    monkeypatch.setattr(runner, "Model", lambda folder: model)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(1, (50, 83))).save("a.png")
+    Image.fromarray(mask((50, 83))).save("m.png")
+    Image.fromarray(picture(2, (64, 64))).save("c.png")
+    words = "--image a.png --mask m.png --strength 0.9 --control-image c.png --control-end 0.5 --steps 2 --seed 5"
+    runner.main([PROMPTS[0], *words.split(), "-o", "drawn.png"])
+    options = {"image": "a.png", "mask_image": "m.png", "strength": 0.9, "control": Control(net, "c.png", end=0.5)}
+    wanted = pipe(PROMPTS[0], seed=5, num_inference_steps=2, **options).images[0]
+    assert near(np.asarray(Image.open("drawn.png")), wanted)
+
+
+def test_the_examples_of_the_page_run(model, monkeypatch, capsys):
+    """Writing and loading are those of the fixture."""
+    written = []
+    monkeypatch.setattr(graphs, "write", lambda pipe, folder: written.append((type(pipe), folder)))
+    monkeypatch.setattr(runner, "Model", lambda folder: model)
+    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    exec(compile("\n".join(examples), PAGE.name, "exec"), {})
+    assert written == [(Pipeline, "stars")] and capsys.readouterr().out == "(2, 64, 96, 3) uint8\n"
+
+
+@SLOW
+@pytest.mark.parametrize("form", ["compiled", "onnx"])
+def test_other_forms_draw_the_same(form, pipe, net, tmp_path):
+    if form == "onnx":
+        pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
+        pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
+    graphs.write(pipe, tmp_path / "model", form, control=Control(net))
+    assert json.loads((tmp_path / "model" / "settings.json").read_text())["form"] == form
+    model = runner.Model(tmp_path / "model")
+    for way in WAYS.values():
+        check(model, pipe, *way)
+    for values, options in CONTROLS:
+        control = {"control": Control(net, picture(2), **values)} | options
+        check(model, pipe, control, {"control": runner.Control(picture(2), **values)} | options)
