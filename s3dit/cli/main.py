@@ -14,6 +14,7 @@ from typing import Any
 
 from s3dit import __version__
 from s3dit.cli import (
+    batch,
     calibrate_cache,
     compare,
     convert,
@@ -31,9 +32,9 @@ from s3dit.terminal import finish, follows, say, stoppable, streams
 
 # Module by the name of its command.
 COMMANDS: dict[str, Any] = {
-    "generate": generate, "plan": plan, "microscope": microscope, "inspect": inspect, "compare": compare,
-    "convert": convert, "quantize": quantize, "calibrate-cache": calibrate_cache, "export": export, "parity": parity,
-    "serve": serve,
+    "generate": generate, "batch": batch, "plan": plan, "microscope": microscope, "inspect": inspect,
+    "compare": compare, "convert": convert, "quantize": quantize, "calibrate-cache": calibrate_cache, "export": export,
+    "parity": parity, "serve": serve,
 }  # fmt: skip
 # The names of before, for one release.
 RENAMED = {"look": "inspect"}

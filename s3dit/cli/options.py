@@ -37,14 +37,20 @@ def add_request(parser: argparse.ArgumentParser, without: Sequence[str] = ()) ->
             groups[title] = parser.add_argument_group(title)
         if field.name == "prompt":
             prompts = groups[title]
-            prompts.add_argument("prompt", nargs="?", metavar="PROMPT", help=field.metadata["help"])
-            prompts.add_argument("-p", "--prompt", dest="named_prompt", metavar="TEXT", help="the same, by name")
-            prompts.add_argument(
-                "--prompt-file", metavar="FILE", help="one prompt a line, one picture each; - reads standard input"
-            )
+            if field.name not in without:
+                _add_prompts(prompts, field.metadata["help"])
             prompts.add_argument("--size", type=_size, metavar="WxH", help="width and height at once, such as 1024x768")
         elif title and field.name not in without:
             _add_field(groups[title], field)
+
+
+def _add_prompts(group: Any, text: str) -> None:
+    """The three ways to give prompts."""
+    group.add_argument("prompt", nargs="?", metavar="PROMPT", help=text)
+    group.add_argument("-p", "--prompt", dest="named_prompt", metavar="TEXT", help="the same, by name")
+    group.add_argument(
+        "--prompt-file", metavar="FILE", help="one prompt a line, one picture each; - reads standard input"
+    )
 
 
 def _add_field(group: Any, field: "Field[Any]") -> None:

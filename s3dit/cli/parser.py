@@ -30,6 +30,7 @@ UNCLEAR = {
 }  # fmt: skip
 LESS_MEMORY = "give a budget with --vram 4GiB, on a CPU with --ram 4GiB, or --residency streamed"
 INTO_CONTROL = "it is part of the control: --control FILE:IMAGE:STRENGTH"
+THREADS = "set OMP_NUM_THREADS in the environment; of s3dit batch's workers, --worker-threads"
 # Options of other programs that are none here, and what does the same.
 ANSWERS = {
     "--lora-scales": "write the strength behind the file: --lora style.safetensors:0.8",
@@ -46,7 +47,7 @@ ANSWERS = {
     "--fp16": "fp16 overflows in this model; needed --dtype bf16 or --dtype fp32",
     "--bf16": "say --dtype bf16", "--fp32": "say --dtype fp32", "--cpu": "say --device cpu",
     "--type": "say --quantize with fp8, int8, int4, fp8-weights or int8-weights",
-    "--threads": "set OMP_NUM_THREADS in the environment", "-t": "set OMP_NUM_THREADS in the environment",
+    "--threads": THREADS, "-t": THREADS,
     "--config-from-metadata": "draw a picture again with --replay FILE",
     "--metadata": "every picture carries its settings; --no-metadata leaves them out",
     "--clip-skip": "this text encoder has no layers to skip; leave it out",
@@ -94,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     def add_spellings(self) -> None:
         """Register SPELLINGS of the options that this parser has, hidden from --help."""
         for spelling, option in SPELLINGS.items():
-            if (known := self.options.get(option)) is not None:
+            if (known := self.options.get(option)) is not None and spelling not in self.options:
                 self.add_argument(
                     spelling, action=type(known), dest=known.dest, type=known.type or str, choices=known.choices,
                     default=known.default, metavar=known.metavar, help=argparse.SUPPRESS,

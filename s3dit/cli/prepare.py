@@ -6,7 +6,7 @@ replayed picture's metadata say wrong is named as it stands there.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from s3dit import files
@@ -31,7 +31,7 @@ MODELS = ("model", "transformer", "text_encoder", "vae", "tokenizer")
 def read_request(args: argparse.Namespace) -> tuple[Request, Replay]:
     """The request of the options, and the picture that it replays, if any; raises RequestError."""
     prompt = _prompt(args)
-    _check_options(args)
+    check_options(args)
     replay = NOTHING
     if (picture := getattr(args, "replay", None)) is not None:
         files.check_file("--replay", str(picture), "a picture that s3dit drew")
@@ -39,7 +39,7 @@ def read_request(args: argparse.Namespace) -> tuple[Request, Replay]:
     given = {name: getattr(args, name) for name in FIELDS} | {"prompt": prompt}
     with speaking_of_options():
         request = Request(**replay.request | {name: value for name, value in given.items() if value is not None})
-    files.check_models(_models(args, request))
+    files.check_models([*models(args), *(("--control", str(control.model)) for control in request.controls)])
     for option, path in _images(request):
         files.check_file(option, path, "a picture")
     return request, replay
@@ -54,16 +54,30 @@ def load(
     Says on standard error in what this differs from what drew a replayed picture, what became of each adapter, and
     which prompt is drawn if none is given. Raises RequestError, BackendError, CheckpointError.
     """
-    pipe = load_pipeline(args, parallel)
+    pipe = load_with_adapters(args, replay, parallel=parallel)
     with speaking_of_options():
-        for change in changes(pipe, replay.engine):
-            say(f"{args.replay} was drawn {change}: not the same to the bit")
-        for report in attach(pipe, args, replay.adapters):
-            say(f"adapter {report}")
         plan = pipe.plan(request)
     if request.prompt is None and not request.region:
         say(f"no prompt is given; drawing the model's own example: {plan.request.prompts[0]}")
     return pipe, plan
+
+
+def load_with_adapters(
+    args: argparse.Namespace, replay: Replay = NOTHING, report: Callable[[str], object] = say,
+    parallel: str | None = None,
+) -> "Pipeline":  # fmt: skip
+    """Load the model that the options name, and attach its adapters; raises as `load` does.
+
+    report: called with what differs from what drew a replayed picture, and what became of each adapter · parallel: as
+    of `Pipeline.load`.
+    """
+    pipe = load_pipeline(args, parallel)
+    with speaking_of_options():
+        for change in changes(pipe, replay.engine):
+            report(f"{args.replay} was drawn {change}: not the same to the bit")
+        for attached in attach(pipe, args, replay.adapters):
+            report(f"adapter {attached}")
+    return pipe
 
 
 def load_pipeline(args: argparse.Namespace, parallel: str | None = None) -> "Pipeline":
@@ -94,7 +108,7 @@ def _prompt(args: argparse.Namespace) -> Any:
     return given[0] if given else None
 
 
-def _check_options(args: argparse.Namespace) -> None:
+def check_options(args: argparse.Namespace) -> None:
     """Check options that are no fields of a request and need no model; --size becomes height and width."""
     if args.size is not None:
         if args.width is not None or args.height is not None:
@@ -104,13 +118,12 @@ def _check_options(args: argparse.Namespace) -> None:
         check_format(option, name)
 
 
-def _models(args: argparse.Namespace, request: Request) -> Iterator[tuple[str, str]]:
+def models(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Options and the files of weights or models that they name."""
     for name in MODELS:
         if (value := getattr(args, name)) not in (None, *FOLDERS):
             yield NAMES[name], value
     yield from (("--lora", file) for file in (option.file for option in args.lora))
-    yield from (("--control", str(control.model)) for control in request.controls)
 
 
 def _images(request: Request) -> Iterator[tuple[str, str]]:
