@@ -198,7 +198,7 @@ def say(text: object) -> None:
     shown = line(f"s3dit: {text}", _encoding(sys.stderr))
     if (tqdm := sys.modules.get("tqdm")) is not None:
         # Bars make room for it.
-        tqdm.tqdm.write(shown, file=sys.stderr)
+        tqdm.tqdm.write(shown + "\n", file=sys.stderr, end="")
     else:
         sys.stderr.write(shown + "\n")
     sys.stderr.flush()

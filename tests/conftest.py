@@ -2,10 +2,18 @@
 
 One thread unless OMP_NUM_THREADS says otherwise: tensors are small here, a second one costs more processor time (a
 sixth of the whole run) than it saves, and figures do not depend on a machine's cores.
+
+The default run keeps to six minutes of two cores. What it leaves out runs with S3DIT_SLOW=1, and in `.ci/run`:
+
+- `@pytest.mark.slow`: the test;
+- `@pytest.mark.sampled(n)`: all but n of its cases, which are chosen at random, the same ones every time;
+- `@pytest.mark.longer`: what the test itself does more when it is set.
 """
 
 import importlib.util
 import os
+import random
+from collections import defaultdict
 
 import pytest
 import torch
@@ -42,6 +50,35 @@ if os.environ.get("TRITON_INTERPRET") == "1":
             scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
         interpreter._patch_lang_tensor = _patch_lang_tensor
+
+SLOW = os.environ.get("S3DIT_SLOW") == "1"
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out unless S3DIT_SLOW=1")
+    config.addinivalue_line("markers", "sampled(n): n of the cases by default, all with S3DIT_SLOW=1")
+    config.addinivalue_line("markers", "longer: does more with S3DIT_SLOW=1")
+
+
+def pytest_report_header():
+    return None if SLOW else "left out: slow tests and most cases of large grids; S3DIT_SLOW=1 runs them too"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is slow, and what is not among the sample of a test's cases, unless it is asked for by name."""
+    if SLOW or any("::" in given for given in config.args):
+        return
+    cases, left_out = defaultdict(list), set()
+    for item in items:
+        if item.get_closest_marker("slow"):
+            left_out.add(item)
+        elif item.get_closest_marker("sampled"):
+            cases[item.path, item.cls, item.originalname].append(item)
+    for (_, _, name), group in cases.items():
+        (count,) = group[0].get_closest_marker("sampled").args
+        left_out.update(random.Random(name).sample(group, max(len(group) - count, 0)))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 @pytest.fixture(scope="session")

@@ -46,6 +46,7 @@ RUNS_WITH = {
     "s3dit.export.runner": {"onnxruntime"}, "s3dit.batch.stores": {"pyarrow"}, "s3dit.batch.cluster": {"ray"},
     "s3dit.serve.api": {"starlette"}, "s3dit.serve.drawing": {"starlette"},
     "s3dit.serve.server": {"starlette", "uvicorn"}, "s3dit.serve.metrics": {"prometheus_client"},
+    "s3dit.serve.replicas": {"ray", "prometheus_client"}, "s3dit.runtime.ray_cluster": {"ray"},
 }  # fmt: skip
 # Functions that import what they are given.
 IMPORTERS = {"importlib.import_module", "import_module", "__import__"}

@@ -40,6 +40,7 @@ PAGES = ["s3dit/API.md", "s3dit/EMBED.md", "s3dit/RECIPES.md", "s3dit/DIFFERENCE
 
 
 @pytest.mark.parametrize("folder", PAGES)
+@pytest.mark.sampled(1)
 def test_examples_run(folder, tmp_path, monkeypatch, capsys):
     """One after another in one program, as a reader would type them."""
     monkeypatch.chdir(tmp_path)

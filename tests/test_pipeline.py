@@ -32,6 +32,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("solver", get_args(Solver))
+@pytest.mark.sampled(2)
 def test_a_ragged_batch_equals_one_by_one(pipe, solver):
     sizes, seeds = [(128, 96), (64, 128), (112, 80)], [4, 9, 2]
     options = {"num_inference_steps": 3, "guidance_scale": 1.5, "solver": solver, "output_type": "latent"}

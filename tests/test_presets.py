@@ -177,6 +177,7 @@ def test_the_state_starts_from_the_first_noise(pipe):
     ],
     ids=lambda fields: "+".join(map(str, fields.values())),
 )  # fmt: skip
+@pytest.mark.sampled(1)
 def test_a_picture_of_a_batch_is_drawn_again_alone(pipe, fields, tmp_path):
     """From its own record, whose seed is the batch's."""
     if fields["preset"] == "comfyui-2k" or "strength" in fields:

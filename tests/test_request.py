@@ -173,6 +173,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", [one.name for one in fields(Request)])
+@pytest.mark.sampled(10)
 def test_nothing_but_a_request_error_whatever_a_field_holds(pipe, name):
     """Of every type there is, and deep enough to be read, counted and compared: no field lets a foreign error out."""
     nested: list = []

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # What pyproject.toml says is needed, and what torch says that it needs.
@@ -84,6 +86,7 @@ for ask in (
     assert "triton" in triton and ("needs a CUDA device" in triton or "pip install 's3dit[gpu]'" in triton)
 
 
+@pytest.mark.slow
 def test_a_checkout_without_links_draws(tmp_path):
     """Git without links writes the target of one into a file."""
     skip = shutil.ignore_patterns("__pycache__")

@@ -40,7 +40,8 @@ class Process:
 def in_processes(job: Job, rows: Sequence[Row], count: int) -> Iterator[Result]:
     """Draw rows in `count` processes; results come as they are done. One without an id has notes of the model.
 
-    Raises the error of a worker that cannot load its model, and BackendError where workers die before they have.
+    Raises the error of a worker that cannot load its model or write pictures, and BackendError where workers die before
+    they have loaded it.
     """
     pool = Pool(job, passes(rows, job.size))
     try:
@@ -78,7 +79,7 @@ class Pool:
         self.workers.append(Process(number, process, ours))
 
     def heard(self, worker: Process, message: Any) -> Iterator[Result]:
-        """Take what a worker says: an error of its loading, a result, or None when it has nothing to do."""
+        """Take what a worker says: an error that ends the batch, a result, or None when it has nothing to do."""
         if isinstance(message, ERRORS):
             raise message
         if message is not None:
@@ -139,14 +140,13 @@ def _work(pipe: Connection, job: Job, number: int) -> None:
         with stoppable(lambda *_: os._exit(143)):
             try:
                 worker = Worker(job, number)
+                pipe.send({"notes": worker.notes})
+                while True:
+                    pipe.send(None)
+                    for result in worker.draw(pipe.recv()):
+                        pipe.send(result)
             except ERRORS as error:
                 pipe.send(error)
-                return
-            pipe.send({"notes": worker.notes})
-            while True:
-                pipe.send(None)
-                for result in worker.draw(pipe.recv()):
-                    pipe.send(result)
     except (EOFError, BrokenPipeError, ConnectionResetError, Stopped):
         # The parent has no more to draw, or is gone, or says that it is enough.
         pipe.close()

@@ -96,7 +96,9 @@ class Folder:
     def end(self) -> None:
         """Close results.jsonl, and with it its lock."""
         if self.file is not None:
-            self.file.close()
+            # Every line was flushed, or `append` has said that it could not be.
+            with suppress(OSError):
+                self.file.close()
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file under a hidden name, and rename it."""

@@ -2,7 +2,8 @@
 
 A result is a dict of JSON values: `id`, `line` and `digest` of the row, then `files`, the SHA-256 of each file by its
 name, or `error`, and `seconds` and `worker` (machine and process). `notes` may stand beside, for the user. What is the
-row's fault, or its files', or memory's, is an error of that row; whatever else goes wrong ends the worker.
+row's fault, or its files', or memory's, is an error of that row; an output that cannot be written is raised, and ends
+the batch; whatever else goes wrong ends the worker.
 """
 
 import hashlib
@@ -73,11 +74,14 @@ class Worker:
             os.chdir(job.folder)
 
     def draw(self, rows: Sequence[Row]) -> Iterator[Result]:
-        """Draw rows, in one pass if they are several, and save their pictures; one result each."""
+        """Draw rows, in one pass if they are several, and save their pictures; one result each.
+
+        Raises RequestError where the pictures cannot be written.
+        """
         start = time.perf_counter()
         try:
             requests = [self._request(row) for row in rows]
-            results = self._save(rows, joined(requests) if len(rows) > 1 else requests[0])
+            results = self._drawn(rows, joined(requests) if len(rows) > 1 else requests[0])
         except (RequestError, CheckpointError, BackendError) as error:
             if len(rows) > 1:
                 # One of them is at fault, or they are too many for the memory.
@@ -85,6 +89,10 @@ class Worker:
                     yield from self.draw([row])
                 return
             results = [{"error": str(error)}]
+        for files in (result["files"] for result in results if "files" in result):
+            for name, data in files.items():
+                self.store.write(name, data)
+                files[name] = hashlib.sha256(data).hexdigest()
         seconds = round((time.perf_counter() - start) / len(rows), 4)
         for row, result in zip(rows, results, strict=True):
             yield head(row) | result | {"seconds": seconds, "worker": self.name}
@@ -97,21 +105,19 @@ class Worker:
             )
         return row.request()
 
-    def _save(self, rows: Sequence[Row], request: Request) -> list[Result]:
-        """Draw a request and write its pictures: of each row one, or all of the only row."""
+    def _drawn(self, rows: Sequence[Row], request: Request) -> list[Result]:
+        """Draw a request; `files` are the contents of its pictures: of each row one, or all of the only row."""
         from s3dit.inputs.save_image import encoded
 
         plan = self.pipe.plan(request)
         drawn = self.pipe(plan)
         each, form = len(drawn.images) // len(rows), ENDINGS[self.job.ending]
         names = [f"{row.name}{f'+{i + 1}' if each > 1 else ''}{self.job.ending}" for row in rows for i in range(each)]
-        files: list[dict[str, str]] = [{} for _ in rows]
+        files: list[dict[str, bytes]] = [{} for _ in rows]
         for i, (name, image, record) in enumerate(zip(names, drawn.images, drawn.metadata, strict=True)):
-            data = encoded(image, form, record if self.job.metadata else None, self.job.quality)
-            self.store.write(name, data)
-            files[i // each][name] = hashlib.sha256(data).hexdigest()
+            files[i // each][name] = encoded(image, form, record if self.job.metadata else None, self.job.quality)
         notes = {"notes": list(plan.unused)} if plan.unused else {}
-        return [{"files": written} | notes for written in files]
+        return [{"files": contents} | notes for contents in files]
 
 
 def head(row: Row) -> Result:

@@ -57,8 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("workers")
     group.add_argument(
         "--workers", type=int, metavar="N",
-        help="processes, each with a model of its own, and with a GPU of several (default: 1, which is this one); on "
-        "Ray: at most so many (default: what the cluster has room for)",
+        help="processes, each with a model of its own, and with a GPU of several (default: 1, the command's own); on "
+        "Ray: at most so many (default: what the cluster has room for at the start)",
     )  # fmt: skip
     group.add_argument(
         "--worker-threads", dest="threads", type=int, metavar="N",

@@ -30,7 +30,9 @@ UNCLEAR = {
 }  # fmt: skip
 LESS_MEMORY = "give a budget with --vram 4GiB, on a CPU with --ram 4GiB, or --residency streamed"
 INTO_CONTROL = "it is part of the control: --control FILE:IMAGE:STRENGTH"
-THREADS = "set OMP_NUM_THREADS in the environment; of s3dit batch's workers, --worker-threads"
+THREADS = (
+    "set OMP_NUM_THREADS in the environment; of the workers of s3dit batch and s3dit serve --ray, --worker-threads"
+)
 # Options of other programs that are none here, and what does the same.
 ANSWERS = {
     "--lora-scales": "write the strength behind the file: --lora style.safetensors:0.8",

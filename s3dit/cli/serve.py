@@ -2,7 +2,10 @@
 
 import argparse
 import os
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +17,17 @@ from s3dit.cli.options import SIZE, add_model, add_runtime, check_format
 from s3dit.cli.prepare import MODELS, load_pipeline
 from s3dit.cli.replay import attach
 from s3dit.errors import RequestError
+from s3dit.runtime import ray_cluster
 from s3dit.runtime.embedded import FOLDERS
 from s3dit.runtime.embedded import NAMES as EMBEDDED_NAMES
 from s3dit.serve.bounds import Limits
+from s3dit.serve.door import digest
 from s3dit.terminal import say
 
 if TYPE_CHECKING:
     from s3dit.pipeline import Pipeline
+    from s3dit.serve.engine import Engine
+    from s3dit.serve.server import Serving
 
 SUMMARY = "draw for others over HTTP: OpenAI's images API, and a web page"
 EXAMPLES = (
@@ -34,9 +41,11 @@ EXAMPLES = (
         "s3dit serve path/to/Z-Image-Turbo --quantize fp8 --warm-up 1024x1024,768x1344 --queue 16",
         "faster, the first picture too; who comes to a full queue is told when to come again",
     ),
+    ("s3dit serve path/to/Z-Image-Turbo --ray auto --replicas 2:16", "on a Ray cluster, more of them as more is asked"),
 )
 # What it needs beside the engine, by import name.
 NEEDED = ("starlette", "uvicorn", "prometheus_client")
+NEEDED_BY_RAY = (*NEEDED, "ray")
 KEY = "S3DIT_API_KEY"
 # Bytes of a file that holds a key.
 LONGEST_KEY = 4096
@@ -53,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     _add_network(parser)
     _add_work(parser)
     _add_limits(parser)
+    _add_ray(parser)
     add_model(parser)
     add_runtime(parser)
 
@@ -125,6 +135,31 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--max-{name}", type=int, metavar="N", help=f"{text} (default: {default:,})")
 
 
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("many machines")
+    group.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS",
+        help="serve by Ray Serve on a cluster: auto or HOST:PORT; without ADDRESS, local: one of this machine alone",
+    )  # fmt: skip
+    group.add_argument(
+        "--replicas",
+        type=_range,
+        metavar="N|MIN:MAX",
+        help="models that draw, each in a process of its own; MIN:MAX as the load wants (default: 1)",
+    )
+    group.add_argument(
+        "--worker-threads", dest="threads", type=int, metavar="N", help="of a replica on a CPU (default: 1)"
+    )
+
+
+def _range(text: str) -> tuple[int, int]:
+    """A number, or the least and the most of one."""
+    match = re.fullmatch(r"(\d{1,4})(?::(\d{1,4}))?", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1, or MIN:MAX such as 1:4")
+    return int(match[1]), int(match[2] or match[1])
+
+
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     """Sizes that commas part: width and height each."""
     found = [SIZE.fullmatch(each.strip()) for each in text.split(",")]
@@ -136,16 +171,38 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal; returns the exit code. Raises RequestError, BackendError, CheckpointError."""
     limits, key = _checked(args), _key(args.api_key_file)
-    _check_packages()
+    _check_packages(NEEDED if args.ray is None else NEEDED_BY_RAY, "serve" if args.ray is None else "serve,ray")
     folder = _adapters(args.lora_dir)
     with importing():
-        from s3dit.serve.engine import Engine
-        from s3dit.serve.server import Server, Serving, bound, is_local
+        from s3dit.serve.server import Server, bound, is_local
 
     # Before a model is read, which takes long: a port that is taken is said at once.
     sock = bound(args.host, args.port)
-    if key is None and not is_local(sock):
+    address = sock.getsockname()[0]
+    if key is None and not is_local(address):
         say(f"whoever reaches {args.host} may draw here; --api-key-file asks for a key")
+    if args.ray is not None:
+        sock.close()
+        _serve_on_ray(args, partial(opened, args, limits, key, folder), address)
+        return 0
+    engine, serving = opened(args, limits, key, folder)
+    try:
+        Server(engine, serving, sock).serve_forever()
+    finally:
+        engine.stop()
+    return 0
+
+
+def opened(args: argparse.Namespace, limits: Limits, key: bytes | None, folder: list[Path]) -> "tuple[Engine, Serving]":
+    """Load the model and its adapters -> an engine that is warm, and how it is served; on Ray in each replica."""
+    with importing():
+        import torch
+
+        from s3dit.serve.engine import Engine
+        from s3dit.serve.server import Serving
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     pipe = load_pipeline(args)
     scales = _attach(pipe, args, folder)
     say(f"{pipe.folder.name} on {pipe.placement}" + f"; adapters: {', '.join(pipe.lora.names)}" * bool(pipe.lora.names))
@@ -157,10 +214,27 @@ def run(args: argparse.Namespace) -> int:
     engine = Engine(pipe, queue_limit=args.queue, max_batch_tokens=args.batch_tokens, timeout=args.timeout)
     try:
         engine.warm_up(args.warm_up)
-        Server(pipe, engine, serving, sock).serve_forever()
-    finally:
+    except BaseException:
         engine.stop()
-    return 0
+        raise
+    return engine, serving
+
+
+def _serve_on_ray(args: argparse.Namespace, opened: "Callable[[], tuple[Engine, Serving]]", address: str) -> None:
+    """Serve by replicas until a signal; raises BackendError, and what loading a model raises."""
+    # Ray's processes inherit the environment.
+    os.environ.pop(KEY, None)
+    ray_cluster.prepare()
+    try:
+        with importing():
+            from s3dit.serve.replicas import Application, Fleet
+    except ImportError as error:
+        raise RequestError(f"--ray cannot import Ray Serve ({error}); pip install 's3dit[serve,ray]'") from None
+    least, most = args.replicas or (1, 1)
+    Application(
+        opened=opened, fleet=Fleet(least=least, most=most, threads=args.threads, device=args.device), cluster=args.ray,
+        host=address, port=args.port, queue=args.queue, timeout=args.timeout, grace=args.grace,
+    ).serve_forever()  # fmt: skip
 
 
 def _checked(args: argparse.Namespace) -> Limits:
@@ -175,6 +249,7 @@ def _checked(args: argparse.Namespace) -> Limits:
     for option, value, low, high in (
         ("--port", args.port, 0, 65535), ("--queue", args.queue, 1, 100_000), ("--timeout", args.timeout, 1, 1e6),
         ("--grace", args.grace, 0, 86_400), ("--batch-tokens", args.batch_tokens, 1, 1 << 30),
+        ("--worker-threads", args.threads, 1, 4096),
     ):  # fmt: skip
         if value is not None and not low <= value <= high:
             raise RequestError(f"{option} is {value:g}; needed {low} to {high:g}")
@@ -185,14 +260,38 @@ def _checked(args: argparse.Namespace) -> Limits:
     for name, value in limits.items():
         if value is not None and value < 1:
             raise RequestError(f"--max-{name.replace('_', '-')} is {value}; needed 1 or more")
+    _check_ray(args)
     if args.residency is None and args.vram is None and args.ram is None:
         # Parts that took turns would be read again for every request.
         args.residency = "resident"
     return replace(Limits(), **{name: value for name, value in limits.items() if value is not None})
 
 
-def _key(path: Path | None) -> str | None:
-    """The key that clients must have: of a file, or of the environment; raises RequestError."""
+def _check_ray(args: argparse.Namespace) -> None:
+    """Check and complete what replicas are started with; raises RequestError."""
+    if args.ray is None:
+        for option, value in (("--replicas", args.replicas), ("--worker-threads", args.threads)):
+            if value is not None:
+                raise RequestError(f"{option} is given without --ray; needed both, or neither")
+        return
+    if args.ray not in ("local", "auto") and not re.fullmatch(r"[^\s:/@]+:\d{1,5}", args.ray):
+        raise RequestError(f"--ray is {args.ray!r}; needed local, auto or HOST:PORT of a cluster; MODEL stands before")
+    if args.port == 0:
+        raise RequestError("--port is 0 with --ray; needed a port that is free on all machines, such as 8000")
+    if ":" in (args.device or ""):
+        raise RequestError(f"--device is {args.device} with --ray, which chooses a GPU for each replica; needed cuda")
+    args.threads = args.threads or 1
+    # Replicas have another current folder.
+    for name in MODELS:
+        value = getattr(args, name)
+        if value not in (None, *FOLDERS) and (path := Path(value).expanduser()).exists():
+            setattr(args, name, str(path.absolute()))
+    args.lora = [replace(option, file=str(Path(option.file).expanduser().absolute())) for option in args.lora]
+    args.lora_dir = args.lora_dir and args.lora_dir.absolute()
+
+
+def _key(path: Path | None) -> bytes | None:
+    """The digest of the key that clients must have: of a file, or of the environment; raises RequestError."""
     if path is None:
         key, where = os.environ.get(KEY), f"{KEY} in the environment"
     else:
@@ -204,15 +303,15 @@ def _key(path: Path | None) -> str | None:
                 raise RequestError(f"{where} holds what is no ASCII; needed one line, the key") from None
     if key is not None and (not key.isascii() or len(key.split()) != 1):
         raise RequestError(f"{where} holds no key; needed one word, such as openssl rand -hex 24 prints")
-    return key
+    return None if key is None else digest(key)
 
 
-def _check_packages() -> None:
-    """Raise RequestError where a package of the extra is missing."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
+def _check_packages(needed: Sequence[str], extra: str) -> None:
+    """Raise RequestError where a package of an extra is missing."""
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise RequestError(
-            f"serving needs {', '.join(NEEDED)}; not installed: {', '.join(missing)}; pip install 's3dit[serve]'"
+            f"serving needs {', '.join(needed)}; not installed: {', '.join(missing)}; pip install 's3dit[{extra}]'"
         )
 
 

@@ -2,7 +2,7 @@
 
     GET  /, /main.js, ...         the web page, whose policy lets nothing else run (page.py)
     GET  /health                  200 {"status": "ok"}; 503 {"status": "dead" | "stopping"}; needs no key
-    GET  /metrics                 Prometheus text
+    GET  /metrics                 Prometheus text; on Ray of all replicas, with the label replica
     GET  /openapi.json            this interface as an OpenAPI 3.1 document, made of the same table of fields
     GET  /v1/models, /v1/models/ID
     GET  /v1/options              what this server draws: see below
@@ -58,7 +58,7 @@ In edits every field but files is text: numbers, true and false, lists and objec
 import asyncio
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,10 +96,14 @@ KINDS: dict[Door, str] = {"generations": "image_generation", "edits": "image_edi
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """The handlers of a server; `app` makes an ASGI application of them, before which `door.Door` stands."""
+    """The handlers of a server; `app` makes an ASGI application of them, before which `door.Door` stands.
+
+    metrics_of_all: what /metrics answers where there are several servers; None: the metrics of this one.
+    """
 
     drawer: Drawer
     fields: Fields
+    metrics_of_all: Callable[[], Awaitable[bytes]] | None = None
     readers: asyncio.Semaphore = field(default_factory=partial(asyncio.Semaphore, READERS))
     began: float = field(default_factory=time)
     stopping: threading.Event = field(default_factory=threading.Event)
@@ -135,7 +139,8 @@ class Api:
 
     async def metrics(self, request: Request) -> Response:
         """The metrics, for Prometheus."""
-        return Response(self.drawer.metrics.text(), media_type="text/plain; version=0.0.4")
+        whole = await self.metrics_of_all() if self.metrics_of_all else self.drawer.metrics.text()
+        return Response(whole, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
         """This interface as a document."""

@@ -4,6 +4,7 @@ Against DNS rebinding a server on the loopback interface answers to its own name
 and a page of another site, which a browser names as the Origin, is refused everywhere unless the operator lets it in.
 """
 
+import hashlib
 import hmac
 import json
 import re
@@ -52,15 +53,15 @@ class Visit:
 class Door:
     """An ASGI application around another.
 
-    hosts: names that the server answers to, or none for any · origins: of other sites whose pages may ask · key: that
-    clients must have · body: bytes of the longest · log_prompts: whether lines of the log hold prompts · done: is told
-    method, path, status and seconds of every request.
+    hosts: names that the server answers to, or none for any · origins: of other sites whose pages may ask · key: digest
+    of the one that clients must have · body: bytes of the longest · log_prompts: whether lines of the log hold
+    prompts · done: is told method, path, status and seconds of every request.
     """
 
     app: App
     hosts: Collection[str] = LOOPBACK
     origins: Collection[str] = ()
-    key: str | None = field(default=None, repr=False)
+    key: bytes | None = field(default=None, repr=False)
     body: int = 1 << 25
     log_prompts: bool = False
     done: Callable[[str, str, int, float], None] = lambda *visit: None
@@ -118,8 +119,7 @@ class Door:
         """Whether a header holds the key; takes as long for one that is nearly right."""
         scheme, _, given = header.partition(" ")
         assert self.key is not None
-        right = hmac.compare_digest(given.strip().encode("utf-8"), self.key.encode("utf-8"))
-        return right and scheme.lower() == "bearer"
+        return hmac.compare_digest(digest(given.strip()), self.key) and scheme.lower() == "bearer"
 
     def _line(self, scope: Scope, visit: Visit, status: int, seconds: float) -> str:
         """The line of the log."""
@@ -129,6 +129,11 @@ class Door:
         ended = f" {visit.ended}" if visit.ended else ""
         text = f"{scope['method']} {scope['path']} {status} {visit.id} {seconds:.3f}s{drawn}{ended}{user}{prompt}"
         return line(text)
+
+
+def digest(key: str) -> bytes:
+    """The SHA-256 of a key: all that a server keeps of it."""
+    return hashlib.sha256(key.encode("utf-8")).digest()
 
 
 async def refuse(error: ApiError, send: Send) -> None:

@@ -259,7 +259,8 @@ class Engine:
     def _admit(self) -> None:
         """Wait for something to do, and give those that are prepared a place in the passes."""
         with self._changed:
-            if not self._sampling and not self._ready:
+            # Looked at under the lock: `stop` may have come since, and nothing would wake this thread any more.
+            if self._alive and not self._sampling and not self._ready:
                 self._changed.wait(LOOK if self._queue else None)
             over = [(task, why) for task in self._queue if (why := task.why_stop())]
             for task, _ in over:

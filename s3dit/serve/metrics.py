@@ -86,6 +86,10 @@ class Metrics:
         """Count the first partial picture of a request."""
         self._first.observe(seconds)
 
+    def families(self) -> list[Metric]:
+        """All of them, as they are now."""
+        return list(self.registry.collect())
+
     def text(self) -> bytes:
         """All of them, as Prometheus reads them."""
         return generate_latest(self.registry)

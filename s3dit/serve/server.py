@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -17,7 +17,6 @@ import uvicorn
 from starlette.middleware.cors import CORSMiddleware
 
 from s3dit.errors import RequestError
-from s3dit.pipeline import Pipeline
 from s3dit.serve.api import Api
 from s3dit.serve.bounds import Limits
 from s3dit.serve.door import LOOPBACK, Door
@@ -37,14 +36,14 @@ SENDING = 10
 class Serving:
     """How a server behaves; what the engine does is the engine's.
 
-    name: of the model, as clients call it · key: that clients must have · hosts, origins: beside its own · scales: of
-    adapters that act unless a request says otherwise · grace: seconds that what runs has to finish at the end ·
-    log_prompts: whether the log holds prompts.
+    name: of the model, as clients call it · key: digest of the one that clients must have · hosts, origins: beside its
+    own · scales: of adapters that act unless a request says otherwise · grace: seconds that what runs has to finish at
+    the end · log_prompts: whether the log holds prompts.
     """
 
     name: str
     limits: Limits = Limits()
-    key: str | None = field(default=None, repr=False)
+    key: bytes | None = field(default=None, repr=False)
     hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     scales: Mapping[str, float] = field(default_factory=dict)
@@ -73,9 +72,9 @@ def bound(host: str, port: int) -> socket.socket:
     return sock
 
 
-def is_local(sock: socket.socket) -> bool:
-    """Whether only this machine reaches a socket."""
-    return ip_address(sock.getsockname()[0]).is_loopback
+def is_local(address: str) -> bool:
+    """Whether only this machine reaches an IP address."""
+    return ip_address(address).is_loopback
 
 
 def url_of(sock: socket.socket) -> str:
@@ -84,39 +83,47 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def interface(engine: Engine, serving: Serving, metrics_of_all: Callable[[], Awaitable[bytes]] | None = None) -> Api:
+    """The HTTP interface of an engine; metrics_of_all: what /metrics answers where there are several."""
+    pipe = engine.pipe
+    fields = Fields(serving.name, serving.limits, pipe.lora.names, pipe.numerics)
+    metrics = Metrics(engine.stats, lambda: engine.alive)
+    drawer = Drawer(engine, pipe, serving.limits, metrics, pipe.lora.names, serving.scales, serving.grace)
+    return Api(drawer, fields, metrics_of_all)
+
+
+def application(api: Api, serving: Serving, address: str) -> Any:
+    """An ASGI application: the interface with its door, and where other sites may ask, what browsers want for that.
+
+    address: the IP address where it listens.
+    """
+    own = (*LOOPBACK, address) if is_local(address) else ()
+    hosts = (*own, *(name.lower() for name in serving.hosts))
+    app: Any = Door(
+        api.app(), hosts, serving.origins, serving.key, serving.limits.body, serving.log_prompts, api.answered
+    )
+    if serving.origins:
+        app = CORSMiddleware(
+            app, allow_origins=serving.origins, allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "X-Seed"],
+        )  # fmt: skip
+    return app
+
+
 class Server(uvicorn.Server):
     """An engine behind HTTP; `run(sockets=[…])` serves until a signal, or until `should_exit` is set."""
 
-    def __init__(self, pipe: Pipeline, engine: Engine, serving: Serving, sock: socket.socket) -> None:
+    def __init__(self, engine: Engine, serving: Serving, sock: socket.socket) -> None:
         self.engine, self.serving, self.sock = engine, serving, sock
-        fields = Fields(serving.name, serving.limits, pipe.lora.names, pipe.numerics)
-        metrics = Metrics(engine.stats, lambda: engine.alive)
-        drawer = Drawer(engine, pipe, serving.limits, metrics, pipe.lora.names, serving.scales, serving.grace)
-        self.api = Api(drawer, fields)
+        self.api = interface(engine, serving)
         super().__init__(
             uvicorn.Config(
-                self._app(), http="h11", loop="asyncio", ws="none", lifespan="off", log_config=None, access_log=False,
-                server_header=False, proxy_headers=False, limit_concurrency=MOST_CONNECTIONS,
-                timeout_graceful_shutdown=SENDING,
+                application(self.api, serving, sock.getsockname()[0]), http="h11", loop="asyncio", ws="none",
+                lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
+                limit_concurrency=MOST_CONNECTIONS, timeout_graceful_shutdown=SENDING,
             )
         )  # fmt: skip
-
-    def _app(self) -> Any:
-        """The application with its door, and where other sites may ask, what browsers want for that."""
-        serving = self.serving
-        own = (*LOOPBACK, self.sock.getsockname()[0]) if is_local(self.sock) else ()
-        hosts = (*own, *(name.lower() for name in serving.hosts))
-        app: Any = Door(
-            self.api.app(), hosts, serving.origins, serving.key, serving.limits.body, serving.log_prompts,
-            self.api.answered,
-        )  # fmt: skip
-        if serving.origins:
-            app = CORSMiddleware(
-                app, allow_origins=serving.origins, allow_methods=["GET", "POST"],
-                allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-                expose_headers=["X-Request-Id", "X-Seed"],
-            )  # fmt: skip
-        return app
 
     def serve_forever(self) -> None:
         """Serve until a signal; then finish what runs within the grace, hand back what waits, and return."""
@@ -148,23 +155,30 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """While inside, a signal asks for a graceful end, and a second one for the end; neither is raised again."""
-        if threading.current_thread() is not threading.main_thread():
+        with handled(self.handle_exit):
             yield
-            return
-        numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
-        try:
-            for number in before:
-                signal.signal(number, self.handle_exit)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The handler of a signal."""
         self.force_exit = self.should_exit
         self.should_exit = True
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """While inside, SIGINT, SIGTERM and SIGHUP call a handler, but for what is ignored, and outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class _Lines(logging.Handler):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from s3dit import Pipeline
 from s3dit.batch import processes
+from s3dit.batch.results import Results
 from s3dit.cli.main import main
 
 SMALL = ("--size", "64x64", "--steps", "1", "--device", "cpu", "--json")
@@ -98,8 +99,21 @@ def test_a_worker_that_dies_is_replaced(batch, monkeypatch):
 
 
 @pytest.mark.skipif(os.environ.get("S3DIT_SLOW") != "1", reason="starts a Ray cluster, half a minute; S3DIT_SLOW=1")
-def test_a_cluster_of_ray(batch):
+def test_a_cluster_of_ray(batch, monkeypatch):
+    """The actor of the first result is killed; what Ray says of it is not among the results on standard output."""
     pytest.importorskip("ray")
-    code, printed, out = batch(ROWS, "--ray", "local", "--workers", "2")
-    assert code == 1 and len(printed) == 4
-    check(out, ROWS)
+    add, killed = Results.add, []
+
+    def once(results, result):
+        if "files" in result and not killed:
+            killed.append(result["worker"])
+            os.kill(int(result["worker"].rpartition(":")[2]), signal.SIGKILL)
+        return add(results, result)
+
+    monkeypatch.setattr(Results, "add", once)
+    rows = [*ROWS, *({"prompt": "a red star", "id": str(i)} for i in range(20))]
+    code, printed, out = batch(rows, "--ray", "local", "--workers", "1")
+    assert code == 1 and len(printed) == len(rows)
+    assert [result["id"] for result in printed if "error" in result] == ["wrong"]
+    assert len({result["worker"] for result in printed if "files" in result} - {*killed}) == 1
+    check(out, rows)

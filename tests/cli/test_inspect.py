@@ -260,6 +260,7 @@ def test_a_record_that_cannot_be_replayed_gets_no_command(metadata, words, tmp_p
     ],
     ids=range(9),
 )
+@pytest.mark.sampled(2)
 def test_metadata_of_others_are_data_of_strangers(texts, tmp_path):
     """Whatever they say, it ends in facts, soon; what is printed is printable, and what is out of bounds left out."""
     start = time.process_time()

@@ -266,6 +266,7 @@ def command(said, **places):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(5)
 def test_every_command_works(kind, shelf, monkeypatch, capsys):
     monkeypatch.chdir(shelf)
     capsys.readouterr()

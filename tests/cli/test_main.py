@@ -97,6 +97,7 @@ def test_a_word_that_is_no_option_is_one_line(args, words, capsys):
     assert caught.value.code == 2 and words in err and err.count("\n") == 1 and "--help" in err
 
 
+@pytest.mark.slow
 def test_start_images_and_their_replay(tmp_path, capsys):
     star, mask, drawn, again = (tmp_path / name for name in ("star.png", "mask.png", "drawn.png", "again.png"))
     assert run("generate", PROMPT, "--steps", 2, "--seed", 3, "-o", star) == 0
@@ -361,6 +362,7 @@ def test_a_picture_that_cannot_be_saved_does_not_take_the_others(tmp_path, monke
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a-1.png", "a-3.png"]
 
 
+@pytest.mark.slow
 def test_every_form_is_drawn_again(tmp_path):
     options = ("generate", PROMPT, "--steps", 1, "--seed", 3)
     exact = []
@@ -447,6 +449,7 @@ def test_help_in_any_code_page(encoding):
     assert run.returncode == 0 and err == "" and "1024 x 1024" in out and "-1, -2, " in out
 
 
+@pytest.mark.slow
 def test_a_plan_and_a_name_in_ascii(tmp_path):
     """Two in one: what is printed of a plan, and of a file that does not exist."""
     env = os.environ | {"PYTHONIOENCODING": "ascii"}
@@ -458,6 +461,7 @@ def test_a_plan_and_a_name_in_ascii(tmp_path):
     assert run.returncode == 2 and out == "" and err.startswith("s3dit: \\u72d0\\xff.txt: not found; needed text")
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
     """By a shell, as a user would do it; all at once, since each imports torch."""
     command = f"{sys.executable} -m s3dit generate x --steps 1 -o"
@@ -476,6 +480,7 @@ def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
 
 @pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "start"), (signal.SIGTERM, "import"),
                                                 (signal.SIGTERM, "drawing"), (signal.SIGINT, "drawing")])  # fmt: skip
+@pytest.mark.sampled(1)
 def test_a_signal_ends_it_in_one_line_with_nothing_left(tmp_path, number, moment):
     draw = process("generate", PROMPT, "--steps", 900, "--preview", "--json", "-o", tmp_path / "a.png")
     if moment == "drawing":
@@ -513,6 +518,7 @@ def large(tmp_path_factory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("command", [["convert", "--dtype", "fp32"], ["quantize", "--to", "int4"]])
+@pytest.mark.slow
 def test_a_signal_while_a_model_is_written_leaves_the_old_one(large, tmp_path, command, number):
     old = shutil.copytree(EMBEDDED, tmp_path / "out")
     before = {path.relative_to(old): path.stat().st_mtime_ns for path in old.rglob("*")}
@@ -543,6 +549,7 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("args", [["plan", PROMPT], ["inspect", EMBEDDED]])
+@pytest.mark.sampled(1)
 def test_a_reader_that_goes_away_ends_it_quietly(args):
     run = subprocess.Popen([sys.executable, "-m", "s3dit", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     run.stdout.close()

@@ -36,6 +36,7 @@ def help_of(capsys, *command):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.sampled(5)
 def test_a_spelling_is_needed_hidden_and_the_same_as_its_option(spelling, capsys):
     option = SPELLINGS[spelling]
     assert spelling not in own_options("generate") and option in own_options("generate")
@@ -103,6 +104,7 @@ def examples():
 
 
 @pytest.mark.parametrize(("name", "line"), examples())
+@pytest.mark.sampled(10)
 def test_every_example_is_a_command_of_its_own(name, line, capsys):
     program, *words = shlex.split(line)
     assert program == "s3dit" and words[0] == name and parse(words).command == name
@@ -116,6 +118,7 @@ def quick_examples():
 
 
 @pytest.mark.parametrize("line", quick_examples())
+@pytest.mark.sampled(2)
 def test_examples_of_the_embedded_model_run(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(shlex.split(line)[1:]) == 0
@@ -161,6 +164,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.sampled(6)
 def test_a_message_about_a_field_names_its_option(name, capsys):
     words = BAD[name]
     try:
@@ -245,6 +249,7 @@ def test_messages_of_the_plan_and_of_loading_name_options(words, answer, tmp_pat
         (["--compile"], "compiles the transformer's blocks, which takes a minute"),
     ],
 )
+@pytest.mark.sampled(1)
 def test_what_is_done_in_silence_elsewhere_is_told(words, note, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("s3dit.runtime.graphs.check_compiler", lambda device: None)
     monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda module: None)

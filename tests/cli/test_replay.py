@@ -232,6 +232,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "words"), REFUSED, ids=[f"{i}-{words[:40]}" for i, (_, words) in enumerate(REFUSED)]
 )
+@pytest.mark.sampled(20)
 def test_what_is_refused_is_one_line_that_names_the_picture(honest, folder, change, words):
     (said,) = dry_run(folder / "bad.png", honest | change)
     assert said.startswith(f"s3dit: {folder / 'bad.png'}: ") and words in said
@@ -407,6 +408,7 @@ ESCAPES = "\x1b[31m\x1b]0;title\x07\r\n\u202eevil\u2028"
         {ESCAPES: 1},
     ],
 )
+@pytest.mark.sampled(3)
 def test_nothing_of_a_picture_reaches_the_terminal_raw(honest, folder, change):
     found = dry_run(folder / "bad.png", honest | change)
     said = "\n".join(found[1] if isinstance(found, tuple) else found)
@@ -512,10 +514,12 @@ def shelf(tmp_path_factory):
 
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 @given(seed=st.integers(0, 2**32))
+@pytest.mark.slow
 def test_mutated_metadata_end_in_a_plan_or_in_one_line(honest, shelf, seed):
     outcome(shelf, honest, seed)
 
 
+@pytest.mark.slow
 def test_a_mutant_is_the_same_for_a_seed_and_some_are_drawn(honest, shelf):
     """The fuzzer above is not blind: of its mutants some pass, and more do not."""
     assert mutated(honest, 5) == mutated(honest, 5) != mutated(honest, 6)

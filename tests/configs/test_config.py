@@ -510,6 +510,7 @@ def test_a_switch_of_the_tokenizer(copy, key):
         {"additional_special_tokens": ["<|im_start|>", "foo"]}, {"extra_special_tokens": {"image": "foo"}},
     ],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_tokens_that_tokenizer_json_has_not(copy, change):
     """transformers would cut text at them."""
     write(copy, f"tokenizer/{tokenizer_config.FILE}", change)

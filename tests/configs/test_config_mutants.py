@@ -12,11 +12,13 @@ import time
 import warnings
 from collections import Counter
 
+import pytest
+
 from s3dit import Pipeline
 from s3dit.errors import CheckpointError, RequestError
 from s3dit.runtime.embedded import EMBEDDED
 
-MUTANTS = int(os.environ.get("S3DIT_MUTANTS", "400"))
+MUTANTS = int(os.environ.get("S3DIT_MUTANTS", "400" if os.environ.get("S3DIT_SLOW") == "1" else "80"))
 VALUES = (
     None, True, False, 0, 1, -1, 2, 3, 7, 16, 128, 255, 256, 1 << 16, 1 << 20, (1 << 20) + 1, 1 << 31, 1 << 63, 10**30,
     0.0, -0.0, 0.5, 1e-30, 1e30, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "1", "3.0", "default",
@@ -112,6 +114,7 @@ FILES = ("model_index.json", "transformer/config.json", "text_encoder/config.jso
          "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json")  # fmt: skip
 
 
+@pytest.mark.longer
 def test_mutants(tmp_path):
     folder = copied(EMBEDDED.resolve(), tmp_path / "model")
     with warnings.catch_warnings():

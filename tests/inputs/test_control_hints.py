@@ -81,6 +81,7 @@ def test_strength_zero_is_no_control(pipe, nets, plain):
     ("span", "acts"),
     [((0, 1), [1, 1, 1, 1]), ((0, 0.5), [1, 1, 0, 0]), ((0.5, 1), [0, 0, 1, 1]), ((0.25, 0.6), [0, 1, 1, 0])],
 )
+@pytest.mark.sampled(1)
 def test_it_acts_in_its_steps_only(pipe, nets, plain, span, acts):
     control = Control(nets["2.1"], picture(1), start=span[0], end=span[1])
     steps = list(pipe.stream(**SHORT, control=control))
@@ -142,6 +143,7 @@ def test_several_controls(pipe, nets, plain):
 @pytest.mark.parametrize("load", [
     {"residency": "resident"}, {"residency": "streamed"}, {"vram": "1GiB"}, {"vram": "40MiB"}, {"vram": "19MiB"}
 ])  # fmt: skip
+@pytest.mark.sampled(1)
 def test_every_residency_gives_the_same_bits(pipe, nets, load):
     control = [Control(nets["2.1"], picture(1)), Control(nets["1.0"], picture(2), 0.3)]
     other = Pipeline.load(device="cpu", dtype="fp32", **load)
@@ -185,6 +187,7 @@ def attached(style, **load):
 
 
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])
+@pytest.mark.sampled(1)
 def test_an_adapter_beside_control_is_its_sum_with_the_weights(pipe, nets, style, rule):
     control = [Control(nets["2.1"], picture(1), rule=rule), Control(nets["1.0"], picture(2), 0.3)]
     guided = {"guidance_scale": 1.5}
@@ -198,6 +201,7 @@ def test_an_adapter_beside_control_is_its_sum_with_the_weights(pipe, nets, style
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.slow
 def test_an_adapter_beside_control_is_the_same_bits_in_every_residency(pipe, nets, style, quantize):
     control = Control(nets["2.1"], picture(1))
     staged = attached(style, quantize=quantize)

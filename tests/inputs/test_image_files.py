@@ -29,6 +29,7 @@ def test_what_a_camera_writes_is_one_picture(tmp_path):
 
 
 @pytest.mark.parametrize("name", kinds())
+@pytest.mark.sampled(4)
 def test_every_form_is_read_and_its_damage_raises_nothing_but_request_errors(tmp_path, name, capfd):
     path, rng, good = tmp_path / "a", random.Random(0), kinds()[name]
     path.write_bytes(good)

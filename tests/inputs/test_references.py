@@ -103,6 +103,7 @@ def test_without_references_it_is_text_to_image(pipe):
 
 
 @pytest.mark.parametrize("kind", ["path", "str", "array", "tensor", "fine tensor", "one alone", "batch"])
+@pytest.mark.sampled(1)
 def test_every_kind_of_image(pipe, file, kind):
     levels = np.asarray(Image.open(file))
     planes = torch.from_numpy(levels.copy()).permute(2, 0, 1)
@@ -263,6 +264,7 @@ def test_a_start_image_beside_references(pipe):
         assert relative(pipe(**options, **other).latents[0], drawn) > 1e-3
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_references(pipe, folder, tmp_path):
     """A low-rank change beside weights, and the sum of both; on layers that read what the tower saw, too."""
     merged = shutil.copytree(folder, tmp_path / "merged")

@@ -53,6 +53,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.sampled(2)
 def test_strength_one_is_text_to_image_of_the_same_noise(pipe, start, solver):
     options = {"prompt": PROMPTS[1], "seed": 5, "solver": solver, **FEW}
     assert torch.equal(pipe(image=start, strength=1.0, **options).latents[0], pipe(**options).latents[0])
@@ -60,6 +61,7 @@ def test_strength_one_is_text_to_image_of_the_same_noise(pipe, start, solver):
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("mask_mode", ["inpaint", "differential"])
+@pytest.mark.sampled(4)
 def test_a_white_mask_is_img2img(pipe, start, solver, mask_mode):
     options = {"prompt": PROMPTS[1], "seed": 5, "solver": solver, "image": start, "strength": 0.6}
     options |= {"num_inference_steps": 5, "output_type": "tensor"}
@@ -96,6 +98,7 @@ def test_a_map_of_change_holds_each_place_for_its_share_of_the_steps():
 
 
 @pytest.mark.parametrize("solver, posterior", [*((solver, "mode") for solver in SOLVERS), ("euler", "sample")])
+@pytest.mark.sampled(2)
 def test_a_ragged_batch_equals_one_by_one(pipe, solver, posterior):
     sizes, seeds = [(128, 96), (64, 128), (112, 80)], [4, 9, 2]
     images = [scene(*size, seed) for size, seed in zip(sizes, seeds, strict=True)]
@@ -115,6 +118,7 @@ def test_a_sample_is_not_the_mode(pipe, start):
 
 
 @pytest.mark.parametrize("options", [{}, {"strength": 0.5}, {"solver": "heun"}, {"mask_mode": "differential"}])
+@pytest.mark.sampled(1)
 def test_outside_of_the_mask_no_pixel_changes(pipe, options):
     image, mask = scene(112, 144), box(112, 144, 21, 30, 77, 101)
     options = {"prompt": PROMPTS[1], "image": image, "mask_image": mask, "seed": 3, "num_inference_steps": 3} | options
@@ -225,6 +229,7 @@ def test_metadata_draws_the_picture_again(pipe, start, tmp_path):
     assert not pipe(prompt="a", image=start, **FEW).metadata[0]["engine"]["replayable"]
 
 
+@pytest.mark.slow
 def test_residencies_budgets_and_previews_draw_the_same_bits(pipe):
     options = {"prompt": PROMPTS[0], "seed": 1, "image": scene(128, 96), "mask_image": box(128, 96, 0, 0, 64, 96)}
     options |= {"num_inference_steps": 2, "upscale": 1.5, "output_type": "tensor"}
@@ -312,6 +317,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
+@pytest.mark.sampled(4)
 def test_what_is_wrong_is_one_line_before_any_weight(tmp_path, name):
     fields, message = WRONG[name]
     fields = {"image": scene(128, 128)} | fields

@@ -91,6 +91,7 @@ RESIDENCIES = [{"residency": "resident"}, {"residency": "staged"}, {"residency":
 
 
 @pytest.mark.parametrize("options", RESIDENCIES, ids=str)
+@pytest.mark.sampled(1)
 def test_no_product_of_few_rows_sees_where_a_file_put_its_weight(folders, options):
     pipe = loaded(folders[8], options)
     pipe.lora.attach(lora(folders[8]), 0.7)

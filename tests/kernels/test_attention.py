@@ -55,6 +55,7 @@ CLOSE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @pytest.mark.parametrize("q_lengths, k_lengths", [*LENGTHS, *EMPTY])
 @pytest.mark.parametrize("dim, described", [(32, True), (96, False), (128, True), (128, False)])
+@pytest.mark.sampled(8)
 def test_flash_kernel(q_lengths, k_lengths, dim, described, dtype, device, kernel_of, poison, monkeypatch):
     if not described:
         monkeypatch.setattr(flash_attention, "describable", lambda *tensors: False)

@@ -69,6 +69,7 @@ def test_rows_may_be_cut(kind="Q6_K"):
 
 @pytest.mark.parametrize("kind", KERNELS)
 @pytest.mark.parametrize("m, n, blocks, splits", [(1, 16, 1, 1), (33, 40, 3, 2), (17, 33, 2, 1)])
+@pytest.mark.sampled(4)
 def test_few_rows(kind, m, n, blocks, splits, dtype, device, poison):
     in_ = 256 * blocks if BLOCKS[kind].elements == 256 else 96 * blocks
     rows, bias = random_blocks(kind, n, in_).to(device), torch.randn(n, device=device)
@@ -79,6 +80,7 @@ def test_few_rows(kind, m, n, blocks, splits, dtype, device, poison):
 
 
 @pytest.mark.parametrize("kind", KERNELS)
+@pytest.mark.sampled(2)
 def test_many_rows(kind, dtype, device, poison, monkeypatch):
     monkeypatch.setattr("s3dit.kernels.gguf_matmul.FUSED_ROWS", 16)
     in_ = 512 if BLOCKS[kind].elements == 256 else 160

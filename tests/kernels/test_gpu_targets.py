@@ -157,6 +157,7 @@ for dim in (64, 96, 128):
         ),
     ],
 )
+@pytest.mark.slow
 def test_kernels_compile_for_gpus(kernels, capability, shared, triton_cache):
     """At the sizes of the model, and without a GPU: finds what the interpreter forgives.
 

@@ -75,6 +75,7 @@ def test_moments_of_16_bits_on_a_cpu(mean, bound):
 
 @pytest.mark.parametrize("positions", [(1, 1), (1, 7), (64, 65), (13, 9)])
 @pytest.mark.parametrize("channels", [16, 64, 512])
+@pytest.mark.sampled(2)
 def test_kernels_at_every_size(channels, positions, device, kernel_of, poison, assert_close):
     """Programs that are not full, and one position alone, whose variance is that of its channels."""
     x = picture(channels, *positions, 2.0).to(device)

@@ -93,6 +93,7 @@ def test_against_the_formula(name, shape, monkeypatch):
 
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("width", [128, 320])
+@pytest.mark.sampled(6)
 def test_kernel(name, width, device, dtype, poison):
     """In the interpreter, or on a GPU."""
     form = FORMS[name]
@@ -134,6 +135,7 @@ def test_sizes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("name", ["rows", "cut last group", "everything", "Q4_K"])
+@pytest.mark.sampled(1)
 def test_in_a_compiled_graph(name):
     """One graph, of whatever operations, gives the same numbers."""
     scheme = GGUF[name] if name in GGUF else grouped(name, FORMS[name])

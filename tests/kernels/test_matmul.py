@@ -78,6 +78,7 @@ SHAPES = [(1, 32, 64), (31, 80, 96), (32, 64, 128), (33, 48, 144), (63, 112, 32)
 @pytest.mark.parametrize("dtype", [*WIDE, torch.int8, FP8])
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.sampled(5)
 def test_scaled_matmul(dtype, described, m, n, k, device):
     skip_without_e4m3(dtype)
     if described and CUDA and torch.cuda.get_device_capability() < (9, 0):
@@ -97,6 +98,7 @@ def test_scaled_matmul(dtype, described, m, n, k, device):
 @pytest.mark.parametrize("described", [False, True])
 @pytest.mark.parametrize("first", [0, 1])
 @pytest.mark.parametrize("m, n, k", SHAPES)
+@pytest.mark.sampled(4)
 def test_scaled_swiglu(dtype, described, first, m, n, k, device):
     """Whichever of the two weights lies first, and whatever lies between them."""
     skip_without_e4m3(dtype)
@@ -117,6 +119,7 @@ def test_scaled_swiglu(dtype, described, first, m, n, k, device):
 
 @needs_triton
 @pytest.mark.parametrize("name", ["int8", "fp8"])
+@pytest.mark.sampled(1)
 def test_swiglu_of_two_layers(name, device, force):
     """The Op rounds x, multiplies, and rounds for the next layer, also in one graph for any number of rows."""
     chosen = SCHEMES[name]
@@ -200,6 +203,7 @@ KINDS = ["int8", "fp8", "int4", "int4 zero"]
 @pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("m, n, k, splits", [(1, 48, 128, 1), (33, 80, 192, 2), (63, 33, 192, 3), (100, 64, 64, 1)])
+@pytest.mark.sampled(5)
 def test_few_rows(dtype, kind, m, n, k, splits, device):
     """fp16 and bf16 round 4-bit weights once more; the others are exact in them."""
     skip_without_e4m3(FP8 if kind == "fp8" else None)
@@ -364,6 +368,7 @@ def test_tile_of_the_table(device, monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.sampled(1)
 def test_schemes_in_one_graph(name, device, force):
     """Choosing an implementation, rounding and multiplying are traced without a break, for any number of rows."""
     chosen = SCHEMES[name]

@@ -122,6 +122,7 @@ def test_rms_norm_kernels(n, d, dtype, device, kernel_of, poison, assert_close):
 
 
 @pytest.mark.parametrize("n, d, rows", [(1, 32, 1), (31, 96, 3), (33, 100, 1), (63, 192, 63), (0, 32, 1), (3, 3840, 2)])
+@pytest.mark.sampled(8)
 def test_modulating_kernels(n, d, rows, dtype, input_dtype, device, kernel_of, poison, assert_close):
     residual, x, gate, factor, row = modulated(n, d, rows, dtype, device)
     args = x, factor, row, 1e-5, input_dtype
@@ -137,6 +138,7 @@ def test_modulating_kernels(n, d, rows, dtype, input_dtype, device, kernel_of, p
 @pytest.mark.parametrize(
     "n, heads, shared, dim", [(1, 1, 1, 32), (31, 3, 3, 128), (33, 5, 2, 96), (2, 32, 8, 128), (0, 2, 2, 32)]
 )
+@pytest.mark.sampled(3)
 def test_rotation_kernel(n, heads, shared, dim, pairs, dtype, device, kernel_of, poison, assert_close):
     # q and k as a joint projection gives them: views of one tensor
     both = torch.randn(n, (heads + 2 * shared) * dim, device=device).to(dtype).unflatten(1, (-1, dim))

@@ -100,6 +100,7 @@ def test_exact_over_many_chunks(op):
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+@pytest.mark.sampled(4)
 def test_kernels_keep_their_promise(op):
     args = arguments(torch.float32)[op]
     with use_backend("triton"):

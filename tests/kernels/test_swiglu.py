@@ -22,6 +22,7 @@ def test_swiglu():
 
 
 @pytest.mark.parametrize("n, width", [(1, 32), (31, 100), (33, 2100), (63, 192)])
+@pytest.mark.sampled(6)
 def test_swiglu_kernel(n, width, dtype, input_dtype, device, kernel_of, poison, assert_close):
     # halves of one projection, as w1 and w3 may give them
     gate, up = torch.randn(n, 2 * width, device=device).to(dtype).chunk(2, dim=1)

@@ -213,6 +213,7 @@ def branch(net, items=(0, 1), strength=0.8, rule="authors", seed=5):
 
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])
 @pytest.mark.parametrize("version", list(CHANNELS))
+@pytest.mark.sampled(1)
 def test_strength_zero_is_no_control_bit_for_bit(model, version, rule):
     plain, net = velocity(model, (), control=False), network(version)
     assert torch.equal(velocity(model, (branch(net, strength=0.0, rule=rule),)), plain)
@@ -221,6 +222,7 @@ def test_strength_zero_is_no_control_bit_for_bit(model, version, rule):
 
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])
 @pytest.mark.parametrize("version", list(CHANNELS))
+@pytest.mark.sampled(2)
 def test_a_batch_is_one_by_one_and_guidance_twice_the_same(model, version, rule):
     net = network(version)
     both = velocity(model, (branch(net, rule=rule),))
@@ -252,6 +254,7 @@ def test_control_acts_where_its_picture_is(model):
 
 
 @pytest.mark.parametrize("version", list(CHANNELS))
+@pytest.mark.slow
 def test_streamed_and_compiled_branches_are_the_same(model, version):
     plain = velocity(model, (branch(network(version)),))
     streamed = network(version)

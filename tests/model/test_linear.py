@@ -132,6 +132,7 @@ def states():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.sampled(1)
 def test_velocity_error(states, name):
     pipe = Pipeline.load(device="cpu", dtype="bf16", quantize=name)
     transformer, errors = pipe.parts["transformer"], []

@@ -108,6 +108,7 @@ def test_biases_that_are_added_last(monkeypatch):
 
 
 @pytest.mark.parametrize("strip", [1, 5000, 1 << 23])
+@pytest.mark.sampled(1)
 def test_strips_are_the_whole_picture(strip, monkeypatch):
     """Rows of a strip are normalized by the moments of the picture and see their neighbours: no seam at any height.
 

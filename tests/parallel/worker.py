@@ -100,6 +100,12 @@ def commanded(rank, folder):
     return [code, out.getvalue(), err.getvalue()]
 
 
+def worlds(folder):
+    """Return the numbers of ranks to draw with, one first."""
+    cases = json.loads((folder / "cases.json").read_text())
+    return sorted({1, *(world for case in cases.values() for world in case["worlds"])})
+
+
 def main(rank, folder):
     """Draw every case in every world."""
     torch.set_num_threads(1)
@@ -107,7 +113,7 @@ def main(rank, folder):
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     setattr(dist, name, counted(getattr(dist, name)))
     notes = {}
-    for world in (1, 2, 3, 4, 5):
+    for world in worlds(folder):
         if rank >= world:
             continue
         if world > 1:
@@ -155,4 +161,5 @@ def forked(run, count):
 
 if __name__ == "__main__":
     # What is imported is imported once: that is most of the work.
-    sys.exit(forked(lambda rank: main(rank, Path(sys.argv[1])), 5))
+    folder = Path(sys.argv[1])
+    sys.exit(forked(lambda rank: main(rank, folder), max(worlds(folder))))

@@ -149,6 +149,7 @@ def said(name):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sampled(3)
 def test_with_compat_and_without(theirs, mine, name):
     kind, fields, seeds, undone = CASES[name]
     expected = theirs(kind, fields, seeds)
@@ -170,6 +171,7 @@ def test_what_is_else_refused(theirs, mine, name):
 
 
 @pytest.mark.parametrize("name", SAME)
+@pytest.mark.sampled(1)
 def test_what_is_the_same_without(theirs, mine, name):
     fields = {"prompt": [PROMPT]} | SIZE | SAME[name]
     assert relative(mine("", fields, 3), theirs("", fields, 3)) < 1e-5

@@ -206,6 +206,7 @@ def compare(ours, kind, reference, model, control, options, theirs):
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
+@pytest.mark.sampled(1)
 def test_a_picture_as_diffusers(ours, reference, written, guidance):
     version, model, folder = written
     control = Control(folder, photo(1, 150, 90), 0.6, rule="diffusers")
@@ -215,6 +216,7 @@ def test_a_picture_as_diffusers(ours, reference, written, guidance):
 
 
 @pytest.mark.parametrize("written", ["2.0", "2.1"], indirect=True)
+@pytest.mark.sampled(1)
 def test_inpainting_as_diffusers(ours, reference, written):
     version, model, folder = written
     photograph = photo(2, 140, 100)

@@ -70,6 +70,7 @@ def wide_dir(official_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("prefix", spelled.PREFIXES)
 @pytest.mark.parametrize("naming", ["ComfyUI", "diffusers"])
+@pytest.mark.sampled(2)
 def test_a_transformer_in_one_file(naming, prefix, tensors, official_dir, plain, tmp_path):
     names = spelled.comfy(tensors["transformer"]) if naming == "ComfyUI" else tensors["transformer"]
     path = spelled.save(tmp_path / "x.safetensors", spelled.prefixed(prefix, names))
@@ -119,6 +120,7 @@ def _as_latents(step):
 
 @pytest.mark.parametrize("text", ["text_encoders.qwen3_4b.transformer.", "text_encoders.qwen3_4b.", "qwen3_4b."])
 @pytest.mark.parametrize("vae", ["vae.", "first_stage_model."])
+@pytest.mark.sampled(1)
 def test_all_in_one_file(text, vae, tensors, wide_dir, tmp_path):
     whole = {
         **spelled.prefixed("model.diffusion_model.", spelled.comfy(tensors["transformer"])),
@@ -147,6 +149,7 @@ def test_a_text_encoder_in_one_file(spelling, tensors, official_dir, plain, tmp_
 
 @pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
 @pytest.mark.parametrize("spelling", [spelled.ldm, dict])
+@pytest.mark.sampled(1)
 def test_a_vae_in_one_file(spelling, prefix, tensors, official_dir, ours, tmp_path):
     """What shapes do not tell, groups and scale, is the model's own."""
     path = spelled.save(tmp_path / "ae.safetensors", spelled.prefixed(prefix, spelling(tensors["vae"])))
@@ -193,6 +196,7 @@ def test_a_broken_part_that_is_replaced_is_not_opened(official_dir, tensors, pla
 @needs_gguf
 @pytest.mark.parametrize("arch", ["lumina2", None])
 @pytest.mark.parametrize("naming", ["ComfyUI", "prefixed ComfyUI", "diffusers"])
+@pytest.mark.sampled(1)
 def test_a_gguf_transformer(arch, naming, tensors, official_dir, plain, tmp_path):
     names = tensors["transformer"] if naming == "diffusers" else spelled.comfy(tensors["transformer"])
     names = spelled.prefixed("model.diffusion_model." if naming.startswith("prefixed") else "", names)

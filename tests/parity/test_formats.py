@@ -54,6 +54,7 @@ def rewrite(source, target, name, chosen):
 
 
 @pytest.mark.parametrize("name", ["comfy float8_e4m3fn", "comfy nvfp4", "bnb nf4 nested", "fp8 rows", "e5m2 cast"])
+@pytest.mark.sampled(1)
 def test_a_text_encoder(name, official_dir, tmp_path):
     """The embedding too where that is a cast, or has a scale a row; the last layer is never computed."""
     embedding = name in ("e5m2 cast", "fp8 rows", "comfy float8_e4m3fn")

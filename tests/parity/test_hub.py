@@ -43,6 +43,7 @@ def test_what_diffusers_fetched_loads_here_offline(tmp_path):
         assert not hub.asked
 
 
+@pytest.mark.slow
 def test_what_was_fetched_here_is_not_fetched_again_by_diffusers(tmp_path):
     """diffusers wants more files than are read here, and asks for those only."""
     with Hub() as hub:

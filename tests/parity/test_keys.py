@@ -76,6 +76,7 @@ def test_every_key_of_the_pipelines():
         assert components <= found <= set(config_keys.COMPONENTS)
 
 
+@pytest.mark.slow
 def test_mutants_of_an_official_directory(omni_dir, tmp_path):
     """As `test_config_mutants`, over every file of an Omni model as diffusers saves it."""
     folder = copied(omni_dir, tmp_path / "model")
@@ -106,6 +107,7 @@ def change(folder, file, **values):
         {"use_exponential_sigmas": True, "shift": 2.0},
     ],
 )  # fmt: skip
+@pytest.mark.sampled(1)
 def test_a_scheduler_draws_as_in_diffusers(copy, reference, said):
     """1e-5 as in test_pipeline: sums in another order."""
     change(copy, "scheduler/scheduler_config.json", **said)

@@ -91,6 +91,7 @@ LORAS = {
 
 
 @pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.sampled(2)
 def test_what_diffusers_saves_and_loads(ours, theirs, tmp_path, kind):
     """save_lora_weights with its metadata, load_lora_weights on the other side: two readers of one file."""
     trained = copy.deepcopy(theirs.transformer)
@@ -109,6 +110,7 @@ def test_what_diffusers_saves_and_loads(ours, theirs, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", LORAS)
+@pytest.mark.sampled(2)
 def test_what_a_model_saves_by_itself_and_saves_again(ours, theirs, tmp_path, kind):
     """save_lora_adapter, whose header has no part in front; once trained, once loaded, which names the ranks anew."""
     trained = theirs.transformer
@@ -158,6 +160,7 @@ OWN = {
 
 
 @pytest.mark.parametrize("kind", OWN)
+@pytest.mark.sampled(2)
 def test_what_peft_saves_itself(ours, theirs, tmp_path, kind):
     """save_pretrained: adapter_model.safetensors, and the strength in adapter_config.json beside it."""
     trained = shaken(peft.get_peft_model(theirs.transformer, OWN[kind]()))

@@ -99,11 +99,13 @@ def test_every_stage_of_a_picture(ours):
 
 
 @pytest.mark.parametrize("case", TEXT_TO_IMAGE)
+@pytest.mark.sampled(3)
 def test_text_to_image(ours, case):
     compared(ours, **TEXT_TO_IMAGE[case])
 
 
 @pytest.mark.parametrize("solver", ["heun", "unipc", "dpmpp_2m", "dpmpp_2m_sde", "lcm"])
+@pytest.mark.sampled(2)
 def test_solvers_that_diffusers_has(ours, solver):
     # At pure noise, an infinite log-SNR, diffusers' UniPC takes another level.
     levels = {"sigmas": [0.99, 0.8, 0.5, 0.2]} if solver == "unipc" else {}
@@ -111,6 +113,7 @@ def test_solvers_that_diffusers_has(ours, solver):
 
 
 @pytest.mark.parametrize("case", START)
+@pytest.mark.sampled(3)
 def test_start_images(ours, case):
     outcome = compared(ours, **START[case])
     names = {stage.row.name for stage in outcome.verdict.stages}
@@ -143,6 +146,7 @@ def controlnet(folder, randomized, version):
     ("version", "rule"),
     [("1.0", "authors"), ("2.0", "diffusers"), ("2.0", "authors"), ("2.1", "diffusers"), ("2.1", "authors")],
 )
+@pytest.mark.sampled(1)
 def test_controlnets_by_both_rules(ours, randomized, tmp_path, version, rule):
     folder = controlnet(tmp_path / "net", randomized, version)
     guided = {"guidance_scale": 2.5} if rule == "authors" else {}
@@ -170,6 +174,7 @@ def test_an_official_file_of_a_controlnet(ours, randomized, tmp_path):
 
 
 @pytest.mark.parametrize("references", [0, 2])
+@pytest.mark.sampled(1)
 def test_omni(omni, references):
     images = [photograph(80, 119, 1), photograph(97, 64, 2)][:references]
     more = {"reference": images} if images else {}
@@ -266,6 +271,7 @@ def test_a_quantizer_of_diffusers(official_dir, tmp_path):
     compared(pipe, Choice(tolerance=2e-5))
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_run(official_dir, ours):
     settings = {
         "residency=streamed": {"residency": "streamed"}, "vram=24MiB": {"vram": "24MiB"},

@@ -383,11 +383,13 @@ def looked_at(stage, name, plant=None):
 
 
 @pytest.mark.parametrize("name", ["guided", "painted", "control", "omni", "adapted", "gguf"])
+@pytest.mark.sampled(1)
 def test_nothing_is_found_where_nothing_is_planted(stage, name):
     assert looked_at(stage, name) == (None, [])
 
 
 @pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.sampled(9)
 def test_a_mistake_is_found_where_it_is(stage, name):
     scenario, plant, expected = PLANTED[name]
     first, named = looked_at(stage, scenario, plant)
@@ -399,6 +401,7 @@ def test_there_are_enough():
     assert len(PLANTED) >= 40
 
 
+@pytest.mark.slow
 def test_afterwards_nothing_is_left(stage):
     for name in ("guided", "painted", "control", "omni", "adapted", "gguf"):
         assert looked_at(stage, name) == (None, [])

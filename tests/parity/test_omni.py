@@ -66,6 +66,7 @@ def compare(omni, reference, seeds, images, **options):
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
 @pytest.mark.parametrize("n", [0, 1, 2, 3])
+@pytest.mark.sampled(2)
 def test_references(omni, omni_reference, n, guidance):
     """The size is the last reference's where there is one."""
     options = {} if n else {"height": 80, "width": 112}

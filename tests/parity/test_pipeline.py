@@ -42,12 +42,14 @@ def compare(ours, reference, seeds, **options):
 
 
 @pytest.mark.parametrize("prompt", [*PROMPTS, "a blue ring " * 300])
+@pytest.mark.sampled(1)
 def test_a_prompt(ours, reference, prompt):
     compare(ours, reference, [3], prompt=[prompt], height=128, width=128, num_inference_steps=4, guidance_scale=0.0)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 9])
 @pytest.mark.parametrize("size", [(80, 112), (144, 64)])
+@pytest.mark.sampled(2)
 def test_steps_and_odd_sizes(ours, reference, steps, size):
     compare(
         ours, reference, [5], prompt=PROMPTS[:1], height=size[0], width=size[1], num_inference_steps=steps,
@@ -65,6 +67,7 @@ def test_steps_and_odd_sizes(ours, reference, steps, size):
         {"guidance_scale": 3.0, "cfg_truncation": 0.6},
     ],
 )
+@pytest.mark.sampled(2)
 def test_guidance(ours, reference, guidance):
     compare(ours, reference, [8], prompt=PROMPTS[:1], height=80, width=112, num_inference_steps=4, **guidance)
 

@@ -145,6 +145,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "words"), REFUSED, ids=[words for _, words in REFUSED])
+@pytest.mark.sampled(2)
 def test_what_cannot_be_compared(command, recorded, tmp_path, options, words):
     names = {"OURS": recorded / "ours", "TMP": tmp_path / "x"}
     code, said = command(*(names.get(option, option) for option in options))

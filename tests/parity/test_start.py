@@ -84,6 +84,7 @@ def compare(ours, pipe, seeds, blend=None, posterior="mode", **options):
 
 @pytest.mark.parametrize("posterior", ["mode", "sample"])
 @pytest.mark.parametrize("strength", [0.2, 0.6, 0.79, 1.0])
+@pytest.mark.sampled(2)
 def test_img2img(ours, img2img, posterior, strength, request):
     if posterior == "mode":
         request.getfixturevalue("mode")
@@ -121,6 +122,7 @@ def test_a_tensor_is_not_rounded(ours, img2img, mode):
 
 @pytest.mark.parametrize("posterior", ["mode", "sample"])
 @pytest.mark.parametrize("strength", [None, 0.5])
+@pytest.mark.sampled(1)
 def test_inpaint(ours, inpaint, posterior, strength, request):
     if posterior == "mode":
         request.getfixturevalue("mode")

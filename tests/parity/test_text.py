@@ -152,6 +152,7 @@ def tokenizers():
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[:12]))
 @pytest.mark.filterwarnings("ignore:the prompt has")
+@pytest.mark.sampled(4)
 def test_ids(tokenizers, text):
     """What the official pipeline feeds the encoder: chat template, cut at 512, and without the cut."""
     ours, reference = tokenizers

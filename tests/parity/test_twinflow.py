@@ -81,6 +81,7 @@ def theirs(official_dir, folder):
 
 
 @pytest.mark.parametrize(("t", "target"), [(0.001, 0.0), (0.4, 0.0), (0.25, 0.75), (0.9, 0.3), (0.5, 0.5)])
+@pytest.mark.sampled(1)
 def test_the_velocity_of_two_times(twin, theirs, t, target):
     latents = torch.randn(16, 8, 6, generator=torch.Generator().manual_seed(1))
     (features,) = twin.encode([PROMPT])
@@ -149,6 +150,7 @@ def test_the_next_level_is_aimed_at(twin, theirs, solver):
 
 @pytest.mark.filterwarnings("ignore:guidance_scale 2")
 @pytest.mark.parametrize("options", [{}, {"target_timestep": "next"}, {"guidance_scale": 2.0}, {"solver": "heun"}])
+@pytest.mark.sampled(1)
 def test_a_batch_is_its_pictures(twin, options):
     both = twin(**SIZE | {"prompt": [PROMPT, "a blue ring"], "width": [64, 80]}, seed=[5, 8], **options).latents
     for prompt, width, seed, found in zip([PROMPT, "a blue ring"], [64, 80], [5, 8], both, strict=True):

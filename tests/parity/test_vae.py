@@ -55,6 +55,7 @@ LAYOUTS = [(None, 0.0), (torch.channels_last, 5e-6)]
 @pytest.mark.parametrize("model", MODELS, ids=str)
 @pytest.mark.parametrize("size", [(80, 112), (64, 64)], ids=str)
 @torch.no_grad()
+@pytest.mark.sampled(3)
 def test_encode_and_decode(model, size, layout, bound):
     theirs, ours = pair(*model)
     ours.memory_format = layout
@@ -73,6 +74,7 @@ def test_encode_and_decode(model, size, layout, bound):
 
 @pytest.mark.parametrize("size", [(768, 512), (1024, 1024)], ids=str)
 @torch.no_grad()
+@pytest.mark.sampled(1)
 def test_real_sizes(size):
     """Large pictures are doubled by phases, which sum the same nine products as four: 6.9e-7 was seen, encoding 0.0."""
     theirs, ours = pair(*MODELS[0])

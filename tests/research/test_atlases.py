@@ -55,6 +55,7 @@ LAYERS = [("layers.2.attention.to_q", scheme) for scheme in SCHEMES]
     ("layer", "scheme"),
     [*LAYERS, ("layers.5.feed_forward.w2", "int8"), ("noise_refiner.0.feed_forward.w1", "fp8")],
 )
+@pytest.mark.sampled(2)
 def test_a_quantized_layer_is_one_of_a_model_stored_so(pipe, plain, tmp_path, layer, scheme):
     loaded = Pipeline.load(EMBEDDED, transformer=stored_in(tmp_path / "t", scheme, [layer]), device="cpu", dtype="fp32")
     with changed(pipe, layer, scheme):
@@ -63,6 +64,7 @@ def test_a_quantized_layer_is_one_of_a_model_stored_so(pipe, plain, tmp_path, la
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.sampled(1)
 def test_all_blocks_quantized_are_a_model_loaded_so(pipe, scheme):
     with ExitStack() as stack:
         for block in modules(pipe, ["layers.*", "noise_refiner.*", "context_refiner.*"]):
@@ -133,6 +135,7 @@ def test_a_repeated_part_is_a_repeated_block_without_the_other_once(pipe, part, 
 
 
 @pytest.mark.parametrize("load", [{"residency": "streamed", "dtype": "bf16"}, {"quantize": "int8"}], ids=str)
+@pytest.mark.sampled(1)
 def test_every_way_to_hold_a_model(load):
     """With guidance and two sizes: the picture stays, and the errors are those of a whole picture of one step."""
     pipe = Pipeline.load(**{"device": "cpu", "dtype": "fp32", **load})

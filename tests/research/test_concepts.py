@@ -65,6 +65,7 @@ def plain(weights, name, x, places, modulation, image_k, image_v, config):
 
 
 @pytest.mark.parametrize(("source", "mutual"), [("prompt", False), ("template", True)])
+@pytest.mark.sampled(1)
 def test_against_float64(pipe, source, mutual):
     concepts, config = ["star", "blue ring"], pipe.config.transformer
     before = pipe(PROMPTS, **GUIDED, **DRAW).latents
@@ -171,6 +172,7 @@ def test_means_are_means_and_contrasts_say_against_what(pipe):
 
 @pytest.mark.parametrize("residency", ["staged", "streamed"])
 @pytest.mark.parametrize("source", ["prompt", "bare"])
+@pytest.mark.sampled(1)
 def test_every_residency_gives_the_same_maps(pipe, residency, source):
     other = Pipeline.load(device="cpu", dtype="fp32", residency=residency)
     with concept_maps(pipe, "star", source=source) as a:

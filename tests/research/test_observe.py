@@ -52,6 +52,7 @@ def test_every_site_is_seen_and_no_bit_changes(pipe, plain):
     ],
     ids=str,
 )  # fmt: skip
+@pytest.mark.sampled(1)
 def test_every_way_to_hold_a_model(load):
     pipe = Pipeline.load(**{"device": "cpu", "dtype": "fp32", **load})
     more = {"prompt": [PROMPT, "a green ring"], "negative_prompt": "a blue star", "guidance_scale": 1.5}

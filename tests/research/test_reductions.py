@@ -65,6 +65,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.sampled(3)
 def test_no_copy_of_a_large_tensor_is_made(name, contiguous):
     """32 MiB of bf16; 8 MiB are a piece in fp64, and the places of a million numbers."""
     x = torch.ones(8, 1 << 21, dtype=torch.bfloat16).view(4096, 4096)

@@ -262,6 +262,7 @@ def test_guidance_two_calls_a_step_and_a_start_image(pipe, seen):
 
 
 @pytest.mark.parametrize(("concepts", "source"), [(["red", "star"], "prompt"), (["star", "green"], "template")])
+@pytest.mark.sampled(1)
 def test_maps_of_concepts_are_those_of_concept_maps(pipe, seen, concepts, source):
     other = look(pipe, PROMPT, concepts=concepts, **DRAW)
     assert np.array_equal(np.asarray(other.picture), np.asarray(seen.picture))
@@ -274,6 +275,7 @@ def test_maps_of_concepts_are_those_of_concept_maps(pipe, seen, concepts, source
         assert torch.allclose(found[i, 4, 1].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_many_steps_give_few_estimates(pipe):
     many = look(pipe, "a star", seed=1, num_inference_steps=20, height=32, width=32)
     assert len(many.previews) == PREVIEWS and {1, 20} <= {*many.previews} and len(many.steps) == 20

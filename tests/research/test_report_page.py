@@ -67,6 +67,7 @@ def percent(says):
     return float(re.search(r": ([\d.e+-]+) % of what the image looks at, ", says)[1])
 
 
+@pytest.mark.slow
 def test_words_are_buttons_and_texts_are_texts(browser, written):
     seen, page = written
     dom = opened(browser, page)
@@ -84,6 +85,7 @@ def test_words_are_buttons_and_texts_are_texts(browser, written):
     assert "aria-label" in dom and "Share of the velocity" in dom and dom.count("<table") >= 5
 
 
+@pytest.mark.slow
 def test_the_address_chooses_a_word_a_layer_a_step_and_a_head(browser, written):
     seen, page = written
     says, pressed = shown(opened(browser, page, "#word=4&layer=3&step=2"))

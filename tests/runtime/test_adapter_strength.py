@@ -76,6 +76,7 @@ def relative(a, b):
 @pytest.mark.parametrize(
     "options", [{"residency": "resident"}, {"residency": "streamed"}, {"quantize": "int8"}], ids=str
 )
+@pytest.mark.sampled(1)
 def test_blocks_are_what_a_file_scaled_by_hand_is(files, options):
     """To the bit: the factors are powers of two."""
     ours, theirs = load(**options), load(**options)
@@ -127,6 +128,7 @@ def by_hand(pipe, first, file, n=4):
 
 
 @pytest.mark.parametrize("residency", ["resident", "staged", "streamed"])
+@pytest.mark.sampled(1)
 def test_steps_are_as_if_it_were_attached_for_them_alone(files, residency):
     """To the bit, in a step in the middle; also what the model reads of the caption, and norms."""
     pipe = load(residency=residency)
@@ -230,6 +232,7 @@ def test_what_cannot_be_read(text):
         LoraOption.parse(text)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_and_again(files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     file = files / "style.safetensors"

@@ -70,6 +70,7 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("residency", ["staged", "resident", "streamed"])
+@pytest.mark.sampled(1)
 def test_parts_that_come_and_go_keep_their_adapters(files, drawn, residency):
     plain, adapted = drawn
     assert relative(adapted, plain) > 1e-2
@@ -111,6 +112,7 @@ def test_a_strength_changes_without_loading(files, drawn, monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp8-weights"])
+@pytest.mark.sampled(1)
 def test_beside_quantized_weights(files, scheme):
     pipe = Pipeline.load(device="cpu", dtype="fp32", quantize=scheme)
     plain = latents(pipe)
@@ -334,6 +336,7 @@ RENAMES = {
 
 @pytest.mark.parametrize("residency", ["staged", "resident"])
 @pytest.mark.parametrize("case", RENAMES)
+@pytest.mark.sampled(3)
 def test_renamed_layers_are_an_error_that_says_so(files, tmp_path, case, residency):
     """Whatever the name has become, the answer is ours: what of the file fits nothing, or what is wrong with it."""
     old, new = RENAMES[case]

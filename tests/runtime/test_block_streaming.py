@@ -162,6 +162,7 @@ def test_the_transformer_streamed_over_sizes_batches_and_contexts(transformers):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8-weights", "int4"])
+@pytest.mark.sampled(1)
 def test_quantized_blocks_stream_too(scheme):
     options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "output_type": "latent"}
     resident, streamed, tight = (

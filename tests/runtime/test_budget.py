@@ -196,6 +196,7 @@ def measured(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lean, scheme", [(True, None), (False, None), *((True, scheme) for scheme in SCHEMES)])
+@pytest.mark.sampled(3)
 def test_the_transformers_formula(config, dtype, lean, scheme):
     """Never less than what is allocated, and not twice as much; widths of a head as in the official model."""
     config = replace(config.transformer, dim=384, n_heads=3, axes_dims=(32, 48, 48), n_layers=2)
@@ -227,6 +228,7 @@ def test_the_transformers_formula(config, dtype, lean, scheme):
 @pytest.mark.parametrize("version", ["1.0", "2.0", "2.1"])
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])
+@pytest.mark.sampled(2)
 def test_the_control_formula(config, version, branches, rule):
     """A pass with control never takes more than both formulas say; feed-forward plain, attention is not the widest."""
     config = replace(config.transformer, dim=384, n_heads=3, axes_dims=(32, 48, 48), n_layers=4)
@@ -274,6 +276,7 @@ def test_the_towers_formula(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [None, 16])
+@pytest.mark.sampled(1)
 def test_the_decoders_formula(config, dtype, tile):
     model = built(Autoencoder, config.vae, dtype)
     z = torch.randn(1, 16, 32, 24)
@@ -284,6 +287,7 @@ def test_the_decoders_formula(config, dtype, tile):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tile", [None, 16])
+@pytest.mark.sampled(1)
 def test_encoding_pictures_takes_no_more_than_decoding_them(config, dtype, tile):
     model = built(Autoencoder, config.vae, dtype)
     pixels = torch.rand(1, 3, 256, 192)
@@ -315,6 +319,7 @@ def test_a_budget_draws_the_same_picture_and_keeps_to_its_plan():
 
 
 @pytest.mark.parametrize("residency", ["streamed", "resident"])
+@pytest.mark.sampled(1)
 def test_residencies_and_previews_draw_the_same_bits(residency):
     options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
     staged, other = (Pipeline.load(device="cpu", dtype="fp32", residency=r) for r in ("staged", residency))

@@ -40,6 +40,7 @@ def relative(got, expected):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.sampled(1)
 def test_a_rule_that_never_spares_draws_the_whole_run(pipe, whole, method):
     """To the bit: so the way through the blocks in two pieces is the way in one."""
     cache = Cache(method, 0, first=1, last=0).calibrated(NUMBERS)
@@ -49,6 +50,7 @@ def test_a_rule_that_never_spares_draws_the_whole_run(pipe, whole, method):
 
 
 @pytest.mark.parametrize("cache", SPARING, ids=str)
+@pytest.mark.sampled(1)
 def test_batch_equals_single(pipe, whole, cache):
     cache = cache.calibrated(NUMBERS)
     both = pipe(PROMPTS, seed=[3, 9], cache=cache, **FIELDS)
@@ -114,6 +116,7 @@ def test_guidance_that_ends_begins_anew(pipe):
 
 
 @pytest.mark.parametrize("cache", SPARING, ids=str)
+@pytest.mark.sampled(1)
 def test_streamed_blocks(pipe, cache):
     """The same bits, though blocks follow one another in another order."""
     streamed = Pipeline.load(device="cpu", dtype="fp32", residency="streamed")
@@ -132,6 +135,7 @@ def test_regions(pipe):
 
 
 @pytest.mark.parametrize("cache", SPARING[:2], ids=str)
+@pytest.mark.slow
 def test_compiled_blocks(pipe, cache, monkeypatch):
     monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda model: compile_blocks(model, "eager"))
     compiled, cache = Pipeline.load(device="cpu", dtype="fp32", compile=True), cache.calibrated(NUMBERS)

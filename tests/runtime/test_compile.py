@@ -84,6 +84,7 @@ def edited(model, grids, lengths, references):
 ONE, TWO = [((4, 6), (3, 5))], [((4, 4), (2, 2)), ((8, 4), (1, 9))]
 
 
+@pytest.mark.slow
 def test_references_are_served_by_one_graph_more(counter):
     """Clean tokens read a row of their own; a table of one row, which all tokens share, is the other graph."""
     eager = omni(2)
@@ -101,6 +102,7 @@ def test_references_are_served_by_one_graph_more(counter):
     assert counter.frame_count == 3
 
 
+@pytest.mark.slow
 def test_a_whole_request_with_guidance_and_truncation_compiles_nothing_anew(counter, monkeypatch):
     monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda model: compile_blocks(model, counter))
     eager, compiled = (Pipeline.load(device="cpu", dtype="fp32", compile=c) for c in (False, True))
@@ -113,6 +115,7 @@ def test_a_whole_request_with_guidance_and_truncation_compiles_nothing_anew(coun
 
 
 @pytest.mark.parametrize("kept", [0, 4, "from files", "cast from files"])
+@pytest.mark.slow
 def test_streamed_blocks_compile_too(counter, kept):
     eager, compiled = load(), load()
     if isinstance(kept, str):
@@ -129,6 +132,7 @@ def test_streamed_blocks_compile_too(counter, kept):
     assert counter.frame_count == 2 + (kept == "cast from files") and streamer.copies > 0
 
 
+@pytest.mark.slow
 def test_narrow_weights_under_wide_arithmetic(counter):
     eager, compiled = load("bf16"), load("bf16")
     compile_blocks(compiled, counter)
@@ -138,6 +142,7 @@ def test_narrow_weights_under_wide_arithmetic(counter):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.slow
 def test_quantized_layers_compile_too(counter, scheme):
     eager, compiled = load(quantize=scheme), load(quantize=scheme)
     compile_blocks(compiled, counter)
@@ -163,6 +168,7 @@ def test_attention_inside_of_a_graph_can_still_be_looked_at(counter):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_the_real_compiler():
     """Inductor on the smallest kind of block: fused and reordered sums, so 1e-5 and not the same bits."""
     if shutil.which("g++") is None:

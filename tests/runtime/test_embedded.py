@@ -89,6 +89,7 @@ def test_the_stored_score():
     assert score["a color appears that is the negative prompt"] <= 0.05
 
 
+@pytest.mark.slow
 def test_guidance_and_negative_prompts_act(pipe):
     """A color that the prompt leaves open is drawn in none of twelve pictures where it is the negative prompt."""
     prompts = [f"a {shape} on a white background" for shape in ("star", "square", "heart")] * 4

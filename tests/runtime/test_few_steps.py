@@ -76,6 +76,7 @@ def test_settings_are_taken_where_none_are_given_and_said(pipe, files):
         ({"cfg": 1.0}, (4, 0.0, 3.0), "does not give it: num_inference_steps 4, shift 3"),
     ],
 )
+@pytest.mark.sampled(2)
 def test_what_is_given_wins_and_is_said(pipe, files, given, found, words):
     pipe.lora.attach(files / f"{NAME}.safetensors")
     plan = pipe.plan(**SMALL, **given)

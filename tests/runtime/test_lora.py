@@ -173,6 +173,7 @@ DIALECTS = {
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.sampled(3)
 def test_lora_of_every_dialect(model, weights, random, tmp_path, dialect):
     key, (down, up, alpha) = DIALECTS[dialect]
     tensors, changes, scale = {}, {}, -0.7
@@ -475,6 +476,7 @@ def test_streamed_blocks_take_adapters(model, weights, random, tmp_path, kept):
     assert torch.equal(velocity(streamed), plain) and list(streamed.state_dict()) == list(weights)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_adapters_and_a_new_strength_for_nothing(model, weights, random, tmp_path):
     """One more graph serves all blocks that an adapter stands beside, and a strength is no constant of it."""
     blocks = ["noise_refiner.0", "layers.0", "layers.1"]
@@ -493,6 +495,7 @@ def test_compiled_blocks_take_adapters_and_a_new_strength_for_nothing(model, wei
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_every_kind_compiles_beside_plain_and_quantized_layers(model, weights, random, tmp_path):
     """Without a break in the graph (blocks are compiled whole), and to the answer of the blocks as they are."""
     kinds = dict(

@@ -199,6 +199,7 @@ REQUEST = {"prompt": "a red star", "height": 64, "width": 64, "seed": 1, "num_in
 @pytest.mark.parametrize(
     "more", [{}, {"solver": "heun"}, {"guidance_scale": 2.0, "cfg_truncation": 0.4}, {"solver": "euler_ancestral"}]
 )
+@pytest.mark.sampled(1)
 def test_a_picture_with_modulation_computed_ahead(computed_ahead, more):
     pipe = Pipeline.load(device="cpu", dtype="fp32")
     with pytest.MonkeyPatch.context() as as_before:

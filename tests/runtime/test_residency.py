@@ -152,6 +152,7 @@ def test_a_parameter_that_is_set_while_the_part_is_away_stays():
     assert parts["a"].weight is own
 
 
+@pytest.mark.sampled(1)
 def test_a_hook_acts_in_the_next_call_and_is_gone_without_a_trace(kind, drawn):
     plain, ablated = drawn
     pipe = load(kind)
@@ -166,6 +167,7 @@ def test_a_hook_acts_in_the_next_call_and_is_gone_without_a_trace(kind, drawn):
     assert pipe.parts["transformer"] is transformer
 
 
+@pytest.mark.sampled(1)
 def test_hooks_on_every_part_run_as_often_as_they_should(kind):
     """Also where the features of the prompt are kept, which the text encoder then makes anew."""
     pipe, seen = load(kind), []
@@ -185,6 +187,7 @@ def test_hooks_on_every_part_run_as_often_as_they_should(kind):
     assert len(seen) == 8
 
 
+@pytest.mark.sampled(1)
 def test_what_a_hook_made_of_the_text_is_not_kept(kind, drawn):
     pipe = load(kind)
     hook = pipe.parts["text_encoder"].model.layers[0].register_forward_hook(lambda m, x, y: 2 * y)
@@ -193,6 +196,7 @@ def test_what_a_hook_made_of_the_text_is_not_kept(kind, drawn):
     assert torch.equal(draw(pipe), drawn[0])
 
 
+@pytest.mark.sampled(1)
 def test_a_trace_records_every_call(kind):
     pipe = load(kind)
     transformer, encoder = pipe.parts["transformer"], pipe.parts["text_encoder"]
@@ -209,6 +213,7 @@ def test_a_trace_records_every_call(kind):
     assert sum(name.endswith("result") for name in op) == 2 * each + len(transformer.context_refiner)
 
 
+@pytest.mark.sampled(1)
 def test_an_operation_is_replaced_also_for_a_prompt_that_is_known(kind, drawn):
     pipe = load(kind)
     draw(pipe)
@@ -282,6 +287,7 @@ def test_large_pictures_in_bf16_run_the_hooks_of_the_autoencoder():
 
 
 @pytest.mark.parametrize("kind", ["resident", "staged", "streamed"])
+@pytest.mark.slow
 def test_compiled_blocks_run_hooks_that_came_later(kind, drawn, monkeypatch):
     monkeypatch.setattr("s3dit.runtime.components.compile_blocks", lambda model: compile_blocks(model, "eager"))
     pipe = load(kind, compile=True)
@@ -310,6 +316,7 @@ def style(tmp_path):
     return tmp_path / "style.safetensors"
 
 
+@pytest.mark.sampled(1)
 def test_hooks_stay_when_adapters_come_and_go(kind, style, drawn):
     pipe, seen = load(kind), []
     layer = pipe.parts["transformer"].layers[0].attention.to_out[0]
@@ -335,6 +342,7 @@ def zeroed(pipe):
         pipe.parts["transformer"].layers[0].attention.to_out[0].weight.zero_()
 
 
+@pytest.mark.sampled(1)
 def test_a_weight_that_was_written_to_acts_and_stays(kind, drawn):
     pipe = load(kind)
     draw(pipe)
@@ -345,6 +353,7 @@ def test_a_weight_that_was_written_to_acts_and_stays(kind, drawn):
     assert torch.equal(draw(pipe), drawn[0])
 
 
+@pytest.mark.sampled(1)
 def test_a_module_in_anothers_place_stays(kind, drawn):
     class Nothing(nn.Module):
         def forward(self, x, *rest):
@@ -360,6 +369,7 @@ def test_a_module_in_anothers_place_stays(kind, drawn):
     assert torch.equal(draw(pipe), drawn[0])
 
 
+@pytest.mark.sampled(1)
 def test_a_text_encoder_that_was_changed_makes_features_anew(kind, drawn):
     pipe = load(kind)
     draw(pipe)
@@ -371,6 +381,7 @@ def test_a_text_encoder_that_was_changed_makes_features_anew(kind, drawn):
     assert torch.equal(draw(pipe), drawn[0])
 
 
+@pytest.mark.sampled(1)
 def test_adapters_and_changes_by_hand(kind, style, drawn):
     """Both act, the adapter's copies are no changes by hand, and what cannot be told apart is refused."""
     pipe = load(kind)
@@ -414,6 +425,7 @@ def gradients(part, module, features):
 
 @pytest.mark.parametrize("part", ["vae", "transformer", "text_encoder"])
 @pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.sampled(3)
 def test_gradients_pass_through_any_part_after_a_draw(kind, part, inference):
     pipe = load(kind)
     with torch.inference_mode(inference):
@@ -424,6 +436,7 @@ def test_gradients_pass_through_any_part_after_a_draw(kind, part, inference):
     assert all(one.abs().sum() > 0 for one in gradients(part, module, features[0]))
 
 
+@pytest.mark.sampled(1)
 def test_nothing_that_was_loaded_is_an_inference_tensor(kind, style):
     with torch.inference_mode():
         pipe = load(kind)
@@ -435,6 +448,7 @@ def test_nothing_that_was_loaded_is_an_inference_tensor(kind, style):
     assert not any(one.is_inference() for one in found)
 
 
+@pytest.mark.slow
 def test_everything_goes_at_once(kind, style, monkeypatch):
     """No ring of references, which only the collector would find, whatever was done with the pipeline."""
     compiled = kind == "staged"

@@ -89,6 +89,7 @@ def often():
     sys.setswitchinterval(before)
 
 
+@pytest.mark.sampled(1)
 def test_fifty_pictures_of_four_threads(pipe, short, often):
     jobs, done = queue.SimpleQueue(), []
     for i in range(50):
@@ -106,6 +107,7 @@ def test_fifty_pictures_of_four_threads(pipe, short, often):
     assert done == [True] * 50
 
 
+@pytest.mark.sampled(1)
 def test_streams_decodes_and_plans_between_one_another(pipe, alone, often):
     wrong = []
 
@@ -128,6 +130,7 @@ def test_streams_decodes_and_plans_between_one_another(pipe, alone, often):
     assert not any(wrong)
 
 
+@pytest.mark.sampled(1)
 def test_the_pipeline_is_free_between_two_steps(pipe, alone):
     """Of its own stream, for the same thread and for others; whatever it is used for, the stream's picture is right."""
     found = []
@@ -139,12 +142,14 @@ def test_the_pipeline_is_free_between_two_steps(pipe, alone):
     assert found == [True, True] and torch.equal(step.latents[0], alone[0].latents[0])
 
 
+@pytest.mark.sampled(1)
 def test_a_callback_may_draw(pipe, alone):
     inside = []
     result = pipe(**REQUESTS[1], **ONE, on_step=lambda step: inside.append(pipe(**REQUESTS[2], **ONE)))
     assert same(result, alone[1]) and [same(one, alone[2]) for one in inside] == [True, True]
 
 
+@pytest.mark.sampled(1)
 def test_a_hook_may_not(pipe, alone):
     hook = pipe.parts["transformer"].layers[0].register_forward_hook(lambda *_: pipe(**REQUESTS[2]))
     with pytest.raises(RequestError, match="called out of its own computation"):
@@ -155,6 +160,7 @@ def test_a_hook_may_not(pipe, alone):
     assert same(pipe(**REQUESTS[1], **ONE), alone[1])
 
 
+@pytest.mark.sampled(1)
 def test_a_stream_may_be_taken_up_and_closed_by_any_thread(pipe, alone):
     steps, found = pipe.stream(**REQUESTS[0], **ONE), []
     for _ in range(2):
@@ -170,6 +176,7 @@ def test_a_stream_may_be_taken_up_and_closed_by_any_thread(pipe, alone):
     abandoned.close()
 
 
+@pytest.mark.sampled(1)
 def test_adapters_wait_for_a_picture(pipe, alone, tmp_path, often):
     save_file({"layers.2.ffn_norm1.w_norm": torch.full((192,), 0.5)}, tmp_path / "norms.safetensors")
     pipe.lora.attach(tmp_path / "norms.safetensors")
@@ -195,6 +202,7 @@ def test_adapters_wait_for_a_picture(pipe, alone, tmp_path, often):
     assert same(pipe(**REQUESTS[0], **ONE), alone[0])
 
 
+@pytest.mark.sampled(1)
 def test_an_error_leaves_the_pipeline_to_others(pipe, alone):
     def stop(step):
         raise ZeroDivisionError
@@ -266,6 +274,7 @@ def endless(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(1)
 def test_what_is_kept_is_bounded(kind, endless):
     pipe = Pipeline.load(device="cpu", dtype="fp32", **KINDS[kind])
 

@@ -79,6 +79,7 @@ NAMES = ["simple", "sgm_uniform", "karras", "exponential", "kl_optimal", "beta",
 
 
 @pytest.mark.parametrize("schedule", NAMES)
+@pytest.mark.sampled(1)
 def test_sigmas(schedule):
     """1e-6: the engine's are fp32, as ComfyUI's, whose last bit is 6e-8 (seen: 2.1e-7)."""
     for n in STEPS:
@@ -258,6 +259,7 @@ def ours(solver, x, levels, noise, convention="comfyui"):
 @pytest.mark.parametrize("strength", [None, 0.33])
 @pytest.mark.parametrize("schedule", ["simple", "beta", "karras"])
 @pytest.mark.parametrize("solver", LOOPS)
+@pytest.mark.sampled(7)
 def test_solvers(solver, schedule, strength):
     """1e-5: the state is fp32 here, and dpmpp_2m_sde takes differences of nearly equal numbers (seen: 2.7e-6)."""
     generator = torch.Generator().manual_seed(0)

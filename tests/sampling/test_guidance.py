@@ -92,6 +92,7 @@ def plain(pipe):
 
 
 @pytest.mark.parametrize("fields", KINDS, ids=str)
+@pytest.mark.sampled(2)
 def test_a_ragged_batch_equals_one_by_one_and_differs_from_none(pipe, plain, fields):
     sizes = {"height": [64, 96], "width": [80, 64], "num_inference_steps": 2}
     together = latents(pipe, PROMPTS, **sizes, **fields)
@@ -107,6 +108,7 @@ def test_a_ragged_batch_equals_one_by_one_and_differs_from_none(pipe, plain, fie
     [{"guidance_scale": [2.0, 2.0]}, {"cfg": [3.0, 3.0]}, {"guidance_interval": [0.0, 1.0]},
      {"guidance_method": "plain"}, {"variation": 0.0}, {"skip_layers": "2:1@0.99-1"}],
 )  # fmt: skip
+@pytest.mark.sampled(2)
 def test_what_changes_nothing_has_the_bits_of_plain_guidance(pipe, fields):
     plan = pipe.plan(PROMPTS[0], **SMALL | ({} if "cfg" in fields else {"guidance_scale": 2.0}) | fields)
     assert torch.equal(pipe(plan).latents[0], latents(pipe, guidance_scale=2.0)[0])

@@ -106,6 +106,7 @@ def test_order_of_convergence(solver):
 
 
 @pytest.mark.parametrize("solver", STOCHASTIC)
+@pytest.mark.sampled(1)
 def test_fresh_noise_leaves_the_mixture_s_own_variance(solver):
     """200 steps of even levels end at the images' mean 0.15 and deviation 0.946.
 

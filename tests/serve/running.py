@@ -41,7 +41,7 @@ class Running:
 def running(serving=None, **options):
     """Serve while inside, with a pipeline of its own; options: of the Engine."""
     pipe = Pipeline.load(device="cpu", residency="resident")
-    server = Server(pipe, Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
+    server = Server(Engine(pipe, **options), serving or Serving(name="tiny"), bound("127.0.0.1", 0))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

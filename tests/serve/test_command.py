@@ -40,6 +40,12 @@ KEY = "0123456789abcdef"
         (["--api-key-file", "nowhere"], "nowhere: not found; needed a file with a key"),
         (["--api-key-file", "two words"], "holds no key; needed one word"),
         (["--api-key", KEY], "there is no option --api-key; did you mean --api-key-file?"),
+        (["--replicas", "2"], "--replicas is given without --ray"),
+        (["--worker-threads", "2"], "--worker-threads is given without --ray"),
+        (["--ray", "local", "--replicas", "3:2"], "'3:2' is not a number from 1, or MIN:MAX"),
+        (["--ray", "embedded"], "--ray is 'embedded'; needed local, auto or HOST:PORT of a cluster"),
+        (["--ray", "--port", "0"], "--port is 0 with --ray; needed a port that is free on all machines"),
+        (["--ray", "--device", "cuda:1"], "--device is cuda:1 with --ray, which chooses a GPU for each replica"),
         (["--host", "256.256.256.256", "--port", "0"], "cannot be bound"),
     ],
 )  # fmt: skip
@@ -58,6 +64,9 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else True)
     assert main(["serve"]) == 2
     assert "not installed: uvicorn; pip install 's3dit[serve]'" in capsys.readouterr().err
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "ray" else True)
+    assert main(["serve", "--ray"]) == 2
+    assert "not installed: ray; pip install 's3dit[serve,ray]'" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_said_before_a_model_is_read(served, capsys):

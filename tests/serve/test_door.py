@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from s3dit.serve.door import LOOPBACK, OPEN, Door
+from s3dit.serve.door import LOOPBACK, OPEN, Door, digest
 
 KEY = "a-key-of-the-operator"
 
@@ -66,7 +66,7 @@ def test_pages_of_other_sites_are_refused(origin, status):
     ],
 )  # fmt: skip
 def test_a_key_opens(header, status):
-    door = Door(inside, key=KEY)
+    door = Door(inside, key=digest(KEY))
     found, headers, body = knock(door, authorization=header)
     assert found == status
     if status == 401:
@@ -88,7 +88,7 @@ def test_a_line_for_every_request(caplog):
     with caplog.at_level(logging.INFO, "s3dit.serve"):
         knock(Door(inside, done=lambda *visit: told.append(visit[:3])), path="/v1/images/generations\n\x1b[2J")
         knock(Door(inside, log_prompts=True))
-        knock(Door(inside, key=KEY))
+        knock(Door(inside, key=digest(KEY)))
     first, second, third = (record.getMessage() for record in caplog.records)
     assert "\n" not in first and "\x1b" not in first and "secret" not in first
     assert "GET" in first and " 200 " in first and "1x64x64 steps=2" in first and 'user="ann\\n"' in first

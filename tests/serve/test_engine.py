@@ -342,6 +342,19 @@ def test_a_stop_finishes_what_runs_and_hands_back_what_waits(pipe, gate, monkeyp
     engine.stop()
 
 
+def test_a_stop_between_two_rounds(pipe):
+    """Its thread, which has just seen that it goes on, does not wait for what nobody tells it any more."""
+    engine = Engine(pipe)
+    engine.stop()
+    late = threading.Thread(target=engine._admit, daemon=True)
+    late.start()
+    late.join(5)
+    waits = late.is_alive()
+    with engine._changed:
+        engine._changed.notify_all()
+    assert not waits
+
+
 def test_a_stop_without_grace(pipe):
     before = {*threading.enumerate()}
     engine = Engine(pipe)

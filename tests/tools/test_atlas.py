@@ -22,6 +22,7 @@ def test_the_score_is_the_share_of_right_pictures():
     assert atlas.right([drawn[1], drawn[0], *drawn[2:]], prompts) == 0.5
 
 
+@pytest.mark.slow
 def test_everything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(atlas, "LIMITS", (0.0, 0.3))
     monkeypatch.setattr(atlas, "CHANGES", ("drop", "int8"))

@@ -73,6 +73,7 @@ def test_the_table_is_that_of_the_results():
         assert heads and kind in found["baselines"]
 
 
+@pytest.mark.slow
 def test_maps_find_things():
     """The best head of the table, on 12 pictures of two things that it was not chosen by."""
     pipe = Pipeline.load(device="cpu", dtype="fp32")

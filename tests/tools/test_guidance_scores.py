@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,7 @@ def test_what_is_judged_is_the_picture():
     assert numbers("") == [] and numbers("4,16") == [4.0, 16.0]
 
 
+@pytest.mark.slow
 def test_scores_of_a_few_pictures():
     """The embedded model draws these right; without variation, pictures of one noise are the same."""
     pipe, (scenes, prompts) = Pipeline.load(device="cpu"), map(list, zip(*fixed_prompts()[:2], strict=True))

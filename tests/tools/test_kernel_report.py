@@ -58,6 +58,7 @@ def committed():
     return {(row["arch"], row["kernel"], row["op"], row["tensors"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_the_default_path_compiles_without_spills(quick):
     assert quick["failed"] == [] and {row["arch"] for row in quick["kernels"]} == {89, 90}
     if "nvdisasm" in quick["missing"] or "cuobjdump" in quick["missing"]:
@@ -66,6 +67,7 @@ def test_the_default_path_compiles_without_spills(quick):
         assert not row["spills"] and not row["stack"], row
 
 
+@pytest.mark.slow
 def test_rows_are_bound_by_copies(quick):
     """The goal of the row kernels: instructions take at most 0.7 of what copying takes on an H200, in every dtype."""
     if "nvdisasm" in quick["missing"]:
@@ -76,6 +78,7 @@ def test_rows_are_bound_by_copies(quick):
         assert row["issue_us"] <= 0.7 * row["copy_us_H200"], row
 
 
+@pytest.mark.slow
 def test_no_floor_is_worse_than_the_committed_one(quick):
     known, compared = committed(), 0
     for row in quick["kernels"]:

@@ -51,6 +51,7 @@ def test_suppression_of_nothing_changes_nothing(pipe):
     assert nothing.seen.total() == 8 * 6
 
 
+@pytest.mark.slow
 def test_sinks_move_a_picture_further_than_random_tokens():
     effects = attention_sinks.study(3, (1,))["effects"]
     assert effects[1, "sinks"][0] >= 0.75
@@ -69,6 +70,7 @@ def test_two_means_find_two_heaps_and_overlap_counts_area():
     assert massive_activations.overlap(truth.numpy(), half) == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 def test_few_channels_draw_the_picture():
     found = massive_activations.study(2)
     assert min(found["times"]) > 30
@@ -93,6 +95,7 @@ def test_ranks_are_correlated():
     assert block_removal.rank_correlation(a, torch.tensor([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
 
 
+@pytest.mark.slow
 def test_the_text_is_read_in_an_early_layer_and_not_in_a_late_one():
     removals = [("layers.1", "text"), ("layers.4", "text"), ("layers.4", "block")]
     effects = block_removal.study(2, 1, removals)["effects"]
@@ -109,6 +112,7 @@ def test_a_layer_without_all_of_its_heads_is_one_without_attention(pipe):
     assert without[0].tobytes() == removed[0].tobytes()
 
 
+@pytest.mark.slow
 def test_heads_that_look_at_the_text_are_needed_first():
     found = head_ablation.study(2, (8,), draws=1)
     assert len(found["scores"]) == 36 and all(0 <= score <= 1 for score in found["scores"].values())

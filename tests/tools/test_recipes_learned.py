@@ -21,6 +21,7 @@ from embedded_model import load  # noqa: E402
 from s3dit.research.tokens import tokens  # noqa: E402
 
 
+@pytest.mark.slow
 def test_patching_finds_a_color_where_it_must_be_and_where_it_is():
     cells = {
         "all text": Cell("text", "layers.0.input"),
@@ -41,6 +42,7 @@ def test_patching_finds_a_color_where_it_must_be_and_where_it_is():
     assert all(abs(way[name]) < 0.1 for name in ("word", "image before", "text after"))
 
 
+@pytest.mark.slow
 def test_patching_from_a_run_of_the_same_prompt_changes_nothing():
     cells = [Cell("image", "layers.3.output"), Cell("text", "layers.0.input"), Cell("image", "layers.*.ffn.added")]
     found, (own, _, *pictures) = activation_patching.study(cells, source=activation_patching.OWN)
@@ -64,6 +66,7 @@ def test_ridge_is_least_squares_with_rows_of_the_penalty():
     torch.testing.assert_close(linear_probe.ridge(x, y, 5.0), torch.linalg.lstsq(*more).solution, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_probe_reads_color_after_a_layer_and_chance_before_or_shuffled():
     found = linear_probe.study(count=240, trained=200, steps=(1,))
     # 40 pictures: 0.4 of right answers by chance of 0.1 is beyond five deviations.
@@ -98,6 +101,7 @@ def test_an_autoencoder_finds_the_directions_that_vectors_are_sums_of():
     assert sparse_autoencoder.explained(model, x) > 0.85
 
 
+@pytest.mark.slow
 def test_found_features_name_words_of_new_prompts_and_turn_things():
     found = sparse_autoencoder.study(["red"], count=440, trained=400)
     # A feature that fires for every prompt has 2 / 11 for one color of ten.
@@ -106,6 +110,7 @@ def test_found_features_name_words_of_new_prompts_and_turn_things():
     assert np.mean(features) >= np.mean(random) + 0.4
 
 
+@pytest.mark.slow
 def test_the_file_of_a_lora_has_diffusers_names_and_acts_as_it_was_trained(tmp_path):
     """In few steps: the trained model and one with the file attached have the same velocity; peft takes its names."""
     losses = train_lora.train(tmp_path / "few.safetensors", steps=12, count=8)
@@ -126,6 +131,7 @@ def test_the_file_of_a_lora_has_diffusers_names_and_acts_as_it_was_trained(tmp_p
 TEXTS = ["a red star above a blue ring", "a huge pink heart", "a green cross at the left"]
 
 
+@pytest.mark.slow
 def test_a_few_step_lora_learns_the_way_between_states_of_its_teacher(tmp_path):
     """States are those of the teacher's pictures, at the noise levels of the student; the file says its settings."""
     pipe = load()

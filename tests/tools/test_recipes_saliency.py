@@ -46,6 +46,7 @@ def test_the_flow_is_the_pipelines_own(pipe, start):
 
 
 @pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.slow
 def test_gradients_are_those_of_finite_differences(pipe, start, steps):
     noise, embedded, sigmas = start
     sigmas = sigmas if steps > 1 else (sigmas[0], 0.0)
@@ -92,6 +93,7 @@ def test_a_margin_is_cut_off():
     assert saliency.inside(mask, 2).equal(expected)
 
 
+@pytest.mark.slow
 def test_the_color_of_a_thing_hangs_on_its_word_and_on_its_place():
     found = saliency.study(2, steps=1)
     assert found["first, thing"] == 1.0 and len(found["pictures"]) == 2

@@ -29,6 +29,7 @@ from tiny_world import (  # noqa: E402
 )
 
 
+@pytest.mark.slow
 def test_scorer_passes_real_renders():
     rng = np.random.default_rng(5)
     scenes = [draw_scene(rng, held_out=i % 4 == 0) for i in range(240)]

@@ -169,6 +169,7 @@ def picture(**parts):
     return pipe(**DRAW, output_type="latent").latents[0]
 
 
+@pytest.mark.slow
 def test_a_picture_has_the_bits_of_the_plain_model(compressed):
     """In both dtypes of computing; fp32 with weights that are kept in bf16 is what a CPU without bf16 does."""
     files = ({"transformer": compressed / "comfy.safetensors"}, {"transformer": compressed / "diffusers.safetensors"})
@@ -192,6 +193,7 @@ def test_what_it_cannot_do_is_said(compressed):
         graphs.check_operations(graph)
 
 
+@pytest.mark.slow
 def test_convert_gives_the_weights_back(compressed, tmp_path):
     for name in ("comfy.safetensors", "diffusers.safetensors"):
         convert(compressed / name, tmp_path / name, version="0")

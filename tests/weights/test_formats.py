@@ -69,6 +69,7 @@ def seed():
 
 
 @pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.sampled(7)
 def test_decoded_and_multiplied(name, tmp_path, monkeypatch):
     w = torch.randn(256, 384) * 0.05
     path, expected = write(tmp_path, name, {LAYER: w}, {"norm.weight": torch.ones(3).bfloat16()})
@@ -152,6 +153,7 @@ def check_velocity(tmp_path, tensors, path, expected, rename=lambda name: [name]
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("sdnq") or "4" in name])
+@pytest.mark.sampled(5)
 def test_velocity_is_that_of_the_plain_weights(name, plain, tmp_path):
     tensors, layers = plain
     rest = {key: tensor for key, tensor in tensors.items() if key.removesuffix(".weight") not in layers}
@@ -160,6 +162,7 @@ def test_velocity_is_that_of_the_plain_weights(name, plain, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp4"])
+@pytest.mark.sampled(1)
 def test_velocity_of_nunchaku_with_its_own_names(kind, plain, tmp_path):
     """to_qkv is q, k, v; net.0.proj is w3, w1; net.2 is w2."""
     tensors, layers = plain

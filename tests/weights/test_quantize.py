@@ -43,6 +43,7 @@ def draw(model, **options):
 
 
 @pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.sampled(1)
 def test_a_directory_draws_the_bits_of_quantize_on_load(name, tmp_path):
     folder = write(tmp_path / "small", name, "int8-weights")
     assert torch.equal(draw(folder), draw(EMBEDDED, quantize=name, quantize_text="int8-weights"))
