@@ -87,8 +87,10 @@ class ControlNet(nn.Module):
         and the hints for the base's refiner, one a block, or none (1.0).
         """
         pack = context.image
-        tokens = len(pack.token_index)
-        patches = patches[:tokens] if len(patches) > tokens else patches.repeat(tokens // max(len(patches), 1), 1)
+        # By shape, since len() would be a fixed number in a graph.
+        tokens, given = pack.token_index.shape[0], patches.shape[0]
+        if given != tokens:
+            patches = patches[:tokens] if given > tokens else patches.repeat(tokens // max(given, 1), 1)
         c = pack.fill(self.control_all_x_embedder[PATCH](patches.to(image.dtype)), pad)
         place = (context.image_rope, pack.spans, modulation.time, pack.modulation_row)
         if self.config.version == "1.0":
@@ -120,11 +122,14 @@ class ControlNet(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class ActiveControlNet:
-    """A ControlNet with the inputs of a pass: control patches (n, 4 · channels) of all pictures, strength and rule."""
+    """A ControlNet with the inputs of a pass: control patches (n, 4 · channels) of all pictures, strength and rule.
+
+    strength: in a graph, () fp32.
+    """
 
     net: ControlNet
     patches: Tensor
-    strength: float
+    strength: float | Tensor
     rule: Rule = "authors"
 
     def refine(

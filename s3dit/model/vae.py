@@ -352,7 +352,7 @@ class Autoencoder(nn.Module):
         It is 2.1 times as fast on a CPU with AMX, and the layout that a GPU's convolutions compute in. In fp32 it is
         0.8 to 1.4 times as fast on AVX2, not worth a difference: contiguous gives diffusers' bits.
         """
-        weight = self.decoder.conv_in.weight
+        weight = next(self.parameters())
         if self.memory_format is not None:
             return self.memory_format
         halves = weight.device.type in ("cpu", "cuda") and weight.dtype.itemsize == 2
@@ -379,7 +379,7 @@ class Autoencoder(nn.Module):
         z, logvar = self.moments(pixels, tile)
         if generator is not None:
             # parity: drawn in the parameters' dtype; a generator's normal numbers differ between fp32 and fp64.
-            dtype = self.decoder.conv_in.weight.dtype
+            dtype = next(self.parameters()).dtype
             noise = torch.randn(z.shape, generator=generator, device=generator.device, dtype=dtype)
             z = z + torch.exp(0.5 * logvar) * noise.to(z)
         return (z - self.config.shift_factor) * self.config.scaling_factor
@@ -401,7 +401,7 @@ class Autoencoder(nn.Module):
 
         A latent cell is `cell` positions a side of x, and `out_cell` of the result, which is at least fp32.
         """
-        weight = self.decoder.conv_in.weight
+        weight = next(self.parameters())
 
         def done(part: Tensor) -> Tensor:
             wide = torch.promote_types(weight.dtype, torch.float32)

@@ -1,10 +1,8 @@
-"""`runner.py` draws the engine's picture from a written folder, by torch or onnxruntime, without the engine."""
+"""The functions of `runner.py`, and what it refuses; its pictures are compared in `test_graphs`."""
 
 import ast
 import io
 import json
-import os
-import re
 import sys
 from pathlib import Path
 
@@ -15,55 +13,78 @@ from PIL import Image
 
 from s3dit import Pipeline
 from s3dit.export import graphs, runner
+from s3dit.inputs.images import Picture
 from s3dit.model.layout import patchify
 from s3dit.sampling.schedules import sigmas
 
-SLOW = pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="takes a minute; set S3DIT_SLOW=1 to run it")
-PAGE = Path(__file__).resolve().parents[2] / "s3dit" / "EXPORT.md"
-PROMPTS = ["a red star above a blue ring", "a green square"]
+SIZE = (48, 80)
+SETTINGS = {
+    "form": "export", "height": 64, "width": 64, "steps": 2, "guidance_scale": 0,
+    "shift": {"slope": 0, "offset": 3, "exponential": False},
+}  # fmt: skip
 
 
-def check(model: runner.Model, pipe: Pipeline) -> None:
-    """Compare pictures of a written model with the pipeline's, in two sizes, guided and not."""
-    for size, guided in (((48, 80), {}), ((64, 64), {"guidance_scale": 2.0})):
-        found = model.draw(PROMPTS, [3, 4], size, steps=2, **guided)
-        options = {"height": size[0], "width": size[1], "num_inference_steps": 2, **guided}
-        for i, prompt in enumerate(PROMPTS):
-            wanted = np.asarray(pipe(prompt, seed=3 + i, **options).images[0])
-            # Where a number lies between two integers, the last bit decides.
-            off = np.abs(found[i].astype(int) - wanted.astype(int))
-            assert off.max() <= 1 and (off > 0).mean() < 1e-2
+def picture(seed, size=SIZE):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def test_it_draws_the_pictures_of_the_engine(pipe, model):
-    assert sorted(path.name for path in model.folder.iterdir()) == [
-        "runner.py", "settings.json", "text_encoder.pt2", "tokenizer.json", "transformer.pt2", "vae.pt2",
-    ]  # fmt: skip
-    check(model, pipe)
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "turned"])
+def test_it_reads_a_picture_as_the_engine_does(mode, tmp_path):
+    image = Image.fromarray(picture(1, (40, 50))).convert("RGB" if mode == "turned" else mode)
+    exif = image.getexif()
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(picture(2, (40, 50))[..., 0]))
+    if mode == "turned":
+        exif[0x0112] = 6
+    image.save(tmp_path / "a.png", exif=exif)
+    for size in ((32, 32), None):
+        found = runner.read(str(tmp_path / "a.png"), size)
+        wanted = Picture.open(tmp_path / "a.png").pixels(size or ((48, 32) if mode == "turned" else (32, 48)))
+        assert np.array_equal(runner.as_pixels(found, found.shape[:2], 1, "it")[0], wanted.numpy())
 
 
-def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "Model", lambda folder: model)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (40, 64)}, "size 40x64, 1 seeds; needed multiples of 16"),
+        ({"start": runner.Start(picture(1), strength=0.0)}, "strength is 0; needed a number above 0"),
+        ({"start": runner.Start(picture(1)), "size": (64, 64)}, r"image is \(48, 80, 3\) of uint8; needed \(64"),
+        ({"start": runner.Start(picture(1) / 255)}, "image is .* of float64; needed"),
+        ({"start": runner.Start(picture(1), np.zeros(SIZE, bool))}, "mask has no white place"),
+        ({"start": runner.Start(picture(1), np.ones((64, 64), bool))}, r"mask is \(64, 64\)"),
+        ({"control": runner.Control()}, "a control needs an image, or inpaint and mask"),
+        ({"control": runner.Control(picture(1), inpaint=picture(1)), "size": SIZE}, "a control needs an image, or"),
+        ({"control": runner.Control(picture(1), start=0.5, end=0.5), "size": SIZE}, "from 0.5 to 0.5; needed start"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(options, message, tmp_path):
+    """Before any graph is loaded: there is none."""
+    own = {"control": {"channels": 33, "strength": 0.9}} if "control" in options else {}
+    (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | own))
+    with pytest.raises(ValueError, match=message):
+        runner.Model(tmp_path).draw([[1, 2]], [1], **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mask m.png", "needed --image too"),
+        ("--strength 0.5", "needed --image too"),
+        ("--image none.png", "No such file"),
+        ("--image a.png", "vae_encoder.pt2 is not there, which reads pictures; needed a whole folder: write it anew"),
+        ("--control-image a.png", "this folder has no ControlNet; write one with `s3dit export MODEL -o DIR --control"),
+        ("--control-strength 1", "this folder has no ControlNet"),
+        ("--size 7", "is '7'; needed WxH"),
+    ],
+)
+def test_its_command_says_what_is_missing(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    ids = ",".join(map(str, pipe.tokenizer.encode(PROMPTS[0])))
-    for words, name in ((PROMPTS[:1], "words.png"), (["--ids", ids], "ids.png")):
-        runner.main([*words, "--size", "64x48", "--steps", "1", "-o", name])
-    assert Path("words.png").read_bytes() == Path("ids.png").read_bytes()
-    assert Image.open("ids.png").size == (64, 48)
+    Image.fromarray(picture(1)).save("a.png")
+    Path("settings.json").write_text(json.dumps(SETTINGS))
     with pytest.raises(SystemExit):
-        runner.main([])
-    with pytest.raises(ValueError, match="size 40x64, 1 seeds; needed multiples of 16"):
-        model.draw(PROMPTS[:1], [1], (40, 64))
-
-
-def test_the_examples_of_the_page_run(model, monkeypatch, capsys):
-    """Writing and loading are those of the fixture."""
-    written = []
-    monkeypatch.setattr(graphs, "write", lambda pipe, folder: written.append((type(pipe), folder)))
-    monkeypatch.setattr(runner, "Model", lambda folder: model)
-    examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    exec(compile("\n".join(examples), PAGE.name, "exec"), {})
-    assert written == [(Pipeline, "stars")] and capsys.readouterr().out == "(2, 64, 96, 3) uint8\n"
+        runner.main(["--ids", "1,2", "--model", ".", *words.split()])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**32 + 5])
@@ -101,12 +122,13 @@ def test_it_imports_nothing_of_the_engine():
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     own = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
-    assert own == {"numpy", "torch", "onnxruntime", "tokenizers"}
+    assert own == {"numpy", "torch", "onnxruntime", "tokenizers", "PIL"}
 
 
 def test_inputs_go_to_the_device_that_the_graphs_are_of(tmp_path, monkeypatch):
     """Without a GPU: "meta" stands for the other device, and the answer is brought back from where it is."""
     (tmp_path / "settings.json").write_text('{"form": "export", "device": "meta"}')
+    (tmp_path / "vae.pt2").touch()
     seen = []
 
     def graph(*given):
@@ -116,18 +138,3 @@ def test_inputs_go_to_the_device_that_the_graphs_are_of(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "load", lambda path: type("Graph", (), {"module": lambda self: graph})())
     answer = runner.Model(tmp_path).run("vae", np.zeros(2, np.float32), np.zeros(1, np.int64))
     assert seen == ["meta", "meta"] and answer.dtype == np.float32 and answer.tolist() == [1.0]
-
-
-@SLOW
-def test_compiled_it_draws_the_same(tmp_path, cut_model):
-    graphs.write(pipe := cut_model(1), tmp_path / "model", "compiled")
-    assert json.loads((tmp_path / "model" / "settings.json").read_text())["form"] == "compiled"
-    check(runner.Model(tmp_path / "model"), pipe)
-
-
-@SLOW
-def test_onnxruntime_draws_the_same(tmp_path, cut_model):
-    pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
-    pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
-    graphs.write(pipe := cut_model(1), tmp_path / "model", "onnx")
-    check(runner.Model(tmp_path / "model"), pipe)

@@ -184,8 +184,10 @@ def test_what_it_cannot_do_is_said(compressed):
     with pytest.raises(BackendError, match="without compile, or `s3dit convert` it"):
         Pipeline.load("embedded", device="cpu", transformer=compressed / "comfy.safetensors", compile=True)
     pipe = Pipeline.load("embedded", device="cpu", dtype="fp32", transformer=compressed / "comfy.safetensors")
+    with pytest.raises(RequestError, match="found transformer in dfloat11; torch alone does not decode it"):
+        graphs.check(pipe, "export")
     layer = pipe.transformer.layers[0].attention.to_k
-    with graphs.traceable(layer, torch.device("cpu")):
+    with graphs.traceable(torch.device("cpu")):
         graph = torch.export.export(layer, (torch.zeros(5, 192),), strict=False)
     with pytest.raises(RequestError, match=r"s3dit.decode_exponents.default.*of DFloat11.*s3dit convert"):
         graphs.check_operations(graph)
