@@ -98,7 +98,7 @@ def test_a_worker_that_dies_is_replaced(batch, monkeypatch):
     check(out, rows)
 
 
-@pytest.mark.skipif(os.environ.get("S3DIT_SLOW") != "1", reason="starts a Ray cluster, half a minute; S3DIT_SLOW=1")
+@pytest.mark.slow
 def test_a_cluster_of_ray(batch, monkeypatch):
     """The actor of the first result is killed; what Ray says of it is not among the results on standard output."""
     pytest.importorskip("ray")

@@ -6,7 +6,6 @@ All tests of the written folder are here, since a worker that runs another file 
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -28,7 +27,6 @@ from s3dit.model.controlnet import ActiveControlNet, Controls
 from s3dit.model.layout import patchify, text_to_image
 
 BOUND = 1e-5
-SLOW = pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="takes minutes; set S3DIT_SLOW=1 to run it")
 PARTS = ("text_encoder", "transformer", "vae", "vae_encoder")
 # Rows and columns of patches, and caption tokens of each picture: paddings of none, one and many, ragged or not.
 CASES = [
@@ -141,7 +139,7 @@ def test_a_short_caption_is_hidden_beyond_its_own_padding():
     assert mask.shape == (2, 1, 1, 32 + 64) and mask[0, 0, 0].sum() == 32 + 32 and mask[1].all()
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["int8", "fp8", "int4", "fp8-weights", "int8-weights"])
 def test_models_in_number_formats_are_exported(quantize, load_small):
     pipe = load_small(quantize=quantize)
@@ -155,7 +153,7 @@ def test_models_in_number_formats_are_exported(quantize, load_small):
         assert distance(found, on_grid(pipe.velocity(noise, t, features), grid)) < 5e-3
 
 
-@SLOW
+@pytest.mark.slow
 def test_adapters_are_exported(load_small, tmp_path):
     pipe, (_, noise, t) = load_small(), inputs((3, 5), (7,))
     factors = {"lora_A": torch.randn(2, 192), "lora_B": torch.randn(192, 2)}
@@ -268,7 +266,7 @@ def test_the_examples_of_the_page_run(model, monkeypatch, capsys):
     assert written == [(Pipeline, "stars")] and capsys.readouterr().out == "(2, 64, 96, 3) uint8\n"
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["compiled", "onnx"])
 def test_other_forms_draw_the_same(form, pipe, net, tmp_path):
     if form == "onnx":

@@ -122,7 +122,7 @@ def pictures(url):
     return {each.labels["replica"]: each.value for each in samples}
 
 
-@pytest.mark.skipif(not os.environ.get("S3DIT_SLOW"), reason="starts a cluster; S3DIT_SLOW=1")
+@pytest.mark.slow
 def test_two_replicas_draw_end_and_are_replaced(started):
     from s3dit.inputs.save_image import encoded
     from s3dit.pipeline import Pipeline
