@@ -71,6 +71,7 @@ def test_the_table_of_fields_is_made_from_the_fields():
     assert made in text("s3dit/API.md"), "run tools/api_table.py and paste what it prints into s3dit/API.md"
 
 
+@pytest.mark.slow
 def test_the_drawing_is_what_the_command_prints():
     page = text("s3dit")
     (drawing,) = re.findall(r"<!-- python tools/draw_layout.py -->\n```text\n(.*?)```\n<!-- end -->", page, re.S)

@@ -191,6 +191,7 @@ def test_a_picture_of_a_batch_is_drawn_again_alone(pipe, fields, tmp_path):
     assert not torch.equal(drawn.latents[0], drawn.latents[1])
 
 
+@pytest.mark.slow
 def test_the_command_line_and_its_replay(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["generate", PROMPT, "--size", "64x64", "--seed", "3", "--count", "2", "--preset", "comfyui-turbo"]

@@ -32,6 +32,7 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     assert "48 tensors; torch.Size([8, 8])" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_examples_are_typed(tmp_path):
     """Under --strict, by the flags that pyproject.toml gives to this name; the packages say that they are typed."""
     pytest.importorskip("mypy")

@@ -59,6 +59,7 @@ def test_the_needed_packages_draw(tmp_path):
     assert done.stderr.count("no progress bars without the package tqdm; pip install 's3dit[bars]'") == 1
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named_where_it_is_used():
     """One process: a name of the Hub, a SentencePiece model, the Triton backend."""
     code = (

@@ -40,6 +40,7 @@ def test_a_command_of_the_readme_is_that_of_its_file(name):
 
 
 @pytest.mark.parametrize("name", ["soak", "fuzz"])
+@pytest.mark.sampled(1)
 def test_a_program_without_other_libraries_answers_help(name):
     done = subprocess.run([sys.executable, ROOT / "tools" / f"{name}.py", "--help"], capture_output=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith(b"usage: ")

@@ -81,6 +81,7 @@ def test_another_model_does_not_draw_into_the_same_place(batch):
     assert batch(ROWS[:1], "--model", "embedded-base")[:2] == (2, [])
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(batch, monkeypatch):
     """Two processes; one is killed with its first row in hand: no row is lost, none is drawn twice."""
     heard, killed = processes.Pool.heard, []

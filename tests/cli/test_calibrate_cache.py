@@ -9,6 +9,7 @@ from PIL import Image
 from s3dit.cli.main import main
 
 
+@pytest.mark.slow
 def test_from_a_calibration_to_a_replay(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["calibrate-cache", "a red star", "--seed", "3", "--steps", "9"]) == 0

@@ -67,6 +67,7 @@ def test_a_file_of_24_gigabytes(full, tmp_path):
     assert min(took) < 0.5
 
 
+@pytest.mark.slow
 def test_a_gguf_with_a_whole_vocabulary(tmp_path):
     """What llama.cpp writes at full size: 151,936 tokens, 151,387 merges, and tensors in blocks."""
     gguf = pytest.importorskip("gguf", reason="GGUF files are made by gguf-py: pip install 's3dit[test]'")

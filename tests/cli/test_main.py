@@ -256,6 +256,7 @@ def test_a_part_that_takes_long_shows_its_loading(capsys, tmp_path, monkeypatch)
     assert "loading transformer:" in err and "/10.3M" in err and "loading text_encoder" not in err
 
 
+@pytest.mark.slow
 def test_an_unknown_backend_in_the_environment_is_one_line():
     run = [sys.executable, "-m", "s3dit", "plan", PROMPT]
     done = subprocess.run(run, env=os.environ | {"S3DIT_BACKEND": "cudaa"}, capture_output=True, text=True)
@@ -480,7 +481,7 @@ def test_streams_that_are_closed_or_full_do_not_lose_the_picture(tmp_path):
 
 @pytest.mark.parametrize(("number", "moment"), [(signal.SIGINT, "start"), (signal.SIGTERM, "import"),
                                                 (signal.SIGTERM, "drawing"), (signal.SIGINT, "drawing")])  # fmt: skip
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_signal_ends_it_in_one_line_with_nothing_left(tmp_path, number, moment):
     draw = process("generate", PROMPT, "--steps", 900, "--preview", "--json", "-o", tmp_path / "a.png")
     if moment == "drawing":

@@ -92,6 +92,7 @@ def distances(pipe, net, run, grid, lengths):
 
 
 @pytest.mark.parametrize(("grid", "lengths"), CASES, ids=str)
+@pytest.mark.slow
 def test_a_graph_is_the_model_at_every_size(pipe, net_module, model, grid, lengths):
     def run(part, *given):
         return torch.from_numpy(model.run(part, *(each.numpy() for each in given)))
@@ -117,6 +118,7 @@ def test_a_batch_is_the_items_by_every_version_of_a_controlnet(pipe, controlnet,
         assert distance(module(*given), wanted) < BOUND
 
 
+@pytest.mark.slow
 def test_one_graph_serves_all_of_them(model):
     """Nothing was loaded, let alone traced, once more: the parts are those of the first case."""
     before = dict(model._parts)
@@ -213,16 +215,19 @@ def check(model: runner.Model, pipe: Pipeline, wanted: dict, found: dict) -> Non
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.slow
 def test_it_draws_the_pictures_of_the_engine(pipe, model, way):
     check(model, pipe, *WAYS[way])
 
 
 @pytest.mark.parametrize(("values", "options"), CONTROLS, ids=["image", "inpaint"])
+@pytest.mark.slow
 def test_it_draws_by_a_controlnet(pipe, net, model, values, options):
     control = {"control": Control(net, picture(2), **values)} | options
     check(model, pipe, control, {"control": runner.Control(picture(2), **values)} | options)
 
 
+@pytest.mark.slow
 def test_a_folder_is_whole(model):
     assert sorted(path.name for path in model.folder.iterdir()) == [
         "runner.py", "settings.json", "text_encoder.pt2", "tokenizer.json", "transformer.pt2", "vae.pt2",
@@ -230,6 +235,7 @@ def test_a_folder_is_whole(model):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "Model", lambda folder: model)
     monkeypatch.chdir(tmp_path)
@@ -242,6 +248,7 @@ def test_its_command_takes_words_or_ids(pipe, model, tmp_path, monkeypatch):
         runner.main([])
 
 
+@pytest.mark.slow
 def test_its_command_takes_pictures(pipe, net, model, tmp_path, monkeypatch):
     """A start image that has to be scaled, with a mask, and a control picture of another size."""
     monkeypatch.setattr(runner, "Model", lambda folder: model)
@@ -256,6 +263,7 @@ def test_its_command_takes_pictures(pipe, net, model, tmp_path, monkeypatch):
     assert near(np.asarray(Image.open("drawn.png")), wanted)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(model, monkeypatch, capsys):
     """Writing and loading are those of the fixture."""
     written = []

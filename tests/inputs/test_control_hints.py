@@ -187,7 +187,7 @@ def attached(style, **load):
 
 
 @pytest.mark.parametrize("rule", ["authors", "diffusers"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_an_adapter_beside_control_is_its_sum_with_the_weights(pipe, nets, style, rule):
     control = [Control(nets["2.1"], picture(1), rule=rule), Control(nets["1.0"], picture(2), 0.3)]
     guided = {"guidance_scale": 1.5}

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", WORDS)
+@pytest.mark.slow
 def test_all_end_by_name(folder, kind):
     codes, failed = json.loads((folder / "codes.json").read_text()), int(kind != "first")
     said = (folder / f"{kind}-{1 - failed}").read_text()

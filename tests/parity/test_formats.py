@@ -75,6 +75,7 @@ def blocks(layer):
 
 
 @pytest.mark.parametrize("name", ["comfy mxfp8", "comfy int8 convrot", "e4m3 cast"])
+@pytest.mark.sampled(1)
 def test_a_transformer_resident_and_streamed(name, official_dir, tmp_path):
     coded, plain = rewrite(official_dir / "transformer", tmp_path, name, blocks)
     expected = velocity(load(official_dir, transformer=plain))

@@ -240,6 +240,7 @@ def test_a_gguf_by_diffusers_reader(official_dir, tensors, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["int4", "fp8-weights"])
+@pytest.mark.sampled(1)
 def test_a_directory_in_our_own_format_is_dequantized(official_dir, tmp_path, name):
     """diffusers would read its codes as weights, in silence."""
     from s3dit import __version__

@@ -70,6 +70,7 @@ def test_the_official_sigmas_and_steps(n):
     assert relative(steps[-1].x, x) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_batch_of_one_generator(ours, reference):
     """`generator=` one object, two pictures a prompt: 1e-5 as in test_pipeline."""
     options = {**SIZE, "num_inference_steps": 4, "guidance_scale": 2.0, "num_images_per_prompt": 2}

@@ -122,6 +122,7 @@ def test_all_sites_of_a_full_size_model_over_8_steps_fit_in_a_gigabyte(full, mon
     assert held(full, [""], steps=8, branches=1) > 200 * GB
 
 
+@pytest.mark.slow
 def test_a_record_holds_what_is_counted():
     """The count, by the same rule, is what `observe` keeps of the small model."""
     pipe = Pipeline.load(device="cpu", dtype="fp32")

@@ -249,6 +249,7 @@ def test_command_line_and_replay(local, capsys):
     assert not Path("b.png").exists()
 
 
+@pytest.mark.slow
 def test_a_replay_takes_strength_and_order_of_its_adapters(local, capsys):
     assert run(*SMALL, "--lora", "style.safetensors:0.5", "--lora", "norms.safetensors", "-o", "a.png") == 0
     Path("style.safetensors").rename("renamed.safetensors")

@@ -116,7 +116,7 @@ def test_guidance_that_ends_begins_anew(pipe):
 
 
 @pytest.mark.parametrize("cache", SPARING, ids=str)
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_streamed_blocks(pipe, cache):
     """The same bits, though blocks follow one another in another order."""
     streamed = Pipeline.load(device="cpu", dtype="fp32", residency="streamed")

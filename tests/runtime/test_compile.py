@@ -151,6 +151,7 @@ def test_quantized_layers_compile_too(counter, scheme):
     assert counter.frame_count == 2
 
 
+@pytest.mark.slow
 def test_attention_inside_of_a_graph_can_still_be_looked_at(counter):
     model, seen = load(), []
     compile_blocks(model, counter)

@@ -289,6 +289,7 @@ def at(change, scale):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.sampled(4)
 def test_every_kind(model, weights, random, tmp_path, kind):
     tensors, changes, scale = {}, {}, 0.6
     for layer in LAYERS:

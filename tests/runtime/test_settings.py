@@ -163,7 +163,7 @@ def check(files, expected, case, settings, pipe=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 def test_nothing_changes_from_the_load_on(files, expected, case):
     check(files, expected, case, TOGETHER)
 

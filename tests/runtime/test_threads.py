@@ -89,7 +89,7 @@ def often():
     sys.setswitchinterval(before)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_fifty_pictures_of_four_threads(pipe, short, often):
     jobs, done = queue.SimpleQueue(), []
     for i in range(50):

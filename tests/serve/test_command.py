@@ -155,7 +155,7 @@ def test_adapters_are_chosen_by_name(started):
     assert ask(f"{url}/v1/images/generations", fields)[1]["error"]["param"] == "num_inference_steps"
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signal")
+@pytest.mark.slow
 def test_a_signal_under_load_ends_in_order(started):
     """Last: requests that run are drawn, the rest gets 503, the exit code is 0."""
     process, url, lines, reader = started

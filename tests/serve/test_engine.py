@@ -107,6 +107,7 @@ def test_exact_numerics_take_passes_of_their_own():
 
 
 @pytest.mark.parametrize("kind", [{}, {"vram": "12MiB"}, {"vram": "2GiB"}, {"dtype": "bf16"}])
+@pytest.mark.sampled(1)
 def test_other_residencies(kind):
     """Parts that take turns draw one request after another; a budget that holds all is as good as resident.
 
@@ -137,6 +138,7 @@ def adapter(folder, name, seed, vectors):
 
 
 @pytest.mark.parametrize("vectors", [True, False])
+@pytest.mark.sampled(1)
 def test_adapters_at_other_strengths(tmp_path, vectors):
     """Each request has its own strengths; afterwards all are what they were.
 
@@ -382,6 +384,7 @@ next(event for event in job.events() if type(event).__name__ == "StepDone")
 """
 
 
+@pytest.mark.slow
 def test_a_program_may_end_without_a_stop():
     """Threads that are in the middle of a pass when the interpreter goes would abort the process."""
     ended = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=100)
@@ -399,6 +402,7 @@ def test_a_dead_engine_says_so(pipe, monkeypatch):
         engine.submit(request())
 
 
+@pytest.mark.slow
 def test_nothing_stays_of_what_is_over(engine):
     """No tensor of a request outlives its result: neither of those that are drawn nor of those that fail."""
 

@@ -76,6 +76,7 @@ def give(browser, selector, data, name="given.png"):
     browser.run(script, selector, base64.b64encode(data).decode(), name)
 
 
+@pytest.mark.slow
 def test_a_picture_forms_and_arrives(browser, server):
     browser.type("#prompt", "a slow <b>red</b> star")
     browser.type("#seed", "7")
@@ -103,6 +104,7 @@ def test_a_picture_forms_and_arrives(browser, server):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_several_pictures_count_up_and_one_is_cancelled(browser, server):
     browser.type("#prompt", "slow")
     browser.type("#seed", "9007199254740995")
@@ -119,6 +121,7 @@ def test_several_pictures_count_up_and_one_is_cancelled(browser, server):
     assert sorted(fields["seed"] for _, fields, _ in server.asked) == [9007199254740995 + i for i in range(3)]
 
 
+@pytest.mark.slow
 def test_a_mask_is_painted_undone_inverted_and_sent(browser, server):
     browser.type("#prompt", "a ring")
     give(browser, "#image-file", png(Image.new("RGB", (100, 60), "teal")))
@@ -166,6 +169,7 @@ def test_a_mask_is_painted_undone_inverted_and_sent(browser, server):
     assert server.asked[-1][0].endswith("generations") and "strength" not in server.asked[-1][1]
 
 
+@pytest.mark.slow
 def test_loras_references_and_guidance(browser, server):
     browser.click("#lora-group summary")
     assert browser.text(".lora .tick") == EVIL and not browser.seen(".lora b")
@@ -194,6 +198,7 @@ def test_loras_references_and_guidance(browser, server):
     assert path.endswith("edits") and len(files["reference"]) == 2 and fields["lora"][1]["name"] == "ink"
 
 
+@pytest.mark.slow
 def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_path):
     browser.run("window.fired = 0; window.alert = () => fired++")
     for seed, prompt in ((1, EVIL), (2, "a blue ring")):
@@ -241,6 +246,7 @@ def test_the_gallery_replays_compares_deletes_and_stays(browser, server, tmp_pat
     assert browser.value("#prompt") == EVIL
 
 
+@pytest.mark.slow
 def test_a_picture_from_elsewhere_brings_its_settings(browser):
     metadata = {"prompt": "from elsewhere", "width": 64, "height": 96, "seed": 2**63 - 1, "shift": 3.0,
                 "sigmas": [1, 0.5], "region": [{}], "engine": {}, "solver": "heun",
@@ -262,6 +268,7 @@ def test_a_picture_from_elsewhere_brings_its_settings(browser):
     browser.until("document.getElementById('toast').innerText.includes('cannot be read')")
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_where_it_is(browser, server):
     browser.click("#draw")
     assert "needed a prompt" in browser.text("[data-field=prompt] .wrong") and not server.asked
@@ -295,6 +302,7 @@ def test_what_is_wrong_is_said_where_it_is(browser, server):
     browser.until("document.getElementById('trouble').innerText.includes('does not answer')")
 
 
+@pytest.mark.slow
 def test_a_key_is_asked_for(chrome, server):
     server.key = "secret"
     chrome.call("POST", "/url", url=server.address)
@@ -306,6 +314,7 @@ def test_a_key_is_asked_for(chrome, server):
     assert chrome.run("return localStorage.getItem('s3dit.key') ?? sessionStorage.getItem('s3dit.key')") == "secret"
 
 
+@pytest.mark.slow
 def test_by_keys_alone(browser, server):
     """From the prompt through the form to a picture, its window and back; all that takes the focus shows it."""
     browser.run("document.getElementById('prompt').focus()")
@@ -331,6 +340,7 @@ def test_by_keys_alone(browser, server):
     assert browser.run("return document.activeElement.id") == "prompt"
 
 
+@pytest.mark.slow
 def test_a_narrow_screen_light_and_dark(browser, server, tmp_path):
     browser.devtools("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=1, mobile=True)
     give(browser, "#image-file", png(Image.new("RGB", (300, 200), "teal")))
@@ -353,6 +363,7 @@ def test_a_narrow_screen_light_and_dark(browser, server, tmp_path):
         assert max(paper) < 64 if scheme == "dark" else min(paper) > 230
 
 
+@pytest.mark.slow
 def test_with_the_server_itself(chrome, served):
     """The embedded model draws, redraws what a mask marks, refuses, and a picture is drawn again the same."""
     chrome.call("POST", "/url", url=served.url)
@@ -391,6 +402,7 @@ def test_the_page_asks_nothing_of_others():
     assert not re.search(r"<script(?![^>]* src=)|<style|\son\w+=|\sstyle=", files["/"][0].decode())
 
 
+@pytest.mark.slow
 def test_the_server_gives_the_files(served):
     """Without a key, which the page asks for itself, and under a policy that lets nothing else run."""
     for path, (content, kind) in page.files().items():

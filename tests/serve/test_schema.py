@@ -19,7 +19,7 @@ CHECKS = [
     not_a_server_error, checks.status_code_conformance, checks.content_type_conformance,
     checks.response_schema_conformance, checks.negative_data_rejection, checks.unsupported_method,
 ]  # fmt: skip
-EXAMPLES = 400 if os.environ.get("S3DIT_SLOW") == "1" else 8
+EXAMPLES = 400 if os.environ.get("S3DIT_SLOW") == "1" else 3
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def document():
         yield made
 
 
+@pytest.mark.longer
 @pytest.mark.parametrize("mode", GenerationMode)
 @pytest.mark.parametrize("path", ["/v1/images/generations", "/v1/images/edits"])
 def test_what_is_made_up_is_answered(document, path, mode):

@@ -76,6 +76,7 @@ def test_a_stage_for_which_no_time_is_left_is_skipped(tmp_path):
     assert "2 s left of 2" in bench_gpu.read_rows(tmp_path)[0]["skipped"]
 
 
+@pytest.mark.slow
 def test_a_stage_runs_in_a_process_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu_process, "program_output", lambda *_: "")  # neither git nor nvidia-smi
     monkeypatch.setenv("S3DIT_COMMIT", "abc")

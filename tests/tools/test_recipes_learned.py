@@ -150,6 +150,7 @@ def test_a_few_step_lora_learns_the_way_between_states_of_its_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["train_lora", "distill_lora"])
+@pytest.mark.sampled(1)
 def test_diffusers_loads_the_file_of_a_lora_without_a_key_left(tmp_path, recipe):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("peft")

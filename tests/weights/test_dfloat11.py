@@ -179,6 +179,7 @@ def test_a_picture_has_the_bits_of_the_plain_model(compressed):
         assert torch.equal(picture(**parts), expected)
 
 
+@pytest.mark.slow
 def test_what_it_cannot_do_is_said(compressed):
     """A graph takes sizes of weights for constants, so that every layer of this format is a graph of its own."""
     with pytest.raises(BackendError, match="without compile, or `s3dit convert` it"):
