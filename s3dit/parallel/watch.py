@@ -6,11 +6,12 @@ far it came: the number of exchanges that it began. It looks at what the others 
   failed        raised an error, an exhausted memory say; known within a second,
   is silent     for SILENT seconds: its process ended, is frozen, or its machine is cut off,
   hangs         in the midst of a model call, and came no further for HANGING seconds, the least far of all; on a CPU,
-                whose blocks may take longer, it also took no time of the processor.
+                whose blocks may take longer, it also took no time of the processor. Or in the midst of a picture,
+                between model calls, and for IDLE seconds took no time of the processor and had no page of a file read.
 
 What is named first holds for all (`verdict`). Whoever waits for others then raises it as a BackendError; a rank that
 does not come to that within GRACE seconds, because it hangs in a library, is ended with the line on standard error.
-Between model calls, while weights are loaded say, a rank may take as long as OUTSIDE.
+Otherwise, while weights are loaded say, a rank may take as long as OUTSIDE.
 """
 
 import json
@@ -23,9 +24,25 @@ from typing import Any
 
 from s3dit.errors import BackendError
 
-BEAT, SILENT, HANGING, GRACE = 1.0, 10.0, 15.0, 5.0
+if sys.platform == "win32":  # it cannot tell
+
+    def pages_read() -> int:
+        """Nothing."""
+        return 0
+else:
+    import resource
+
+    def pages_read() -> int:
+        """Pages of mapped files that this process waited for, and blocks that it read, since its start."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return used.ru_majflt + used.ru_inblock
+
+
+BEAT, SILENT, HANGING, IDLE, GRACE = 1.0, 10.0, 15.0, 20.0, 5.0
 OUTSIDE = 300.0
 VERDICT = "verdict"
+# Where a rank is: amid a model call, between two of one picture, or where it may wait.
+INSIDE, BETWEEN, ELSEWHERE = "inside", "between", "elsewhere"
 
 
 @dataclass(slots=True)
@@ -122,9 +139,12 @@ class Watch:
 
     def _tell(self) -> None:
         self._beats += 1
-        # In half seconds, of which this thread takes one in some minutes.
+        place = INSIDE if self.inside else BETWEEN if self.engaged and not self.waiting else ELSEWHERE
+        # In half and in twentieth seconds, of which this thread takes one in some minutes.
         busy = int(2 * time.process_time()) if self._on_cpu else 0
-        self._store.set(self._key(self.rank), f"{self._beats} {self.count} {busy} {int(self.inside)}")
+        if place == BETWEEN:
+            busy = int(20 * time.process_time()) + pages_read()
+        self._store.set(self._key(self.rank), f"{self._beats} {self.count} {busy} {place}")
 
     def _look(self) -> None:
         """Read what all have told, and judge."""
@@ -150,7 +170,10 @@ class Watch:
         for rank, seen in present.items():
             if rank != self.rank and now - seen.at > SILENT:
                 self._judge(rank, f"does not answer for {SILENT:g} s: its process ended, stands still, or is cut off")
-        inside = [(seen.since, rank) for rank, seen in present.items() if seen.progress.endswith(" 1")]
+        for rank, seen in present.items():
+            if seen.progress.endswith(BETWEEN) and now - seen.since > IDLE:
+                self._judge(rank, f"hangs: it did nothing for {IDLE:g} s between model calls")
+        inside = [(seen.since, rank) for rank, seen in present.items() if seen.progress.endswith(INSIDE)]
         if inside and now - min(inside)[0] > HANGING:
             # All stand still by now, those that wait for another one exchange further than it.
             still = [rank for since, rank in inside if now - since > HANGING - 3 * BEAT]

@@ -1,6 +1,6 @@
-"""Two ranks draw, and one comes to grief amid the second model call, in every way at once: python failing.py FOLDER.
+"""Two ranks draw, and one comes to grief amid the second model call or after the first: python failing.py FOLDER.
 
-Each way is a pair of processes, whose standard error and exit codes are left in FOLDER.
+Every way to fail is tried at once. Each way is a pair of processes, whose standard error and exit codes are left in FOLDER.
 """
 
 import json
@@ -19,7 +19,7 @@ from s3dit.errors import BackendError
 from s3dit.parallel import watch
 
 # The rank that fails, by the way in which it does.
-KINDS = {"die": 1, "first": 0, "hang": 1, "freeze": 1, "memory": 1}
+KINDS = {"die": 1, "first": 0, "hang": 1, "idle": 1, "freeze": 1, "memory": 1}
 
 
 def fail(kind):
@@ -35,19 +35,25 @@ def fail(kind):
 def main(rank, folder, kind):
     """Draw as one of two ranks; returns the exit code."""
     # Shorter than a user's, for a quick test, and long enough for a machine under load.
-    watch.SILENT, watch.HANGING, watch.GRACE, watch.BEAT = 8.0, 8.0, 2.0, 0.5
+    watch.SILENT, watch.HANGING, watch.IDLE, watch.GRACE, watch.BEAT = 8.0, 8.0, 8.0, 2.0, 0.5
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{kind}", rank=rank, world_size=2)
     pipe = Pipeline.load(device="cpu", dtype="fp32", parallel=2)
     calls = []
 
     def hook(*args):
         calls.append(args)
-        if len(calls) == 2 and rank == KINDS[kind]:
+        if len(calls) == 2 and rank == KINDS[kind] and kind != "idle":
             fail(kind)
+
+    def step(_):
+        if kind == "idle" and rank == KINDS[kind]:
+            time.sleep(600)
 
     pipe.transformer.layers[1].register_forward_hook(hook)
     try:
-        pipe("a red star", height=64, width=64, num_inference_steps=4, seed=1).save(folder / f"{kind}.png")
+        pipe("a red star", height=64, width=64, num_inference_steps=4, seed=1, on_step=step).save(
+            folder / f"{kind}.png"
+        )
     except BackendError as error:
         print(error, file=sys.stderr, flush=True)
         return 2

@@ -12,6 +12,7 @@ WORDS = {
     "die": "rank 1 of 2 does not answer for 8 s",
     "first": "rank 0 of 2 does not answer",
     "hang": "rank 1 of 2 hangs: no progress for 8 s amid a model call",
+    "idle": "rank 1 of 2 hangs: it did nothing for 8 s between model calls",
     "freeze": "rank 1 of 2 does not answer for 8 s",
     "memory": "rank 1 of 2 failed: CUDA out of memory. Tried to allocate 2.00 GiB",
 }
