@@ -1,6 +1,6 @@
 """Two ranks draw, and one comes to grief amid the second model call or after the first: python failing.py FOLDER.
 
-Every way to fail is tried at once. Each way is a pair of processes, whose standard error and exit codes are left in FOLDER.
+All are tried at once, each by a pair of processes, whose standard error and exit codes are left in FOLDER.
 """
 
 import json
