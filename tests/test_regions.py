@@ -91,6 +91,7 @@ def test_a_batch_draws_what_each_picture_would_be_alone(pipe):
         assert relative(latents, pipe(prompts[i], **own).latents[0]) < 1e-5
 
 
+@pytest.mark.slow
 def test_start_images_masks_and_a_second_pass(pipe):
     """What a mask keeps stays the input's; the second pass draws the same regions, larger."""
     start = pipe("a white background", seed=3).images[0]

@@ -238,6 +238,7 @@ def test_with_a_start_image_and_a_second_pass(pipe, nets):
     assert not any(torch.equal(a.velocity, b.velocity) for a, b in zip(with_it, without, strict=True))
 
 
+@pytest.mark.slow
 def test_a_second_pass_is_steered_like_img2img_of_the_first_s_picture(nets, style):
     pipe = attached(style)
     options = SHORT | {"output_type": "tensor", "control": Control(nets["2.1"], picture(1))}
@@ -324,6 +325,7 @@ def test_a_weight_that_is_not_finite_is_named(pipe, nets, tmp_path):
         pipe(**SHORT, control=Control(tmp_path / "nan.safetensors", picture(1)))
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_again_from_its_metadata(pipe, nets, tmp_path, capsys):
     picture(1).save(tmp_path / "pose.png")
     word = f"{nets['2.1']}:{tmp_path / 'pose.png'}:0.5:0-0.7"

@@ -335,6 +335,7 @@ def command(folder, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_line(command, file, tmp_path):
     other = tmp_path / "b.png"
     picture(64, 80, 5).save(other)

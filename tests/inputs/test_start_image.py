@@ -188,6 +188,7 @@ def test_one_image_for_all_is_encoded_once(pipe, start, monkeypatch):
     assert len(seen) == 1
 
 
+@pytest.mark.slow
 def test_a_second_pass_is_img2img_of_the_first_s_picture(pipe):
     options = {"prompt": PROMPTS[0], "seed": 4, "num_inference_steps": 4, "output_type": "tensor"}
     found = pipe(upscale=1.5, upscale_strength=0.5, **options)

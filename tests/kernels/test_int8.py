@@ -33,7 +33,7 @@ assert product.device.type == "cpu" and torch.equal(product.long(), exact), prod
         ("torch.set_default_device('meta')", {"ONEDNN_MAX_CPU_ISA": "AVX2"}),
     ],
 )
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_extreme_int8_products_are_exact(before, environment):
     code = f"import torch\n{before}\n{PRODUCT}"
     done = subprocess.run(

@@ -84,6 +84,7 @@ def test_another_size_than_the_reference(omni, omni_reference):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_batch_of_prompts(omni, omni_reference):
     compare(
         omni, omni_reference, [1, 2], REFERENCES[:2], prompt=PROMPTS, num_inference_steps=2, guidance_scale=2.0,
@@ -129,6 +130,7 @@ def test_large_references_are_scaled_as_theirs(omni, omni_reference, size, asked
     assert torch.equal(rows[0][0].patches, given.pixel_values[0, : len(rows[0][0].patches)])
 
 
+@pytest.mark.slow
 def test_each_prompt_with_its_own_references(omni):
     """One, none, three and two of them, in one pass, are what they are alone; diffusers has no such batch."""
     prompts = [*PROMPTS, "a green circle", ""]

@@ -87,6 +87,7 @@ def test_inside_that_differs_compares_what_both_have(command, recorded, tmp_path
     assert not {name for name in names if name.startswith(("layers.1.", "layers.2."))}
 
 
+@pytest.mark.slow
 def test_a_record_in_16_bits_is_judged_by_what_fits(official_dir, command, recorded):
     """Two machines' bf16 part at fp32's bound; --margin scales what they are held to."""
     code, data = command("--against", recorded / "ours", "--dtype", "bf16")

@@ -135,7 +135,7 @@ def test_a_repeated_part_is_a_repeated_block_without_the_other_once(pipe, part, 
 
 
 @pytest.mark.parametrize("load", [{"residency": "streamed", "dtype": "bf16"}, {"quantize": "int8"}], ids=str)
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_every_way_to_hold_a_model(load):
     """With guidance and two sizes: the picture stays, and the errors are those of a whole picture of one step."""
     pipe = Pipeline.load(**{"device": "cpu", "dtype": "fp32", **load})

@@ -194,6 +194,7 @@ def test_in_eight_bits(pipe):
     assert torch.equal(before[0], after[0]) and (a - b).norm() < 3e-2 * b.norm()
 
 
+@pytest.mark.slow
 def test_with_reference_pictures(tmp_path_factory):
     """In the first block the words that go along have the modulation, positions and values of the prompt's own."""
     file = Path(__file__).parents[1] / "inputs" / "test_references.py"

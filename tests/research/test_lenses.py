@@ -116,7 +116,7 @@ def steered(request, pipe, tmp_path_factory):
     return omni, {"reference": [made.picture()], "guidance_scale": 1.5}
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_with_control_and_with_references(steered):
     pipe, more = steered
     before = latents(pipe, **more)

@@ -155,6 +155,7 @@ def test_pointing_clicking_and_keys(browser, written):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_a_screenshot_shows_picture_and_map(browser, written, tmp_path, scheme):
     """The map is over the picture: within its place colors differ from those without a map."""
     _, page = written

@@ -102,6 +102,7 @@ def test_blocks_of_norms(files):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+@pytest.mark.slow
 def test_blocks_are_merged_too(files):
     ours, theirs = load(), load()
     ours.lora.attach(files / "style.safetensors", 0.8, blocks=BLOCKS)

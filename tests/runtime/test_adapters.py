@@ -131,6 +131,7 @@ def test_beside_quantized_weights(files, scheme):
 
 
 @pytest.mark.parametrize("residency", ["staged", "streamed"])
+@pytest.mark.slow
 def test_merged_draws_what_attached_draws(files, drawn, residency):
     pipe = Pipeline.load(device="cpu", dtype="fp32", residency=residency)
     for name, scale in SCALES.items():

@@ -303,6 +303,7 @@ def test_sizes_are_what_is_held(config):
         assert all(size > 0 for size in blocks)
 
 
+@pytest.mark.slow
 def test_a_budget_draws_the_same_picture_and_keeps_to_its_plan():
     options = {"prompt": "a red star", "seed": 1, "num_inference_steps": 2, "guidance_scale": 1.0}
     free = Pipeline.load(device="cpu", dtype="fp32")

@@ -124,6 +124,7 @@ def test_streamed_blocks(pipe, cache):
     assert reused(both[0]) == reused(both[1]) and all(map(torch.equal, both[0].latents, both[1].latents))
 
 
+@pytest.mark.slow
 def test_regions(pipe):
     """Copies of a picture for its regions decide with it, and pictures beside it do not count."""
     halves = [Region((0, 0, 64, 128), "a red star at the left"), Region((64, 0, 64, 128), "a blue ring at the right")]
@@ -143,6 +144,7 @@ def test_compiled_blocks(pipe, cache, monkeypatch):
     assert reused(both[0]) == reused(both[1]) and relative(both[1].latents[0], both[0].latents[0]) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_second_pass_and_edits(pipe):
     drawn = pipe(PROMPTS[0], seed=3, upscale=1.5, upscale_strength=0.8, cache="taylor:1:first=2", **FIELDS)
     once = pipe(PROMPTS[0], seed=3, cache="taylor:1:first=2", **FIELDS)

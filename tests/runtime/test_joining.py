@@ -99,7 +99,7 @@ def test_a_change_in_place_is_multiplied_by(on_cpu):
 
 
 @pytest.mark.parametrize("load", [{}, {"quantize": "int4"}, {"quantize": "int8"}], ids=str)
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_pictures_of_joined_parts(load, on_cpu, monkeypatch):
     """A whole picture, adapters merged and taken off, and a parameter of a user's: as without joining."""
 

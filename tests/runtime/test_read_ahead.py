@@ -59,6 +59,7 @@ def test_the_next_part_is_asked_for_while_one_computes(at_once, asked):
 
 
 @ADVISES
+@pytest.mark.slow
 def test_a_resident_model_reads_each_part_once(at_once, asked):
     pipe = Pipeline.load(device="cpu", residency="resident")
     pipe(**TINY)

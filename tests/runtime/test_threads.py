@@ -216,6 +216,7 @@ def test_an_error_leaves_the_pipeline_to_others(pipe, alone):
     assert found == [True]
 
 
+@pytest.mark.slow
 def test_a_backend_belongs_to_its_pipeline():
     """Two of them in two threads, and Ops called by hand beside them."""
     seen = {"reference": set(), None: set()}

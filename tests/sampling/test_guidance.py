@@ -266,6 +266,7 @@ def test_a_second_pass_and_a_start_image_take_all_of_it(pipe):
     assert latents(pipe, image=image, strength=0.5, **fields)[0].isfinite().all()
 
 
+@pytest.mark.slow
 def test_from_the_command_line_and_back(tmp_path, capsys):
     words = "--guidance 3,1 --guidance-interval 0.05-0.9 --guidance-method apg:eta=0.5 --skip-layers 2:1@0-0.4"
     first, second = tmp_path / "a.png", tmp_path / "b.png"

@@ -40,6 +40,7 @@ def test_attention_without_tokens_is_that_of_the_others():
     torch.testing.assert_close(attention_sinks.received(q, k), torch.stack(ones), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_suppression_of_nothing_changes_nothing(pipe):
     asked = prompts(1)
     nothing = attention_sinks.Suppression(0, attention_sinks.sinks)
@@ -81,6 +82,7 @@ def test_few_channels_draw_the_picture():
     assert transport["massive"] > 1.3 * transport["random"] > 2 * transport["smallest"]
 
 
+@pytest.mark.slow
 def test_velocity_errors_are_measured_on_the_states_of_the_plain_run(pipe):
     errors = block_removal.VelocityErrors(pipe, [text for _, text in prompts(1)])
     assert errors.mean({"layers.0.output": scale(1.0)}, None) == 0

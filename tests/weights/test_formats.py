@@ -162,7 +162,7 @@ def test_velocity_is_that_of_the_plain_weights(name, plain, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["int4", "fp4"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_velocity_of_nunchaku_with_its_own_names(kind, plain, tmp_path):
     """to_qkv is q, k, v; net.0.proj is w3, w1; net.2 is w2."""
     tensors, layers = plain
