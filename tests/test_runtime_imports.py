@@ -68,7 +68,8 @@ def test_what_is_missing_is_named_where_it_is_used():
 import tempfile, pathlib
 from s3dit import Pipeline, BackendError, CheckpointError
 from s3dit.configs.tokenizer_files import open_tokenizer
-folder = pathlib.Path(tempfile.mkdtemp())
+kept = tempfile.TemporaryDirectory()
+folder = pathlib.Path(kept.name)
 (folder / "tokenizer.model").write_bytes(b"x")
 for ask in (
     lambda: Pipeline.load("org/name"), lambda: open_tokenizer(folder),
