@@ -164,6 +164,7 @@ def test_wrong_arguments_of_velocity(pipe, latents, t, count, message):
         pipe.velocity(latents, t, pipe.encode(["a"] * count))
 
 
+@pytest.mark.slow
 def test_a_part_stays_while_somebody_has_it():
     pipe = Pipeline.load(device="cpu", dtype="fp32")
     transformer = pipe.transformer

@@ -50,6 +50,7 @@ def test_generate_and_replay(tmp_path, capsys):
     assert not np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
 
 
+@pytest.mark.slow
 def test_a_replay_asks_for_the_parts_and_says_what_is_otherwise(tmp_path, capsys):
     part, first, again = EMBEDDED / "transformer", tmp_path / "first.png", tmp_path / "again.png"
     assert run("generate", PROMPT, "--steps", 1, "--transformer", part, "--model", "embedded", "--quantize", "int8",

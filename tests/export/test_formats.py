@@ -70,6 +70,7 @@ class Layers(torch.nn.Module):
         return [layer(x) for layer in self.layers]
 
 
+@pytest.mark.slow
 def test_every_format_is_multiplied_in_a_graph():
     torch.manual_seed(0)
     layers = Layers().eval()

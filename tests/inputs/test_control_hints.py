@@ -96,6 +96,7 @@ def test_it_acts_in_its_steps_only(pipe, nets, plain, span, acts):
     assert same == [not act for act in acts]
 
 
+@pytest.mark.slow
 def test_a_batch_is_one_by_one(pipe, nets):
     """Each picture with its own control image, with guidance, in one pass."""
     shown = [picture(1), picture(2, 50, 70)]

@@ -119,7 +119,7 @@ def test_scaled_swiglu(dtype, described, first, m, n, k, device):
 
 @needs_triton
 @pytest.mark.parametrize("name", ["int8", "fp8"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_swiglu_of_two_layers(name, device, force):
     """The Op rounds x, multiplies, and rounds for the next layer, also in one graph for any number of rows."""
     chosen = SCHEMES[name]

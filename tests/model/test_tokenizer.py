@@ -268,6 +268,7 @@ def qwen():
 
 
 @real
+@pytest.mark.slow
 def test_ids_of_the_official_tokenizer(qwen):
     """Ids that the official pipeline was seen to give."""
     assert qwen.encode("A cat") == [151644, 872, 198, 32, 8251, 151645, 198, 151644, 77091, 198]

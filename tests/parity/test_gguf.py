@@ -112,6 +112,7 @@ def ours(path, inputs):
         return model, model(patchify(latents[:, 0]), torch.tensor([0.3]), context)
 
 
+@pytest.mark.slow
 def test_velocity_is_that_of_diffusers(path, inputs):
     theirs = diffusers.ZImageTransformer2DModel.from_single_file(
         str(path), config=str(path.parent), torch_dtype=torch.float32,

@@ -120,6 +120,7 @@ def test_start_images(ours, case):
     assert {"vae.encoder.mid_block, picture 1", "start"} <= names and "noise" not in names
 
 
+@pytest.mark.slow
 def test_inside_every_part(ours):
     names = ("layers.1", "text.layers.1", "vae.decoder.mid_block", "vae.encoder.down_blocks.0", "cap_embedder")
     outcome = compared(ours, Choice(inside=Inside(names)), image=IMAGE)

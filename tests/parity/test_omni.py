@@ -76,6 +76,7 @@ def test_references(omni, omni_reference, n, guidance):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_another_size_than_the_reference(omni, omni_reference):
     """And a reference so large that it is scaled to the picture's area."""
     compare(

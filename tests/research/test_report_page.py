@@ -100,6 +100,7 @@ def test_the_address_chooses_a_word_a_layer_a_step_and_a_head(browser, written):
     assert shown(opened(browser, page, "#word=99&layer=x&head=1"))[0] == "No word is chosen."
 
 
+@pytest.mark.slow
 def test_maps_are_the_numbers_behind_them(browser, written):
     """Decoded by the page, and averaged over what is not chosen: within half of a level of 255 of each map's range."""
     seen, page = written

@@ -76,7 +76,7 @@ def relative(a, b):
 @pytest.mark.parametrize(
     "options", [{"residency": "resident"}, {"residency": "streamed"}, {"quantize": "int8"}], ids=str
 )
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_blocks_are_what_a_file_scaled_by_hand_is(files, options):
     """To the bit: the factors are powers of two."""
     ours, theirs = load(**options), load(**options)

@@ -63,6 +63,7 @@ def test_it_is_drawn_with_guidance_and_replayed_by_its_name(tmp_path, capsys):
     assert "--model" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_whole_folder_of_it_is_the_same_model(pipe, tmp_path):
     assert main(["convert", "embedded-base", str(tmp_path / "whole")]) == 0
     whole = Pipeline.load(tmp_path / "whole", device="cpu", dtype="fp32")

@@ -176,7 +176,7 @@ def test_a_stream_may_be_taken_up_and_closed_by_any_thread(pipe, alone):
     abandoned.close()
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_adapters_wait_for_a_picture(pipe, alone, tmp_path, often):
     save_file({"layers.2.ffn_norm1.w_norm": torch.full((192,), 0.5)}, tmp_path / "norms.safetensors")
     pipe.lora.attach(tmp_path / "norms.safetensors")

@@ -89,6 +89,7 @@ def test_held_out_pairs_are_never_trained_on():
     assert {colour for colour, _ in HELD_OUT} == set(COLOURS)
 
 
+@pytest.mark.slow
 def test_fixed_prompts():
     prompts = fixed_prompts()
     assert [scene.held_out for scene, _ in prompts] == [False] * FIXED_SEEN + [True] * FIXED_HELD_OUT
