@@ -115,7 +115,8 @@ def test_reading_tensors_again_and_again_keeps_nothing(file):
         return found
 
     read(10)
-    assert read(4000) - read(10) < 2000
+    # Less than a pointer for each; other threads of this process allocate a little too.
+    assert read(4000) - read(10) < 8 * 4000
 
 
 @pytest.mark.slow
