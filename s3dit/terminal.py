@@ -197,7 +197,7 @@ def say(text: object) -> None:
     """Print one line to people, on standard error."""
     shown = line(f"s3dit: {text}", _encoding(sys.stderr))
     if (tqdm := sys.modules.get("tqdm")) is not None:
-        # Bars make room for it.
+        # Bars make room for it. In one write, as other processes may write between two.
         tqdm.tqdm.write(shown + "\n", file=sys.stderr, end="")
     else:
         sys.stderr.write(shown + "\n")

@@ -26,47 +26,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from bench_machine import ROOT, machine
+from serve_load_cases import BAD, CASES, DRAW, EDITS, REFERENCES, packed, pictures
 
-SMALL = {"num_inference_steps": 2, "size": "64x64"}
-# What clients draw; the picture of a name is the same whoever asks for it.
-CASES: dict[str, dict[str, Any]] = {
-    "two steps": {"prompt": "a red star", "seed": 1, **SMALL},
-    "another size": {"prompt": "a blue ring", "seed": 2, "size": "96x64", "num_inference_steps": 3},
-    "its own size": {"prompt": "a green circle left of a pink star", "seed": 3, "num_inference_steps": 4},
-    "two pictures": {"prompt": "a pink square", "seed": 4, "n": 2, **SMALL},
-    "heun": {"prompt": "a red star", "seed": 5, "size": "64x64", "solver": "heun", "num_inference_steps": 3},
-    "multistep": {"prompt": "a red star above a blue ring", "seed": 6, "size": "64x96", "solver": "res_multistep",
-                  "schedule": "simple", "num_inference_steps": 5},
-    "guidance": {"prompt": "a red star", "seed": 7, "guidance_scale": 2, "negative_prompt": "a blue ring", **SMALL},
-    "noise": {"prompt": "a ring", "seed": 8, "solver": "euler_ancestral", "size": "64x64", "num_inference_steps": 4},
-}  # fmt: skip
-# Edits, and the pictures of `pictures` that they send.
-EDITS: dict[str, dict[str, Any]] = {
-    "start": {"prompt": "a pink star", "seed": 9, "strength": 0.7, "num_inference_steps": 4, "files": ("image",)},
-    "mask": {"prompt": "a blue ring", "seed": 10, "num_inference_steps": 3, "files": ("image", "mask_image")},
-    "margins": {"prompt": "a ring", "seed": 11, "extend": [0, 0, 32, 0], "num_inference_steps": 3, "files": ("image",)},
-}  # fmt: skip
-# Of models that look at references.
-REFERENCES: dict[str, dict[str, Any]] = {
-    "references": {"prompt": "a star", "seed": 12, **SMALL, "files": ("reference", "reference")},
-    "start and reference": {"prompt": "a star", "seed": 13, "strength": 0.6, "num_inference_steps": 4,
-                            "files": ("image", "reference")},
-}  # fmt: skip
-BAD: tuple[tuple[int, bytes], ...] = (
-    (400, b"{"), (400, b"[]"), (400, b'{"prompt": 1}'), (400, b'{"prompt": "a", "size": "63x64"}'), (400, b"\xff"),
-    (400, b'{"prompt": "a", "foo": 1}'), (400, b'{"prompt": "a", "n": 11}'), (404, b'{"prompt": "a", "model": "b"}'),
-    (400, b'{"prompt": "a", "lora": "/etc/passwd"}'), (400, b'{"prompt": "a", "num_inference_steps": 1e9}'),
-)  # fmt: skip
-DRAW, EDIT = "/v1/images/generations", "/v1/images/edits"
 # Counts of what other counts hold already.
 WITHIN = ("of these edits", "of these streams", "partial pictures")
-# Largest difference of a channel, of 255 levels, between a picture drawn in company and alone: rounding in bf16.
-LEVELS = 8
+# Largest difference of a channel, of 255 levels, between a picture drawn in company and alone, by rounding: of what is
+# computed in bf16, and in fp32.
+LEVELS, LEVELS_FP32 = 8, 1
 
 
 class Client:
@@ -127,39 +97,6 @@ class Client:
         text = self.send("/metrics").read().decode()
         found = re.findall(r'^s3dit_(\w+?)(?:\{ended="(\w+)"\})? (\S+)$', text, re.MULTILINE)
         return {label or name: float(value) for name, label, value in found}
-
-
-def pictures() -> dict[str, Any]:
-    """The pictures that edits send, by the name of their field."""
-    import numpy as np
-    from PIL import Image
-
-    y, x = np.mgrid[:64, :64]
-    image = Image.fromarray(np.stack([4 * x, 4 * y, 255 - 2 * (x + y)], -1).astype(np.uint8))
-    mask = Image.fromarray(np.where(x > 31, 255, 0).astype(np.uint8))
-    return {"image": image, "mask_image": mask, "reference": image.rotate(90)}
-
-
-@cache
-def files() -> dict[str, bytes]:
-    """The same as PNG."""
-    found = {}
-    for name, picture in pictures().items():
-        picture.save(data := io.BytesIO(), "PNG")
-        found[name] = data.getvalue()
-    return found
-
-
-def packed(fields: dict[str, Any]) -> tuple[str, bytes, str]:
-    """Path, body and content type of a request: JSON, or a form where it has pictures."""
-    if "files" not in fields:
-        return DRAW, json.dumps(fields).encode(), "application/json"
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in fields.items()}
-    parts = [(f'"{name}"', text.encode()) for name, text in texts.items() if name != "files"]
-    parts += [(f'"{name}"; filename="a.png"', files()[name]) for name in fields["files"]]
-    head = "Content-Disposition: form-data; name="
-    body = b"".join(f"--frontier\r\n{head}{name}\r\n\r\n".encode() + content + b"\r\n" for name, content in parts)
-    return EDIT, body + b"--frontier--\r\n", "multipart/form-data; boundary=frontier"
 
 
 @contextmanager
@@ -231,6 +168,7 @@ def check(requests: int, clients: int, every: int, model: str) -> dict[str, Any]
 
     every: requests between two looks at the memory · model: a folder, a file or a name.
     """
+    import torch
     from PIL import Image, ImageChops
 
     from s3dit.pipeline import Pipeline
@@ -238,6 +176,7 @@ def check(requests: int, clients: int, every: int, model: str) -> dict[str, Any]
     pipe = Pipeline.load(model, residency="resident")
     cases = CASES | EDITS | (REFERENCES if pipe.config.transformer.siglip_feat_dim else {})
     right = {name: alone(case, pipe) for name, case in cases.items()}
+    levels = LEVELS_FP32 if pipe.placement.compute == torch.float32 else LEVELS
     counts, lock, left, memory = Counter[str](), threading.Lock(), iter(range(requests)), list[int]()
     worst = 0
 
@@ -294,7 +233,7 @@ def check(requests: int, clients: int, every: int, model: str) -> dict[str, Any]
         "largest_difference": worst, "waiting": now["queued"] + now["running"], "batch": round(_batch(now), 2),
         "ended": {name: now.get(name, 0) for name in ("done", "failed", "cancelled", "timed_out")},
         "memory_mb": [round(size / 1e6) for size in memory], "failures": failures[:5],
-        "right": counted == requests and worst <= LEVELS and not failures
+        "right": counted == requests and worst <= levels and not failures
         and not any("wrongly" in name or "failed" in name for name in counts) and not now["queued"] + now["running"],
     }  # fmt: skip
 

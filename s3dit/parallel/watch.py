@@ -24,10 +24,10 @@ from typing import Any
 
 from s3dit.errors import BackendError
 
-if sys.platform == "win32":  # it cannot tell
+if sys.platform == "win32":
 
     def pages_read() -> int:
-        """Nothing."""
+        """0: this system does not tell."""
         return 0
 else:
     import resource
@@ -140,10 +140,11 @@ class Watch:
     def _tell(self) -> None:
         self._beats += 1
         place = INSIDE if self.inside else BETWEEN if self.engaged and not self.waiting else ELSEWHERE
-        # In half and in twentieth seconds, of which this thread takes one in some minutes.
-        busy = int(2 * time.process_time()) if self._on_cpu else 0
+        # Without what this thread itself takes.
+        seconds = time.process_time() - time.thread_time()
+        busy = int(2 * seconds) if self._on_cpu else 0
         if place == BETWEEN:
-            busy = int(20 * time.process_time()) + pages_read()
+            busy = int(20 * seconds) + pages_read()
         self._store.set(self._key(self.rank), f"{self._beats} {self.count} {busy} {place}")
 
     def _look(self) -> None:
