@@ -4,6 +4,7 @@ They are detected by their keys, except where the engine itself reads a file by 
 None is used alone: each belongs to a folder, which the command names.
 """
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ SIZES = (
     "n_layers", "dim", "n_heads", "siglip_feat_dim", "num_hidden_layers", "hidden_size", "vocab_size",
     "latent_channels", "block_out_channels", "scaling_factor", "shift_factor",
 )  # fmt: skip
+# Of a folder that `s3dit export` wrote: its graphs, and what is beside them.
+GRAPHS, EXPORT = (".pt2", ".onnx"), ("settings.json", "runner.py")
 SHIFTS = ("shift", "use_dynamic_shifting", "base_shift", "max_shift")
 
 
@@ -41,6 +44,8 @@ def described(path: Path) -> tuple[Facts, Path | None] | None:
 
     None for anything else. Raises CheckpointError for JSON that is broken, or of no kind that is read here.
     """
+    if (path.is_dir() or path.suffix in GRAPHS or path.name == EXPORT[0]) and (graphs := _graphs(path)) is not None:
+        return graphs, None
     if path.is_dir():
         names = {file.name for file in path.iterdir() if file.suffix in WEIGHTS or file.is_file()}
         if any(Path(name).suffix in WEIGHTS for name in names) or any((path / part).is_dir() for part in PARTS):
@@ -126,6 +131,21 @@ def _doubts(kind: Any, settings: Mapping[str, Any], path: Path) -> tuple[str, ..
     except CheckpointError as error:
         return (f"not usable: {error}",)
     return tuple(kind.note_unknown(settings, path))
+
+
+def _graphs(path: Path) -> Facts | None:
+    """A folder that `s3dit export` wrote, or a file of one; None for anything else."""
+    folder = path if path.is_dir() else path.parent
+    if not all((folder / name).is_file() for name in EXPORT):
+        return None
+    settings = read_json(folder / EXPORT[0])
+    facts = {key: settings.get(key) for key in ("form", "placement", "s3dit", "torch")}
+    if not all(isinstance(value, str) for value in facts.values()):
+        return None
+    facts["graphs"] = sorted(file.name for file in folder.iterdir() if file.suffix in GRAPHS)
+    note = "a program, as graphs are too: take those of others only if you would run their code"
+    command = f'python {shlex.quote(str(folder / EXPORT[1]))} "{PROMPT}"'
+    return Facts(str(path), "graphs that `s3dit export` wrote", facts, command, (f"{EXPORT[1]} is {note}",))
 
 
 def _index(path: Path, settings: Mapping[str, Any]) -> Facts:

@@ -90,7 +90,7 @@ def _control_format(pipe: Pipeline, control: Control) -> dict[str, str]:
 def _check_formats(formats: dict[str, str], form: Form, device: torch.device) -> None:
     """Raise RequestError for a part in a number format, by name, that a graph of this form cannot hold."""
     listed = ", ".join(f"{part} in {name}" for part, name in formats.items())
-    convert = "write floats first: s3dit convert MODEL -o DIR"
+    convert = "write floats first: s3dit convert MODEL DIR"
     if formats and form == "onnx":
         raise RequestError(f"found {listed}; onnx takes weights of floats; load without quantize, or {convert}")
     if DFLOAT11 in formats.values():
@@ -259,6 +259,7 @@ def settings(pipe: Pipeline, form: Form, control: Control | None = None) -> dict
         "placement": str(pipe.placement),
         "template": TEMPLATE,
         "longest": 512,
+        "vocabulary": pipe.config.text_encoder.vocab_size,
         "steps": own.num_inference_steps,
         "guidance_scale": own.guidance_scale,
         "height": own.height,

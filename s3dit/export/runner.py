@@ -7,8 +7,6 @@ Needs numpy, and torch or (for *.onnx) onnxruntime; `tokenizers` for a prompt in
 files. Nothing of s3dit is imported, so this file may be copied and changed. In Python:
 
     pixels = Model("folder").draw(["a red star", "a blue ring"], seeds=[7, 8], size=(192, 128))  # height, width
-
-The noise is that of torch's CPU generator for a seed, so a seed draws the same picture as in s3dit.
 """
 
 import argparse
@@ -16,6 +14,7 @@ import json
 import math
 import struct
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,14 +59,14 @@ class Control:
 
     def at(self, i: int, n: int, usual: float) -> float:
         """Return the strength in step i (from 0) of n; usual: the folder's."""
-        strength = usual if self.strength is None else self.strength
-        return strength if self.start <= i / n < self.end else 0.0
+        return (usual if self.strength is None else self.strength) if self.start <= i / n < self.end else 0.0
 
 
 def noise(seed: int, rows: int, columns: int) -> Array:
     """Draw normal numbers as `torch.randn(16, 2 · rows, 2 · columns)` does after `manual_seed` -> (rows, columns, 64).
 
-    Uniform numbers of 24 bits from a Mersenne twister, by Box and Muller's method: 8 radii, then 8 angles.
+    So a seed is the same picture as in s3dit. Uniform numbers of 24 bits from a Mersenne twister, by Box and Muller's
+    method: 8 radii, then 8 angles.
     """
     twister = np.random.RandomState(seed & 0xFFFFFFFF)
     bits = twister.randint(0, 1 << 32, 64 * rows * columns, dtype=np.uint32) & 0xFFFFFF
@@ -75,6 +74,13 @@ def noise(seed: int, rows: int, columns: int) -> Array:
     radius, angle = np.sqrt(-2 * np.log(1 - uniform[:, 0])), np.float32(2 * math.pi) * uniform[:, 1]
     latents = np.stack((radius * np.cos(angle), radius * np.sin(angle)), 1).reshape(16, rows, 2, columns, 2)
     return latents.transpose(1, 3, 2, 4, 0).reshape(rows, columns, 64)
+
+
+def check(name: str, low: float, high: float, *values: float) -> None:
+    """Raise ValueError for a number that is not in its bounds."""
+    for value in values:
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}; needed {low} to {high}")
 
 
 def noise_levels(steps: int, shift: float) -> Array:
@@ -88,9 +94,7 @@ def as_pixels(image: Array, size: tuple[int, int], count: int, name: str) -> Arr
     image = np.asarray(image)
     images = image if image.ndim == 4 else image[None]
     if images.dtype != np.uint8 or images.shape[1:] != (*size, 3) or len(images) not in (1, count):
-        raise ValueError(
-            f"{name} is {image.shape} of {image.dtype}; needed {(*size, 3)} of uint8, or {(count, *size, 3)}"
-        )
+        raise ValueError(f"{name} is {image.shape} of {image.dtype}; needed uint8, {(*size, 3)} or {(count, *size, 3)}")
     return 2 * (images.transpose(0, 3, 1, 2) / np.float32(255)) - 1
 
 
@@ -107,8 +111,7 @@ def as_mask(mask: Array, size: tuple[int, int], name: str) -> Array:
 
 def cells(mask: Array) -> Array:
     """Return one number a latent cell of a mask (H, W), by patches: (H / 16, W / 16, 2, 2)."""
-    rows, columns = mask.shape[0] // 16, mask.shape[1] // 16
-    return mask[::8, ::8].reshape(rows, 2, columns, 2).transpose(0, 2, 1, 3).astype(np.float32)
+    return mask[::8, ::8].reshape(len(mask) // 16, 2, -1, 2).transpose(0, 2, 1, 3).astype(np.float32)
 
 
 class Beginning:
@@ -125,18 +128,9 @@ class Beginning:
         self.pixels = as_pixels(start.image, size, len(noise), "image")
         self.image = encode(self.pixels)
 
-    def left(self, sigmas: Array) -> Array:
-        """Return the noise levels that are left of all of them."""
-        n = len(sigmas) - 1
-        return sigmas[int(n - min(n * self.strength, n)) :]
-
     def state(self, sigma: float) -> Array:
         """Return the picture at a noise level."""
         return np.float32(sigma) * self.noise + (1 - np.float32(sigma)) * self.image
-
-    def kept(self, x: Array, sigma: float) -> Array:
-        """Return the state x at a noise level with what is not painted put back."""
-        return self.paint * x + (1 - self.paint) * self.state(sigma)
 
 
 class Model:
@@ -145,7 +139,9 @@ class Model:
     def __init__(self, folder: str | Path) -> None:
         """Read the settings of a folder."""
         self.folder = Path(folder)
-        self.settings = json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        self.settings = json.loads((path := self.folder / "settings.json").read_text(encoding="utf-8"))
+        if not isinstance(self.settings, dict) or "form" not in self.settings:
+            raise ValueError(f"{path} is not of a folder that `s3dit export` wrote; needed one")
         self._parts: dict[str, Callable[..., Array]] = {}
 
     def run(self, part: str, *inputs: Array) -> Array:
@@ -155,21 +151,20 @@ class Model:
     def load(self, part: str) -> Callable[..., Array]:
         """Return a part as a function, loaded once."""
         if part not in self._parts:
-            suffix = "onnx" if self.settings["form"] == "onnx" else "pt2"
-            if not (path := self.folder / f"{part}.{suffix}").is_file():
+            onnx = self.settings["form"] == "onnx"
+            path = self.folder / f"{part}.{'onnx' if onnx else 'pt2'}"
+            if not path.is_file() or not (onnx or zipfile.is_zipfile(path)):
+                found = "is not whole" if path.is_file() else "is not there"
                 why = ", which reads pictures" if part == "vae_encoder" else ""
-                raise ValueError(f"{path} is not there{why}; needed a whole folder: write it anew with `s3dit export`")
-            self._parts[part] = (self._onnx if suffix == "onnx" else self._torch)(path)
+                raise ValueError(f"{path} {found}{why}; needed a whole folder: write it anew with `s3dit export`")
+            self._parts[part] = (self._onnx if onnx else self._torch)(path)
         return self._parts[part]
 
     def _torch(self, path: Path) -> Callable[..., Array]:
         import torch
 
-        device = self.settings["device"]
-        if self.settings["form"] == "compiled":
-            graph: Any = torch._inductor.aoti_load_package(str(path))
-        else:
-            graph = torch.export.load(str(path)).module()
+        compiled, device, file = self.settings["form"] == "compiled", self.settings["device"], str(path)
+        graph: Any = torch._inductor.aoti_load_package(file) if compiled else torch.export.load(file).module()
 
         def run(*inputs: Array) -> Array:
             with torch.no_grad():
@@ -194,13 +189,15 @@ class Model:
         tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         tokenizer.no_padding()
         tokenizer.no_truncation()
-        ids: list[int] = tokenizer.encode(self.settings["template"].format(prompt), add_special_tokens=False).ids
-        return ids[: self.settings["longest"]]
+        words = self.settings["template"].format(prompt)
+        return list(tokenizer.encode(words, add_special_tokens=False).ids[: self.settings["longest"]])
 
     def features(self, prompts: Sequence[Prompt]) -> tuple[Array, Array]:
         """Return the features of prompts (B, longest, D), and how many of each count (B,)."""
         ids = [self.tokens(prompt) for prompt in prompts]
+        check("a token id", 0, self.settings.get("vocabulary", math.inf) - 1, *sum(ids, []))
         lengths = np.array([len(each) for each in ids])
+        check("the number of token ids", 1, math.inf, lengths.min())
         filled = np.array([each + [0] * (lengths.max() - len(each)) for each in ids])
         return self.run("text_encoder", filled), lengths
 
@@ -212,11 +209,10 @@ class Model:
 
     def hints(self, control: Control | None, size: tuple[int, int], count: int) -> Array | None:
         """Return what the ControlNet reads, (count, rows, columns, 4 · channels); None where the folder has none."""
-        own = self.settings.get("control")
-        if own is None and control is not None:
+        if (own := self.settings.get("control")) is None:
+            if control is None:
+                return None
             raise ValueError("this folder has no ControlNet; write one with `s3dit export MODEL -o DIR --control FILE`")
-        if own is None:
-            return None
         patches = np.zeros((count, size[0] // 16, size[1] // 16, 2, 2, own["channels"]), np.float32)
         if control is not None:
             self._show(control, patches, size)
@@ -229,6 +225,8 @@ class Model:
             raise ValueError("a control needs an image, or inpaint and mask, or all three")
         if inpaint and channels == 16:
             raise ValueError(f"this folder's {self.settings['control']['net']} takes no inpaint and mask")
+        check("a control's strength", 0, 2, control.strength or 0)
+        check("a control's start or end", 0, 1, control.start, control.end)
         if not control.start < control.end:
             raise ValueError(f"control acts from {control.start:g} to {control.end:g}; needed start below end")
 
@@ -253,9 +251,7 @@ class Model:
         if scale:
             inputs = tuple(np.concatenate((each, each)) if each.ndim else each for each in inputs)
         velocity = self.run("transformer", *inputs[:2], *text, *inputs[2:])
-        if not scale:
-            return velocity
-        positive, unguided = np.split(velocity, 2)
+        positive, unguided = np.split(velocity, 2) if scale else (velocity, velocity)
         return positive + np.float32(scale) * (positive - unguided)
 
     def draw(
@@ -266,24 +262,31 @@ class Model:
         """Draw a picture a prompt -> pixels (B, H, W, 3) uint8. size: (height, width), multiples of 16."""
         own, count = self.settings, len(prompts)
         height, width = size or (np.shape(start.image)[-3:-1] if start else (own["height"], own["width"]))
-        if height % 16 or width % 16 or min(height, width) < 16 or len(seeds) != count:
+        if height % 16 or width % 16 or len(seeds) != count or not count:
             raise ValueError(f"size {height}x{width}, {len(seeds)} seeds; needed multiples of 16, and a seed a prompt")
+        check("a side", 16, 8192, height, width)
+        check("a seed", -(2**63), 2**63 - 1, *seeds)
         size, rows, columns = (height, width), height // 16, width // 16
         scale = own["guidance_scale"] if guidance_scale is None else guidance_scale
+        check("guidance scale", 0, 1000, scale)
+        if negative and not scale:
+            raise ValueError("a negative prompt is for guidance, which is off; give a guidance scale, such as 4, too")
+        steps = own["steps"] if steps is None else steps
+        check("the number of steps", 1, 1000, steps)
         shift = own["shift"]["slope"] * rows * columns + own["shift"]["offset"]
-        sigmas = noise_levels(steps or own["steps"], math.exp(shift) if own["shift"]["exponential"] else shift)
+        sigmas = noise_levels(steps, math.exp(shift) if own["shift"]["exponential"] else shift)
         x = np.stack([noise(seed, rows, columns) for seed in seeds])
         hints = self.hints(control, size, count)
         begun = None if start is None else Beginning(start, size, x, self.encode)
         if begun is not None:
-            sigmas = begun.left(sigmas)
+            sigmas = sigmas[int(steps - steps * begun.strength) :]
             x = begun.state(sigmas[0])
         text, n = self.features([*prompts, *([negative] * count if scale else [])]), len(sigmas) - 1
         for i, (sigma, after) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
             strength = 0.0 if control is None else control.at(i, n, own["control"]["strength"])
             shown = () if hints is None else (hints, np.array(strength, np.float32))
             x = x + np.float32(sigma - after) * self.velocity(x, 1 - sigma, text, scale, *shown)
-            x = x if begun is None else begun.kept(x, after)
+            x = x if begun is None else begun.paint * x + (1 - begun.paint) * begun.state(after)
         pixels = self.run("vae", x)
         pixels = pixels if begun is None else np.where(begun.mask, pixels, begun.pixels)
         return np.round(np.clip(pixels.transpose(0, 2, 3, 1) / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
@@ -293,8 +296,13 @@ def read(path: str, size: tuple[int, int] | None = None, mode: str = "RGB") -> A
     """Read a picture from a file: upright, over white, scaled to (height, width), or to whole patches of 16 x 16."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if size is None and min(image.size) < 16:
+        raise ValueError(f"{path} is {image.width}x{image.height} pixels; needed 16x16 at least")
     if image.mode[0] in "IF":
         raise ValueError(f"{path} has more than 8 bits a channel ({image.mode}); save it with 8")
     if image.has_transparency_data:
@@ -320,11 +328,10 @@ def png(pixels: Array) -> bytes:
 
 def size_of(text: str) -> tuple[int, int]:
     """Return (height, width) of WxH."""
-    try:
-        width, height = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"is {text!r}; needed WxH, such as 192x128") from None
-    return height, width
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"is {text!r}; needed WxH, such as 192x128")
+    return int(height), int(width)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -354,7 +361,7 @@ def parser() -> argparse.ArgumentParser:
 
 def pictures(args: argparse.Namespace, size: tuple[int, int] | None, own: Any) -> tuple[Start | None, Control | None]:
     """Read the pictures that the options name; own: the folder's settings."""
-    start = control = None
+    start = None
     if args.image is None and not (args.mask is None and args.strength is None):
         raise ValueError("--mask and --strength are about a picture; needed --image too")
     if args.image is not None:
@@ -363,15 +370,9 @@ def pictures(args: argparse.Namespace, size: tuple[int, int] | None, own: Any) -
         start = Start(image, None if args.mask is None else read(args.mask, size, "L"), args.strength)
     size = size or (own["height"], own["width"])
     modes = {"image": "RGB", "inpaint": "RGB", "mask": "L", "strength": "", "start": "", "end": ""}
-    given: dict[str, Any] = {name: getattr(args, f"control_{name}") for name in modes}
-    for name, mode in modes.items():
-        if given[name] is None:
-            del given[name]
-        elif mode:
-            given[name] = read(given[name], size, mode)
-    if given:
-        control = Control(**given)
-    return start, control
+    values = {name: value for name in modes if (value := getattr(args, f"control_{name}")) is not None}
+    given = {name: read(value, size, modes[name]) if modes[name] else value for name, value in values.items()}
+    return start, Control(**given) if given else None
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -383,16 +384,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prompt = args.prompt if args.ids is None else [int(each) for each in args.ids.split(",")]
         model = Model(args.model)
+        (output := Path(args.output)).parent.mkdir(parents=True, exist_ok=True)
         start, control = pictures(args, args.size, model.settings)
-        pixels = model.draw(
-            [prompt], [args.seed], args.size, args.steps, args.guidance_scale, args.negative_prompt, start, control
-        )  # fmt: skip
+        chosen = args.size, args.steps, args.guidance_scale, args.negative_prompt
+        pixels = model.draw([prompt], [args.seed], *chosen, start, control)
+        output.write_bytes(png(pixels[0]))
     except ImportError as error:
         options.error(f"{error}; needed numpy, torch or onnxruntime, tokenizers for words, pillow for pictures")
     except (ValueError, OSError) as error:
         options.error(str(error))
-    Path(args.output).write_bytes(png(pixels[0]))
-    print(args.output)
+    print(output)
 
 
 if __name__ == "__main__":

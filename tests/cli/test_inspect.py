@@ -291,6 +291,21 @@ def test_an_index_without_its_shards_says_which(tmp_path):
     assert "not used alone" in facts.notes[0] and "12.00 GB" in str(facts)
 
 
+def test_a_folder_of_graphs_is_drawn_with_by_its_own_program(tmp_path):
+    """Whichever of its files is asked about; settings of others are not taken for its."""
+    (tmp_path / "runner.py").touch()
+    (tmp_path / "vae.pt2").write_bytes(b"PK\3\4")
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"form": "export", "placement": "cpu, fp32", "s3dit": "1", "torch": "2"}))
+    for path in (tmp_path, tmp_path / "vae.pt2", settings):
+        facts = inspect_path(path)
+        assert shlex.split(facts.command)[:2] == ["python", str(tmp_path / "runner.py")]
+        assert facts.facts["graphs"] == ["vae.pt2"] and "run their code" in str(facts)
+    settings.write_text('{"form": [1]}')
+    with pytest.raises(CheckpointError, match="JSON of a kind that is not read"):
+        inspect_path(settings)
+
+
 def test_json_of_no_kind_is_one_line(tmp_path, capsys):
     (tmp_path / "x.json").write_text('{"a": [1], "b": 2}')
     assert main(["inspect", str(tmp_path / "x.json")]) == 2

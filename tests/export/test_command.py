@@ -1,10 +1,13 @@
 """`s3dit export`, and what it refuses; tracing is left to `test_graphs`."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
 from s3dit import Control, Pipeline, RequestError
-from s3dit.cli.main import main
+from s3dit.cli.main import main, parse
 from s3dit.export import graphs
 
 
@@ -16,6 +19,16 @@ def test_an_operation_of_the_engine_is_refused():
     graph = torch.export.export(Foreign(), (torch.zeros(4, 1, 16), torch.tensor([0, 4], dtype=torch.int32)))
     with pytest.raises(RequestError, match="the graph holds s3dit.attention.default, which torch alone does not have"):
         graphs.check_operations(graph)
+
+
+def test_the_commands_that_it_names_are_commands():
+    """In messages and on the page."""
+    root = Path(__file__).resolve().parents[2] / "s3dit"
+    texts = [path.read_text(encoding="utf-8") for path in (root / "EXPORT.md", *(root / "export").glob("*.py"))]
+    named = {line for text in texts for line in re.findall(r"s3dit ((?:convert|export) [^`\n\"]*[A-Za-z])", text)}
+    assert {"convert MODEL DIR", "export MODEL -o DIR", "export embedded -o stars"} <= named
+    for line in sorted(named):
+        parse(line.split())
 
 
 def test_the_command_writes_what_its_options_say(net, tmp_path, monkeypatch, capsys):

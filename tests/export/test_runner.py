@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from s3dit.sampling.schedules import sigmas
 SIZE = (48, 80)
 SETTINGS = {
     "form": "export", "height": 64, "width": 64, "steps": 2, "guidance_scale": 0,
-    "shift": {"slope": 0, "offset": 3, "exponential": False},
+    "shift": {"slope": 0, "offset": 3, "exponential": False}, "vocabulary": 64,
 }  # fmt: skip
 
 
@@ -47,9 +48,20 @@ def test_it_reads_a_picture_as_the_engine_does(mode, tmp_path):
     ("options", "message"),
     [
         ({"size": (40, 64)}, "size 40x64, 1 seeds; needed multiples of 16"),
+        ({"steps": 0}, "number of steps is 0; needed 1 to 1000"),
+        ({"guidance_scale": float("nan")}, "guidance scale is nan"),
+        ({"negative": "blue"}, "guidance, which is off"),
+        ({"seeds": [2**63]}, "a seed is 9223372036854775808"),
+        ({"size": (16, 1 << 20)}, "a side is 1048576; needed 16 to 8192"),
+        ({"prompts": [[1, 64]]}, "a token id is 64; needed 0 to 63"),
+        ({"prompts": [[-1]]}, "a token id is -1"),
+        ({"prompts": [[]]}, "number of token ids is 0"),
+        ({"prompts": [], "seeds": []}, "0 seeds; needed"),
+        ({"control": runner.Control(picture(1), 3.0), "size": SIZE}, "strength is 3.0; needed 0 to 2"),
+        ({"control": runner.Control(picture(1), end=2.0), "size": SIZE}, "end is 2.0; needed 0 to 1"),
         ({"start": runner.Start(picture(1), strength=0.0)}, "strength is 0; needed a number above 0"),
-        ({"start": runner.Start(picture(1)), "size": (64, 64)}, r"image is \(48, 80, 3\) of uint8; needed \(64"),
-        ({"start": runner.Start(picture(1) / 255)}, "image is .* of float64; needed"),
+        ({"start": runner.Start(picture(1)), "size": (64, 64)}, r"image is \(48, 80, 3\) of uint8; needed uint8, \(64"),
+        ({"start": runner.Start(picture(1) / 255)}, "image is .* of float64; needed uint8"),
         ({"start": runner.Start(picture(1), np.zeros(SIZE, bool))}, "mask has no white place"),
         ({"start": runner.Start(picture(1), np.ones((64, 64), bool))}, r"mask is \(64, 64\)"),
         ({"control": runner.Control()}, "a control needs an image, or inpaint and mask"),
@@ -63,7 +75,7 @@ def test_what_cannot_be_drawn_is_refused(options, message, tmp_path):
     own = {"control": {"channels": 33, "strength": 0.9}} if "control" in options else {}
     (tmp_path / "settings.json").write_text(json.dumps(SETTINGS | own))
     with pytest.raises(ValueError, match=message):
-        runner.Model(tmp_path).draw([[1, 2]], [1], **options)
+        runner.Model(tmp_path).draw(**{"prompts": [[1, 2]], "seeds": [1]} | options)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +84,11 @@ def test_what_cannot_be_drawn_is_refused(options, message, tmp_path):
         ("--mask m.png", "needed --image too"),
         ("--strength 0.5", "needed --image too"),
         ("--image none.png", "No such file"),
+        ("--image cut.png", "cut.png: image file is truncated"),
+        ("--image small.png", "small.png is 8x80 pixels; needed 16x16 at least"),
+        ("--model broken", "settings.json is not of a folder that `s3dit export` wrote"),
+        ("", "text_encoder.pt2 is not whole"),
+        ("-o a.png/b.png", "File exists"),
         ("--image a.png", "vae_encoder.pt2 is not there, which reads pictures; needed a whole folder: write it anew"),
         ("--control-image a.png", "this folder has no ControlNet; write one with `s3dit export MODEL -o DIR --control"),
         ("--control-strength 1", "this folder has no ControlNet"),
@@ -81,7 +98,12 @@ def test_what_cannot_be_drawn_is_refused(options, message, tmp_path):
 def test_its_command_says_what_is_missing(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(picture(1)).save("a.png")
+    Path("cut.png").write_bytes(Path("a.png").read_bytes()[:900])
+    Image.fromarray(picture(1, (80, 8))).save("small.png")
+    Path("broken").mkdir()
+    Path("broken/settings.json").write_text("{}")
     Path("settings.json").write_text(json.dumps(SETTINGS))
+    Path("text_encoder.pt2").write_bytes(b"PK")
     with pytest.raises(SystemExit):
         runner.main(["--ids", "1,2", "--model", ".", *words.split()])
     assert message in capsys.readouterr().err
@@ -128,7 +150,7 @@ def test_it_imports_nothing_of_the_engine():
 def test_inputs_go_to_the_device_that_the_graphs_are_of(tmp_path, monkeypatch):
     """Without a GPU: "meta" stands for the other device, and the answer is brought back from where it is."""
     (tmp_path / "settings.json").write_text('{"form": "export", "device": "meta"}')
-    (tmp_path / "vae.pt2").touch()
+    zipfile.ZipFile(tmp_path / "vae.pt2", "w").close()
     seen = []
 
     def graph(*given):
