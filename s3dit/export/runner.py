@@ -371,7 +371,7 @@ def pictures(args: argparse.Namespace, size: tuple[int, int] | None, own: Any) -
     size = size or (own["height"], own["width"])
     modes = {"image": "RGB", "inpaint": "RGB", "mask": "L", "strength": "", "start": "", "end": ""}
     values = {name: value for name in modes if (value := getattr(args, f"control_{name}")) is not None}
-    given = {name: read(value, size, modes[name]) if modes[name] else value for name, value in values.items()}
+    given: dict[str, Any] = {n: read(v, size, modes[n]) if modes[n] else v for n, v in values.items()}
     return start, Control(**given) if given else None
 
 
