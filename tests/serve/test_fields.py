@@ -137,6 +137,8 @@ def test_numbers_are_those_of_json():
         with pytest.raises(ApiError):
             TABLE.checked({"prompt": "x", name: value}, "generations")
     assert TABLE.checked({"prompt": "x", "n": 8.0}, "generations")["n"] == 8
+    cache = TABLE.checked({"prompt": "x", "cache": {"method": "taylor", "first": 3.0}}, "generations")["cache"]
+    assert isinstance(cache["first"], int)
 
 
 def test_doors_differ_where_they_must():
