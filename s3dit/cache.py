@@ -114,7 +114,8 @@ class Cache:
         whole = (("order", 3), ("first", 1000), ("last", 1000), *([("threshold", 1000)] * (self.method == "taylor")))
         for name, high in whole:
             value = getattr(self, name)
-            if not (value is None and name != "last") and not (_is_number(value) and value in range(high + 1)):
+            right = _is_number(value) and value in range(high + 1) and (isinstance(value, int) or name == "threshold")
+            if not right and not (value is None and name != "last"):
                 raise ValueError(f"cache {name} is {shown(value)}; needed an integer from 0 to {high}")
         if self.threshold is not None and not (_is_number(self.threshold) and 0 <= self.threshold <= 1000):
             raise ValueError(f"cache threshold is {shown(self.threshold)}; needed a number from 0 to 1000")

@@ -64,6 +64,14 @@ def test_wrong(text, message):
         Request(prompt="a", cache=text)
 
 
+@pytest.mark.parametrize("name", ["order", "first", "last"])
+def test_a_count_is_an_integer(name):
+    """A file may hold 3.0 there, which counts nothing."""
+    with pytest.raises(RequestError, match=f"cache {name} is 3.0; needed an integer"):
+        Request.from_json({"prompt": "a", "cache": {"method": "taylor", "threshold": 2.0, name: 3.0}})
+    Cache("taylor", 2.0).check()
+
+
 def test_wrong_calibrations(tmp_path):
     (path := tmp_path / "c.json").write_text("[1]")
     with pytest.raises(ValueError, match="needed a JSON object"):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from s3dit import files
+from s3dit import files, values
 from s3dit.cli.importing import importing
 from s3dit.cli.option_names import NAMES, speaking_of_options
 from s3dit.cli.options import SIZE, add_model, add_runtime, check_format
@@ -253,18 +254,52 @@ def _checked(args: argparse.Namespace) -> Limits:
     ):  # fmt: skip
         if value is not None and not low <= value <= high:
             raise RequestError(f"{option} is {value:g}; needed {low} to {high:g}")
-    for origin in args.allow_origin:
-        if not origin.startswith(("http://", "https://")) or origin.endswith("/"):
-            raise RequestError(f"--allow-origin is {origin!r}; needed a site such as https://example.org")
     limits = {name: getattr(args, f"max_{name}", None) for name in Limits.__dataclass_fields__}
     for name, value in limits.items():
         if value is not None and value < 1:
             raise RequestError(f"--max-{name.replace('_', '-')} is {value}; needed 1 or more")
+    _check_names(args)
     _check_ray(args)
     if args.residency is None and args.vram is None and args.ram is None:
         # Parts that took turns would be read again for every request.
         args.residency = "resident"
-    return replace(Limits(), **{name: value for name, value in limits.items() if value is not None})
+    found = replace(Limits(), **{name: value for name, value in limits.items() if value is not None})
+    _check_warm_up(args.warm_up, found)
+    return found
+
+
+def _check_warm_up(sizes: Sequence[tuple[int, int]], limits: Limits) -> None:
+    """Raise RequestError for a size that no request could ask for."""
+    for width, height in sizes:
+        for name, pixels in (("width", width), ("height", height)):
+            values.side(f"--warm-up: {name}", pixels)
+            values.integer(f"--warm-up: {name}", pixels, 16, limits.side)
+        if width * height > limits.pixels:
+            raise RequestError(
+                f"--warm-up {width}x{height} has {width * height:,} pixels; needed at most {limits.pixels:,}, or a "
+                "larger --max-pixels"
+            )
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Raise RequestError for names that no client could have or ask for."""
+    if args.name is not None and not (args.name.strip() and args.name.isprintable()):
+        raise RequestError(f"--name is {args.name!r}; needed a name that clients can send, in one line")
+    for host in args.allow_host:
+        if not _is_host(host):
+            raise RequestError(f"--allow-host is {host!r}; needed a name without scheme or port, such as example.org")
+    for origin in args.allow_origin:
+        # As browsers write it.
+        if not re.fullmatch(r"https?://[^\sA-Z/?#@]+", origin):
+            raise RequestError(f"--allow-origin is {origin!r}; needed a site such as https://example.org")
+
+
+def _is_host(name: str) -> bool:
+    """Whether it is what a Host header may say, without the port."""
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return re.fullmatch(r"[\w-]+(\.[\w-]+)*", name, re.ASCII) is not None
 
 
 def _check_ray(args: argparse.Namespace) -> None:
@@ -298,12 +333,16 @@ def _key(path: Path | None) -> bytes | None:
         where = f"--api-key-file {path}"
         with files.opened(path, "a file with a key", LONGEST_KEY) as file:
             try:
-                key = file.read(LONGEST_KEY).decode("ascii").strip()
+                key = file.read(LONGEST_KEY).decode("ascii")
             except UnicodeDecodeError:
                 raise RequestError(f"{where} holds what is no ASCII; needed one line, the key") from None
-    if key is not None and (not key.isascii() or len(key.split()) != 1):
+    if key is None:
+        return None
+    # What surrounds it, such as the line's end, no header could hold.
+    key = key.strip()
+    if not (key.isascii() and key.isprintable() and len(key.split()) == 1):
         raise RequestError(f"{where} holds no key; needed one word, such as openssl rand -hex 24 prints")
-    return None if key is None else digest(key)
+    return digest(key)
 
 
 def _check_packages(needed: Sequence[str], extra: str) -> None:

@@ -44,9 +44,9 @@ Lines that begin with a colon keep the connection open.
 GET /v1/options answers, for the page and for programs:
     {"model": "Z-Image-Turbo", "variant": "turbo", "version": "0.1.0", "sizes": ["1024x1024", ...],
      "defaults": {"size": "1024x1024", "num_inference_steps": 8, "guidance_scale": 0.0, "solver": "euler", ...},
-     "solvers": [...], "schedules": [...], "loras": [{"name": "style", "scale": 1.0}],
+     "solvers": [...], "schedules": [...], "loras": [{"name": "style", "scale": 1.0, "on": false}],
      "references": 0,                          how many reference pictures the model takes; 0: none
-     "limits": {"n": 10, "steps": 200, "pixels": 4194304, "side": 8192, "multiple": 16, "prompt": 32000,
+     "limits": {"n": 10, "steps": 200, "pixels": 8388608, "side": 4096, "multiple": 16, "prompt": 32000,
                 "partial_images": 3, "body": 33554432, "image_pixels": 16777216},
      "example": "a red star above a blue ring",
      "fields": {"generations": {NAME: JSON schema with "description", ...}, "edits": {...}}}
@@ -122,7 +122,10 @@ class Api:
             for path, handler in handlers.items()
         ]
         errors: Any = {ApiError: _refused, HTTPException: _not_routed, ClientDisconnect: _left, 500: _failed}
-        return Starlette(routes=routes, exception_handlers=errors)
+        app = Starlette(routes=routes, exception_handlers=errors)
+        # To another scheme than the proxy's before it, and a redirect is no answer of this interface.
+        app.router.redirect_slashes = False
+        return app
 
     def answered(self, method: str, path: str, status: int, seconds: float) -> None:
         """Count an answer, under paths and methods that there are, lest what strangers try piles up."""

@@ -135,7 +135,7 @@ class Engine:
             if self.resident and plan.memory is not None and plan.memory.mode != "resident":
                 raise RequestError(
                     f"this request takes turns of the parts to fit into memory ({plan.memory}), and here every part "
-                    "stays for the other requests; needed a smaller picture, or more of vram when the server starts"
+                    "stays for the other requests; needed a smaller picture, or a server with more memory"
                 )
             self._submitted += 1
             job = Job(str(self._submitted), plan, timeout, on_event)

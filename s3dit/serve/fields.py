@@ -126,6 +126,9 @@ def _whole(value: Any, schema: Schema) -> Any:
     if isinstance(value, list) and items is not None:
         # Where the schema has no more lists, those of the value are not looked into, however deep.
         return [_whole(each, items) for each in value]
+    if isinstance(value, dict):
+        properties: dict[str, Schema] = next((form["properties"] for form in forms if "properties" in form), {})
+        return {name: _whole(each, properties.get(name, {})) for name, each in value.items()}
     integral = isinstance(value, float) and value.is_integer()
     return int(value) if integral and any(form.get("type") == "integer" for form in forms) else value
 

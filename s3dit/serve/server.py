@@ -68,9 +68,14 @@ def bound(host: str, port: int) -> socket.socket:
             sock.close()
             raise
     except (OSError, OverflowError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise RequestError(f"--host {host} --port {port} cannot be bound ({why}); choose another port") from None
+        raise _not_bound(host, port, error) from None
     return sock
+
+
+def _not_bound(host: str, port: int, error: Exception) -> RequestError:
+    """What to say of an address that cannot be had."""
+    why = getattr(error, "strerror", None) or error
+    return RequestError(f"--host {host} --port {port} cannot be bound ({why}); choose another port")
 
 
 def is_local(address: str) -> bool:
@@ -147,8 +152,12 @@ class Server(uvicorn.Server):
             self.run(sockets=[self.sock])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say where."""
-        await super().startup(sockets)
+        """Listen, and say where; raises RequestError where another listens there since the port was bound."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            host, port = self.sock.getsockname()[:2]
+            raise _not_bound(host, port, error) from None
         say(f"{self.serving.name} at {url_of(self.sock)} (POST /v1/images/generations, page at /); Ctrl-C stops")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -84,6 +84,8 @@ def _answer(given: Mapping[str, Any]) -> dict[str, Any]:
             400, "output_compression is given for png, which has none; give output_format jpeg or webp too",
             "output_compression",
         )  # fmt: skip
+    if given.get("user") and given.get("safety_identifier"):
+        raise ApiError(400, "both user and safety_identifier are given; needed one of them", "user")
     for name in ("partial_images", "progress"):
         if given.get(name) and not stream:
             raise ApiError(400, f"{name} is given without stream; give stream true, or leave {name} out", name)
@@ -138,14 +140,17 @@ def _pictures(parts: Sequence[Part], limits: Limits, sees: bool, names: dict[str
 
 
 def _check_pixels(request: Request, limits: Limits) -> None:
-    """Hold the pixels of all pictures to the server's bound, as far as they are known; raises RequestError.
+    """Hold the pixels of all pictures, and their sides, to the server's bounds, as far as they are known.
 
-    An edit that says no size has that of its start image.
+    Raises RequestError. An edit that says no size has that of its start image.
     """
     own = request.image.size if isinstance(request.image, Image) else (0, 0)
     sides = zip(request.per_image("width"), request.per_image("height"), strict=True)
     pairs = [(width or own[0] // 16 * 16, height or own[1] // 16 * 16) for width, height in sides]
-    area = sum(width * height for width, height in pairs) * (request.upscale or 1) ** 2
+    times = request.upscale or 1
+    if (longest := max(map(max, pairs)) * times) > limits.side:
+        raise RequestError(f"size gives a side of {longest:,.0f} pixels; needed at most {limits.side:,}; draw less")
+    area = sum(width * height for width, height in pairs) * times**2
     if area > limits.pixels:
         raise RequestError(f"size gives {area:,.0f} pixels in all; needed at most {limits.pixels:,}; draw less at once")
 

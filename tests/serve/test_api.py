@@ -133,7 +133,7 @@ def test_what_is_there(served, client):
     for name in ("queued", "running", "batch_size_bucket", "pixels_total", "memory_bytes", "stage_seconds_total",
                  "first_partial_seconds_bucket"):  # fmt: skip
         assert f"s3dit_{name}" in metrics
-    for path in ("/v1/none", "/v1/models/", "//", "/%00"):
+    for path in ("/v1/none", "/v1/models/", "//", "/%00", "/health/", "/v1/images/edits/"):
         status, _, content = served.ask("GET", path)
         assert status == 404 and json.loads(content)["error"]["code"]
     assert served.ask("GET", "/v1/images/generations")[0] == 405 == served.ask("DELETE", "/health")[0]

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from s3dit.cli import serve
 from s3dit.cli.main import main
+from s3dit.errors import RequestError
 from s3dit.serve import server
+from s3dit.serve.door import digest
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef"
@@ -35,7 +37,14 @@ KEY = "0123456789abcdef"
         (["--warm-up", "64"], "'64' is not a list of sizes such as"),
         (["--max-steps", "0"], "--max-steps is 0; needed 1"),
         (["--quantize", "fp4"], "--quantize is 'fp4'"),
+        (["--warm-up", "64x64,65x64"], "--warm-up: width is 65, not a multiple of 16"),
+        (["--warm-up", "64x8192"], "--warm-up: height is 8192; needed an integer from 16 to 4096"),
+        (["--warm-up", "4096x4096"], "--warm-up 4096x4096 has 16,777,216 pixels; needed at most 8,388,608"),
+        (["--name", ""], "--name is ''; needed a name"),
+        (["--allow-host", "example.org:8000"], "--allow-host is 'example.org:8000'; needed a name without"),
+        (["--allow-host", "http://example.org"], "--allow-host is 'http://example.org'"),
         (["--allow-origin", "example.org"], "--allow-origin is 'example.org'"),
+        (["--allow-origin", "https://example.org/page"], "--allow-origin is 'https://example.org/page'"),
         (["--lora-dir", "nowhere"], "--lora-dir nowhere: No such file"),
         (["--lora-dir", "."], "holds no .safetensors file"),
         (["--api-key-file", "nowhere"], "nowhere: not found; needed a file with a key"),
@@ -73,6 +82,28 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
 def test_a_port_that_is_taken_is_said_before_a_model_is_read(served, capsys):
     assert main(["serve", "embedded", "--port", str(served.port)]) == 2
     assert "cannot be bound (Address already in use)" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_meanwhile(served):
+    """Bound by two before either listens, which systems allow: the second ends in an error of its own."""
+    with (
+        pytest.raises(RequestError, match="cannot be bound"),
+        server.bound("127.0.0.1", 0) as first,
+        server.bound("127.0.0.1", first.getsockname()[1]) as second,
+    ):
+        first.listen()
+        server.Server(served.engine, server.Serving(name="tiny"), second).serve_forever()
+
+
+def test_a_key_is_one_word(monkeypatch):
+    """What surrounds it no header could hold."""
+    for text in (f"{KEY}\n", f" {KEY}\r\n"):
+        monkeypatch.setenv(serve.KEY, text)
+        assert serve._key(None) == digest(KEY)
+    for text in ("", "a b", "a\x7fb", "\u00e9"):
+        monkeypatch.setenv(serve.KEY, text)
+        with pytest.raises(RequestError, match="holds no key"):
+            serve._key(None)
 
 
 @pytest.mark.parametrize(("soft", "hard", "set_to", "number"), [

@@ -290,7 +290,10 @@ def test_a_large_request_is_overtaken_so_often_only(pipe, gate, monkeypatch):
     jobs = [submit("first", num_inference_steps=80), submit("large", height=256, width=256)]
     # Both are prepared: only what waits for its turn can be overtaken.
     until(lambda: len(engine._sampling) == len(engine._ready) == 1)
+    # The first waits for them, however long a busy machine takes to submit.
+    gate.clear()
     jobs += [submit(i, seed=i) for i in range(5)]
+    gate.set()
     for job in jobs:
         job.result(60)
     engine.stop()

@@ -109,6 +109,8 @@ def test_what_is_sent_becomes_a_request():
         ({"prompt": "x", "cache": "magnitude:0.1:/etc/passwd.json"}, "cache", "needed METHOD"),
         ({"prompt": "x", "region": {"mask": "/etc/x.png", "prompt": "y"}}, "region", "needed a box"),
         ({"prompt": "x", "size": "64x64", "width": 64}, "size", "both size and width"),
+        ({"prompt": "x", "size": "4096x16", "upscale": 2}, "size", "a side of 8,192 pixels; needed at most 4,096"),
+        ({"prompt": "x", "user": "a", "safety_identifier": "b"}, "user", "both user and safety_identifier"),
         ({"prompt": "x", "cfg": 2, "true_cfg_scale": 3}, "true_cfg_scale", "both cfg and true_cfg_scale"),
         ({"prompt": "x", "true_cfg_scale": 2, "guidance_scale": 3}, "true_cfg_scale", "both true_cfg_scale and guid"),
         ({"prompt": "x", "partial_images": 1}, "partial_images", "without stream"),
@@ -135,6 +137,8 @@ def test_numbers_are_those_of_json():
         with pytest.raises(ApiError):
             TABLE.checked({"prompt": "x", name: value}, "generations")
     assert TABLE.checked({"prompt": "x", "n": 8.0}, "generations")["n"] == 8
+    cache = TABLE.checked({"prompt": "x", "cache": {"method": "taylor", "first": 3.0}}, "generations")["cache"]
+    assert isinstance(cache["first"], int)
 
 
 def test_doors_differ_where_they_must():

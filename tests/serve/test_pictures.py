@@ -119,12 +119,14 @@ def test_pictures_have_their_places(names, more, sees, found):
 
 
 def test_an_edit_without_a_size_has_that_of_its_picture():
-    """So it is refused before anything is planned with it."""
+    """So it is refused before anything is planned with it: pixels in all, and sides."""
     fields = Fields("tiny", Limits(pixels=64 * 32))
     given = fields.checked({"prompt": "x"}, "edits")
     with pytest.raises(ApiError, match="3,072 pixels in all; needed at most 2,048"):
         wanted(fields, given, [Part("image", png(RED), True)], False)
     assert wanted(fields, given, [Part("image", png(RED.crop((0, 0, 79, 31))), True)], False)
+    with pytest.raises(ApiError, match="a side of 80 pixels; needed at most 64"):
+        wanted(Fields("tiny", Limits(side=64)), given, [Part("image", png(Image.new("RGB", (16, 80))), True)], False)
 
 
 def test_files():
