@@ -145,7 +145,8 @@ def test_all_ranks_are_told_the_same(folder):
         first, *others = (each[f"told {world}"] for each in notes[:world])
         assert all(other == first for other in others)
         assert first["wrong"].startswith(f"rank 0 of {world}: height is 7") and isinstance(first["seed"], int)
-        assert first["differs"].startswith(f"rank 1 of {world} was asked for something else than rank 0")
+        for name in ("differs", "limits", "noise", "adapters"):
+            assert str(first[name]).startswith(f"rank 1 of {world} was asked for something else than rank 0"), name
 
 
 def test_the_first_rank_writes_and_speaks(folder):
