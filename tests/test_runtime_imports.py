@@ -60,16 +60,15 @@ def test_the_needed_packages_draw(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_named_where_it_is_used():
+def test_what_is_missing_is_named_where_it_is_used(tmp_path):
     """One process: a name of the Hub, a SentencePiece model, the Triton backend."""
     code = (
         NEEDED
         + """
-import tempfile, pathlib
+import pathlib
 from s3dit import Pipeline, BackendError, CheckpointError
 from s3dit.configs.tokenizer_files import open_tokenizer
-kept = tempfile.TemporaryDirectory()
-folder = pathlib.Path(kept.name)
+folder = pathlib.Path(sys.argv[1])
 (folder / "tokenizer.model").write_bytes(b"x")
 for ask in (
     lambda: Pipeline.load("org/name"), lambda: open_tokenizer(folder),
@@ -81,7 +80,7 @@ for ask in (
         print(error)
 """
     )
-    done = python(code)
+    done = python(code, tmp_path)
     hub, pieces, triton = done.stdout.splitlines()
     assert "pip install 's3dit[hub]'" in hub and hub.startswith("org/name: no such file or folder here")
     assert "pip install 's3dit[sentencepiece]'" in pieces

@@ -71,7 +71,8 @@ class Layers(torch.nn.Module):
 
 
 @pytest.mark.slow
-def test_every_format_is_multiplied_in_a_graph():
+def test_every_format_is_multiplied_in_a_graph(tmp_path):
+    """And in the same graph, compiled."""
     torch.manual_seed(0)
     layers = Layers().eval()
     with graphs.traceable(torch.device("cpu")):
@@ -81,12 +82,14 @@ def test_every_format_is_multiplied_in_a_graph():
     products = [str(node.target) for node in program.graph.nodes].count("aten._int_mm.default")
     # Of int8 alone, where this CPU has an exact one; elsewhere the same codes are multiplied in floating point.
     assert products == INTEGER_DOT
-    for rows in (1, 40, 300):
-        x = torch.randn(rows, IN)
-        with torch.no_grad(), use_backend("torch"):
-            both = zip(KINDS, program.module()(x), layers(x), strict=True)
-        off = {name: ((found - wanted).norm() / wanted.norm()).item() for name, found, wanted in both}
-        assert {name: each for name, each in off.items() if not each < BOUND} == {}
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layers.pt2"))
+    for run in (program.module(), torch._inductor.aoti_load_package(path)):
+        for rows in (1, 40, 300):
+            x = torch.randn(rows, IN)
+            with torch.no_grad(), use_backend("torch"):
+                both = zip(KINDS, run(x), layers(x), strict=True)
+            off = {name: ((found - wanted).norm() / wanted.norm()).item() for name, found, wanted in both}
+            assert {name: each for name, each in off.items() if not each < BOUND} == {}
 
 
 @pytest.mark.parametrize("form", ["export", "compiled", "onnx"])

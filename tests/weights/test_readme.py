@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "weights"
 TEXT = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
-def test_examples_run():
+def test_examples_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     torch.manual_seed(0)
     names = {}
     for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL):
