@@ -12,11 +12,13 @@ from typing import Any
 from bench_machine import ROOT
 
 # What each process may take by the clock, as a share of one that imports torch, on a machine with nothing else to do.
-BOUNDS = {"import s3dit": 0.1, "import Pipeline": 1.3, "a picture": 1.2, "inspect a picture": 0.4, "inspect a model": 0.4}
+BOUNDS = {
+    "import s3dit": 0.1, "import Pipeline": 1.3, "a picture": 1.2, "inspect a picture": 0.4, "inspect a model": 0.4,
+}  # fmt: skip
 
 
 def bench_start(repeat: int) -> dict[str, Any]:
-    """Seconds of fresh processes, the least of `repeat` each, run in turn: by the clock, with ratios, and of the processor.
+    """Seconds of fresh processes, the least of `repeat` each, run in turn: by the clock, with ratios, and processor's.
 
     Byte code is compiled in a first round that does not count, as it is by an installation.
     """
