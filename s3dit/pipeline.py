@@ -131,7 +131,7 @@ class Pipeline(LoadedModel):
 
     def plan(self, request: Request | str | Sequence[str] | None = None, **fields: Unpack[RequestFields]) -> Plan:
         """Prepare a request without reading a weight; everything that is wrong with it is raised here."""
-        return self.parts.ranks.agreed(lambda: self._prepared(Request.of(request, **fields)))
+        return self.parts.ranks.agreed(lambda: self._prepared(Request.of(request, **fields)), self.records)
 
     def _prepared(self, checked: Request) -> Plan:
         if self.graphs and (name := "control" if checked.controls else "cache" if checked.cache else ""):

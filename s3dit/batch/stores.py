@@ -28,7 +28,9 @@ MOST_LINES, MOST_SECONDS = 500, 30.0
 
 
 class Store(Protocol):
-    """What a batch needs of a place."""
+    """What a batch needs of a place. results: the names of the files of results, with a * where they are several."""
+
+    results: str
 
     def begin(self) -> list[bytes]:
         """Make the place this run's own; the lines of results that are there, the oldest first. Raises RequestError."""
@@ -54,11 +56,15 @@ class Store(Protocol):
 
 def open_store(output: str) -> Store:
     """The place that -o names: a URI with a scheme that pyarrow knows, or else a folder. Raises RequestError."""
+    if not output:
+        raise RequestError("--output is empty; needed a folder, . for this one, or a bucket such as s3://name/place")
     return Bucket(output) if files.ADDRESS.match(output) else Folder(Path(output))
 
 
 class Folder:
     """A folder of this machine, or one that all machines share."""
+
+    results = RESULTS
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,6 +147,8 @@ def _lock(file: IO[bytes], path: Path) -> None:
 
 class Bucket:
     """A place of any file system that pyarrow opens by its URI: s3://, gs://, hdfs://, file://."""
+
+    results = "results-*.jsonl"
 
     def __init__(self, uri: str) -> None:
         try:

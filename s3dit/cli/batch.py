@@ -172,7 +172,7 @@ def _finish(args: argparse.Namespace, results: Results) -> int:
     rate = f", {results.pictures / results.seconds:.3g} a second" if results.seconds else ""
     say(f"{results.pictures:,} pictures in {results.seconds:.1f} s{rate}, after loading")
     if results.failed:
-        say(f"{len(results.failed):,} rows failed; see {RESULTS}; the same command tries them again")
+        say(f"{len(results.failed):,} rows failed; see {results.store.results}; the same command tries them again")
     if not args.json:
-        tell(f"{args.output.rstrip('/')}/{RESULTS}")
+        tell(f"{args.output.rstrip('/')}/{results.store.results}")
     return 1 if results.failed else 0

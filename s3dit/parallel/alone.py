@@ -3,13 +3,14 @@
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from s3dit.parallel.placement import Form
 
 T = TypeVar("T")
+Records = list[dict[str, Any]]
 
 
 class Alone:
@@ -29,8 +30,11 @@ class Alone:
         """Draw a seed for a request without one, the same for all ranks."""
         return secrets.randbits(32)
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """Return what `make` does if all ranks made the same, else raise everywhere what it raised on one."""
+    def agreed(self, make: Callable[[], T], told: Callable[[T], Records]) -> T:
+        """Return the plan that `make` does if all ranks made the same, else raise everywhere what it raised on one.
+
+        told: the records of a plan's pictures.
+        """
         return make()
 
     @contextmanager

@@ -7,6 +7,7 @@ read without pickle; waiting for them ends when a rank fails.
 """
 
 import hashlib
+import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s3dit.errors import BackendError, CheckpointError, RequestError
-from s3dit.parallel.alone import Alone, T
+from s3dit.parallel.alone import Alone, Records, T
 from s3dit.parallel.placement import Form
 from s3dit.parallel.watch import OUTSIDE, Watch
 
 # Errors that a plan may end in, by name.
 ERRORS = {kind.__name__: kind for kind in (RequestError, CheckpointError, BackendError)}
+# What a record says of a machine, which may be another for each rank.
+OWN = ("torch", "backend", "threads", "cpu")
 
 
 class Ranks(Alone):
@@ -45,18 +48,22 @@ class Ranks(Alone):
         """Draw a seed for a request without one, the same for all ranks, as `make` of `agreed` wants it."""
         return self._seed
 
-    def agreed(self, make: Callable[[], T]) -> T:
-        """Return what `make` does if all ranks made the same, else raise everywhere what it raised on one."""
+    def agreed(self, make: Callable[[], T], told: Callable[[T], Records]) -> T:
+        """Return the plan that `make` does if all ranks made the same, else raise everywhere what it raised on one.
+
+        told: the records of a plan's pictures.
+        """
         # Before, as a rank that fails comes to nothing more.
         self._seed = int(self.exchange(str(super().seed()))[0])
         try:
-            made, said = make(), ""
+            made = make()
             _check(made)
+            said = f"= {_digest(made, told(made))}"
         except (RequestError, CheckpointError, BackendError) as error:
             if self._watch.verdict is not None:
                 raise
             said = f"{type(error).__name__} {error}"
-        answers = self.exchange(said or f"= {_digest(made)}")
+        answers = self.exchange(said)
         failed = [(rank, answer) for rank, answer in enumerate(answers) if not answer.startswith("= ")]
         if failed:
             kind, _, text = failed[0][1].partition(" ")
@@ -75,7 +82,9 @@ class Ranks(Alone):
         try:
             yield
         except BaseException as error:
-            self._watch.fail(str(error) or type(error).__name__)
+            # Of a signal the text is its number.
+            stopped = isinstance(error, KeyboardInterrupt)
+            self._watch.fail("it was told to stop" if stopped else str(error) or type(error).__name__)
             raise
         finally:
             self._watch.engaged -= 1
@@ -203,12 +212,19 @@ def _check(plan: Any) -> None:
         )
 
 
-def _digest(plan: Any) -> str:
-    """A hash of what decides what the ranks exchange: prompts, sizes, seeds, noise levels of every pass."""
-    seen: list[Any] = []
-    while plan is not None:
-        request = plan.request
-        texts = [[tuple(text) if isinstance(text, tuple) else len(text) for text in item] for item in plan.captions]
-        seen += [texts, plan.sigmas, plan.grids, plan.owners, request.seeds(), request.guidance_scale, request.solver]
-        plan = plan.then
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
+def _digest(plan: Any, records: Records) -> str:
+    """A hash of what decides what the ranks compute and exchange, the content of files and tensors included."""
+    request, seen = plan.request, list[Any]()
+    for record in records:
+        engine = record["engine"]
+        engine |= {"placement": engine["placement"].partition(",")[2]}
+        seen.append(record | {"engine": {name: value for name, value in engine.items() if name not in OWN}})
+    seen += [request.generator, request.latents, request.prompt_embeds, request.negative_prompt_embeds]
+    text = json.dumps([*seen, request.output_type, plan.tile], sort_keys=True, default=_content)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _content(value: torch.Generator | Tensor) -> str:
+    """A hash of a generator's state or of a tensor."""
+    tensor = value.get_state() if isinstance(value, torch.Generator) else value.detach().cpu()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()

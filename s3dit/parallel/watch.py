@@ -41,6 +41,7 @@ else:
 BEAT, SILENT, HANGING, IDLE, GRACE = 1.0, 10.0, 15.0, 20.0, 5.0
 OUTSIDE = 300.0
 VERDICT = "verdict"
+GONE = "its process ended, stands still, or is cut off"
 # Where a rank is: amid a model call, between two of one picture, or where it may wait.
 INSIDE, BETWEEN, ELSEWHERE = "inside", "between", "elsewhere"
 
@@ -70,17 +71,24 @@ class Watch:
         self.waiting = False
         self._seen: dict[int, _Seen] = {}
         self._ends, self._beats, self._spoken = threading.Event(), 0, False
+        # Beats since the store last answered.
+        self._unanswered = 0
         self._tell()
         self._thread = threading.Thread(target=self._run, name="s3dit watch", daemon=True)
+        self._guard = threading.Thread(target=self._end, name="s3dit guard", daemon=True)
 
     def start(self) -> None:
         """Begin to watch, once every rank has told that it is there."""
         self._thread.start()
+        self._guard.start()
 
     def close(self) -> None:
         """Tell the others that this rank has left; rank 0, which serves the store, waits for theirs a moment."""
         self._ends.set()
         self._thread.join(2 * BEAT)
+        if self._thread.is_alive():
+            # It waits for an answer of the store, which then gives none.
+            return
         try:
             self._store.set(self._key(self.rank), "left")
             deadline = time.monotonic() + GRACE
@@ -95,7 +103,8 @@ class Watch:
     def fail(self, text: str) -> None:
         """Tell all that this rank failed, unless there is a verdict."""
         try:
-            self._judge(self.rank, f"failed: {text}")
+            if self.verdict is None:
+                self._judge(self.rank, f"failed: {text}")
         except RuntimeError:
             return
 
@@ -120,19 +129,30 @@ class Watch:
         )
 
     def _run(self) -> None:
-        """Tell and look, each second; after a verdict end a process that does not end itself."""
+        """Tell and look, each second."""
         while self.verdict is None and not self._ends.wait(BEAT):
             try:
                 self._tell()
                 self._look()
+                self._unanswered = 0
             except RuntimeError:
                 if not self._ends.is_set():
-                    self.verdict = 0, "does not answer: its process ended, stands still, or is cut off"
+                    self._lose(f"does not answer: {GONE}")
+
+    def _end(self) -> None:
+        """Judge rank 0 if its store, which lets one wait for ever, is silent; after a verdict end this process.
+
+        That is, if it does not end itself. Beats are counted, as a process that stood still itself has seen nothing.
+        """
+        while self.verdict is None and not self._ends.wait(BEAT):
+            self._unanswered += 1
+            if self._unanswered * BEAT > SILENT:
+                self._lose(f"does not answer for {SILENT:g} s: {GONE}")
         end = time.monotonic() + GRACE
         while time.monotonic() < end:
             if self._ends.wait(0.1):
                 return
-        if self.engaged:
+        if self.engaged or self.waiting:
             if self._speaks() and not self._spoken:
                 self._say(self._text())
             os._exit(2)
@@ -170,7 +190,7 @@ class Watch:
         present = {rank: seen for rank, seen in self._seen.items() if seen.told != "left"}
         for rank, seen in present.items():
             if rank != self.rank and now - seen.at > SILENT:
-                self._judge(rank, f"does not answer for {SILENT:g} s: its process ended, stands still, or is cut off")
+                self._judge(rank, f"does not answer for {SILENT:g} s: {GONE}")
         for rank, seen in present.items():
             if seen.progress.endswith(BETWEEN) and now - seen.since > IDLE:
                 self._judge(rank, f"hangs: it did nothing for {IDLE:g} s between model calls")
@@ -186,6 +206,10 @@ class Watch:
         first = self._store.compare_set(VERDICT, "", json.dumps([rank, text[:400]]))
         held = json.loads(first)
         self.verdict = int(held[0]), str(held[1])
+
+    def _lose(self, text: str) -> None:
+        """Let this be the verdict about rank 0, whose store cannot be asked, unless there is one."""
+        self.verdict = self.verdict or (0, text)
 
     def _text(self) -> str:
         assert self.verdict is not None

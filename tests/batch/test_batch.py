@@ -81,6 +81,21 @@ def test_another_model_does_not_draw_into_the_same_place(batch):
     assert batch(ROWS[:1], "--model", "embedded-base")[:2] == (2, [])
 
 
+def test_where_results_are_is_said(tmp_path, capsys):
+    """A row that fails before a model is needed: a bucket's results are in parts; a place without a name is none."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a red star", "height": 65}')
+    words = ["batch", str(tmp_path / "rows.jsonl"), "-o"]
+    assert main([*words, str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().out == f"{tmp_path}/out/results.jsonl\n"
+    assert main([*words, ""]) == 2 and "--output is empty" in capsys.readouterr().err
+    pytest.importorskip("pyarrow")
+    assert main([*words, f"file://{tmp_path}/bucket"]) == 1
+    (part,) = tmp_path.glob("bucket/results-*.jsonl")
+    said = capsys.readouterr()
+    assert said.out == f"file://{tmp_path}/bucket/results-*.jsonl\n" and "see results-*.jsonl" in said.err
+    assert '"error": "height is 65' in part.read_text()
+
+
 @pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(batch, monkeypatch):
     """Two processes; one is killed with its first row in hand: no row is lost, none is drawn twice."""

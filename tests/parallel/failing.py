@@ -19,7 +19,7 @@ from s3dit.errors import BackendError
 from s3dit.parallel import watch
 
 # The rank that fails, by the way in which it does.
-KINDS = {"die": 1, "first": 0, "hang": 1, "idle": 1, "freeze": 1, "memory": 1}
+KINDS = {"die": 1, "first": 0, "hang": 1, "idle": 1, "freeze": 1, "freeze first": 0, "memory": 1}
 
 
 def fail(kind):
@@ -27,7 +27,7 @@ def fail(kind):
         os._exit(7)
     if kind == "hang":
         time.sleep(600)
-    if kind == "freeze":
+    if kind.startswith("freeze"):
         os.kill(os.getpid(), signal.SIGSTOP)
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
@@ -80,6 +80,6 @@ if __name__ == "__main__":
         child, status = os.wait()
         kind, rank = children.pop(child)
         codes[f"{kind}-{rank}"] = os.waitstatus_to_exitcode(status)
-        if kind == "freeze" and rank == 0:
-            os.kill(next(other for other, ways in children.items() if ways == ("freeze", 1)), signal.SIGKILL)
+        if kind.startswith("freeze") and rank != KINDS[kind]:
+            os.kill(next(other for other, ways in children.items() if ways[0] == kind), signal.SIGKILL)
     (folder / "codes.json").write_text(json.dumps(codes))

@@ -77,12 +77,17 @@ def sent(case, world, rank):
     return [sum(SENT), places.sent(config, 4, world)[rank] * plan.calls, places.groups]
 
 
-def told(pipe, rank):
-    """What planning says of a request that is wrong on rank 0 alone, of none without a seed, of two that differ."""
+def told(folder, pipe, rank):
+    """What planning says of a request that is wrong on rank 0 alone, of none without a seed, of some that differ."""
     notes = {}
     for name, ask in (("wrong", lambda: pipe.plan("a star", height=64 if rank else 7)),
                       ("seed", lambda: pipe.plan("a star").request.seed),
-                      ("differs", lambda: pipe.plan("a star" if rank else "a ring"))):  # fmt: skip
+                      ("differs", lambda: pipe.plan("a star" if rank else "a ring")),
+                      ("limits", lambda: pipe.plan("a star", seed=1, guidance_scale=1, cfg_normalization=bool(rank))),
+                      ("noise", lambda: pipe.plan("a star", latents=torch.full((1, 16, 16, 16), float(rank)))),
+                      ("adapters", lambda: pipe.plan("a star", seed=1))):  # fmt: skip
+        if name == "adapters" and rank:
+            pipe.lora.attach(folder / "style.safetensors", 0.7)
         try:
             notes[name] = ask()
         except RequestError as error:
@@ -128,7 +133,7 @@ def main(rank, folder):
             if case.get("counted") and world > 1:
                 notes[f"{name} {world}"] = sent(case, world, rank)
         if world > 1:
-            notes[f"told {world}"] = told(next(iter(made.values())), rank)
+            notes[f"told {world}"] = told(folder, next(iter(made.values())), rank)
             for each in made.values():
                 each.parts.ranks.close()
             dist.destroy_process_group()
