@@ -21,6 +21,7 @@ from s3dit.cli.prepare import MODELS, check_options, models
 from s3dit.errors import RequestError
 from s3dit.request import LARGEST_SEED, Request
 from s3dit.runtime.embedded import FOLDERS
+from s3dit.runtime.ray_cluster import check_address
 from s3dit.terminal import bar, event, say, tell
 
 SUMMARY = "draw the rows of a file, by several processes or a Ray cluster; a run that was stopped goes on"
@@ -135,6 +136,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.residency is None and args.vram is None and args.ram is None:
         args.residency = "resident"
     if args.ray is not None:
+        check_address(args.ray)
         args.threads = args.threads or 1
     elif args.threads is None and (args.workers or 1) > 1:
         args.threads = max(1, (os.cpu_count() or 1) // args.workers)

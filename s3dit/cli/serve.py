@@ -309,8 +309,7 @@ def _check_ray(args: argparse.Namespace) -> None:
             if value is not None:
                 raise RequestError(f"{option} is given without --ray; needed both, or neither")
         return
-    if args.ray not in ("local", "auto") and not re.fullmatch(r"[^\s:/@]+:\d{1,5}", args.ray):
-        raise RequestError(f"--ray is {args.ray!r}; needed local, auto or HOST:PORT of a cluster; MODEL stands before")
+    ray_cluster.check_address(args.ray, "; MODEL stands before")
     if args.port == 0:
         raise RequestError("--port is 0 with --ray; needed a port that is free on all machines, such as 8000")
     if ":" in (args.device or ""):

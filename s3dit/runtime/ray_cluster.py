@@ -6,6 +6,7 @@ and has no dashboard; on others s3dit must be installed on every machine.
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,11 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from s3dit.errors import BackendError
+from s3dit.errors import BackendError, RequestError
 
 ABSENT = "--ray needs the package ray; pip install 's3dit[ray]', or leave --ray out"
 # Seconds in which a cluster's address must answer.
 PATIENCE = 10.0
+
+
+def check_address(address: str, advice: str = "") -> None:
+    """Raise RequestError for what is no address of a cluster; advice: what else may help."""
+    if address not in ("local", "auto") and not re.fullmatch(r"(\[[\da-fA-F:]+\]|[^\s:/@]+):\d{1,5}", address):
+        raise RequestError(f"--ray is {address!r}; needed local, auto or HOST:PORT of a cluster{advice}")
 
 
 def prepare() -> None:
@@ -69,7 +76,7 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, OverflowError) as error:
         raise BackendError(
             f"--ray is {address}, where no cluster answers ({error}); needed local, auto or HOST:PORT, on a machine of "
             "the cluster"

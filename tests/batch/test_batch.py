@@ -88,6 +88,8 @@ def test_where_results_are_is_said(tmp_path, capsys):
     assert main([*words, str(tmp_path / "out")]) == 1
     assert capsys.readouterr().out == f"{tmp_path}/out/results.jsonl\n"
     assert main([*words, ""]) == 2 and "--output is empty" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "more"), "--ray", "nowhere"]) == 2 and not (tmp_path / "more").exists()
+    assert "--ray is 'nowhere'; needed local, auto or HOST:PORT" in capsys.readouterr().err
     pytest.importorskip("pyarrow")
     assert main([*words, f"file://{tmp_path}/bucket"]) == 1
     (part,) = tmp_path.glob("bucket/results-*.jsonl")
