@@ -51,6 +51,7 @@ def python(code, *words, folder=ROOT, cwd=None, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_needed_packages_draw(tmp_path):
     """Without a network; and standard error says once that there is no bar."""
     picture = tmp_path / "star.png"

@@ -34,6 +34,7 @@ def run(code, **settings):
     assert found.returncode == 0, found.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_what_diffusers_fetched_loads_here_offline(tmp_path):
     with Hub() as hub:
         hub.repositories["org/name"] = OFFICIAL

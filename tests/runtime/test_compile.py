@@ -49,6 +49,7 @@ def counter():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_two_graphs_serve_every_size_batch_and_time(counter):
     eager, compiled = load(), load()
     compile_blocks(compiled, counter)

@@ -163,13 +163,13 @@ def check(files, expected, case, settings, pipe=None):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_nothing_changes_from_the_load_on(files, expected, case):
     check(files, expected, case, TOGETHER)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_nothing_changes_in_a_call(files, expected, setting):
     pipe = expected["text"][0]
     pipe.parts.free()

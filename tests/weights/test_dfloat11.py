@@ -207,6 +207,7 @@ def test_convert_gives_the_weights_back(compressed, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() and not INTERPRETED, reason="Triton needs a GPU or its interpreter")
+@pytest.mark.slow
 def test_the_kernel_decodes_the_same(compressed):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = open_checkpoint(compressed / "comfy.safetensors")
