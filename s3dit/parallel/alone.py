@@ -31,7 +31,7 @@ class Alone:
         return secrets.randbits(32)
 
     def agreed(self, make: Callable[[], T], told: Callable[[T], Records]) -> T:
-        """Return the plan that `make` does if all ranks made the same, else raise everywhere what it raised on one.
+        """Return the plan that `make` makes if all ranks made the same, else raise everywhere what it raised on one.
 
         told: the records of a plan's pictures.
         """

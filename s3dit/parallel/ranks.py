@@ -49,7 +49,7 @@ class Ranks(Alone):
         return self._seed
 
     def agreed(self, make: Callable[[], T], told: Callable[[T], Records]) -> T:
-        """Return the plan that `make` does if all ranks made the same, else raise everywhere what it raised on one.
+        """Return the plan that `make` makes if all ranks made the same, else raise everywhere what it raised on one.
 
         told: the records of a plan's pictures.
         """
@@ -216,9 +216,10 @@ def _digest(plan: Any, records: Records) -> str:
     """A hash of what decides what the ranks compute and exchange, the content of files and tensors included."""
     request, seen = plan.request, list[Any]()
     for record in records:
-        engine = record["engine"]
-        engine |= {"placement": engine["placement"].partition(",")[2]}
-        seen.append(record | {"engine": {name: value for name, value in engine.items() if name not in OWN}})
+        engine = {name: value for name, value in record["engine"].items() if name not in OWN}
+        # Each rank has a device of its own, and all one dtype.
+        engine["placement"] = engine["placement"].partition(",")[2]
+        seen.append(record | {"engine": engine})
     seen += [request.generator, request.latents, request.prompt_embeds, request.negative_prompt_embeds]
     text = json.dumps([*seen, request.output_type, plan.tile], sort_keys=True, default=_content)
     return hashlib.sha256(text.encode()).hexdigest()
